@@ -1,0 +1,54 @@
+# `make demo` and `make test` need nothing before them but Python >= 3.10, a C++ compiler and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+# The ordinary CUDA build: it runs on a CPU too.
+PINS := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
+
+.PHONY: all demo test test-all lint format bench gpu doctor clean
+all: $(VENV)/.ready
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("movae-fast needs Python >= 3.10: make PYTHON=python3.12" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install -q $(PINS)
+	$(BIN)/pip install -q -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/movae train --config demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov=movae_fast --cov-report=term:skip-covered --cov-fail-under=90
+
+test-all: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m 'not gpu'
+
+gpu: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python -m benchmarks.run
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: $(VENV)/.ready
+	$(BIN)/movae doctor
+
+clean:
+	rm -rf build dist *.egg-info movae_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+// The Python module movae_fast._csrc. Each source file of csrc/ binds its own functions; this one holds what
+// `movae doctor` asks of the build and of the machine.
+#include "bindings.h"
+
+#include <cpuid.h>
+#include <cstdint>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// AMX tiles need the kernel's permission for this process (arch_prctl ARCH_REQ_XCOMP_PERM, component 18).
+bool amx_allowed() {
+#if defined(__linux__) && defined(__x86_64__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+py::dict cpu_features() {
+    py::dict features;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+    const bool leaf7 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+    const bool amx_bf16 = leaf7 && (edx & (1u << 22)) && (edx & (1u << 24));
+    features["avx2"] = bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+    features["avx512"] = bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
+    features["avx512_bf16"] = bool(__builtin_cpu_supports("avx512bf16"));
+    features["amx_bf16"] = amx_bf16 && amx_allowed();
+#endif
+    return features;
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+#ifdef _OPENMP
+    info["openmp"] = _OPENMP;
+#endif
+#ifdef MOVAE_WITH_CUDA
+    info["cuda"] = true;
+#else
+    info["cuda"] = false;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_csrc, m) {
+    m.doc() = "movae-fast's C++ and CUDA: raw pointers, sizes and a stream come in; no torch headers.";
+    m.def("cpu_features", &cpu_features, "Instruction sets this CPU and this kernel allow: name -> bool.");
+    m.def("build_info", &build_info, "How this extension was built: compiler, OpenMP version, CUDA or not.");
+}

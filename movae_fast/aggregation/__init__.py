@@ -1,0 +1,1 @@
+"""Aggregators: from a Jacobian's rows to one update."""

@@ -1,0 +1,9 @@
+"""The fused ops: one Python signature each, on every device.
+
+from movae_fast import ops
+index = ops.nearest_code(z, codebook)
+"""
+
+from movae_fast.reference import combine, gramian, nearest_code, quantize, tc_terms
+
+__all__ = ["combine", "gramian", "nearest_code", "quantize", "tc_terms"]

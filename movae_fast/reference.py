@@ -1,0 +1,114 @@
+"""What each op means, in plain torch.
+
+These functions read like the papers and are the truth that tests and benchmarks compare the fast paths with.
+They are differentiable where the op is, run on any device and in any floating dtype, and take no short cuts;
+several build the buffers that the fast paths exist to avoid.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TCEstimator = Literal["mws", "mss"]
+
+
+def nearest_code(
+    z: Tensor,  # [N, D]
+    codebook: Tensor,  # [K, D]
+) -> Tensor:  # [N] int64
+    """Index of the codeword nearest to each row in Euclidean distance; the lowest index on a tie.
+
+    Scores are ||c||^2 / 2 - z.c: the ||z||^2 of the expanded square is the same for every code, and carrying
+    it along loses the answer to rounding on small codebooks. A row that holds a NaN gets index 0.
+    """
+    scores = codebook.square().sum(1) / 2 - z @ codebook.T  # [N, K]
+    return torch.where(z.isnan().any(1), 0, scores.argmin(1))
+
+
+def quantize(
+    z: Tensor,  # [N, D]
+    codebook: Tensor,  # [K, D]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward pass of a vector-quantisation layer (van den Oord et al. 2017, eq. 1-2).
+
+    Returns z_q [N, D], index [N] int64, sq_err [N] = ||z - z_q||^2, count [K] (rows that chose a code), and
+    code_sum [K, D] (their sum, what an exponential moving average of the codebook needs).
+    """
+    index = nearest_code(z, codebook)
+    z_q = codebook[index]
+    sq_err = (z - z_q).square().sum(1)
+    count = torch.zeros(codebook.shape[0], dtype=z.dtype, device=z.device).index_add_(
+        0, index, torch.ones_like(sq_err)
+    )
+    code_sum = torch.zeros_like(codebook).index_add_(0, index, z.to(codebook.dtype))
+    return z_q, index, sq_err, count, code_sum
+
+
+def gramian(
+    rows: Tensor,  # [m, P]
+) -> Tensor:  # [m, m] float64
+    """Inner products of a Jacobian's rows, accumulated in float64 whatever the dtype of the rows."""
+    rows = rows.double()
+    return rows @ rows.T
+
+
+def combine(
+    rows: Tensor,  # [m, P]
+    weights: Tensor,  # [m]
+) -> Tensor:  # [P]
+    """The weighted sum of a Jacobian's rows, in the rows' dtype."""
+    return weights.to(rows.dtype) @ rows
+
+
+def gaussian_log_density(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+) -> Tensor:
+    """log N(z; mu, exp(logvar)) elementwise, in nats."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).square() * torch.exp(-logvar))
+
+
+def log_importance_weights(
+    batch: int,
+    n_data: int,
+    estimator: TCEstimator,
+    like: Tensor,
+) -> Tensor:  # [B, B]
+    """log W[i, j]: the weight of posterior q(.|x_j) in the estimate of q(z_i) (Chen et al. 2018, appendix C).
+
+    "mws", minibatch-weighted sampling: 1 / (N M) everywhere, biased.
+    "mss", minibatch-stratified sampling: 1/N for the example itself, (N - M + 1) / (N (M - 1)) for one other
+    fixed position, 1 / (M - 1) elsewhere; each row sums to one, unbiased. Published code that fills a column
+    instead of the diagonal gives the example's own posterior the wrong weight in every row but the first.
+    """
+    if estimator == "mws":
+        return torch.full((batch, batch), -math.log(n_data * batch), dtype=like.dtype, device=like.device)
+    if batch < 2:
+        raise ValueError("minibatch-stratified sampling needs a batch of at least 2")
+    weights = torch.full((batch, batch), 1 / (batch - 1), dtype=like.dtype, device=like.device)
+    position = torch.arange(batch, device=like.device)
+    weights[position, (position + 1) % batch] = (n_data - batch + 1) / (n_data * (batch - 1))
+    weights[position, position] = 1 / n_data
+    return weights.log()
+
+
+def tc_terms(
+    z: Tensor,  # [B, D] samples of the posteriors
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+    n_data: int,
+    estimator: TCEstimator = "mws",
+) -> tuple[Tensor, Tensor]:  # [B], [B]
+    """log q(z_i) and sum_d log q(z_id) of the aggregate posterior, in nats (Chen et al. 2018, eq. S3-S6).
+
+    With log q(z|x) and log p(z) they give the parts of the KL: mutual information E[log q(z|x) - log q(z)],
+    total correlation E[log q(z) - sum_d log q(z_d)] and dimension-wise KL E[sum_d log q(z_d) - log p(z)].
+    """
+    log_q = gaussian_log_density(z[:, None], mu[None], logvar[None])  # [B, B, D]
+    log_w = log_importance_weights(len(z), n_data, estimator, like=z)  # [B, B]
+    log_q_z = torch.logsumexp(log_q.sum(2) + log_w, dim=1)
+    log_prod_q_z = torch.logsumexp(log_q + log_w[:, :, None], dim=1).sum(1)
+    return log_q_z, log_prod_q_z
