@@ -1,0 +1,157 @@
+"""Two loaders under one interface: `epoch(number, start)` yields (images, labels) on the device.
+
+Order and mirroring of an epoch are a function of the seed, the epoch's number and nothing else, so a position
+is two integers, a resumed epoch continues exactly, and both loaders give the same batches. An iterator's
+images are float32 [B, C, S, S] in the model's data range; labels are int64 [B].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from movae_fast.data.sets import Source
+from movae_fast.data.transforms import finish
+
+
+@dataclass
+class Epoch:
+    """One epoch's order: rows of the source and which of them to mirror."""
+
+    rows: Tensor  # [N] int64, CPU
+    flip: Tensor | None  # [N] bool, CPU
+
+
+class Loader:
+    """What both loaders share: the plan of an epoch, and from uint8 to the model's data range."""
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        device: torch.device,
+        *,
+        train: bool,
+        seed: int = 0,
+        flip: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        self.source, self.batch_size, self.device = source, batch_size, device
+        self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
+        if train and len(source) < batch_size:
+            raise ValueError(
+                f"--batch_size {batch_size} is more than the {len(source)} training images: the last, "
+                "incomplete batch of an epoch is dropped, so an epoch would hold none"
+            )
+
+    def __len__(self) -> int:
+        """Batches an epoch: training drops the incomplete last one, evaluation keeps it."""
+        full, rest = divmod(len(self.source), self.batch_size)
+        return full if self.train else full + (rest > 0)
+
+    def plan(self, number: int) -> Epoch:
+        n = len(self.source)
+        if not self.train:
+            return Epoch(torch.arange(n), None)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        rows = torch.randperm(n, generator=generator)
+        return Epoch(rows, torch.rand(n, generator=generator) < 0.5 if self.flip else None)
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of epoch `number` from batch `start` on."""
+        plan = self.plan(number)
+        flip = None if plan.flip is None else plan.flip.to(self.device)
+        stop = len(self) * self.batch_size if self.train else len(plan.rows)
+        for at, (images, labels) in self.batches(plan.rows[:stop], start):
+            part = None if flip is None else flip[at : at + len(images)]
+            yield finish(images, part, self.normalize), labels
+
+    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """(offset, (uint8 images, labels)) on the device for `rows`, from batch `start` on."""
+        raise NotImplementedError
+
+
+class ResidentLoader(Loader):
+    """The set lies on the device as uint8 (or is rendered there) and a batch is an index away."""
+
+    def __init__(self, source: Any, batch_size: int, device: torch.device, **options: Any) -> None:
+        super().__init__(source, batch_size, device, **options)
+        if hasattr(source, "images"):
+            source.images, source.labels = source.images.to(device), source.labels.to(device)
+
+    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        rows = rows.to(self.device)
+        for at in range(start * self.batch_size, len(rows), self.batch_size):
+            yield at, self.source.gather(rows[at : at + self.batch_size])
+
+
+class TorchLoader(Loader):
+    """torch's DataLoader with `num_workers` processes: the fallback for what does not fit on the device."""
+
+    def __init__(
+        self, source: Any, batch_size: int, device: torch.device, num_workers: int = 0, **options: Any
+    ) -> None:
+        super().__init__(source, batch_size, device, **options)
+        self.num_workers = num_workers
+
+    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        at = start * self.batch_size
+        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+            _Items(self.source),
+            batch_size=self.batch_size,
+            sampler=rows[at:].tolist(),
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+            at += len(images)
+
+
+class _Items(torch.utils.data.Dataset):
+    """An image source seen one item at a time, as a DataLoader wants it."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor | int]:
+        if hasattr(self.source, "gather"):
+            images, labels = self.source.gather(torch.tensor([i]))
+            return images[0], labels[0]
+        return self.source[i]
+
+
+class Subset:
+    """Evenly spaced `n` rows of a source, in order."""
+
+    def __init__(self, source: Any, n: int) -> None:
+        self.source = source
+        self.rows = torch.linspace(0, len(source) - 1, n).round().long()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B] of the subset to images and labels, wherever the source keeps them."""
+        rows = self.rows.to(rows.device)[rows]
+        if hasattr(self.source, "gather"):
+            return self.source.gather(rows)
+        items = [self.source[int(i)] for i in rows]
+        return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+LOADERS = {"resident": ResidentLoader, "torch": TorchLoader}
+
+
+def choose_loader(name: str, source: Source) -> str:
+    """The loader that `auto` means: resident unless images are files to be decoded."""
+    if name != "auto":
+        return name
+    return "resident" if hasattr(source, "gather") else "torch"

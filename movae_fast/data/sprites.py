@@ -1,0 +1,95 @@
+"""Embedded sprites with dSprites' five factors, rendered where they are needed.
+
+dSprites (Matthey et al. 2017) is 3 shapes x 6 scales x 40 orientations x 32 x 32 positions = 737,280 white
+shapes on black. Here any index gives its image and its factors without a file: the shapes are implicit
+functions, evaluated for a whole batch at once on the device that will use it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FACTOR_NAMES = ("shape", "scale", "orientation", "pos_x", "pos_y")
+FACTOR_SIZES = (3, 6, 40, 32, 32)
+SHAPES = ("square", "ellipse", "heart")
+SIZE = math.prod(FACTOR_SIZES)
+
+
+def factors_of(index: Tensor) -> Tensor:
+    """Indices [B] in [0, 737280) to factor values [B, 5] int64; the last factor varies fastest."""
+    values = []
+    for size in reversed(FACTOR_SIZES):
+        values.append(index % size)
+        index = index // size
+    return torch.stack(values[::-1], dim=1)
+
+
+def index_of(factors: Tensor) -> Tensor:
+    """Factor values [B, 5] to indices [B] int64; the inverse of `factors_of`."""
+    index = torch.zeros_like(factors[:, 0])
+    for i, size in enumerate(FACTOR_SIZES):
+        index = index * size + factors[:, i]
+    return index
+
+
+def _signed_distances(u: Tensor, v: Tensor) -> Tensor:
+    """Approximate signed distance (negative inside) of points to each unit shape, stacked as [3, ...]."""
+    square = torch.maximum(u.abs(), v.abs()) - 0.8
+    # f / |grad f| is the distance to first order, which is all that one pixel of antialiasing sees.
+    a, b = 1.0, 0.6
+    f = (u / a).square() + (v / b).square() - 1
+    grad = torch.hypot(2 * u / a**2, 2 * v / b**2)
+    ellipse = f / grad.clamp_min(1e-6)
+    x, y = u * 1.15, 0.1 - v * 1.15  # image rows grow downwards, the heart's lobes are up
+    g = x.square() + y.square() - 1
+    f = g**3 - x.square() * y**3
+    grad = torch.hypot(6 * x * g.square() - 2 * x * y**3, 6 * y * g.square() - 3 * x.square() * y.square())
+    heart = f / (1.15 * grad.clamp_min(1e-6))
+    return torch.stack([square, ellipse, heart])
+
+
+def render(
+    factors: Tensor,  # [B, 5] int64: shape, scale, orientation, pos_x, pos_y
+    size: int = 64,
+    antialias: bool = False,
+) -> Tensor:  # [B, 1, size, size] uint8, 0 or 255 (in between with antialias)
+    """Images of the given factor values, on the factors' device."""
+    shape, scale, orientation, pos_x, pos_y = factors.unbind(1)
+
+    def column(x: Tensor) -> Tensor:
+        return x.to(torch.float32)[:, None, None]
+
+    # Sizes are in units of a 64-pixel image; the largest sprite in a corner position still lies inside it.
+    radius = 12.0 * (0.5 + column(scale) / 10)
+    angle = column(orientation) * (2 * math.pi / FACTOR_SIZES[2])
+    pixel = (torch.arange(size, device=factors.device, dtype=torch.float32) + 0.5) * (64 / size)
+    x = pixel[None, None, :] - (16 + column(pos_x) * (32 / 31))
+    y = pixel[None, :, None] - (16 + column(pos_y) * (32 / 31))
+    u = (x * torch.cos(angle) + y * torch.sin(angle)) / radius
+    v = (y * torch.cos(angle) - x * torch.sin(angle)) / radius
+    distance = _signed_distances(u, v).gather(0, shape[None, :, None, None].expand(1, *u.shape))[0]
+    distance = distance * radius * (size / 64)  # in pixels of this image
+    coverage = (0.5 - distance).clamp(0, 1) if antialias else (distance < 0).to(torch.float32)
+    return (coverage * 255).round().to(torch.uint8)[:, None]
+
+
+class Sprites:
+    """An image source: the indices of one split, rendered on demand. `labels` are the shapes."""
+
+    def __init__(self, index: Tensor, size: int, device: torch.device, antialias: bool = False) -> None:
+        self.index, self.size, self.antialias = index.to(device), size, antialias
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [B] of this split to images [B, 1, S, S] uint8 and shapes [B]."""
+        factors = factors_of(self.index[rows])
+        return render(factors, self.size, self.antialias), factors[:, 0]
+
+
+def split_index(split: str, test_size: int = 10_000) -> Tensor:
+    """Indices of the "train" or the "test" split: one fixed shuffle, its last `test_size` for testing."""
+    order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0))
+    return order[-test_size:] if split == "test" else order[:-test_size]

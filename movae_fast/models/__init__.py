@@ -1,0 +1,57 @@
+"""Models by name: `MODELS["vq_vae"]`, built by `build_model`."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, VQOutput
+from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
+from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
+from movae_fast.models.vae import BetaTCVAE, ConvVAE
+from movae_fast.models.vq_vae import VQVAE
+
+MODELS: dict[str, type[VAE]] = {
+    "vae": ConvVAE,
+    "betatc_vae": BetaTCVAE,
+    "vq_vae": VQVAE,
+    "cnn_vae": CNNVAE,
+    "mmd_vae": MMDVAE,
+    "torch_vae": TorchVAE,
+    "dcgan_vae": DCGANVAE,
+}
+
+__all__ = ["MODELS", "VAE", "GaussianOutput", "GaussianVAE", "VQOutput", "build_model", "model_options"]
+
+
+def model_options(arch: str) -> list[str]:
+    """Names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
+    parameters = inspect.signature(MODELS[arch].__init__).parameters
+    return [name for name in parameters if name not in ("self", "image_shape", "activation")]
+
+
+def build_model(
+    arch: str,
+    image_shape: tuple[int, int, int],
+    activation: Activation,
+    options: Mapping[str, Any],
+) -> VAE:
+    """The model `arch` for images [C, S, S]; `options` whose value is None are left to the model's default.
+
+    Raises ValueError for an option that the model does not have, and for an image size that its strides do not
+    allow (the message names sizes that fit).
+    """
+    known = model_options(arch)
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name} does not apply to {arch}, whose options are {', '.join(known)}")
+    for name, value in given.items():
+        sizes = value if isinstance(value, list | tuple) else [value]
+        least = 0 if name == "num_residual_layers" else 1
+        if any(isinstance(v, int) and not isinstance(v, bool) and v < least for v in sizes) or not sizes:
+            raise ValueError(f"--{name} {value} must be {'positive' if least else 'zero or more'}")
+    if activation not in get_args(Activation):
+        raise ValueError(
+            f"--recons_activation {activation} is unknown; valid: {', '.join(get_args(Activation))}"
+        )
+    return MODELS[arch](image_shape, activation, **given)

@@ -1,0 +1,167 @@
+"""What every model of this package has in common.
+
+A model splits at its *features*: `encode` is the shared part before them (its parameters receive the
+aggregated gradient), `forward_features` everything after them, whose parameters belong to one objective each
+(`own_parameters`). The split is what makes a Jacobian cheap: an objective is differentiated as far as the
+features, and only from there on does each one cost a backward pass of its own.
+"""
+
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Activation = Literal["tanh", "sigmoid", "none"]
+Norm = Literal["batch", "layer", "none"]
+
+
+class GaussianOutput(NamedTuple):
+    """What a model with a Gaussian posterior returns."""
+
+    preactivation: Tensor  # [B, C, H, W] the decoder's output before the output activation
+    mu: Tensor  # [B, D]
+    logvar: Tensor  # [B, D]
+    z: Tensor  # [B, D]
+
+
+class VQOutput(NamedTuple):
+    """What a model with a codebook returns."""
+
+    preactivation: Tensor  # [B, C, H, W]
+    embedding: Tensor  # [] mean squared distance that moves the codebook to the encoder's output
+    commitment: Tensor  # [] the same distance, moving the encoder's output to the codebook
+    codes: Tensor  # [B, h, w] int64
+    usage: Tensor  # [K] how often each code was chosen
+
+
+Output = GaussianOutput | VQOutput
+
+
+class VAE(nn.Module):
+    """Base of all models: images [B, C, S, S] in, features, a reconstruction out.
+
+    Subclasses set `objectives` (the loss vector's entries in their documented order), `default_weights`, and
+    the reconstruction's defaults; they implement `encode`, `decode` and `forward_features`.
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("reconstruction", "kl")
+    # The objective whose weight `beta` is.
+    beta_objective: ClassVar[str] = "kl"
+    recons_reduction: ClassVar[str] = "mean"
+    default_activation: ClassVar[Activation | None] = None  # None: the reconstruction's distribution decides
+
+    def __init__(self, image_shape: tuple[int, int, int], activation: Activation) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.activation = activation
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        """Weights of `objectives`, in their order, as published with the network."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images [B, C, S, S] to features: (mu, logvar) [B, D] each, or (encoder output [B, D, h, w],)."""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents to the images' preactivation [B, C, S, S]."""
+        raise NotImplementedError
+
+    def forward_features(self, features: tuple[Tensor, ...]) -> Any:
+        """Features to a GaussianOutput or VQOutput: everything that comes after the shared part."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        return self.forward_features(self.encode(x))
+
+    def to_image(self, preactivation: Tensor) -> Tensor:
+        """The output activation: a preactivation to an image in the data's range."""
+        if self.activation == "tanh":
+            return torch.tanh(preactivation)
+        if self.activation == "sigmoid":
+            return torch.sigmoid(preactivation)
+        return preactivation
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters before the features, in a fixed order."""
+        own = {id(p) for params in self.own_parameters().values() for p in params}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
+
+    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Objective -> the parameters after the features that only this objective trains."""
+        raise NotImplementedError
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Images [B, C, S, S] to their deterministic reconstruction (posterior mean, or nearest codes)."""
+        raise NotImplementedError
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n images [n, C, S, S] from the prior; noise is drawn on the CPU so that a seed means one picture."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class GaussianVAE(VAE):
+    """A VAE with posterior N(mu, diag exp(logvar)) and prior N(0, I).
+
+    Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and
+    `decoder` ([B, D] to preactivations).
+    """
+
+    latent_dim: int
+    encoder: nn.Module
+    mu: nn.Module
+    logvar: nn.Module
+    decoder: nn.Module
+
+    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+        return {"reconstruction": list(self.decoder.parameters())}
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.encoder(x)
+        return self.mu(h), self.logvar(h)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def forward_features(self, features: tuple[Tensor, ...]) -> GaussianOutput:
+        mu, logvar = features
+        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        return GaussianOutput(self.decode(z), mu, logvar, z)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        mu, _ = self.encode(x)
+        return self.to_image(self.decode(mu))
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.to_image(self.decode(self.sample_latents(n, generator)))
+
+    def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n draws [n, D] from the prior."""
+        return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
+
+
+def norm_layer(norm: Norm, channels: int) -> nn.Module:
+    """The normalisation called `norm` over [B, channels, h, w]; "layer" is over channels and positions."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "layer":
+        return nn.GroupNorm(1, channels)
+    return nn.Identity()
+
+
+def check_image_size(arch: str, size: int, stride: int, least: int | None = None) -> None:
+    """Refuse a side that the strides cannot halve evenly, and name the sizes near it that fit."""
+    least = least or stride
+    if size % stride == 0 and size >= least:
+        return
+    below = max(size // stride * stride, least)
+    sizes = sorted({below, max(below + stride, least)})
+    raise ValueError(
+        f"--image_size {size} does not fit {arch}: its strides need a multiple of {stride}"
+        f"{f', at least {least}' if least > stride else ''}; the nearest are {' and '.join(map(str, sizes))}"
+    )

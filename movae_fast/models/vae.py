@@ -1,0 +1,100 @@
+"""MO-VAE's plain VAE and its beta-TC-VAE network."""
+
+import itertools
+from collections.abc import Sequence
+
+from torch import nn
+
+from movae_fast.models.base import Activation, GaussianVAE, Norm, check_image_size, norm_layer
+
+
+def _down(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), norm_layer(norm, outputs), nn.LeakyReLU()
+    )
+
+
+def _up(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1),
+        norm_layer(norm, outputs),
+        nn.LeakyReLU(),
+    )
+
+
+def _decoder(latent_dim: int, hidden_dims: Sequence[int], channels: int, side: int, norm: Norm) -> nn.Module:
+    """Linear, one upsampling block a width down the reversed list and once more at the first, Conv 3/1/1."""
+    widths = [*reversed(hidden_dims), hidden_dims[0]]
+    return nn.Sequential(
+        nn.Linear(latent_dim, hidden_dims[-1] * side * side),
+        nn.Unflatten(1, (hidden_dims[-1], side, side)),
+        *(_up(a, b, norm) for a, b in itertools.pairwise(widths)),
+        nn.Conv2d(hidden_dims[0], channels, 3, padding=1),
+    )
+
+
+class ConvVAE(GaussianVAE):
+    """MO-VAE's `vae`: strided 3x3 convolutions with BatchNorm down to the latents, mirrored back.
+
+    Objectives: reconstruction, kl (weights 1 and 0.00025).
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation = "tanh",
+        latent_dim: int = 128,
+        hidden_dims: Sequence[int] = (32, 64, 128, 256, 512),
+        layer_norm: Norm = "batch",
+    ) -> None:
+        super().__init__(image_shape, activation)
+        channels, size, _ = image_shape
+        check_image_size("vae", size, 2 ** len(hidden_dims))
+        side = size // 2 ** len(hidden_dims)
+        self.latent_dim = latent_dim
+        widths = [channels, *hidden_dims]
+        self.encoder = nn.Sequential(
+            *(_down(a, b, layer_norm) for a, b in itertools.pairwise(widths)), nn.Flatten()
+        )
+        self.mu = nn.Linear(hidden_dims[-1] * side * side, latent_dim)
+        self.logvar = nn.Linear(hidden_dims[-1] * side * side, latent_dim)
+        self.decoder = _decoder(latent_dim, hidden_dims, channels, side, layer_norm)
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return 1.0, 0.00025
+
+
+class BetaTCVAE(GaussianVAE):
+    """MO-VAE's `betatc_vae`: 4x4 convolutions without normalisation, a hidden Linear of 256.
+
+    Objectives (Chen et al. 2018): reconstruction, mi, tc, dwkl, weight 1 each; dwkl, the dimension-wise KL, is
+    annealed linearly over `anneal_steps`.
+    """
+
+    objectives = ("reconstruction", "mi", "tc", "dwkl")
+    beta_objective = "tc"
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation = "tanh",
+        latent_dim: int = 128,
+        hidden_dims: Sequence[int] = (32, 32, 32, 32),
+    ) -> None:
+        super().__init__(image_shape, activation)
+        channels, size, _ = image_shape
+        check_image_size("betatc_vae", size, 2 ** len(hidden_dims))
+        side = size // 2 ** len(hidden_dims)
+        self.latent_dim = latent_dim
+        layers: list[nn.Module] = []
+        for a, b in zip([channels, *hidden_dims], hidden_dims, strict=False):
+            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.LeakyReLU()]
+        self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden_dims[-1] * side * side, 256))
+        self.mu = nn.Linear(256, latent_dim)
+        self.logvar = nn.Linear(256, latent_dim)
+        self.decoder = _decoder(latent_dim, hidden_dims, channels, side, "none")
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return 1.0, 1.0, 1.0, 1.0

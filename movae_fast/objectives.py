@@ -1,0 +1,172 @@
+"""The entries of the loss vector: each a function of a model's output, in nats or in squared units.
+
+`LossVector` puts a model's objectives in their documented order and weights them; every objective is multiplied
+by its weight before aggregation.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from movae_fast import ops
+from movae_fast.models import VAE, GaussianOutput, VQOutput
+from movae_fast.names import nearest
+from movae_fast.reference import TCEstimator, gaussian_log_density
+
+ReconsDist = Literal["bernoulli", "gaussian", "laplacian"]
+ReconsReduction = Literal["mean", "sum", "scaled_sum"]
+
+
+def reconstruction(
+    preactivation: Tensor,  # [B, C, H, W] the decoder's output before its activation
+    x: Tensor,  # [B, C, H, W]
+    activation: str,
+    dist: ReconsDist = "gaussian",
+    reduction: ReconsReduction = "mean",
+) -> Tensor:  # []
+    """Negative log-likelihood up to constants: BCE (bernoulli), squared error (gaussian), L1 (laplacian).
+
+    "mean" is over values and batch, "sum" over an image's values with the mean over the batch, "scaled_sum"
+    (gaussian only) 255 times the sum over everything. The Bernoulli term works on logits, which do not round
+    past 1 as probabilities do.
+    """
+    if dist == "bernoulli":
+        error = F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
+    else:
+        image = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
+        error = (image - x).square() if dist == "gaussian" else (image - x).abs()
+    if reduction == "mean":
+        return error.mean()
+    if reduction == "sum":
+        return error.sum() / x.shape[0]
+    return 255 * error.sum()
+
+
+def kl_standard_normal(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+) -> Tensor:  # []
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+
+
+def tc_decomposition(
+    z: Tensor,  # [B, D]
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+    n_data: int,
+    estimator: TCEstimator = "mss",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mutual information, total correlation and dimension-wise KL in nats (Chen et al. 2018, eq. 2).
+
+    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator.
+    """
+    log_q_zx = gaussian_log_density(z, mu, logvar).sum(1)
+    log_p_z = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+    log_q_z, log_prod_q_z = ops.tc_terms(z, mu, logvar, n_data, estimator)
+    return (log_q_zx - log_q_z).mean(), (log_q_z - log_prod_q_z).mean(), (log_prod_q_z - log_p_z).mean()
+
+
+def mmd(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+) -> Tensor:  # []
+    """Squared maximum mean discrepancy (biased V-statistic) of InfoVAE (Zhao et al. 2017).
+
+    The kernel of the published MMD-VAE is exp(-mean_d (x_d - y_d)^2 / D) = exp(-||x - y||^2 / D^2): the width
+    grows with D once by the mean and once by the division.
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        # The difference itself: the expanded square cancels where rows are close, on the diagonal above all.
+        return torch.exp(-(a[:, None] - b[None]).square().sum(2) / a.shape[1] ** 2).mean()
+
+    return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
+
+
+class LossVector:
+    """A model's objectives as a vector [m] in the order of `model.objectives`.
+
+    An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
+    a backward pass nor takes its share of an aggregator's preference.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        weights: Sequence[float],
+        dist: ReconsDist,
+        reduction: ReconsReduction,
+        n_data: int,
+        tc_estimator: TCEstimator = "mss",
+        anneal_steps: int = 0,
+    ) -> None:
+        self.names = model.objectives
+        self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)
+        self.active = [i for i, w in enumerate(weights) if w != 0]
+        self.activation, self.dist, self.reduction = model.activation, dist, reduction
+        self.n_data, self.tc_estimator = n_data, tc_estimator
+        # What the dimension-wise KL's weight is multiplied by climbs from 1 / anneal_steps to 1.
+        self.annealed = torch.tensor([name == "dwkl" for name in self.names], device=model.device)
+        self.anneal_steps = max(anneal_steps, 1)
+
+    def __call__(self, out: GaussianOutput | VQOutput, x: Tensor) -> Tensor:  # [m] unweighted
+        rec = reconstruction(out.preactivation, x, self.activation, self.dist, self.reduction)
+        if isinstance(out, VQOutput):
+            return torch.stack([rec, out.embedding, out.commitment])
+        if "tc" in self.names:
+            parts = tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
+            return torch.stack([rec, *parts])
+        terms = [rec, kl_standard_normal(out.mu, out.logvar)]
+        if "mmd" in self.names:
+            terms.append(mmd(torch.randn_like(out.z), out.z))
+        return torch.stack(terms)
+
+    def weights_at(self, step: int) -> Tensor:  # [m]
+        """The weights at 0-based `step`, annealing included."""
+        rate = min((step + 1) / self.anneal_steps, 1.0)
+        return torch.where(self.annealed, self.weights * rate, self.weights)
+
+
+def resolve_weights(
+    model: type[VAE],
+    image_shape: tuple[int, int, int],
+    given: Sequence[float] | Mapping[str, float] | None,
+    beta: float | None = None,
+    defaults: Sequence[float] | None = None,
+) -> list[float]:
+    """The objectives' weights in order, from a list, from names, from `beta`, or the model's defaults.
+
+    Raises ValueError that lists the objectives in order for a wrong number, an unknown name, or a weight that
+    is negative or not finite.
+    """
+    names = model.objectives
+    order = ", ".join(names)
+    weights = list(defaults or model.default_weights(image_shape))
+    if beta is not None and given is not None:
+        raise ValueError(f"--beta and --loss_weights both set the weight of {model.beta_objective}; give one")
+    if beta is not None:
+        weights[names.index(model.beta_objective)] = beta
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            if name not in names:
+                raise ValueError(
+                    f"--loss_weights.{name}: no such objective{nearest(name, names)}; in order: {order}"
+                )
+            weights[names.index(name)] = float(value)
+    elif given is not None:
+        if len(given) != len(names):
+            raise ValueError(
+                f"--loss_weights has {len(given)} values; the objectives are {len(names)}, in order: {order}"
+            )
+        weights = [float(w) for w in given]
+    for name, weight in zip(names, weights, strict=True):
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"--loss_weights: {name} is {weight}; a weight is finite and not negative")
+    if not any(weights):
+        raise ValueError(f"--loss_weights are all zero: nothing to train; in order: {order}")
+    return weights
