@@ -89,7 +89,7 @@ def mmd(
 
 
 class LossVector:
-    """A model's objectives as a vector [m] in the order of `model.objectives`.
+    """A model's objectives as a vector of m scalars in the order of `model.objectives`.
 
     An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
     a backward pass nor takes its share of an aggregator's preference.
@@ -114,17 +114,18 @@ class LossVector:
         self.annealed = torch.tensor([name == "dwkl" for name in self.names], device=model.device)
         self.anneal_steps = max(anneal_steps, 1)
 
-    def __call__(self, out: GaussianOutput | VQOutput, x: Tensor) -> Tensor:  # [m] unweighted
+    def __call__(self, out: GaussianOutput | VQOutput, x: Tensor) -> tuple[Tensor, ...]:
+        """The m objectives, unweighted scalars.
+
+        They are not stacked: a stack's backward would send zeros through every other objective's graph.
+        """
         rec = reconstruction(out.preactivation, x, self.activation, self.dist, self.reduction)
         if isinstance(out, VQOutput):
-            return torch.stack([rec, out.embedding, out.commitment])
+            return rec, out.embedding, out.commitment
         if "tc" in self.names:
-            parts = tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
-            return torch.stack([rec, *parts])
-        terms = [rec, kl_standard_normal(out.mu, out.logvar)]
-        if "mmd" in self.names:
-            terms.append(mmd(torch.randn_like(out.z), out.z))
-        return torch.stack(terms)
+            return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
+        kl = kl_standard_normal(out.mu, out.logvar)
+        return (rec, kl, mmd(torch.randn_like(out.z), out.z)) if "mmd" in self.names else (rec, kl)
 
     def weights_at(self, step: int) -> Tensor:  # [m]
         """The weights at 0-based `step`, annealing included."""

@@ -1,0 +1,194 @@
+"""Aggregators by name: every one that TorchJD offers, with its parameters by keyword.
+
+A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, …), plus `jd_sum` for its Sum and
+`sum` (or None) for the ordinary backward of the summed loss, which needs no Jacobian.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torchjd.aggregation as jd
+from torch import Tensor, nn
+from torchjd.linalg import QuadprogProjector
+
+from movae_fast.names import nearest
+
+# A Gramian's trace below this is taken for zero in strict mode, so that no scaling of the losses changes which
+# objectives count: TorchJD's own norm_eps is absolute.
+TINY_TRACE = 1e-300
+
+
+def _crmogm(weighting: str = "upgrad", alpha: float = 0.9) -> jd.Aggregator:
+    inner = AGGREGATORS[weighting]()
+    return jd.GramianWeightedAggregator(jd.CRMOGMWeighting(inner.gramian_weighting, alpha=alpha))
+
+
+def _modo(gamma: float = 0.1, rho: float = 0.1) -> jd.Aggregator:
+    return jd.WeightedAggregator(jd.MoDoWeighting(gamma=gamma, rho=rho))
+
+
+def _sdmgrad(
+    lr: float = 10.0,
+    momentum: float = 0.5,
+    n_iter: int = 20,
+    lambda_: float = 0.3,
+    pref_vector: Tensor | None = None,
+) -> jd.Aggregator:
+    return jd.WeightedAggregator(jd.SDMGradWeighting(lr, momentum, n_iter, lambda_, pref_vector))
+
+
+def _cagrad(c: float = 0.5, norm_eps: float = 1e-4) -> jd.Aggregator:
+    return jd.CAGrad(c=c, norm_eps=norm_eps)
+
+
+def _fairgrad(alpha: float = 2.0, max_iters: int | None = None) -> jd.Aggregator:
+    return jd.FairGrad(alpha=alpha, max_iters=max_iters)
+
+
+def _krum(n_byzantine: int = 0, n_selected: int = 1) -> jd.Aggregator:
+    return jd.Krum(n_byzantine=n_byzantine, n_selected=n_selected)
+
+
+def _trimmed_mean(trim_number: int = 0) -> jd.Aggregator:
+    return jd.TrimmedMean(trim_number=trim_number)
+
+
+def _constant(weights: Sequence[float]) -> jd.Aggregator:
+    return jd.Constant(torch.tensor(weights, dtype=torch.float32))
+
+
+def _aligned_mtl_median(pref_vector: Tensor | None = None) -> jd.Aggregator:
+    return jd.AlignedMTL(pref_vector, scale_mode="median")
+
+
+AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
+    "jd_sum": jd.Sum,
+    "upgrad": jd.UPGrad,
+    "dualproj": jd.DualProj,
+    "aligned_mtl": jd.AlignedMTL,
+    "aligned_mtl_median": _aligned_mtl_median,
+    "cagrad": _cagrad,
+    "config": jd.ConFIG,
+    "constant": _constant,
+    "crmogm": _crmogm,
+    "excess_mtl": jd.ExcessMTL,
+    "fairgrad": _fairgrad,
+    "graddrop": jd.GradDrop,
+    "gradvac": jd.GradVac,
+    "imtl_g": jd.IMTLG,
+    "krum": _krum,
+    "mean": jd.Mean,
+    "mgda": jd.MGDA,
+    "modo": _modo,
+    "nash_mtl": jd.NashMTL,
+    "pcd": jd.PCD,
+    "pcgrad": jd.PCGrad,
+    "random": jd.Random,
+    "sdmgrad": _sdmgrad,
+    "trimmed_mean": _trimmed_mean,
+}
+
+# Set by the trainer rather than by a flag: the preference has its own flag, the rest follow from the run.
+_NOT_FLAGS = ("pref_vector", "projector", "n_tasks", "f", "leak")
+
+
+def aggregator_args(name: str) -> list[str]:
+    """Names that `--agg_args.<name>` takes for this aggregator."""
+    parameters = inspect.signature(AGGREGATORS[name]).parameters
+    return [p for p in parameters if p not in _NOT_FLAGS]
+
+
+def make_aggregator(
+    name: str,
+    m: int,
+    args: Mapping[str, Any] | None = None,
+    pref_weights: Sequence[float] | None = None,
+    norm_eps: float = 0.0,
+    reg_eps: float = 1e-6,
+) -> jd.Aggregator:
+    """The aggregator `name` for m objectives.
+
+    `norm_eps` and `reg_eps` are those of the projection onto the dual cone (UPGrad, DualProj), relative to the
+    Gramian's trace; the defaults are strict, TorchJD's own are 1e-4 both. Raises ValueError for a parameter or
+    a preference that the aggregator does not have, and ImportError's remedy where a solver is missing.
+    """
+    factory = AGGREGATORS[name]
+    known = inspect.signature(factory).parameters
+    options: dict[str, Any] = {}
+    for key, value in (args or {}).items():
+        valid = aggregator_args(name)
+        if key not in valid:
+            has = f"its parameters are {', '.join(valid)}" if valid else "it has no parameters"
+            raise ValueError(f"--agg_args.{key}: {name} has no such parameter{nearest(key, valid)}; {has}")
+        options[key] = value
+    if pref_weights is not None:
+        if "pref_vector" not in known:
+            takers = [n for n in AGGREGATORS if "pref_vector" in inspect.signature(AGGREGATORS[n]).parameters]
+            raise ValueError(f"--pref_weights: {name} has no preference; these have: {', '.join(takers)}")
+        if len(pref_weights) != m:
+            raise ValueError(f"--pref_weights has {len(pref_weights)} values; {m} objectives are aggregated")
+        options["pref_vector"] = torch.tensor(pref_weights, dtype=torch.float64)
+    if "projector" in known:
+        options["projector"] = QuadprogProjector(norm_eps=max(norm_eps, TINY_TRACE), reg_eps=reg_eps)
+    if "n_tasks" in known:
+        options["n_tasks"] = m
+    try:
+        return factory(**options)
+    except ImportError as error:
+        remedy = "pip install 'movae-fast[solvers]'"
+        raise ValueError(f"--agg {name} needs a solver that is not installed: {remedy} ({error})") from None
+    except TypeError as error:
+        raise ValueError(
+            f"--agg {name}: {error}; its parameters are {', '.join(aggregator_args(name))}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"--agg_args of {name}: {error}") from None
+
+
+def aggregate(
+    aggregator: jd.Aggregator,
+    rows: Tensor,  # [m, P]
+    gramian: Tensor,  # [m, m] float64
+) -> tuple[Tensor, Tensor | None]:
+    """The update [P] and, where the aggregator weights rows, its weights [m].
+
+    A weighting that sees only the Gramian gets the float64 one.
+    """
+    if isinstance(aggregator, jd.GramianWeightedAggregator):
+        weights = aggregator.gramian_weighting(gramian)
+    elif isinstance(aggregator, jd.WeightedAggregator):
+        weights = aggregator.weighting(rows)
+    else:
+        return aggregator(rows), None
+    return weights.to(rows) @ rows, weights
+
+
+def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a stateful aggregator remembers between steps, as plain numbers and tensors, module by module."""
+    state: dict[str, dict[str, Any]] = {}
+    for path, module in aggregator.named_modules():
+        kept: dict[str, Any] = {}
+        for key, value in vars(module).items():
+            if key.startswith("_parameters") or key in ("training", "_buffers", "_modules"):
+                continue
+            if isinstance(value, Tensor | int | float | bool | None):
+                kept[key] = value
+            elif type(value).__module__ == "numpy":
+                kept[key] = {"numpy": torch.as_tensor(value)}
+        state[path] = kept
+    return state
+
+
+def load_aggregator_state(aggregator: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put back what `aggregator_state` took."""
+    modules = dict(aggregator.named_modules())
+    for path, kept in state.items():
+        module = modules[path]
+        if kept.get("step", 0) and hasattr(module, "_init_optim_problem"):
+            module._init_optim_problem()  # NashMTL builds its program at step 0 only
+        for key, value in kept.items():
+            setattr(module, key, value["numpy"].numpy() if isinstance(value, dict) else value)

@@ -1,0 +1,165 @@
+"""Checkpoints: one file with everything that a bit-exact resume needs, written atomically and durably.
+
+A file holds plain containers and tensors only, so it loads with `weights_only=True`. Each section carries a
+digest of its contents, and a file whose contents do not match is refused with the sections' names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMAT = "movae-fast checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says why and what differs."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 over nested containers, numbers, strings and the bytes, shapes and dtypes of tensors."""
+    sha = hashlib.sha256()
+
+    def feed(v: Any) -> None:
+        if isinstance(v, Tensor):
+            data = v.detach().cpu().contiguous()
+            sha.update(f"tensor {data.dtype} {tuple(data.shape)}".encode())
+            if data.numel():
+                sha.update(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        elif isinstance(v, Mapping):
+            sha.update(f"map {len(v)}".encode())
+            for key in v:
+                feed(key)
+                feed(v[key])
+        elif isinstance(v, list | tuple):
+            sha.update(f"list {len(v)}".encode())
+            for item in v:
+                feed(item)
+        else:
+            sha.update(f"{type(v).__name__} {v!r}".encode())
+
+    feed(value)
+    return sha.hexdigest()
+
+
+def save(path: Path, sections: Mapping[str, Any]) -> None:
+    """Write the sections to `path`: to a temporary file, synced, then renamed over, then the folder synced.
+
+    Whatever moment the machine dies at, `path` is either the old file or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    record = {"format": FORMAT, "digests": {k: digest(v) for k, v in sections.items()}, **sections}
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(record, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The sections of a checkpoint. Raises CheckpointError for one that is missing, truncated or altered."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        record = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is truncated, damaged or not a checkpoint ({reason[:160]})") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of movae-fast")
+    digests = record.pop("digests", {})
+    del record["format"]
+    altered = [k for k in sorted({*digests, *record}) if k not in record or digests.get(k) != digest(record[k])]
+    if altered:
+        raise CheckpointError(
+            f"{path} was altered after it was written; these parts differ: {', '.join(altered)}"
+        )
+    return record
+
+
+def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights into the model; a CheckpointError says which tensors differ if they do not fit."""
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    foreign = [k for k in state if k not in own]
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"lacks {_few(missing)}")
+    if foreign:
+        problems.append(f"has {_few(foreign)} besides")
+    if shapes:
+        problems.append(_few(shapes))
+    if problems:
+        raise CheckpointError(f"{path} is of another model: it {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator that training draws from."""
+    numpy_state = np.random.get_state(legacy=True)
+    assert isinstance(numpy_state, tuple)
+    kind, words, position, has_gauss, gauss = numpy_state
+    version, numbers, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [
+            str(kind),
+            torch.as_tensor(np.asarray(words, np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
+        "python": [version, list(numbers), gauss_next],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put back what `rng_state` took."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    kind, words, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, words.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers), gauss_next))
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or a run folder's `last`, or its `best`."""
+    if path.is_dir():
+        for name in ("last.pt", "best.pt"):
+            candidate = path / "checkpoints" / name
+            if candidate.is_file():
+                return candidate
+        raise CheckpointError(f"{path} holds no run: no checkpoints/last.pt in it")
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint or run at {path}")
+    return path

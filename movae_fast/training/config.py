@@ -1,0 +1,360 @@
+"""Every setting of a run: one dataclass a subject, each field a flag of the same name.
+
+`validate` checks what can be checked before anything is allocated; a message names the flag and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from movae_fast.aggregation.registry import AGGREGATORS
+from movae_fast.data import DATASETS, DatasetInfo
+from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.models import MODELS, VAE
+from movae_fast.names import pick
+from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
+
+
+@dataclass
+class DataConfig:
+    """Data.
+
+    Args:
+        dataset: Name of the dataset; dashes and case do not matter (`movae doctor` lists them).
+        data_dir: Folder that holds (or receives) the original files.
+        image_size: Side of the square images in pixels; the default is the dataset's own.
+        resize: How images reach that side: zero padding, resampling, or padding where 4 pixels are missing.
+        crop: CelebA's crop before resizing: centre 148 (MO-VAE), centre 140, 128 around the face, or none.
+        download: Fetch missing files through torchvision.
+        loader: `resident` keeps the set on the device as uint8, `torch` streams it through worker processes.
+        num_workers: Worker processes of the `torch` loader.
+        batch_size: Images a step.
+        eval_batch_size: Images a batch of evaluation; the default is batch_size.
+        normalize: Map images to [-1, 1] instead of [0, 1].
+        flip: Mirror training images at random; the default is the dataset's own.
+        limit_train: Use this many evenly spaced training images; 0 means all.
+        limit_test: Use this many evenly spaced test images; 0 means all.
+    """
+
+    dataset: str = "cifar10"
+    data_dir: str = "data"
+    image_size: int | None = None
+    resize: Literal["auto", "pad", "bilinear", "bicubic"] = "auto"
+    crop: Literal["center148", "center140", "stylegan", "none"] = "center148"
+    download: bool = True
+    loader: Literal["auto", "resident", "torch"] = "auto"
+    num_workers: int = 0
+    batch_size: int = 128
+    eval_batch_size: int | None = None
+    normalize: bool = False
+    flip: bool | None = None
+    limit_train: int = 0
+    limit_test: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """Model. An option that the chosen arch does not have is refused.
+
+    Args:
+        arch: Name of the model.
+        latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128).
+        hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
+            vq_vae: 128 256).
+        layer_norm: Normalisation in vae (batch) and vq_vae (none).
+        embedding_dim: Dimension of a code (vq_vae: 64).
+        num_embeddings: Number of codes (vq_vae: 512).
+        num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
+        max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
+        dim: Base channels (cnn_vae, mmd_vae: 64).
+        dim_mults: Multiples of dim, one a stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
+        with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
+    """
+
+    arch: str = "vae"
+    latent_dim: int | None = None
+    hidden_dims: list[int] | None = None
+    layer_norm: Literal["batch", "layer", "none"] | None = None
+    embedding_dim: int | None = None
+    num_embeddings: int | None = None
+    num_residual_layers: int | None = None
+    max_filters: int | None = None
+    dim: int | None = None
+    dim_mults: list[int] | None = None
+    with_bn: bool | None = None
+
+
+@dataclass
+class ObjectiveConfig:
+    """Objectives and their aggregation.
+
+    Args:
+        recons_dist: Likelihood of the pixels: BCE (bernoulli), squared error (gaussian) or L1 (laplacian).
+        recons_reduction: Over pixels and batch (mean), over pixels with the mean over the batch (sum), or 255
+            times the sum over both (scaled_sum, gaussian only); the default is the model's.
+        recons_activation: Output activation; by default sigmoid for bernoulli, else the model's or tanh.
+        loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
+            default is the model's.
+        beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
+        anneal_steps: Steps over which betatc_vae's dimension-wise KL reaches its weight.
+        tc_estimator: Estimator of log q(z): stratified (mss) or weighted (mws) minibatch sampling.
+        mmd_alpha: mmd_vae's alpha: KL weighs 1 - alpha, MMD alpha + lambda - 1.
+        mmd_lambda: mmd_vae's lambda.
+        agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
+        agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
+        pref_weights: Preference of the aggregator, one weight an objective (default 1/m each).
+        jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all).
+        upgrad_norm_eps: Trace of the Gramian below which upgrad and dualproj take it for zero (TorchJD: 1e-4).
+        upgrad_reg_eps: Regularisation of upgrad's and dualproj's Gramian relative to its trace (TorchJD: 1e-4).
+    """
+
+    recons_dist: ReconsDist = "gaussian"
+    recons_reduction: ReconsReduction | None = None
+    recons_activation: Literal["tanh", "sigmoid", "none"] | None = None
+    loss_weights: list[float] | dict[str, float] | None = None
+    beta: float | None = None
+    anneal_steps: int = 200
+    tc_estimator: Literal["mss", "mws"] = "mss"
+    mmd_alpha: float = 1.0
+    mmd_lambda: float = 1.0
+    agg: str = "sum"
+    agg_args: dict[str, Any] = field(default_factory=dict)
+    pref_weights: list[float] | None = None
+    jacobian: Literal["shared", "all"] = "shared"
+    upgrad_norm_eps: float = 0.0
+    upgrad_reg_eps: float = 1e-6
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer and schedule.
+
+    Args:
+        optimizer: Optimizer.
+        lr: Learning rate.
+        weight_decay: Weight decay (decoupled in adamw).
+        momentum: SGD's momentum.
+        max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
+        scheduler: Learning-rate schedule after the warm-up, stepped every step.
+        scheduler_lr_min: Learning rate at the end of cosine.
+        scheduler_gamma: Factor at each milestone of multi_step.
+        scheduler_milestones: Epochs of multi_step's drops.
+        warmup_steps: Steps of linear warm-up from lr / warmup_steps.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    max_grad_norm: float = 0.0
+    scheduler: Literal["none", "cosine", "multi_step"] = "none"
+    scheduler_lr_min: float = 0.0
+    scheduler_gamma: float = 0.1
+    scheduler_milestones: list[int] = field(default_factory=list)
+    warmup_steps: int = 0
+
+
+@dataclass
+class RunConfig:
+    """The run.
+
+    Args:
+        epochs: Passes over the training set.
+        steps: Stop after this many steps instead; 0 means by epochs.
+        seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        log_every: Steps between lines of metrics.jsonl.
+        eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
+        save_freq: Epochs between kept checkpoints and figures; 0 keeps `last` and `best` only.
+        checkpoint_every: Steps between writes of the `last` checkpoint, besides each epoch's end; 0 for none.
+        num_samples: Images of each kind in a figure.
+        max_fid_samples: Accepted for compatibility; training computes no FID.
+        save_path: Folder under which a run gets dataset/arch/agg/time.
+        exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.
+        resume: Continue this run (its folder or one of its checkpoints), bit for bit.
+        export: Also write the final weights to this file; an existing file is never overwritten.
+    """
+
+    epochs: int = 50
+    steps: int = 0
+    seed: int | None = None
+    device: str = "auto"
+    log_every: int = 50
+    eval_freq: int = 1
+    save_freq: int = 10
+    checkpoint_every: int = 1000
+    num_samples: int = 16
+    max_fid_samples: int | None = None
+    save_path: str = "runs"
+    exp_dir: str | None = None
+    resume: str | None = None
+    export: str | None = None
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases (extra `wandb`; WANDB_MODE=offline works).
+
+    Args:
+        use_wandb: Log to Weights & Biases too.
+        wandb_project: Project.
+        wandb_entity: Team or user.
+        wandb_name: Name of the run.
+        wandb_tags: Tags.
+    """
+
+    use_wandb: bool = False
+    wandb_project: str = "mo-vae"
+    wandb_entity: str | None = None
+    wandb_name: str | None = None
+    wandb_tags: list[str] | None = None
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `movae train` is told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
+        """From flags by name, as on a command line or in a config.yaml; unknown names are ignored."""
+        parts = {}
+        for part in fields(cls):
+            section = SECTIONS[part.name]
+            names = {f.name for f in fields(section)}
+            parts[part.name] = section(**{k: v for k, v in values.items() if k in names})
+        return cls(**parts)
+
+    def flat(self) -> dict[str, Any]:
+        """Flags by name; the inverse of `from_flat`."""
+        return {name: value for part in asdict(self).values() for name, value in part.items()}
+
+    @property
+    def info(self) -> DatasetInfo:
+        return DATASETS[self.data.dataset]
+
+    @property
+    def model_class(self) -> type[VAE]:
+        return MODELS[self.model.arch]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        size = self.data.image_size or self.info.default_size
+        return self.info.channels, size, size
+
+    @property
+    def aggregated(self) -> bool:
+        return self.objective.agg != "sum"
+
+    @property
+    def activation(self) -> Literal["tanh", "sigmoid", "none"]:
+        if self.objective.recons_activation is not None:
+            return self.objective.recons_activation
+        if self.objective.recons_dist == "bernoulli":
+            return "sigmoid"
+        return self.model_class.default_activation or "tanh"
+
+    @property
+    def reduction(self) -> ReconsReduction:
+        return self.objective.recons_reduction or self.model_class.recons_reduction  # type: ignore[return-value]
+
+    def weights(self) -> list[float]:
+        """The objectives' weights in order."""
+        o = self.objective
+        defaults = None
+        if "mmd" in self.model_class.objectives:
+            defaults = self.model_class.default_weights(self.image_shape, o.mmd_alpha, o.mmd_lambda)  # type: ignore[call-arg]
+        return resolve_weights(self.model_class, self.image_shape, o.loss_weights, o.beta, defaults)
+
+
+SECTIONS: dict[str, Any] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+    "wandb": WandbConfig,
+}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; asking for CUDA where there is none is an error, never a silent CPU run."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; valid: auto, cpu, cuda, cuda:0, …") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda devices are supported")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu, or see `movae doctor`")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def validate(config: TrainConfig) -> None:
+    """Normalise names and refuse what cannot work, before anything is allocated. Raises ValueError."""
+    data, objective, run = config.data, config.objective, config.run
+    data.dataset = pick("dataset", data.dataset, DATASETS)
+    config.model.arch = pick("arch", config.model.arch, MODELS)
+    objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
+    if config.info.channels == 3 and data.image_size is None:
+        data.image_size = config.info.default_size
+    if data.image_size is None:
+        data.image_size = config.info.default_size
+    assert data.crop in CELEBA_CROPS
+    _at_least(1, batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, image_size=data.image_size)
+    _at_least(1, epochs=run.epochs, log_every=run.log_every, num_samples=run.num_samples)
+    _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)
+    _at_least(0, steps=run.steps, eval_freq=run.eval_freq, save_freq=run.save_freq, seed=run.seed)
+    _at_least(0, checkpoint_every=run.checkpoint_every, warmup_steps=config.optimizer.warmup_steps)
+    _at_least(1, anneal_steps=objective.anneal_steps)
+    for name in ("lr", "weight_decay", "max_grad_norm", "scheduler_lr_min"):
+        value = getattr(config.optimizer, name)
+        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
+            raise ValueError(
+                f"--{name} {value} must be {'positive' if name == 'lr' else 'zero or more'} and finite"
+            )
+    if config.optimizer.scheduler == "multi_step" and not config.optimizer.scheduler_milestones:
+        raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
+    if objective.recons_reduction == "scaled_sum" and objective.recons_dist != "gaussian":
+        raise ValueError(
+            f"--recons_reduction scaled_sum is for gaussian only; with --recons_dist {objective.recons_dist} "
+            "use mean or sum"
+        )
+    if objective.recons_dist == "bernoulli" and data.normalize:
+        raise ValueError("--recons_dist bernoulli needs images in [0, 1]; leave out --normalize")
+    if objective.recons_dist == "bernoulli" and config.activation != "sigmoid":
+        raise ValueError("--recons_dist bernoulli has sigmoid outputs; leave out --recons_activation")
+    if data.normalize and config.activation == "sigmoid":
+        raise ValueError("--normalize gives images in [-1, 1], which a sigmoid output cannot reach; use tanh")
+    if not config.aggregated and (objective.agg_args or objective.pref_weights):
+        raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
+    weights = config.weights()
+    if "tc" in config.model_class.objectives and data.batch_size < 2:
+        raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
+    if config.aggregated and sum(w != 0 for w in weights) < 1:
+        raise ValueError("--loss_weights leave no objective to aggregate")
+    if run.exp_dir is not None and run.resume is not None:
+        raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
+    if run.export is not None and Path(run.export).exists():
+        raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")

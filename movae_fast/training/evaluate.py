@@ -1,0 +1,83 @@
+"""What a model is worth on the test split."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
+from movae_fast.models import VAE, VQOutput
+from movae_fast.objectives import LossVector
+from movae_fast.training.telemetry import codebook_figures
+
+MEAN_IMAGE_LIMIT = 65_536
+
+
+@torch.no_grad()
+def evaluate(model: VAE, losses: LossVector, loader: Loader, seed: int) -> dict[str, float]:
+    """Every objective (unweighted, averaged over images), their weighted sum, and the reconstruction's MSE.
+
+    Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
+    decoded), and for a codebook `test/codebook_usage` and `test/perplexity`. Noise comes from `seed` alone and
+    training's random state is put back, so evaluating more often changes nothing else.
+    """
+    was_training = model.training
+    model.eval()
+    devices = [loader.device] if loader.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        sums = torch.zeros(len(losses.names) + 1, dtype=torch.float64, device=loader.device)
+        images = valued = 0
+        usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
+        for x, _ in loader.epoch():
+            n = len(x)
+            sums[-1] += squared_error(model, x, loader.normalize) * n
+            images += n
+            if n == 1 and "tc" in losses.names:
+                continue  # total correlation is estimated within a batch; one image has none
+            out = model(x)
+            sums[:-1] += torch.stack(losses(out, x)).double() * n
+            valued += n
+            if isinstance(out, VQOutput):
+                usage += out.usage.to(usage)
+    model.train(was_training)
+    values = (sums[:-1] / max(valued, 1)).cpu()
+    line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
+    line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
+    line["test/mse"] = float(sums[-1]) / images
+    return line | {f"test/{k}": v for k, v in codebook_figures(usage).items()}
+
+
+def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64
+    """Squared error a value between images and their reconstruction, both in [0, 1]."""
+    error = to_unit(model.reconstruct(x), normalize) - to_unit(x, normalize)
+    return error.square().mean(dtype=torch.float64)
+
+
+@torch.no_grad()
+def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
+    """The mean training image (over at most 65,536 evenly spaced ones)."""
+    n = min(len(loader.source), MEAN_IMAGE_LIMIT)
+    plain = ResidentLoader(Subset(loader.source, n), 256, loader.device, train=False)
+    return torch.stack([x.sum(0, dtype=torch.float64) for x, _ in plain.epoch()]).sum(0) / n
+
+
+class MeanImage(torch.nn.Module):
+    """The model that answers every image with the same one: what `test/mse` has to beat."""
+
+    def __init__(self, image: Tensor, normalize: bool) -> None:
+        super().__init__()
+        self.image = image * 2 - 1 if normalize else image
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.image.to(x).expand_as(x)
+
+
+@torch.no_grad()
+def reconstruction_mse(model: VAE | MeanImage, loader: Loader) -> float:
+    """Squared error a value of `model.reconstruct` on a loader's images in [0, 1]."""
+    total, images = torch.zeros((), dtype=torch.float64, device=loader.device), 0
+    for x, _ in loader.epoch():
+        total += squared_error(model, x, loader.normalize) * len(x)
+        images += len(x)
+    return float(total) / images

@@ -1,0 +1,247 @@
+"""A run: what `fit` works on, how it is set up from a configuration, saved, and restored."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
+from movae_fast.data import LOADERS, Loader, ReadOptions, Subset, choose_loader
+from movae_fast.models import VAE, build_model, model_options
+from movae_fast.objectives import LossVector
+from movae_fast.training import checkpoint
+from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.logs import Logs, require_wandb
+from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.step import GradientStep
+from movae_fast.training.telemetry import Telemetry
+
+
+@dataclass
+class Run:
+    """Everything of a training run; `epoch`, `batch` and `step` are its position."""
+
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    model: VAE
+    train_loader: Loader
+    test_loader: Loader
+    losses: LossVector
+    gradient: GradientStep
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    telemetry: Telemetry
+    total_steps: int
+    logs: Logs | None = None
+    epoch: int = 0  # epochs that are complete
+    batch: int = 0  # batches of the current epoch that are done
+    step: int = 0  # optimizer steps that are done
+    best: float = math.inf
+    good: Path | None = None  # the last checkpoint written
+    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes figures
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.total_steps / len(self.train_loader))
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+    def state(self) -> dict[str, Any]:
+        """The sections of a checkpoint."""
+        aggregator = self.gradient.aggregator
+        return {
+            "config": self.config.flat(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "aggregator": aggregator_state(aggregator) if aggregator is not None else {},
+            "telemetry": self.telemetry.state_dict(),
+            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best},
+            "rng": checkpoint.rng_state(),
+        }
+
+    def save(self, name: str) -> Path:
+        """Write checkpoints/<name>.pt, unless a parameter stopped being finite (FloatingPointError)."""
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        if not bool(finite.all()):
+            raise FloatingPointError(f"the model's parameters are not finite after step {self.step}")
+        path = self.folder / "checkpoints" / f"{name}.pt"
+        checkpoint.save(path, self.state())
+        self.good = path
+        return path
+
+    def restore(self, record: dict[str, Any], path: Path) -> None:
+        """Continue from a checkpoint's sections."""
+        checkpoint.load_model(self.model, record["model"], path)
+        self.optimizer.load_state_dict(record["optimizer"])
+        self.scheduler.last_epoch = record["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
+        if self.gradient.aggregator is not None:
+            load_aggregator_state(self.gradient.aggregator, record["aggregator"])
+        self.telemetry.load_state_dict(record["telemetry"])
+        position = record["position"]
+        self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
+        self.best, self.good = position["best"], path
+        checkpoint.set_rng_state(record["rng"])
+
+
+def setup(config: TrainConfig) -> Run:
+    """A new run from a validated configuration: reads the data, builds everything, makes the run's folder.
+
+    The folder is made last, so that a configuration that fails leaves nothing behind.
+    """
+    require_wandb(config.wandb)
+    device = resolve_device(config.run.device)
+    if config.run.seed is None:
+        config.run.seed = int.from_bytes(os.urandom(4), "little") >> 1
+    run = assemble(config, device)
+    run.folder = make_folder(config)
+    write_config(run.folder, config)
+    run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=None)
+    return run
+
+
+def resume(path: Path, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
+    """The run at `path` (its folder or a checkpoint in it) at the position where it was saved.
+
+    `changes` turns the saved flags into the configuration to continue with. Raises CheckpointError for a
+    checkpoint that is damaged or of another model.
+    """
+    path = checkpoint.find(path)
+    record = checkpoint.load(path)
+    if "optimizer" not in record:
+        raise checkpoint.CheckpointError(
+            f"{path} holds weights only; a run is resumed from its checkpoints/last.pt"
+        )
+    config = changes(record["config"])
+    require_wandb(config.wandb)
+    run = assemble(config, resolve_device(config.run.device))
+    run.restore(record, path)
+    run.folder = path.parent.parent
+    run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=run.step)
+    write_config(run.folder, config)
+    return run
+
+
+def assemble(config: TrainConfig, device: torch.device) -> Run:
+    """Everything of a run but its folder and logs, at position zero."""
+    seed = config.run.seed or 0
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    shape = config.image_shape
+    options = {name: getattr(config.model, name) for name in vars(config.model) if name != "arch"}
+    # Built before any data is read: a size that does not fit is said at once.
+    model = build_model(config.model.arch, shape, config.activation, options).to(device)
+    weights = config.weights()
+    aggregator = None
+    if config.aggregated:
+        o = config.objective
+        m = sum(w != 0 for w in weights)
+        aggregator = make_aggregator(
+            o.agg, m, o.agg_args, o.pref_weights, norm_eps=o.upgrad_norm_eps, reg_eps=o.upgrad_reg_eps
+        ).to(device)
+    train_loader, test_loader = make_loader(config, device, "train"), make_loader(config, device, "test")
+    losses = LossVector(
+        model,
+        weights,
+        config.objective.recons_dist,
+        config.reduction,
+        n_data=len(train_loader.source),
+        tc_estimator=config.objective.tc_estimator,
+        anneal_steps=config.objective.anneal_steps,
+    )
+    optimizer = make_optimizer(config.optimizer, model.parameters())
+    per_epoch = len(train_loader)
+    total = config.run.steps or config.run.epochs * per_epoch
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.optimizer, total, per_epoch))
+    codes = getattr(model, "num_embeddings", 0)
+    return Run(
+        config=config,
+        folder=Path(),
+        device=device,
+        model=model,
+        train_loader=train_loader,
+        test_loader=test_loader,
+        losses=losses,
+        gradient=GradientStep(model, losses, aggregator, config.objective.jacobian),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
+        total_steps=total,
+    )
+
+
+def make_loader(config: TrainConfig, device: torch.device, split: str) -> Loader:
+    """The loader of one split by the configuration."""
+    data, info = config.data, config.info
+    train = split == "train"
+    source: Any = info.read(
+        ReadOptions(
+            root=Path(data.data_dir).expanduser(),
+            split=split,
+            image_size=config.image_shape[1],
+            download=data.download,
+            device=device if data.loader != "torch" else torch.device("cpu"),
+            crop=data.crop,
+            resize=data.resize,
+        )
+    )
+    kind = choose_loader(data.loader, source)
+    limit = data.limit_train if train else data.limit_test
+    if 0 < limit < len(source):
+        source = Subset(source, limit)
+    options: dict[str, Any] = {
+        "train": train,
+        "seed": config.run.seed or 0,
+        "flip": info.flip if data.flip is None else data.flip,
+        "normalize": data.normalize,
+    }
+    if kind == "torch":
+        options["num_workers"] = data.num_workers
+    size = data.batch_size if train else data.eval_batch_size or data.batch_size
+    return LOADERS[kind](source, size, device, **options)
+
+
+def make_folder(config: TrainConfig) -> Path:
+    """The run's new folder: exp_dir, or save_path/dataset/arch/agg/time. Never one that holds anything."""
+    if config.run.exp_dir is not None:
+        folder = Path(config.run.exp_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"--exp_dir {folder} is not empty and is not overwritten; name a new folder, or continue "
+                f"the run in it: movae train --resume {folder}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = Path(config.run.save_path, config.data.dataset, config.model.arch, config.objective.agg)
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        folder = base / f"{time}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"--save_path {base}: no free folder name for {time}")
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """config.yaml: every flag's value, seed included; `movae train --config` reads it."""
+    flat = {k: v for k, v in config.flat().items() if k not in ("resume", "exp_dir", "export")}
+    options = model_options(config.model.arch)
+    model_only = {k for k in vars(config.model) if k != "arch" and k not in options}
+    text = yaml.safe_dump({k: v for k, v in flat.items() if k not in model_only}, sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
