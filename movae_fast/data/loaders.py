@@ -70,6 +70,11 @@ class Loader:
             part = None if flip is None else flip[at : at + len(images)]
             yield finish(images, part, self.normalize), labels
 
+    def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the given rows [N] of the source, in order, unmirrored."""
+        for _, (images, labels) in self.batches(rows, 0):
+            yield finish(images, None, self.normalize), labels
+
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """(offset, (uint8 images, labels)) on the device for `rows`, from batch `start` on."""
         raise NotImplementedError

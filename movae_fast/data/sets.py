@@ -128,16 +128,7 @@ def _in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
     return Images(pixels, torch.as_tensor(np.asarray(labels)).long())
 
 
-def _mnist_like(name: str, cls: type) -> Callable[[ReadOptions], Source]:
-    def read(options: ReadOptions) -> Source:
-        data = _torchvision(name, cls, options, train=options.split == "train")
-        return _in_memory(data.data, data.targets, options)
-
-    return read
-
-
-def _cifar(name: str, cls: type) -> Callable[[ReadOptions], Source]:
-    # torchvision's CIFAR100 derives from its CIFAR10; each reads its own folder and its own checksums here.
+def _train_or_test(name: str, cls: type) -> Callable[[ReadOptions], Source]:
     def read(options: ReadOptions) -> Source:
         data = _torchvision(name, cls, options, train=options.split == "train")
         return _in_memory(data.data, data.targets, options)
@@ -151,8 +142,11 @@ def _svhn(options: ReadOptions) -> Source:
 
 
 def _celeba(options: ReadOptions) -> Source:
-    split = "train" if options.split == "train" else "test"
-    return CelebAFiles(_torchvision("celeba", tv.CelebA, options, split=split, target_type="attr"), options)
+    folder = next((f for f in ("celeba", "CelebA") if (options.root / f).is_dir()), "celeba")
+    reader = type("CelebA", (tv.CelebA,), {"base_folder": folder})
+    return CelebAFiles(
+        _torchvision("celeba", reader, options, split=options.split, target_type="attr"), options
+    )
 
 
 def _sprites(options: ReadOptions) -> Source:
@@ -193,7 +187,9 @@ DATASETS: dict[str, DatasetInfo] = {
             factor_sizes=sprites.FACTOR_SIZES,
         ),
         DatasetInfo("digits", 1, 8, 32, 1500, 297, _digits, "nothing, it comes with scikit-learn"),
-        DatasetInfo("mnist", 1, 28, 32, 60_000, 10_000, _mnist_like("mnist", tv.MNIST), f"MNIST/raw/{{{_GZ}}}"),
+        DatasetInfo(
+            "mnist", 1, 28, 32, 60_000, 10_000, _train_or_test("mnist", tv.MNIST), f"MNIST/raw/{{{_GZ}}}"
+        ),
         DatasetInfo(
             "fashion_mnist",
             1,
@@ -201,7 +197,7 @@ DATASETS: dict[str, DatasetInfo] = {
             32,
             60_000,
             10_000,
-            _mnist_like("fashion_mnist", tv.FashionMNIST),
+            _train_or_test("fashion_mnist", tv.FashionMNIST),
             f"FashionMNIST/raw/{{{_GZ}}}",
         ),
         DatasetInfo(
@@ -211,7 +207,7 @@ DATASETS: dict[str, DatasetInfo] = {
             32,
             50_000,
             10_000,
-            _cifar("cifar10", tv.CIFAR10),
+            _train_or_test("cifar10", tv.CIFAR10),
             "cifar-10-python.tar.gz or its folder cifar-10-batches-py",
             flip=True,
         ),
@@ -222,7 +218,7 @@ DATASETS: dict[str, DatasetInfo] = {
             32,
             50_000,
             10_000,
-            _cifar("cifar100", tv.CIFAR100),
+            _train_or_test("cifar100", tv.CIFAR100),
             "cifar-100-python.tar.gz or its folder cifar-100-python",
             flip=True,
             classes=100,

@@ -76,18 +76,15 @@ class MMDVAE(CNNVAE):
     """`mmd_vae` (InfoVAE, Zhao et al. 2017): the same network with a third objective, mmd.
 
     The published loss is reconstruction + (1 - alpha) KL + (alpha + lambda - 1) MMD(z, prior); the trainer's
-    mmd_alpha and mmd_lambda set these weights.
+    mmd_alpha and mmd_lambda multiply the weights given here.
     """
 
     objectives = ("reconstruction", "kl", "mmd")
     beta_objective = "mmd"
 
     @classmethod
-    def default_weights(
-        cls, image_shape: tuple[int, int, int], alpha: float = 1.0, lambda_: float = 1.0
-    ) -> tuple[float, ...]:
-        reconstruction, kl = super().default_weights(image_shape)
-        return reconstruction, (1 - alpha) * kl, alpha + lambda_ - 1
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return *super().default_weights(image_shape), 1.0
 
 
 def dcgan_init(module: nn.Module) -> None:

@@ -33,7 +33,7 @@ def digest(value: Any) -> str:
             data = v.detach().cpu().contiguous()
             sha.update(f"tensor {data.dtype} {tuple(data.shape)}".encode())
             if data.numel():
-                sha.update(memoryview(data.view(-1).view(torch.uint8).numpy()))
+                sha.update(data.view(-1).view(torch.uint8).numpy().data)
         elif isinstance(v, Mapping):
             sha.update(f"map {len(v)}".encode())
             for key in v:

@@ -101,6 +101,7 @@ class ObjectiveConfig:
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
+        coef_kl: Multiplies the model's default weight of kl (the collection's beta).
         anneal_steps: Steps over which betatc_vae's dimension-wise KL reaches its weight.
         tc_estimator: Estimator of log q(z): stratified (mss) or weighted (mws) minibatch sampling.
         mmd_alpha: mmd_vae's alpha: KL weighs 1 - alpha, MMD alpha + lambda - 1.
@@ -118,6 +119,7 @@ class ObjectiveConfig:
     recons_activation: Literal["tanh", "sigmoid", "none"] | None = None
     loss_weights: list[float] | dict[str, float] | None = None
     beta: float | None = None
+    coef_kl: float | None = None
     anneal_steps: int = 200
     tc_estimator: Literal["mss", "mws"] = "mss"
     mmd_alpha: float = 1.0
@@ -272,9 +274,15 @@ class TrainConfig:
     def weights(self) -> list[float]:
         """The objectives' weights in order."""
         o = self.objective
-        defaults = None
-        if "mmd" in self.model_class.objectives:
-            defaults = self.model_class.default_weights(self.image_shape, o.mmd_alpha, o.mmd_lambda)  # type: ignore[call-arg]
+        names = self.model_class.objectives
+        defaults = list(self.model_class.default_weights(self.image_shape))
+        if "mmd" in names:
+            defaults[names.index("kl")] *= 1 - o.mmd_alpha
+            defaults[names.index("mmd")] *= o.mmd_alpha + o.mmd_lambda - 1
+        if o.coef_kl is not None:
+            if "kl" not in names or o.beta is not None or o.loss_weights is not None:
+                raise ValueError("--coef_kl scales the default weight of kl: give it alone, to a model with kl")
+            defaults[names.index("kl")] *= o.coef_kl
         return resolve_weights(self.model_class, self.image_shape, o.loss_weights, o.beta, defaults)
 
 

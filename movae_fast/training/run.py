@@ -73,6 +73,12 @@ class Run:
             "rng": checkpoint.rng_state(),
         }
 
+    def export(self, path: Path) -> None:
+        """Write configuration and weights alone to `path`, which must not exist."""
+        if path.exists():
+            raise ValueError(f"--export {path} exists and is not overwritten")
+        checkpoint.save(path, {"config": self.config.flat(), "model": self.model.state_dict()})
+
     def save(self, name: str) -> Path:
         """Write checkpoints/<name>.pt, unless a parameter stopped being finite (FloatingPointError)."""
         finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
@@ -135,16 +141,30 @@ def resume(path: Path, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
     return run
 
 
+def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
+    """The configuration and the model, in evaluation mode, of a run or checkpoint (or exported weights)."""
+    path = checkpoint.find(path)
+    record = checkpoint.load(path)
+    config = TrainConfig.from_flat(record["config"])
+    model = new_model(config).to(device)
+    checkpoint.load_model(model, record["model"], path)
+    return config, model.eval()
+
+
+def new_model(config: TrainConfig) -> VAE:
+    """The configuration's model with fresh weights, on the CPU."""
+    options = {name: value for name, value in vars(config.model).items() if name != "arch"}
+    return build_model(config.model.arch, config.image_shape, config.activation, options)
+
+
 def assemble(config: TrainConfig, device: torch.device) -> Run:
     """Everything of a run but its folder and logs, at position zero."""
     seed = config.run.seed or 0
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    shape = config.image_shape
-    options = {name: getattr(config.model, name) for name in vars(config.model) if name != "arch"}
     # Built before any data is read: a size that does not fit is said at once.
-    model = build_model(config.model.arch, shape, config.activation, options).to(device)
+    model = new_model(config).to(device)
     weights = config.weights()
     aggregator = None
     if config.aggregated:

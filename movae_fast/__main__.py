@@ -1,0 +1,8 @@
+"""`python -m movae_fast` and `torchrun -m movae_fast`."""
+
+import sys
+
+from movae_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

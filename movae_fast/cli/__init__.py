@@ -1,0 +1,61 @@
+"""The command line: `movae train|sample|reconstruct|generate|doctor`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from movae_fast import __version__
+from movae_fast.names import nearest
+
+COMMANDS = {
+    "train": "train a model; every flag has a default, recipes are --config NAME",
+    "sample": "pictures from a trained model: sample, interpolate, traverse, reconstruct, visualize_latent",
+    "reconstruct": "original beside reconstruction, one file an image",
+    "generate": "samples from the prior, one file an image and a grid",
+    "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
+}
+
+
+def usage() -> str:
+    lines = [
+        f"movae {__version__}: multi-objective variational autoencoders",
+        "",
+        "usage: movae COMMAND [flags]",
+        "",
+    ]
+    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", "movae COMMAND --help lists a command's flags."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    command = args[0]
+    if command not in COMMANDS:
+        print(
+            f"movae: unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    # Imported on demand: torch takes a second, and help should not.
+    run: Callable[[list[str]], int] = import_module(f"movae_fast.cli.{command}").run
+    from movae_fast.training.checkpoint import CheckpointError
+
+    try:
+        return run(args[1:])
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        # What the user can mend is one line; anything else is a defect and keeps its traceback.
+        if type(error) not in (ValueError, FileNotFoundError, CheckpointError):
+            raise
+        print(f"movae {command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1

@@ -1,0 +1,82 @@
+"""`movae generate`: samples from the prior, one file an image and a grid, with torch-vae's flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from movae_fast.cli import parsing
+from movae_fast.data import to_unit
+from movae_fast.figures import grid, write_png
+from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.run import load_model
+
+DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
+
+
+@dataclass
+class GenerateConfig:
+    """Generation.
+
+    Args:
+        model: The run's folder, a checkpoint, or exported weights.
+        outdir: New or empty folder for the pictures.
+        nsamples: Number of images.
+        nimg_channels: If given, the channels that the model must have (1 grey, 3 RGB).
+        latent_dim: If given, the number of latents that the model must have.
+        max_filters: If given, the widest convolution that the model must have.
+        seed: Seed of the draws.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+    """
+
+    model: str
+    outdir: str
+    nsamples: int = 8
+    nimg_channels: int | None = None
+    latent_dim: int | None = None
+    max_filters: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+
+@torch.no_grad()
+def run(argv: Sequence[str]) -> int:
+    """Parse, load, draw; the exit status."""
+    words = parsing.normalise(argv, parsing.flag_types([GenerateConfig]))
+    parser = parsing.build_parser("generate", [GenerateConfig], DESCRIPTION)
+    config = GenerateConfig(**parsing.parse(parser, words, {}))
+    if config.nsamples < 1:
+        raise ValueError(f"--nsamples {config.nsamples} must be at least 1")
+    trained, model = load_model(Path(config.model), resolve_device(config.device))
+    check_model(trained, config.latent_dim, config.max_filters)
+    channels = trained.image_shape[0]
+    if config.nimg_channels not in (None, channels):
+        raise ValueError(f"--nimg_channels {config.nimg_channels}: the model has {channels}")
+    folder = new_outdir(Path(config.outdir))
+    generator = torch.Generator().manual_seed(config.seed)
+    images = to_unit(model.sample(config.nsamples, generator), trained.data.normalize)
+    for i, image in enumerate(images):
+        write_png(folder / f"img_{i:06d}.png", grid(image[None], scale=1))
+    write_png(folder / "all.png", grid(images, columns=8))
+    print(f"{config.nsamples} pictures in {folder}, all of them in {folder / 'all.png'}")
+    return 0
+
+
+def check_model(trained: TrainConfig, latent_dim: int | None, max_filters: int | None) -> None:
+    """Refuse a model that is not the one described on the command line."""
+    flat = trained.flat()
+    for name, wanted in (("latent_dim", latent_dim), ("max_filters", max_filters)):
+        has = flat[name] if flat[name] is not None else 128  # both options' default in every model
+        if wanted is not None and wanted != has:
+            raise ValueError(f"--{name} {wanted}: the model has {has}")
+
+
+def new_outdir(folder: Path) -> Path:
+    """The folder, made; refused if it holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--outdir: {folder} is not empty and is not overwritten; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

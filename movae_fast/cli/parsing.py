@@ -1,0 +1,259 @@
+"""Flags from dataclasses, errors of one line, and other systems' spellings of the same settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from movae_fast.names import nearest
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+# Other systems' spellings: flag -> ours.
+ALIASES = {
+    "batchsize": "batch_size",
+    "train.batch_size": "batch_size",
+    "latent_dims": "latent_dim",
+    "z_dim": "latent_dim",
+    "learning_rate": "lr",
+    "train.optim.params.lr": "lr",
+    "num_epochs": "epochs",
+    "n_steps": "steps",
+    "train.n_steps": "steps",
+    "data_path": "data_dir",
+    "wd": "weight_decay",
+    "aggregator": "agg",
+    "optim": "optimizer",
+    "normalize_inputs": "normalize",
+    "num_vis_samples": "num_samples",
+    "train.n_samples": "num_samples",
+    "train.print_freq": "log_every",
+    "coef_alpha": "mmd_alpha",
+    "train.coef_alpha": "mmd_alpha",
+    "coef_lambda": "mmd_lambda",
+    "train.coef_lambda": "mmd_lambda",
+    "train.coef_kl": "coef_kl",
+    "train.resume": "resume",
+    "dataloader.num_workers": "num_workers",
+    "output_dir": "save_path",
+}
+SHORT = {"-c": "--config", "-e": "--exp_dir", "-r": "--resume"}
+# MO-VAE calls the reconstruction's likelihood by its loss today.
+RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose errors are one line that names the flag."""
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        raise ValueError(tidy(message))
+
+
+def tidy(message: str) -> str:
+    """jsonargparse's message as one line: the flag, what was given, what is expected."""
+    key = re.search(r'Parser key "([\w.]+)"', message) or re.search(r'key "([\w.]+)"', message)
+    if key is None:
+        return " ".join(message.split())
+    choices = re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", message)
+    given = re.search(r"Given value: (.*)", message) or re.search(r"Got value: (.*)", message)
+    value = f" {given.group(1).strip()}" if given else ""
+    if choices:
+        names = [c.strip().strip("'\"") for c in choices.group(1).split(",")]
+        return f"--{key.group(1)}{value}: unknown{nearest(value.strip(), names)}; valid: {', '.join(names)}"
+    expected = re.findall(r"Expected (?:a|an) <class '(\w+)'>", message) or re.findall(
+        r"Expected a ([\w.\[\], ]+)", message
+    )
+    kinds = [k for k in dict.fromkeys(expected) if k != "NoneType"]
+    return f"--{key.group(1)}{value}: expected {' or '.join(kinds) if kinds else 'another kind of value'}"
+
+
+def flag_types(sections: Sequence[type]) -> dict[str, Any]:
+    """Flag -> its type, over the fields of dataclasses."""
+    found: dict[str, Any] = {}
+    for section in sections:
+        hints = typing.get_type_hints(section)
+        found |= {f.name: hints[f.name] for f in dataclasses.fields(section)}
+    return found
+
+
+def is_bool(kind: Any) -> bool:
+    return kind is bool or bool in typing.get_args(kind)
+
+
+def is_list(kind: Any) -> bool:
+    options = (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
+    return any(typing.get_origin(o) is list for o in options)
+
+
+def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
+    """Rewrite an argument list in any supported spelling to `--flag=value` words.
+
+    Aliases become our names, `--hidden_dims 32 64` a list, a bare switch true, `--flag value` one word. Raises
+    ValueError for a flag that does not exist, with the nearest that do.
+    """
+    known = [*kinds, "config", "print_config", "help", *extra]
+    words = [SHORT.get(w, w) for w in argv]
+    out: list[str] = []
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--") or word == "--":
+            raise ValueError(f"unexpected argument {word!r}: every setting is a flag, --name value")
+        name, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+        if not equals:
+            while at < len(words) and not is_flag(words[at]):
+                values.append(words[at])
+                at += 1
+        if name == "cpu":
+            name, values = "device", ["cpu"]
+        if name == "recons_objective":
+            if not values or values[0] not in RECONS_OBJECTIVE:
+                raise ValueError(f"--recons_objective {' '.join(values)}: valid: {', '.join(RECONS_OBJECTIVE)}")
+            name, values = "recons_dist", [RECONS_OBJECTIVE[values[0]]]
+        name = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
+        base = name.split(".")[0]
+        if base not in known and base.replace("-", "_") in known:
+            name = name.replace("-", "_")
+            base = name.split(".")[0]
+        if base not in known:
+            raise ValueError(f"--{name}: no such flag{nearest(name, known)}; `--help` lists them all")
+        kind = kinds.get(base)
+        if base in ("help", "print_config"):
+            out.append(f"--{base}")
+        elif name == base and is_list(kind) and not (len(values) == 1 and values[0][:1] in "[{n"):
+            out.append(f"--{name}=[{', '.join(quoted(v, kind) for v in values)}]")
+        elif is_bool(kind) and not values:
+            out.append(f"--{name}=true")
+        elif len(values) != 1:
+            got = "no value" if not values else f"{len(values)} values: {' '.join(values)}"
+            raise ValueError(f"--{name} takes one value, got {got}")
+        else:
+            if is_bool(kind):
+                values = [
+                    {"1": "true", "0": "false", "yes": "true", "no": "false"}.get(v, v.lower()) for v in values
+                ]
+            out.append(f"--{name}={values[0]}")
+    return out
+
+
+def quoted(value: str, kind: Any) -> str:
+    return json.dumps(value) if "str" in str(kind) else value
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word begins a flag; -0.5 and -1e3 are values."""
+    return word.startswith("-") and not re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
+
+
+def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
+    """A parser with one group of flat flags a dataclass."""
+    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False)
+    for section in sections:
+        parser.add_class_arguments(section, as_group=True)
+    parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
+    return parser
+
+
+def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags by name: `defaults` (of a recipe or a saved run) overridden by the words of `normalise`."""
+    try:
+        parser.set_defaults(dict(defaults))
+        parsed = parser.parse_args(list(words))
+    except ArgumentError as error:
+        raise ValueError(tidy(str(error))) from None
+    except (TypeError, KeyError) as error:
+        raise ValueError(tidy(str(error))) from None
+    values = parsed.as_dict()
+    values.pop("config", None)
+    return values
+
+
+def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """The last value of `--flag=value` among normalised words, and the words without it."""
+    prefix = f"--{flag}="
+    found = [w[len(prefix) :] for w in words if w.startswith(prefix)]
+    return (found[-1] if found else None), [w for w in words if not w.startswith(prefix)]
+
+
+def recipe_names() -> list[str]:
+    """Names that --config accepts besides files."""
+    return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+
+
+def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags of the recipe or YAML file `name`. Raises ValueError for one that is unknown or does not parse."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        names = recipe_names()
+        raise ValueError(
+            f"--config {name}: no such file or recipe{nearest(name, names)}; recipes: {', '.join(names)}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"--config {path} must hold flags by name, as `movae train --print_config` prints them"
+        )
+    if isinstance(values.get("encoder"), dict) and isinstance(values.get("train"), dict):
+        values = from_collection(values)
+    for key in values:
+        if key not in kinds:
+            raise ValueError(f"--config {path}: {key} is no flag{nearest(str(key), kinds)}")
+    return values
+
+
+def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags from a configuration of the VAE/beta-VAE/MMD-VAE collection (encoder, data, train targets)."""
+    data, encoder, train = tree.get("data", {}), tree["encoder"], tree["train"]
+    root = data.get("params", {})
+    network = encoder.get("params", {})
+    is_mmd = "coef_lambda" in train or "coef_alpha" in train
+    name = str(data.get("target", "")).split(".")[-1]
+    flags: dict[str, Any] = {
+        "arch": "mmd_vae" if is_mmd else "cnn_vae",
+        "normalize": True,
+        "optimizer": "adam",
+        "eval_freq": 0,
+        "seed": tree.get("seed"),
+        "dataset": name.lower() or None,
+        # Its folders are the datasets' own; torchvision's data_dir is the folder that holds them.
+        "data_dir": str(Path(root["root"]).parent) if "root" in root else None,
+        "image_size": root.get("img_size"),
+        "num_workers": tree.get("dataloader", {}).get("num_workers"),
+        "latent_dim": network.get("z_dim"),
+        "dim": network.get("dim"),
+        "dim_mults": network.get("dim_mults"),
+        "with_bn": network.get("with_bn"),
+        "steps": train.get("n_steps"),
+        "batch_size": train.get("batch_size"),
+        "log_every": train.get("print_freq"),
+        "num_samples": train.get("n_samples"),
+        "coef_kl": train.get("coef_kl"),
+        "mmd_alpha": train.get("coef_alpha"),
+        "mmd_lambda": train.get("coef_lambda"),
+        "lr": train.get("optim", {}).get("params", {}).get("lr"),
+    }
+    if name.lower() == "celeba":
+        flags["crop"] = "stylegan"
+    return {k: v for k, v in flags.items() if v is not None}

@@ -1,0 +1,88 @@
+"""`movae reconstruct`: originals beside their reconstructions, one file an image, with torch-vae's flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from movae_fast.cli import parsing
+from movae_fast.cli.generate import check_model, new_outdir
+from movae_fast.data import DATASETS, to_unit
+from movae_fast.figures import grid, write_png
+from movae_fast.names import pick
+from movae_fast.training.config import resolve_device
+from movae_fast.training.run import load_model, make_loader
+
+DESCRIPTION = "Write original and reconstruction side by side, one PNG an image."
+
+
+@dataclass
+class ReconstructConfig:
+    """Reconstruction.
+
+    Args:
+        model: The run's folder, a checkpoint, or exported weights.
+        outdir: New folder for the pictures: OUTDIR/<dataset>_<split>/<latents>_latent_dims/img_00000000.png.
+        dataset: Dataset to reconstruct; the default is the one trained on.
+        data_dir: Folder of the original files; the default is where training had them.
+        rec_testdata: Reconstruct the test split instead of the training split.
+        n_images: Stop after this many images; 0 means all.
+        latent_dim: If given, the number of latents that the model must have.
+        max_filters: If given, the widest convolution that the model must have.
+        batch_size: Images at a time.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+    """
+
+    model: str
+    outdir: str
+    dataset: str | None = None
+    data_dir: str | None = None
+    rec_testdata: bool = False
+    n_images: int = 0
+    latent_dim: int | None = None
+    max_filters: int | None = None
+    batch_size: int = 128
+    device: str = "auto"
+
+
+@torch.no_grad()
+def run(argv: Sequence[str]) -> int:
+    """Parse, load, write; the exit status."""
+    words = parsing.normalise(argv, parsing.flag_types([ReconstructConfig]))
+    parser = parsing.build_parser("reconstruct", [ReconstructConfig], DESCRIPTION)
+    config = ReconstructConfig(**parsing.parse(parser, words, {}))
+    device = resolve_device(config.device)
+    trained, model = load_model(Path(config.model), device)
+    check_model(trained, config.latent_dim, config.max_filters)
+    if config.dataset is not None:
+        dataset = pick("dataset", config.dataset, DATASETS)
+        if DATASETS[dataset].channels != trained.image_shape[0]:
+            raise ValueError(
+                f"--dataset {dataset} has {DATASETS[dataset].channels} channel(s), "
+                f"the model {trained.image_shape[0]}"
+            )
+        trained.data.image_size = trained.image_shape[1]
+        trained.data.dataset = dataset
+    trained.data.data_dir = config.data_dir or trained.data.data_dir
+    trained.data.batch_size = trained.data.eval_batch_size = config.batch_size
+    split = "test" if config.rec_testdata else "train"
+    latents = getattr(model, "latent_dim", getattr(model, "embedding_dim", 0))
+    folder = new_outdir(Path(config.outdir, f"{trained.data.dataset}_{split}", f"{latents:04d}_latent_dims"))
+    loader = make_loader(trained, device, split)
+    loader.train = loader.flip = False  # in order, unmirrored, the last batch too
+    total = min(config.n_images or len(loader.source), len(loader.source))
+    done = 0
+    for x, _ in track(loader.epoch(), total=-(-total // config.batch_size), description=f"{split} images"):
+        x = x[: total - done]
+        both = torch.stack([x, model.reconstruct(x)], dim=1)
+        for pair in to_unit(both, trained.data.normalize):
+            write_png(folder / f"img_{done:08d}.png", grid(pair, columns=2, scale=1))
+            done += 1
+        if done >= total:
+            break
+    print(f"{done} pictures in {folder}")
+    return 0

@@ -1,0 +1,251 @@
+"""`movae sample`: pictures from a trained model, in five modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from movae_fast.cli import parsing
+from movae_fast.data import to_unit
+from movae_fast.figures import back_and_forth, grid, latent_scatter, pairs, write_gif, write_png
+from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models.vq_vae import VQVAE
+from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.run import load_model, make_loader
+
+DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
+
+
+@dataclass
+class SampleConfig:
+    """Sampling.
+
+    Args:
+        weights: The run's folder or a checkpoint; may stand first without its flag.
+        mode: `sample` from the prior; `interpolate` between two draws; `traverse` one latent; `reconstruct`
+            test images; `visualize_latent`, the posterior means of a model with two latents, coloured by label.
+        n_samples: Images, strips, pairs, or (visualize_latent) test images.
+        save_dir: Folder for the pictures; the default is figures/ in the run's folder.
+        batch_size: Images decoded at a time.
+        seed: Seed of the draws.
+        n_interpolate: Images of a strip from one draw to the other, both included.
+        n_traverse: Images of a strip along the latent.
+        traverse_range: A strip spans [-range, range], in prior standard deviations.
+        traverse_dim: The latent to traverse; -1 traverses every latent of one draw, a strip each.
+        single_files: Also write every image, strip or pair to a PNG of its own.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        data_dir: Folder of the original files (reconstruct, visualize_latent), if not where training had it.
+    """
+
+    weights: str
+    mode: Literal["sample", "interpolate", "traverse", "reconstruct", "visualize_latent"] = "sample"
+    n_samples: int = 16
+    save_dir: str | None = None
+    batch_size: int = 500
+    seed: int = 8888
+    n_interpolate: int = 15
+    n_traverse: int = 15
+    traverse_range: float = 3.0
+    traverse_dim: int = 0
+    single_files: bool = False
+    device: str = "auto"
+    data_dir: str | None = None
+
+
+@dataclass
+class Job:
+    """One call: a loaded model and what to do with it."""
+
+    config: SampleConfig
+    trained: TrainConfig
+    model: VAE
+    generator: torch.Generator
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [N, ...] to images [N, C, S, S] in [0, 1], batch_size at a time."""
+        parts = [self.model.to_image(self.model.decode(part)) for part in z.split(self.config.batch_size)]
+        return to_unit(torch.cat(parts), self.trained.data.normalize)
+
+    def unit(self, x: Tensor) -> Tensor:
+        return to_unit(x, self.trained.data.normalize)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, load, draw; the exit status."""
+    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
+    kinds = parsing.flag_types([SampleConfig])
+    words = parsing.normalise(words, kinds)
+    name, words = parsing.take(words, "config")
+    parser = parsing.build_parser("sample", [SampleConfig], DESCRIPTION)
+    if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
+        raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
+    config = SampleConfig(**parsing.parse(parser, words, {}))
+    job = load(config, name)
+    folder = Path(config.save_dir) if config.save_dir else default_folder(Path(config.weights))
+    with torch.no_grad():
+        for path in MODES[config.mode](job, folder):
+            print(path)
+    return 0
+
+
+def load(config: SampleConfig, expected: str | None) -> Job:
+    """The model to draw from; `expected` is a training configuration that it must agree with."""
+    for name in ("n_samples", "batch_size", "n_interpolate", "n_traverse"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    device = resolve_device(config.device)
+    trained, model = load_model(Path(config.weights), device)
+    if expected is not None:
+        kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
+        agree(parsing.read_config(expected, kinds), trained, expected)
+    if config.data_dir is not None:
+        trained.data.data_dir = config.data_dir
+    trained.run.device = config.device
+    validate(trained)
+    return Job(config, trained, model, torch.Generator().manual_seed(config.seed))
+
+
+def agree(wanted: dict[str, object], trained: TrainConfig, name: str) -> None:
+    """Refuse a configuration whose model is not the checkpoint's."""
+    flat = trained.flat()
+    for key in ("arch", "latent_dim", "dim", "dim_mults", "image_size"):
+        if key in wanted and flat[key] is not None and wanted[key] != flat[key]:
+            raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {flat[key]}")
+
+
+def default_folder(weights: Path) -> Path:
+    """figures/ of the run that the weights belong to, or of the folder they lie in."""
+    if weights.is_dir():
+        return weights / "figures"
+    return (
+        weights.parent.parent / "figures"
+        if weights.parent.name == "checkpoints"
+        else weights.parent / "figures"
+    )
+
+
+def free(folder: Path, name: str) -> Path:
+    """folder/name, or name-2, name-3, … where files are: pictures are never overwritten."""
+    stem, dot, suffix = name.partition(".")
+    candidates = (folder / f"{stem}{tag}{dot}{suffix}" for tag in ("", *(f"-{i}" for i in range(2, 10_000))))
+    return next(c for c in candidates if not c.exists())
+
+
+def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> list[Path]:
+    """On request, one PNG a picture (each [N, C, S, S] is a strip) in a folder of their own."""
+    if not job.config.single_files:
+        return []
+    target = free(folder, mode)
+    for i, images in enumerate(pictures):
+        write_png(target / f"{i}.png", grid(images, columns=len(images), scale=1))
+    return [target]
+
+
+def sample(job: Job, folder: Path) -> list[Path]:
+    images = torch.cat(
+        [
+            job.unit(job.model.sample(n, job.generator))
+            for n in amounts(job.config.n_samples, job.config.batch_size)
+        ]
+    )
+    made = [write_png(free(folder, "sample.png"), grid(images))]
+    return made + singles(job, folder, "sample", images.split(1))
+
+
+def amounts(total: int, part: int) -> list[int]:
+    """`total` in pieces of at most `part`."""
+    return [min(part, total - at) for at in range(0, total, part)]
+
+
+def ends(job: Job, n: int) -> Tensor:
+    """n latents to go between: prior draws, or for a codebook the encoder's outputs of test images."""
+    if isinstance(job.model, GaussianVAE):
+        return job.model.sample_latents(n, job.generator)
+    x, _ = test_images(job, n)
+    return job.model.encode(x)[0]
+
+
+def interpolate(job: Job, folder: Path) -> list[Path]:
+    n, steps = job.config.n_samples, job.config.n_interpolate
+    first, second = ends(job, 2 * n).chunk(2)
+    t = torch.linspace(0, 1, steps, device=first.device).view(1, steps, *(1,) * (first.dim() - 1))
+    z = (first[:, None] * (1 - t) + second[:, None] * t).flatten(0, 1)
+    if isinstance(job.model, VQVAE):
+        z = job.model.quantize(z)[0]
+    return strips(job, folder, "interpolate", job.decode(z).unflatten(0, (n, steps)))
+
+
+def traverse(job: Job, folder: Path) -> list[Path]:
+    model, config = job.model, job.config
+    if not isinstance(model, GaussianVAE):
+        raise ValueError(f"--mode traverse needs a model with latents; {job.trained.model.arch} has a codebook")
+    if not -1 <= config.traverse_dim < model.latent_dim:
+        raise ValueError(
+            f"--traverse_dim {config.traverse_dim}: the latents are 0 to {model.latent_dim - 1}; -1 is all"
+        )
+    steps = config.n_traverse
+    values = torch.linspace(-config.traverse_range, config.traverse_range, steps, device=model.device)
+    if config.traverse_dim < 0:
+        dims = torch.arange(model.latent_dim, device=model.device)
+        z = model.sample_latents(1, job.generator).expand(len(dims), -1)
+    else:
+        z = model.sample_latents(config.n_samples, job.generator)
+        dims = torch.full((len(z),), config.traverse_dim, device=model.device)
+    z = z[:, None].repeat(1, steps, 1)
+    z[torch.arange(len(z), device=z.device), :, dims] = values
+    return strips(job, folder, "traverse", job.decode(z.flatten(0, 1)).unflatten(0, (len(z), steps)))
+
+
+def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
+    """Strips [N, steps, C, S, S]: a grid with one a row, and a GIF that runs along all of them."""
+    made = [write_png(free(folder, f"{mode}.png"), grid(images.flatten(0, 1), columns=images.shape[1]))]
+    frames = [grid(images[:, k]) for k in range(images.shape[1])]
+    made.append(write_gif(free(folder, f"{mode}.gif"), back_and_forth(frames)))
+    return made + singles(job, folder, mode, list(images))
+
+
+def test_images(job: Job, n: int) -> tuple[Tensor, Tensor]:
+    """n test images, in the model's range, and their labels, drawn without replacement by the seed."""
+    job.trained.data.limit_test = 0
+    loader = make_loader(job.trained, resolve_device(job.config.device), "test")
+    if n > len(loader.source):
+        raise ValueError(
+            f"--n_samples {job.config.n_samples} needs {n} test images; there are {len(loader.source)}"
+        )
+    rows = torch.randperm(len(loader.source), generator=job.generator)[:n].sort().values
+    parts = list(loader.take(rows))
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def reconstruct(job: Job, folder: Path) -> list[Path]:
+    x, _ = test_images(job, job.config.n_samples)
+    y = torch.cat([job.model.reconstruct(part) for part in x.split(job.config.batch_size)])
+    x, y = job.unit(x), job.unit(y)
+    made = [write_png(free(folder, "reconstruct.png"), pairs(x, y))]
+    return made + singles(job, folder, "reconstruct", list(torch.stack([x, y], dim=1)))
+
+
+def visualize_latent(job: Job, folder: Path) -> list[Path]:
+    model = job.model
+    if not isinstance(model, GaussianVAE) or model.latent_dim != 2:
+        has = f"{model.latent_dim} latents" if isinstance(model, GaussianVAE) else "a codebook"
+        raise ValueError(
+            f"--mode visualize_latent draws models with two latents (--latent_dim 2); this has {has}"
+        )
+    x, labels = test_images(job, job.config.n_samples)
+    means = torch.cat([model.encode(part)[0] for part in x.split(job.config.batch_size)])
+    return [latent_scatter(free(folder, "latent.png"), means, labels)]
+
+
+MODES: dict[str, Callable[[Job, Path], list[Path]]] = {
+    "sample": sample,
+    "interpolate": interpolate,
+    "traverse": traverse,
+    "reconstruct": reconstruct,
+    "visualize_latent": visualize_latent,
+}

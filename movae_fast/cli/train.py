@@ -1,0 +1,184 @@
+"""`movae train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from movae_fast.cli import parsing
+from movae_fast.cli.pictures import draw_run
+from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
+from movae_fast.training.loop import Interrupted, fit
+from movae_fast.training.progress import Bar
+from movae_fast.training.run import Run, resume, setup
+from movae_fast.training.telemetry import NonFiniteError
+
+DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
+# What a resumed run may change without ceasing to be the same run.
+RESUMABLE = {
+    *(f.name for f in dataclasses.fields(RunConfig)),
+    *("data_dir", "download", "loader", "num_workers", "eval_batch_size", "limit_test"),
+    *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
+} - {"seed", "log_every"}
+# torch-vae's own defaults, for its own spelling of the flags.
+TORCH_VAE = {
+    "arch": "torch_vae",
+    "dataset": "mnist",
+    "image_size": 64,
+    "resize": "bilinear",
+    "batch_size": 32,
+    "max_filters": 128,
+    "epochs": 100,
+    "lr": 3e-4,
+    "optimizer": "adamw",
+    "seed": 0,
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, validate, train; the exit status (130 or 143 after SIGINT or SIGTERM, with the run saved)."""
+    # A log file wants whole lines; a terminal its own width.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    kinds = parsing.flag_types(list(SECTIONS.values()))
+    words = parsing.normalise(argv, kinds)
+    parser = parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
+    resumed, rest = parsing.take(words, "resume")
+    if resumed is not None:
+        work = resume(Path(resumed), lambda saved: continued(parser, rest, saved, resumed))
+    else:
+        config = TrainConfig.from_flat(flags(parser, argv, words, kinds, console))
+        validate(config)
+        work = setup(config)
+    return train(work, console)
+
+
+def flags(
+    parser: parsing.OneLineParser,
+    argv: Sequence[str],
+    words: list[str],
+    kinds: dict[str, Any],
+    console: Console,
+) -> dict[str, Any]:
+    """The flags by name: a recipe's values under the command line's."""
+    name, words = parsing.take(words, "config")
+    defaults = parsing.read_config(name, kinds) if name is not None else {}
+    spelt = {a.partition("=")[0] for a in argv}
+    if name is None and "--arch" not in spelt and spelt & {"--latent_dims", "--max_filters"}:
+        defaults = dict(TORCH_VAE)
+        values = parsing.parse(parser, words, defaults)
+        shown = "  ".join(f"--{k} {values[k]}" for k in TORCH_VAE)
+        console.print(f"torch-vae's flags: {shown}", highlight=False)
+        if values["export"] is None:
+            values["export"] = free_export(values, console)
+        return values
+    return parsing.parse(parser, words, defaults)
+
+
+def free_export(values: dict[str, Any], console: Console) -> str | None:
+    """Where torch-vae writes its weights, unless a file is there."""
+    given = str(values["dataset"])
+    name = f"vae_filters_{values['max_filters']:04d}_dims_{values['latent_dim'] or 128:04d}.pth"
+    path = Path("models", given, name)
+    if path.exists():
+        console.print(f"{path} exists and is kept; the weights will be in the run's folder", highlight=False)
+        return None
+    return str(path)
+
+
+def continued(
+    parser: parsing.OneLineParser, words: list[str], saved: dict[str, Any], resumed: str
+) -> TrainConfig:
+    """The saved configuration with what a resumed run may change."""
+    known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
+    values = parsing.parse(parser, words, known)
+    changed = [k for k, v in known.items() if k not in RESUMABLE and values[k] != v]
+    if changed:
+        was = ", ".join(f"--{k} {known[k]}" for k in changed)
+        raise ValueError(
+            f"--resume {resumed}: the run has {was}; a resumed run keeps it. Start a new run instead"
+        )
+    config = TrainConfig.from_flat(values)
+    validate(config)
+    return config
+
+
+def train(work: Run, console: Console) -> int:
+    """Fit, report, clean up."""
+    work.draw = draw_run
+    started = time.perf_counter()
+    describe(work, console)
+    if work.finished:
+        console.print(f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on")
+        return 0
+    assert work.logs is not None
+    try:
+        with Bar(work, console) as bar:
+            figures = fit(work, bar)
+    except Interrupted as interrupt:
+        console.print(
+            f"{interrupt}: saved at step {work.step:,}; go on with: movae train --resume {work.folder}"
+        )
+        return 128 + interrupt.signum
+    except (NonFiniteError, FloatingPointError) as error:
+        good = f"the last good checkpoint is {work.good}" if work.good else "no checkpoint was written yet"
+        print(f"movae train: stopped: {error}; {good}", file=sys.stderr)
+        return 1
+    finally:
+        work.logs.close()
+    report(work, figures, console, time.perf_counter() - started)
+    export = work.config.run.export
+    if export is not None:
+        work.export(Path(export))
+        console.print(f"weights: {export}", highlight=False)
+    return 0
+
+
+def describe(work: Run, console: Console) -> None:
+    """What is about to be trained, in a few lines."""
+    config, model = work.config, work.model
+    size = sum(p.numel() for p in model.parameters())
+    weights = "  ".join(
+        f"{n} {w:g}" for n, w in zip(work.losses.names, work.losses.weights.tolist(), strict=True)
+    )
+    shape = "x".join(map(str, config.image_shape))
+    loader = type(work.train_loader).__name__.removesuffix("Loader").lower()
+    for line in (
+        f"{config.model.arch} ({size:,} parameters) on {config.data.dataset} {shape}, "
+        f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
+        f"objectives: {weights}; aggregator {config.objective.agg}"
+        + (f" over the {config.objective.jacobian} Jacobian" if config.aggregated else ""),
+        f"{work.total_steps:,} steps of {config.data.batch_size} on {work.device}; {loader} loader; "
+        f"seed {config.run.seed}",
+        f"run: {work.folder}" + (f", continued at step {work.step:,}" if work.step else ""),
+    ):
+        console.print(line, highlight=False, markup=False)
+
+
+def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:
+    """The final table of objectives and where everything is."""
+    table = Table(title=f"{work.config.model.arch} on {work.config.data.dataset}, {work.config.objective.agg}")
+    table.add_column("test split")
+    table.add_column("value", justify="right")
+    table.add_column("weight", justify="right")
+    for name, weight in zip(work.losses.names, work.losses.weights.tolist(), strict=True):
+        table.add_row(name, f"{figures[f'test/{name}']:.6g}", f"{weight:g}")
+    table.add_row("weighted sum", f"{figures['test/loss']:.6g}", "")
+    table.add_row("MSE of reconstruction, images in [0, 1]", f"{figures['test/mse']:.6g}", "")
+    table.add_row("MSE of the mean training image", f"{figures['test/mse_mean_image']:.6g}", "")
+    for key in ("codebook_usage", "perplexity"):
+        if f"test/{key}" in figures:
+            table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
+    console.print(table)
+    below = 1 - figures["test/mse"] / figures["test/mse_mean_image"]
+    console.print(
+        f"reconstruction error {below:.1%} below the mean image's; {seconds:.0f} s; "
+        f"pictures in {work.folder / 'figures'}",
+        highlight=False,
+    )

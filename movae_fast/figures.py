@@ -1,0 +1,141 @@
+"""Pictures of what a model does: grids, strips, GIFs, curves.
+
+Images come in as [N, C, H, W] in [0, 1]. A picture is written to a temporary file and renamed, so that one that
+exists is whole.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from torch import Tensor
+
+PAD = 2  # pixels between images
+LEAST_SIDE = 64  # small images are enlarged to about this side, by whole factors
+
+
+def to_pixels(images: Tensor, scale: int | None = None) -> np.ndarray:
+    """[N, C, H, W] in [0, 1] to uint8 [N, h, w, 3]; small images are enlarged by a whole factor."""
+    images = images.detach().float().cpu().clamp(0, 1)
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    factor = scale or max(1, LEAST_SIDE // pixels.shape[1])
+    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+    """[N, C, H, W] to one picture uint8 [h, w, 3], row by row, nearly square unless `columns` is given."""
+    pixels = to_pixels(images, scale)
+    n, height, width, _ = pixels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    picture = np.full((rows * (height + PAD) + PAD, columns * (width + PAD) + PAD, 3), 255, np.uint8)
+    for i in range(n):
+        top, left = PAD + i // columns * (height + PAD), PAD + i % columns * (width + PAD)
+        picture[top : top + height, left : left + width] = pixels[i]
+    return picture
+
+
+def write_png(path: Path, picture: np.ndarray) -> Path:
+    """Write a picture uint8 [h, w, 3] as PNG."""
+    return _write(path, iio.imwrite("<bytes>", picture, extension=".png"))
+
+
+def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1) -> Path:
+    """Write pictures uint8 [h, w, 3] as a GIF that loops for ever, `seconds` a frame."""
+    data = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=int(seconds * 1000), loop=0)
+    return _write(path, data)
+
+
+def _write(path: Path, data: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    return path
+
+
+def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> np.ndarray:
+    """Rows of originals, each with the row of their reconstructions right below it."""
+    rows = []
+    for at in range(0, len(originals), columns):
+        rows += [originals[at : at + columns], reconstructions[at : at + columns]]
+        for k in (-2, -1):  # fill the last row with white
+            lack = min(columns, len(originals)) - len(rows[k])
+            rows[k] = torch.cat([rows[k], torch.ones_like(rows[k][:1]).expand(lack, -1, -1, -1)])
+    return grid(torch.cat(rows), min(columns, len(originals)))
+
+
+def back_and_forth(frames: list[Any]) -> list[Any]:
+    """Frames so that a loop does not jump: there and back again."""
+    return frames + frames[-2:0:-1]
+
+
+def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
+    """One panel an objective, training and test values over steps; below, cosines with the update."""
+    plt = pyplot()
+    has_cosines = any(f"train/cos_{n}" in line for line in lines for n in names)
+    panels = len(names) + has_cosines
+    figure, axes = plt.subplots(1, panels, figsize=(3.6 * panels, 3), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=False):
+        for split, style in (("train", "-"), ("test", "o-")):
+            points = [(line["step"], line[f"{split}/{name}"]) for line in lines if f"{split}/{name}" in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=split, markersize=3, linewidth=1)
+        axis.set(title=name, xlabel="step")
+        axis.legend(frameon=False)
+    if has_cosines:
+        axis = axes[0][-1]
+        for name in names:
+            key = f"train/cos_{name}"
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set(title="cosine of update with gradient", xlabel="step", ylim=(-1.05, 1.05))
+        axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
+    """Posterior means [N, 2] coloured by label [N]."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
+    points, classes = means.cpu().numpy(), labels.cpu().numpy()
+    colours = plt.get_cmap("tab10" if classes.max() < 10 else "turbo")
+    for k in np.unique(classes):
+        where = classes == k
+        colour = colours(int(k) if classes.max() < 10 else k / classes.max())
+        axis.scatter(points[where, 0], points[where, 1], s=3, color=colour, label=str(k))
+    limit = max(4.0, float(np.quantile(np.abs(points), 0.995)) * 1.1)
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="z0", ylabel="z1", aspect="equal")
+    if len(np.unique(classes)) <= 20:
+        axis.legend(loc="upper right", markerscale=3, frameon=False)
+    return _save(figure, path)
+
+
+def pyplot() -> Any:
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=110)
+    pyplot().close(figure)
+    os.replace(temporary, path)
+    return path
