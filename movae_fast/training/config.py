@@ -260,6 +260,11 @@ class TrainConfig:
         return self.objective.agg != "sum"
 
     @property
+    def needs_jacobian(self) -> bool:
+        """False where the weights of the rows are ones whatever the rows: one backward of the sum does it."""
+        return self.objective.agg not in ("sum", "jd_sum")
+
+    @property
     def activation(self) -> Literal["tanh", "sigmoid", "none"]:
         if self.objective.recons_activation is not None:
             return self.objective.recons_activation

@@ -167,7 +167,7 @@ def assemble(config: TrainConfig, device: torch.device) -> Run:
     model = new_model(config).to(device)
     weights = config.weights()
     aggregator = None
-    if config.aggregated:
+    if config.needs_jacobian:
         o = config.objective
         m = sum(w != 0 for w in weights)
         aggregator = make_aggregator(

@@ -38,7 +38,8 @@ class GradientStep:
         if jacobian == "all":
             self.shared, self.own = [*self.shared, *self.own], []
         self.features_cut = jacobian == "shared"
-        self.rows = torch.zeros(len(losses.active), sum(p.numel() for p in self.shared), device=model.device)
+        size = sum(p.numel() for p in self.shared)
+        self.rows = self.shared[0].new_zeros(len(losses.active), size)
 
     def __call__(self, x: Tensor, step: int, diagnose: bool = False) -> tuple[StepRecord, Any]:
         """Set every parameter's gradient for the batch x [B, C, S, S]; the record, and the model's output."""

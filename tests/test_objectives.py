@@ -1,0 +1,148 @@
+"""Objectives against closed forms, other formulas and sampling-error bounds."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from movae_fast.models import MODELS, build_model
+from movae_fast.objectives import (
+    LossVector,
+    kl_standard_normal,
+    mmd,
+    reconstruction,
+    resolve_weights,
+    tc_decomposition,
+)
+from movae_fast.reference import gaussian_log_density
+
+
+def test_reconstruction_equals_torchs_losses():
+    pre, x = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    tanh, sigmoid = torch.tanh(pre), torch.sigmoid(pre)
+    for dist, activation, theirs in (
+        ("gaussian", "tanh", F.mse_loss(tanh, x, reduction="sum")),
+        ("gaussian", "sigmoid", F.mse_loss(sigmoid, x, reduction="sum")),
+        ("laplacian", "none", F.l1_loss(pre, x, reduction="sum")),
+        ("bernoulli", "sigmoid", F.binary_cross_entropy(sigmoid, x, reduction="sum")),
+    ):
+        torch.testing.assert_close(reconstruction(pre, x, activation, dist, "mean"), theirs / x.numel())
+        torch.testing.assert_close(reconstruction(pre, x, activation, dist, "sum"), theirs / 4)
+    scaled = F.mse_loss(tanh * 255, x * 255, reduction="sum") / 255
+    torch.testing.assert_close(reconstruction(pre, x, "tanh", "gaussian", "scaled_sum"), scaled)
+
+
+def test_bernoulli_stays_finite_where_probabilities_round_to_one():
+    pre = torch.tensor([[[[60.0, -60.0]]]], requires_grad=True)
+    loss = reconstruction(pre, torch.tensor([[[[0.0, 1.0]]]]), "sigmoid", "bernoulli", "sum")
+    loss.backward()
+    assert loss.item() == pytest.approx(120.0)
+    assert pre.grad.flatten().tolist() == [1.0, -1.0]
+
+
+def test_kl_equals_torchs_and_its_monte_carlo_estimate():
+    mu, logvar = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    q = torch.distributions.Normal(mu, (logvar / 2).exp())
+    p = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    theirs = torch.distributions.kl_divergence(q, p).sum(1).mean()
+    torch.testing.assert_close(kl_standard_normal(mu, logvar), theirs)
+    n = 20_000
+    z = q.sample((n,))
+    draws = (q.log_prob(z) - p.log_prob(z)).sum(-1).mean(-1)  # [n] i.i.d. estimates of the same number
+    # Six standard errors: a chance of 2e-9 to fail while right.
+    assert abs(float(draws.mean() - theirs)) < 6 * float(draws.std()) / math.sqrt(n)
+
+
+@pytest.mark.parametrize("estimator", ["mws", "mss"])
+def test_tc_decomposition_sums_to_the_monte_carlo_kl(estimator):
+    mu, logvar = torch.randn(32, 5, dtype=torch.float64), torch.randn(32, 5, dtype=torch.float64)
+    z = mu + (logvar / 2).exp() * torch.randn_like(mu)
+    parts = tc_decomposition(z, mu, logvar, 5000, estimator)
+    zero = torch.zeros_like(z)
+    whole = (gaussian_log_density(z, mu, logvar) - gaussian_log_density(z, zero, zero)).sum(1).mean()
+    # The terms cancel in pairs: what is left is float64's rounding of sums of about 40.
+    assert abs(float(sum(parts) - whole)) < 64 * 40 * 2.3e-16
+
+
+def test_total_correlation_sees_what_it_should():
+    """With every example of the data in the batch, independent latents have TC near 0, copied ones do not."""
+    torch.manual_seed(1)
+    n = 1500
+    mu = torch.randn(n, 2, dtype=torch.float64)
+    logvar = torch.full_like(mu, -3.0)
+    noise = (logvar / 2).exp() * torch.randn_like(mu)
+    copied = mu[:, :1].expand(-1, 2)
+    independent = float(tc_decomposition(mu + noise, mu, logvar, n, "mss")[1])
+    dependent = float(tc_decomposition(copied + noise, copied, logvar, n, "mss")[1])
+    # Closed form for the correlated Gaussian: variances 1 + e^-3, covariance 1.
+    rho = 1 / (1 + math.exp(-3))
+    assert dependent == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.15)
+    assert abs(independent) < 0.15
+
+
+def test_mmd_equals_its_expectation_on_gaussians():
+    """E k for independent normals is a Gaussian integral; the V-statistic adds the diagonal's (1 - E k) / n."""
+    n, d, shift, repeats = 64, 3, 1.5, 400
+    width = d**2  # k = exp(-|x - y|^2 / d^2)
+
+    def expected(a, b):  # x - y ~ N(a - b, 2 I)
+        factor = (1 + 4 / width) ** (-d / 2)
+        return factor * math.exp(-d * (a - b) ** 2 / (width + 4))
+
+    same, across = expected(0, 0), expected(shift, 0)
+    v_statistic = 2 * (1 / n + (1 - 1 / n) * same) - 2 * across
+    draws = torch.tensor(
+        [float(mmd(torch.randn(n, d) + shift, torch.randn(n, d))) for _ in range(repeats)], dtype=torch.float64
+    )
+    assert abs(float(draws.mean()) - v_statistic) < 6 * float(draws.std()) / math.sqrt(repeats)
+    assert float(mmd(torch.ones(4, d), torch.ones(4, d))) == 0.0
+
+
+def vector(arch="betatc_vae", **options):
+    model = build_model(arch, (1, 16, 16), "tanh", {"hidden_dims": [4, 4], "latent_dim": 3})
+    weights = resolve_weights(MODELS[arch], (1, 16, 16), None)
+    return model, LossVector(model, weights, "gaussian", "mean", n_data=100, **options)
+
+
+def test_only_the_dimension_wise_kl_is_annealed():
+    _, losses = vector(anneal_steps=4)
+    assert losses.weights_at(0).tolist() == [1.0, 1.0, 1.0, 0.25]
+    assert losses.weights_at(3).tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert losses.weights_at(99).tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_losses_are_separate_graphs():
+    """The KL's gradient does not visit the decoder: its parameters get None, not zeros."""
+    model = build_model("vae", (1, 16, 16), "tanh", {"hidden_dims": [4, 4], "latent_dim": 3})
+    losses = LossVector(model, [1.0, 1.0], "gaussian", "mean", 100)
+    x = torch.rand(4, 1, 16, 16)
+    _, kl = losses(model(x), x)
+    gradients = torch.autograd.grad(kl, list(model.decoder.parameters()), allow_unused=True)
+    assert all(g is None for g in gradients)
+
+
+def test_weights_by_order_by_name_and_by_beta():
+    vae = MODELS["vae"]
+    shape = (1, 32, 32)
+    assert resolve_weights(vae, shape, None) == [1.0, 0.00025]
+    assert resolve_weights(vae, shape, [2, 3]) == [2.0, 3.0]
+    assert resolve_weights(vae, shape, {"kl": 4}) == [1.0, 4.0]
+    assert resolve_weights(vae, shape, None, beta=0.5) == [1.0, 0.5]
+    assert resolve_weights(MODELS["betatc_vae"], shape, None, beta=6) == [1.0, 1.0, 6.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "beta", "message"),
+    [
+        ([1.0], None, r"1 values; the objectives are 2, in order: reconstruction, kl"),
+        ({"kll": 1.0}, None, r"kll: no such objective \(did you mean kl\?\); in order: reconstruction, kl"),
+        ([1.0, -1.0], None, "kl is -1"),
+        ([1.0, math.nan], None, "kl is nan"),
+        ([0.0, 0.0], None, "all zero"),
+        ([1.0, 1.0], 2.0, "both set the weight of kl"),
+    ],
+)
+def test_bad_weights_are_refused(given, beta, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_weights(MODELS["vae"], (1, 32, 32), given, beta)
