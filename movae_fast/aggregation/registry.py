@@ -7,6 +7,7 @@ A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, â€
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,20 +28,6 @@ def _crmogm(weighting: str = "upgrad", alpha: float = 0.9) -> jd.Aggregator:
     return jd.GramianWeightedAggregator(jd.CRMOGMWeighting(inner.gramian_weighting, alpha=alpha))
 
 
-def _modo(gamma: float = 0.1, rho: float = 0.1) -> jd.Aggregator:
-    return jd.WeightedAggregator(jd.MoDoWeighting(gamma=gamma, rho=rho))
-
-
-def _sdmgrad(
-    lr: float = 10.0,
-    momentum: float = 0.5,
-    n_iter: int = 20,
-    lambda_: float = 0.3,
-    pref_vector: Tensor | None = None,
-) -> jd.Aggregator:
-    return jd.WeightedAggregator(jd.SDMGradWeighting(lr, momentum, n_iter, lambda_, pref_vector))
-
-
 def _cagrad(c: float = 0.5, norm_eps: float = 1e-4) -> jd.Aggregator:
     return jd.CAGrad(c=c, norm_eps=norm_eps)
 
@@ -55,6 +42,14 @@ def _krum(n_byzantine: int = 0, n_selected: int = 1) -> jd.Aggregator:
 
 def _trimmed_mean(trim_number: int = 0) -> jd.Aggregator:
     return jd.TrimmedMean(trim_number=trim_number)
+
+
+def _nash_mtl(
+    n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
+) -> jd.Aggregator:
+    # cvxpy tells of the formulation at every solve; it is TorchJD's, and nothing a user can act on.
+    warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
+    return jd.NashMTL(n_tasks, max_norm, update_weights_every, optim_niter)
 
 
 def _constant(weights: Sequence[float]) -> jd.Aggregator:
@@ -83,14 +78,15 @@ AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
     "krum": _krum,
     "mean": jd.Mean,
     "mgda": jd.MGDA,
-    "modo": _modo,
-    "nash_mtl": jd.NashMTL,
+    "nash_mtl": _nash_mtl,
     "pcd": jd.PCD,
     "pcgrad": jd.PCGrad,
     "random": jd.Random,
-    "sdmgrad": _sdmgrad,
     "trimmed_mean": _trimmed_mean,
 }
+
+# TorchJD's weightings that want two independent mini-batches a step: on one, they lose what they are for.
+NEED_TWO_BATCHES = ("modo", "sdmgrad")
 
 # Set by the trainer rather than by a flag: the preference has its own flag, the rest follow from the run.
 _NOT_FLAGS = ("pref_vector", "projector", "n_tasks", "f", "leak")
@@ -168,27 +164,37 @@ def aggregate(
 
 
 def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a stateful aggregator remembers between steps, as plain numbers and tensors, module by module."""
+    """What a stateful aggregator remembers between steps, module by module: plain values, tensors, tuples."""
     state: dict[str, dict[str, Any]] = {}
     for path, module in aggregator.named_modules():
         kept: dict[str, Any] = {}
-        for key, value in vars(module).items():
-            if key.startswith("_parameters") or key in ("training", "_buffers", "_modules"):
+        for key, value in {**vars(module), **module._buffers}.items():
+            if key == "training":
                 continue
-            if isinstance(value, Tensor | int | float | bool | None):
+            if isinstance(value, Tensor):
+                kept[key] = value.detach().clone()
+            elif isinstance(value, int | float | bool | tuple | None):
                 kept[key] = value
             elif type(value).__module__ == "numpy":
-                kept[key] = {"numpy": torch.as_tensor(value)}
+                kept[key] = {"numpy": torch.tensor(value)}
         state[path] = kept
     return state
 
 
-def load_aggregator_state(aggregator: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put back what `aggregator_state` took."""
+def load_aggregator_state(
+    aggregator: nn.Module, state: Mapping[str, Mapping[str, Any]], device: torch.device | str = "cpu"
+) -> None:
+    """Put back what `aggregator_state` took, for rows on `device`."""
     modules = dict(aggregator.named_modules())
     for path, kept in state.items():
         module = modules[path]
         if kept.get("step", 0) and hasattr(module, "_init_optim_problem"):
             module._init_optim_problem()  # NashMTL builds its program at step 0 only
         for key, value in kept.items():
-            setattr(module, key, value["numpy"].numpy() if isinstance(value, dict) else value)
+            if isinstance(value, dict):
+                value = value["numpy"].cpu().numpy()
+            elif isinstance(value, Tensor):
+                value = value.to(device)
+            elif isinstance(value, tuple):  # the key of a state names the device that it lies on
+                value = tuple(torch.device(device) if isinstance(v, torch.device) else v for v in value)
+            setattr(module, key, value)

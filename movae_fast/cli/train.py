@@ -111,14 +111,16 @@ def continued(
 
 def train(work: Run, console: Console) -> int:
     """Fit, report, clean up."""
+    assert work.logs is not None
     work.draw = draw_run
     started = time.perf_counter()
     describe(work, console)
-    if work.finished:
-        console.print(f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on")
-        return 0
-    assert work.logs is not None
     try:
+        if work.finished:
+            console.print(
+                f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
+            )
+            return 0
         with Bar(work, console) as bar:
             figures = fit(work, bar)
     except Interrupted as interrupt:

@@ -111,6 +111,8 @@ class TorchLoader(Loader):
             sampler=rows[at:].tolist(),
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
+            # The workers' base seed would otherwise be drawn from training's own random state.
+            generator=torch.Generator().manual_seed(self.seed),
         )
         for images, labels in loader:
             yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))

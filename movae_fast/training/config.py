@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from movae_fast.aggregation.registry import AGGREGATORS
+from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.models import MODELS, VAE
@@ -323,6 +323,8 @@ def validate(config: TrainConfig) -> None:
     data, objective, run = config.data, config.objective, config.run
     data.dataset = pick("dataset", data.dataset, DATASETS)
     config.model.arch = pick("arch", config.model.arch, MODELS)
+    if objective.agg in NEED_TWO_BATCHES:
+        raise ValueError(f"--agg {objective.agg} needs two independent batches a step; this trainer draws one")
     objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
     if config.info.channels == 3 and data.image_size is None:
         data.image_size = config.info.default_size

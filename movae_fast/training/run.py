@@ -95,7 +95,7 @@ class Run:
         self.optimizer.load_state_dict(record["optimizer"])
         self.scheduler.last_epoch = record["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
         if self.gradient.aggregator is not None:
-            load_aggregator_state(self.gradient.aggregator, record["aggregator"])
+            load_aggregator_state(self.gradient.aggregator, record["aggregator"], self.device)
         self.telemetry.load_state_dict(record["telemetry"])
         position = record["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]

@@ -1,0 +1,122 @@
+"""Checkpoints: whole or absent, and refused when they are not what was written."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from movae_fast.training import checkpoint
+from movae_fast.training.checkpoint import CheckpointError
+
+SECTIONS = {"config": {"arch": "vae", "lr": 0.1, "dims": [1, 2]}, "model": {"w": torch.arange(6.0).view(2, 3)}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    checkpoint.save(path, SECTIONS)
+    return path
+
+
+def test_round_trip(path):
+    record = checkpoint.load(path)
+    assert record["config"] == SECTIONS["config"]
+    assert torch.equal(record["model"]["w"], SECTIONS["model"]["w"])
+    assert set(record) == set(SECTIONS)
+    assert torch.load(path, weights_only=True)["format"] == checkpoint.FORMAT
+
+
+def test_a_crash_while_writing_leaves_the_old_file(path, monkeypatch):
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"config": {}})
+    monkeypatch.undo()
+    assert set(checkpoint.load(path)) == set(SECTIONS)
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500])
+def test_truncated(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated, damaged or not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_tampered_with_one_number(path):
+    record = torch.load(path, weights_only=True)
+    record["model"]["w"][0, 0] = 7
+    torch.save(record, path)
+    with pytest.raises(CheckpointError, match="altered after it was written; these parts differ: model"):
+        checkpoint.load(path)
+
+
+def test_a_flipped_bit(path):
+    data = bytearray(path.read_bytes())
+    at = data.find(np.float32(5.0).tobytes())
+    assert at > 0
+    data[at + 3] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError):
+        checkpoint.load(path)
+
+
+def test_a_missing_section(path):
+    record = torch.load(path, weights_only=True)
+    del record["config"]
+    torch.save(record, path)
+    with pytest.raises(CheckpointError, match="these parts differ: config"):
+        checkpoint.load(path)
+
+
+def test_somebody_elses_file(path, tmp_path):
+    torch.save({"w": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of movae-fast"):
+        checkpoint.load(path)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+def test_another_model_is_refused_with_what_differs(path):
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(CheckpointError, match="of another model: it lacks weight, bias; has w besides"):
+        checkpoint.load_model(model, SECTIONS["model"], path)
+    with pytest.raises(CheckpointError, match=r"weight is \(1, 3\), expected \(2, 3\)"):
+        checkpoint.load_model(model, {"weight": torch.zeros(1, 3), "bias": torch.zeros(2)}, path)
+
+
+def test_random_state_round_trip():
+    state = checkpoint.rng_state()
+    first = (torch.rand(3), np.random.rand(3), random.random())
+    checkpoint.set_rng_state(state)
+    second = (torch.rand(3), np.random.rand(3), random.random())
+    assert torch.equal(first[0], second[0])
+    assert (first[1] == second[1]).all()
+    assert first[2] == second[2]
+
+
+def test_digest_sees_values_shapes_dtypes_and_keys():
+    base = {"a": torch.zeros(2, 3), "b": [1, "x", None]}
+    variants = [
+        {"a": torch.zeros(3, 2), "b": [1, "x", None]},
+        {"a": torch.zeros(2, 3, dtype=torch.float64), "b": [1, "x", None]},
+        {"a": torch.zeros(2, 3), "b": [1, "y", None]},
+        {"a": torch.zeros(2, 3), "c": [1, "x", None]},
+        {"a": torch.zeros(2, 3), "b": [True, "x", None]},
+    ]
+    digests = {checkpoint.digest(v) for v in [base, *variants]}
+    assert len(digests) == len(variants) + 1
+    assert checkpoint.digest({"a": torch.zeros(2, 3), "b": [1, "x", None]}) == checkpoint.digest(base)
+
+
+def test_find(path, tmp_path):
+    assert checkpoint.find(tmp_path) == path
+    assert checkpoint.find(path) == path
+    with pytest.raises(CheckpointError, match="holds no run"):
+        checkpoint.find(path.parent)
+    with pytest.raises(CheckpointError, match="no checkpoint or run at"):
+        checkpoint.find(tmp_path / "nothing")

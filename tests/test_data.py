@@ -1,0 +1,188 @@
+"""Sprites, transforms, and both loaders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from movae_fast.data import DATASETS, Images, ReadOptions, ResidentLoader, Subset, TorchLoader, sprites
+from movae_fast.data.transforms import finish, resize, to_unit
+
+CPU = torch.device("cpu")
+
+
+def test_factors_and_indices_are_inverse_and_ordered_like_dsprites():
+    index = torch.arange(0, sprites.SIZE, 997)
+    factors = sprites.factors_of(index)
+    assert torch.equal(sprites.index_of(factors), index)
+    assert (factors.max(0).values < torch.tensor(sprites.FACTOR_SIZES)).all()
+    assert sprites.factors_of(torch.tensor([0, 1, sprites.SIZE - 1])).tolist() == [
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1],
+        [2, 5, 39, 31, 31],
+    ]
+    assert sprites.SIZE == 737_280
+
+
+def centre_of_mass(image):
+    pixels = image.double()
+    ys, xs = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    return float((pixels * xs).sum() / pixels.sum()), float((pixels * ys).sum() / pixels.sum())
+
+
+@pytest.mark.parametrize("shape", range(3))
+def test_factors_do_what_they_say(shape):
+    base = torch.tensor([[shape, 3, 0, 16, 16]])
+    image = sprites.render(base)[0, 0]
+    assert image.unique().tolist() == [0, 255]
+    right, down = base.clone(), base.clone()
+    right[0, 3], down[0, 4] = 31, 31
+    x0, y0 = centre_of_mass(image)
+    x1, y1 = centre_of_mass(sprites.render(right)[0, 0])
+    x2, y2 = centre_of_mass(sprites.render(down)[0, 0])
+    assert x1 - x0 == pytest.approx(15 * 32 / 31, abs=0.6)
+    assert abs(y1 - y0) < 0.6
+    assert y2 - y0 == pytest.approx(15 * 32 / 31, abs=0.6)
+    assert abs(x2 - x0) < 0.6
+    areas = [float((sprites.render(torch.tensor([[shape, s, 0, 16, 16]])) > 0).sum()) for s in range(6)]
+    assert areas == sorted(areas)
+    assert areas[5] / areas[0] == pytest.approx(4, rel=0.15)  # scale 0.5 to 1
+
+
+def test_a_quarter_turn_turns_the_picture():
+    upright = sprites.render(torch.tensor([[2, 5, 0, 16, 16]]), antialias=True)
+    turned = sprites.render(torch.tensor([[2, 5, 10, 16, 16]]), antialias=True)
+    # Position 16 is half a pixel off the centre of a 64-pixel image: turn about the sprite, not the image.
+    shift = (16 + 16 * 32 / 31) - 32
+    assert abs(shift) < 1
+    difference = (torch.rot90(upright, -1, (2, 3)).float() - turned.float()).abs().mean() / 255
+    assert difference < 0.02
+
+
+def test_every_sprite_lies_inside_the_image_at_any_size():
+    corners = torch.cartesian_prod(
+        torch.arange(3), torch.tensor([5]), torch.arange(40), torch.tensor([0, 31]), torch.tensor([0, 31])
+    )
+    for size in (32, 64):
+        images = sprites.render(corners, size)
+        border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]])
+        assert border.max() == 0
+        assert (images.flatten(1).max(1).values == 255).all()
+
+
+def test_antialiasing_keeps_the_area_and_the_resolution_scales_it():
+    factors = sprites.factors_of(torch.arange(0, sprites.SIZE, 7919))
+    hard, soft = sprites.render(factors), sprites.render(factors, antialias=True)
+    fine = sprites.render(factors, size=256)
+    area = [v.double().mean((1, 2, 3)) / 255 for v in (hard, soft, fine)]
+    assert ((area[1] - area[2]).abs() / area[2]).mean() < 0.02
+    assert ((area[0] - area[2]).abs() / area[2]).mean() < 0.05
+
+
+def test_sprites_splits_are_a_partition():
+    train, test = sprites.split_index("train"), sprites.split_index("test")
+    assert len(train) + len(test) == sprites.SIZE
+    assert len(torch.cat([train, test]).unique()) == sprites.SIZE
+
+
+def options(split="train", **changes):
+    values = {"root": Path("none"), "split": split, "image_size": 32, "download": False, "device": CPU}
+    return ReadOptions(**(values | changes))
+
+
+@pytest.mark.parametrize("name", ["digits", "sprites"])
+def test_embedded_sets_match_their_records(name):
+    info = DATASETS[name]
+    for split, n in (("train", info.n_train), ("test", info.n_test)):
+        source = info.read(options(split))
+        assert len(source) == n
+        images, labels = source.gather(torch.tensor([0, n - 1]))
+        assert images.dtype == torch.uint8
+        assert images.shape == (2, info.channels, 32, 32)
+        assert labels.max() < info.classes
+
+
+def test_padding_keeps_values_and_resampling_keeps_means():
+    images = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8)
+    padded = resize(images, 32)
+    assert torch.equal(padded[..., 2:30, 2:30], images)
+    assert padded.sum() == images.sum()
+    smaller = resize(images, 14)
+    assert smaller.shape == (5, 1, 14, 14)
+    assert abs(float(smaller.float().mean() - images.float().mean())) < 2
+    assert resize(images, 28) is images
+    with pytest.raises(ValueError, match="--resize pad cannot shrink 28x28 to 16x16"):
+        resize(images, 16, "pad")
+
+
+def test_finish_normalises_and_mirrors():
+    images = torch.tensor([[[[0, 255]]], [[[0, 255]]]], dtype=torch.uint8)
+    plain = finish(images, torch.tensor([False, True]), normalize=False)
+    assert plain.flatten().tolist() == [0, 1, 1, 0]
+    assert finish(images, None, normalize=True).flatten().tolist() == [-1, 1, -1, 1]
+    assert torch.equal(to_unit(finish(images, None, True), True), finish(images, None, False))
+
+
+def source(n=53):
+    return Images(
+        torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).clone(), torch.arange(n)
+    )
+
+
+LOADERS = {
+    "resident": lambda **k: ResidentLoader(source(), 8, CPU, **k),
+    "torch": lambda **k: TorchLoader(source(), 8, CPU, **k),
+    "torch with workers": lambda **k: TorchLoader(source(), 8, CPU, num_workers=2, **k),
+}
+
+
+def labels_of(loader, epoch, start=0):
+    return torch.cat([y for _, y in loader.epoch(epoch, start)]).tolist()
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_an_epoch_is_a_shuffle_of_the_set(make):
+    loader = make(train=True, seed=5)
+    first, again, second = labels_of(loader, 0), labels_of(loader, 0), labels_of(loader, 1)
+    assert first == again != second
+    assert len(loader) == 6
+    assert len(set(first)) == 48  # 53 images, the incomplete batch dropped
+    assert first != sorted(first)
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_an_epoch_continues_from_any_batch(make):
+    loader = make(train=True, seed=5, flip=True)
+    whole = list(loader.epoch(3))
+    rest = list(loader.epoch(3, start=4))
+    assert len(rest) == 2
+    for (x, y), (x2, y2) in zip(whole[4:], rest, strict=True):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+
+
+def test_all_loaders_give_the_same_batches():
+    batches = [list(make(train=True, seed=5, flip=True).epoch(2)) for make in LOADERS.values()]
+    for others in batches[1:]:
+        for (x, y), (x2, y2) in zip(batches[0], others, strict=True):
+            assert torch.equal(x, x2)
+            assert torch.equal(y, y2)
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_evaluation_sees_every_image_once_in_order_and_unmirrored(make):
+    loader = make(train=False, seed=5, flip=True)
+    assert labels_of(loader, 0) == list(range(53))
+    assert loader.plan(0).flip is None
+    assert len(loader) == 7
+
+
+def test_take_and_subset():
+    loader = ResidentLoader(Subset(source(), 5), 2, CPU, train=False)
+    assert labels_of(loader, 0) == [0, 13, 26, 39, 52]
+    assert torch.cat([y for _, y in loader.take(torch.tensor([4, 0]))]).tolist() == [52, 0]
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(ValueError, match="--batch_size 64 is more than the 53 training images"):
+        ResidentLoader(source(), 64, CPU, train=True)
