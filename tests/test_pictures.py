@@ -1,0 +1,198 @@
+"""Figures, `movae sample` in all modes, and `movae doctor`."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from movae_fast import figures
+from movae_fast.cli import doctor, main
+
+# Colours in, colours out.
+RED, GREEN = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
+
+
+def image(colour, side=32):
+    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, side, side)
+
+
+def test_grid_places_images_row_by_row():
+    picture = figures.grid(torch.cat([image(RED), image(GREEN), image(RED)]), columns=2, scale=1)
+    assert picture.shape == (2 * 34 + 2, 2 * 34 + 2, 3)
+    assert picture[10, 10].tolist() == [255, 0, 0]
+    assert picture[10, 50].tolist() == [0, 255, 0]
+    assert picture[50, 10].tolist() == [255, 0, 0]
+    assert picture[50, 50].tolist() == [255, 255, 255]
+
+
+def test_small_images_are_enlarged_and_grey_becomes_rgb():
+    assert figures.grid(torch.rand(1, 1, 16, 16)).shape == (64 + 4, 64 + 4, 3)
+    assert figures.grid(torch.rand(1, 3, 128, 128)).shape == (128 + 4, 128 + 4, 3)
+
+
+def test_pairs_put_each_reconstruction_under_its_original():
+    originals, copies = image(RED).repeat(5, 1, 1, 1), image(GREEN).repeat(5, 1, 1, 1)
+    picture = figures.pairs(originals, copies, columns=4)
+    side = 64 + figures.PAD
+    rows = [picture[10 + side * k, 10].tolist() for k in range(4)]
+    assert rows == [[255, 0, 0], [0, 255, 0]] * 2
+    assert picture[10 + 2 * side, 10 + side].tolist() == [255, 255, 255]
+
+
+def test_a_gif_loops_back_and_forth(tmp_path):
+    frames = figures.back_and_forth([figures.grid(torch.full((1, 1, 64, 64), v)) for v in (0.0, 0.5, 1.0)])
+    assert len(frames) == 4
+    path = figures.write_gif(tmp_path / "a.gif", frames)
+    loaded = iio.imread(path, index=None)
+    assert loaded.shape[0] == 4
+    assert iio.immeta(path)["loop"] == 0
+    assert [int(f[10, 10, 0]) for f in loaded] == pytest.approx([0, 128, 255, 128], abs=2)
+
+
+@pytest.fixture
+def trained(train):
+    return train("--latent_dim 2", "--agg upgrad")
+
+
+@pytest.fixture
+def codebook(train):
+    return train("--arch vq_vae", "--latent_dim null", "--embedding_dim 4", "--num_embeddings 8")
+
+
+def sample(folder, *flags):
+    return main(["sample", str(folder), "--n_samples", "5", "--device", "cpu", *flags])
+
+
+MADE = {
+    "sample": {"sample.png"},
+    "interpolate": {"interpolate.png", "interpolate.gif"},
+    "traverse": {"traverse.png", "traverse.gif"},
+    "reconstruct": {"reconstruct.png"},
+    "visualize_latent": {"latent.png"},
+}
+
+
+@pytest.mark.parametrize("mode", MADE)
+def test_each_mode_makes_its_pictures_and_overwrites_none(trained, tmp_path, mode):
+    target = tmp_path / "pictures"
+    assert sample(trained, "--mode", mode, "--save_dir", str(target)) == 0
+    assert {p.name for p in target.iterdir()} == MADE[mode]
+    before = {p: p.read_bytes() for p in target.iterdir()}
+    assert sample(trained, "--mode", mode, "--save_dir", str(target), "--seed", "1") == 0
+    assert len(list(target.iterdir())) == 2 * len(MADE[mode])
+    assert all(p.read_bytes() == data for p, data in before.items())
+    for path in target.glob("*.png"):
+        assert iio.imread(path).std() > 0
+
+
+def test_single_files_and_the_default_folder(trained, capsys):
+    assert sample(trained, "--mode", "interpolate", "--single_files", "--n_interpolate", "4") == 0
+    strips = sorted((trained / "figures" / "interpolate").iterdir())
+    assert len(strips) == 5
+    assert iio.imread(strips[0]).shape == (16 + 4, 4 * (16 + 2) + 2, 3)
+    assert str(trained / "figures" / "interpolate.png") in capsys.readouterr().out
+
+
+def test_a_seed_means_one_picture(trained, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert sample(trained, "--save_dir", str(tmp_path / name), "--seed", seed) == 0
+    a, b, c = (iio.imread(tmp_path / n / "sample.png") for n in "abc")
+    assert np.array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_batches_do_not_change_the_picture(trained, tmp_path):
+    for name, size in (("a", "2"), ("b", "500")):
+        flags = ("--mode", "traverse", "--save_dir", str(tmp_path / name), "--batch_size", size)
+        assert sample(trained, *flags, "--traverse_dim", "-1") == 0
+    a, b = (iio.imread(tmp_path / n / "traverse.png").astype(int) for n in "ab")
+    assert np.abs(a - b).max() <= 1
+    # traverse_dim -1: one strip for each of the two latents.
+    assert a.shape[0] == 2 * (64 + 2) + 2
+
+
+def test_traverse_changes_the_latent_and_no_other(trained, tmp_path):
+    from movae_fast.training.run import load_model
+
+    _, model = load_model(trained, torch.device("cpu"))
+    flags = ("--mode", "traverse", "--traverse_dim", "1", "--traverse_range", "2", "--n_traverse", "3")
+    assert sample(trained, *flags, "--n_samples", "1", "--save_dir", str(tmp_path), "--seed", "4") == 0
+    z = model.sample_latents(1, torch.Generator().manual_seed(4)).repeat(3, 1)
+    z[:, 1] = torch.tensor([-2.0, 0.0, 2.0])
+    with torch.no_grad():
+        expected = figures.grid(model.to_image(model.decode(z)).clamp(0, 1), columns=3)
+    assert np.abs(iio.imread(tmp_path / "traverse.png").astype(int) - expected).max() <= 1
+
+
+def test_a_codebook_samples_interpolates_and_reconstructs(codebook, tmp_path, capsys):
+    for mode in ("sample", "interpolate", "reconstruct"):
+        assert sample(codebook, "--mode", mode, "--save_dir", str(tmp_path)) == 0
+    for mode in ("traverse", "visualize_latent"):
+        assert sample(codebook, "--mode", mode) == 2
+        assert "codebook" in capsys.readouterr().err
+
+
+def test_generate_and_reconstruct_write_torch_vaes_files(trained, tmp_path, capsys):
+    out = tmp_path / "samples"
+    assert main(["generate", f"--model={trained}", f"--outdir={out}", "--nsamples=3", "--cpu"]) == 0
+    assert {p.name for p in out.iterdir()} == {"all.png", *(f"img_{i:06d}.png" for i in range(3))}
+    assert main(["generate", f"--model={trained}", f"--outdir={out}", "--nsamples=3"]) == 2
+    assert "not empty and is not overwritten" in capsys.readouterr().err
+    recon = tmp_path / "recon"
+    words = [f"--model={trained}", f"--outdir={recon}", "--cpu", "--rec_testdata", "--n_images", "7"]
+    assert main(["reconstruct", *words, "--batch_size", "4"]) == 0
+    files = sorted((recon / "digits_test" / "0002_latent_dims").iterdir())
+    assert [f.name for f in files] == [f"img_{i:08d}.png" for i in range(7)]
+    assert iio.imread(files[0]).shape == (16 + 4, 2 * (16 + 2) + 2, 3)
+    assert main(["generate", f"--model={trained}", f"--outdir={tmp_path / 'x'}", "--nimg_channels=3"]) == 2
+    assert "--nimg_channels 3: the model has 1" in capsys.readouterr().err
+    assert main(["generate", f"--model={trained}", f"--outdir={tmp_path / 'x'}", "--latent_dims=9"]) == 2
+    assert "--latent_dim 9: the model has 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "traverse", "--traverse_dim", "2"], "the latents are 0 to 1; -1 is all"),
+        (["--mode", "reconstruct", "--n_samples", "500"], "needs 500 test images; there are 297"),
+        (["--n_samples", "0"], "--n_samples 0 must be at least 1"),
+        (["--config", "mo_vae/cifar100-vq_vae-upgrad"], "says arch vq_vae, the checkpoint vae"),
+        (["--mode", "draw"], "valid: sample, interpolate"),
+    ],
+)
+def test_bad_requests(trained, capsys, flags, message):
+    assert sample(trained, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_model_given(capsys):
+    assert main(["sample", "--mode", "sample"]) == 2
+    assert "which model?" in capsys.readouterr().err
+
+
+def test_visualize_latent_needs_two_latents(train, capsys):
+    assert sample(train(), "--mode", "visualize_latent") == 2
+    assert "two latents (--latent_dim 2); this has 4 latents" in capsys.readouterr().err
+
+
+def test_doctor_names_every_op_and_what_is_missing(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for text in ("torch 2.", "nearest_code", "tc_terms", "vector extensions", "datasets: sprites", "upgrad"):
+        assert text in out
+    monkeypatch.setattr(doctor, "EXTRAS", {"no_such_module.at_all": ("nothing", "wandb")})
+    main(["doctor"])
+    assert (
+        "no_such_module.at_all: missing (nothing): pip install 'movae-fast[wandb]'" in capsys.readouterr().out
+    )
+    assert main(["doctor", "--fix"]) == 2
+
+
+def test_the_program_introduces_itself(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "movae COMMAND --help" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") == 2
+    assert main(["trian"]) == 2
+    assert "unknown command trian (did you mean train" in capsys.readouterr().err
