@@ -15,7 +15,8 @@ from movae_fast.training.logs import TIMING_KEYS
 
 FLAGS = (
     "--dataset digits --image_size 16 --hidden_dims 8 8 --latent_dim 4 --epochs 3 --batch_size 20 "
-    "--limit_test 64 --log_every 5 --seed 3 --device cpu --agg upgrad --flip true --checkpoint_every 7 --save_freq 0"
+    "--limit_test 64 --log_every 5 --seed 3 --device cpu --agg upgrad --flip true "
+    "--checkpoint_every 7 --save_freq 0"
 ).split()
 
 

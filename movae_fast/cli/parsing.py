@@ -164,7 +164,8 @@ def is_flag(word: str) -> bool:
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
     """A parser with one group of flat flags a dataclass."""
-    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False)
+    usage = f"movae {command} [--config RECIPE] [--flag value …]"
+    parser = OneLineParser(prog=f"movae {command}", usage=usage, description=description, exit_on_error=False)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)
     parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
