@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from movae_fast.data import DATASETS, Images, ReadOptions, ResidentLoader, Subset, TorchLoader, sprites
 from movae_fast.data.transforms import finish, resize, to_unit
@@ -186,3 +187,26 @@ def test_take_and_subset():
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(ValueError, match="--batch_size 64 is more than the 53 training images"):
         ResidentLoader(source(), 64, CPU, train=True)
+
+
+def test_a_folder_of_images(tmp_path):
+    colours = [(i * 10, 0, 0) for i in range(20)]
+    for i, colour in enumerate(colours):
+        Image.new("RGB", (40, 20 + i), colour).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    read = DATASETS["folder"].read
+    train, test = (read(options(split, root=tmp_path, image_size=8)) for split in ("train", "test"))
+    assert (len(train), len(test)) == (18, 2)
+    image, _ = test[0]
+    assert image.shape == (3, 8, 8)
+    assert image[:, 4, 4].tolist() == list(colours[9])
+    for split, n in (("train", 3), ("test", 1)):
+        (tmp_path / split).mkdir()
+        for i in range(n):
+            Image.new("L", (8, 8), i).save(tmp_path / split / f"{i}.jpg")
+    assert [len(read(options(split, root=tmp_path))) for split in ("train", "test")] == [3, 1]
+    (tmp_path / "test" / "0.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"0\.jpg is not a readable image"):
+        read(options("test", root=tmp_path))[0]
+    with pytest.raises(FileNotFoundError, match=r"--dataset folder: not found.*your images"):
+        read(options(root=tmp_path / "nothing"))

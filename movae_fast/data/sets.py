@@ -7,7 +7,7 @@ A reader returns an image source for a split: something with `__len__` and `gath
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from torchvision import datasets as tv
 
 from movae_fast.data import sprites
 from movae_fast.data.transforms import CELEBA_CROPS, resize
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,32 @@ class Images:
         return self.images[rows], self.labels[rows]
 
 
-class CelebAFiles(torch.utils.data.Dataset):
-    """CelebA's JPEGs, cropped and resized as they are read; label 0 (its 40 attributes are not a class)."""
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files, cropped to `box` (or to the central square) and resized as they are read; label 0."""
 
-    def __init__(self, celeba: Any, options: ReadOptions) -> None:
-        self.files = [
-            Path(celeba.root, celeba.base_folder, "img_align_celeba", name) for name in celeba.filename
-        ]
-        self.options = options
+    def __init__(self, files: Sequence[Path], options: ReadOptions, box: Box | None, mode: str) -> None:
+        self.files, self.box, self.mode, self.size = list(files), box, mode, options.image_size
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        with Image.open(self.files[i]) as file:
-            pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        box = CELEBA_CROPS[self.options.crop]
-        if box is not None:
-            top, left, height, width = box
-            pixels = pixels[:, top : top + height, left : left + width]
-        mode = "bicubic" if self.options.resize == "auto" else self.options.resize
-        return resize(pixels, self.options.image_size, mode), 0
+        try:
+            with Image.open(self.files[i]) as file:
+                pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.files[i]} is not a readable image ({error}); mend or remove it") from None
+        side = min(pixels.shape[1:])
+        top, left, height, width = self.box or (
+            (pixels.shape[1] - side) // 2,
+            (pixels.shape[2] - side) // 2,
+            side,
+            side,
+        )
+        return resize(pixels[:, top : top + height, left : left + width], self.size, self.mode), 0
 
 
-Source = sprites.Sprites | Images | CelebAFiles
+Source = sprites.Sprites | Images | ImageFiles
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,26 @@ def _svhn(options: ReadOptions) -> Source:
 def _celeba(options: ReadOptions) -> Source:
     folder = next((f for f in ("celeba", "CelebA") if (options.root / f).is_dir()), "celeba")
     reader = type("CelebA", (tv.CelebA,), {"base_folder": folder})
-    return CelebAFiles(
-        _torchvision("celeba", reader, options, split=options.split, target_type="attr"), options
-    )
+    celeba = _torchvision("celeba", reader, options, split=options.split, target_type="attr")
+    files = [Path(celeba.root, folder, "img_align_celeba", name) for name in celeba.filename]
+    box = CELEBA_CROPS[options.crop] or (0, 0, 218, 178)
+    return ImageFiles(files, options, box, "bicubic" if options.resize == "auto" else options.resize)
+
+
+def _folder(options: ReadOptions) -> Source:
+    """Every image below data_dir: its train/ and test/ where they are, else every tenth file for testing."""
+
+    def images(root: Path) -> list[Path]:
+        return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+    if (options.root / "train").is_dir() and (options.root / "test").is_dir():
+        files = images(options.root / options.split)
+    else:
+        test = options.split == "test"
+        files = [p for i, p in enumerate(images(options.root)) if (i % 10 == 9) == test]
+    if not files:
+        raise _missing("folder", options, f"No {options.split} image was found.")
+    return ImageFiles(files, options, None, "bilinear" if options.resize == "auto" else options.resize)
 
 
 def _sprites(options: ReadOptions) -> Source:
@@ -224,6 +246,18 @@ DATASETS: dict[str, DatasetInfo] = {
             classes=100,
         ),
         DatasetInfo("svhn", 3, 32, 32, 73_257, 26_032, _svhn, "train_32x32.mat, test_32x32.mat"),
+        DatasetInfo(
+            "folder",
+            3,
+            64,
+            64,
+            0,
+            0,
+            _folder,
+            "your images (png, jpg, webp, bmp), in train/ and test/, or anyhow: then every tenth is for testing",
+            flip=True,
+            classes=1,
+        ),
         DatasetInfo("celeba", 3, 178, 64, 162_770, 19_962, _celeba, _CELEBA, flip=True, classes=1),
     )
 }
