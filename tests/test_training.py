@@ -83,7 +83,7 @@ def test_config_yaml_reproduces_the_run(train):
         "--arch dcgan_vae --max_filters 8 --agg config --optimizer sgd --scheduler cosine --warmup_steps 2",
         "--arch vae --agg nash_mtl --recons_dist laplacian --optimizer adamw --weight_decay 0.1",
         "--arch vae --agg gradvac --scheduler multi_step --scheduler_milestones 1 --loss_weights.kl 4",
-        "--arch vae --agg upgrad --pref_weights 1 2 --beta 2 --dataset sprites",
+        "--arch vae --agg upgrad --pref_weights 1 2 --beta 2 --dataset sprites --antialias",
     ],
 )
 def test_every_model_and_kind_of_aggregator_trains(train, flags):
@@ -260,6 +260,13 @@ def test_two_runs_in_one_second_have_their_own_folders(train, tmp_path):
     runs = list((tmp_path / "runs" / "digits" / "vae" / "sum").iterdir())
     assert len(runs) == 2
     assert all(len((r / "metrics.jsonl").read_text().splitlines()) == 2 for r in runs)
+
+
+def test_several_processes_are_refused_rather_than_left_apart(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--dataset", "digits", "--exp_dir", str(tmp_path / "run")]) == 2
+    assert "several processes is not supported yet" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_learning_rate_schedules():

@@ -36,6 +36,7 @@ class ReadOptions:
     device: torch.device
     crop: str = "center148"
     resize: str = "auto"
+    antialias: bool = False
 
 
 class Images:
@@ -172,7 +173,8 @@ def _folder(options: ReadOptions) -> Source:
 
 
 def _sprites(options: ReadOptions) -> Source:
-    return sprites.Sprites(sprites.split_index(options.split), options.image_size, options.device)
+    index = sprites.split_index(options.split)
+    return sprites.Sprites(index, options.image_size, options.device, options.antialias)
 
 
 def _digits(options: ReadOptions) -> Source:
@@ -254,7 +256,7 @@ DATASETS: dict[str, DatasetInfo] = {
             0,
             0,
             _folder,
-            "your images (png, jpg, webp, bmp), in train/ and test/, or anyhow: then every tenth is for testing",
+            "your images (png, jpg, webp, bmp), in train/ and test/, or anyhow and every tenth is for testing",
             flip=True,
             classes=1,
         ),

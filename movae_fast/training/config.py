@@ -37,6 +37,7 @@ class DataConfig:
         eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
         flip: Mirror training images at random; the default is the dataset's own.
+        antialias: Smooth the edges of `sprites`, which are black and white like dSprites' otherwise.
         limit_train: Use this many evenly spaced training images; 0 means all.
         limit_test: Use this many evenly spaced test images; 0 means all.
     """
@@ -53,6 +54,7 @@ class DataConfig:
     eval_batch_size: int | None = None
     normalize: bool = False
     flip: bool | None = None
+    antialias: bool = False
     limit_train: int = 0
     limit_test: int = 0
 

@@ -163,6 +163,9 @@ def assemble(config: TrainConfig, device: torch.device) -> Run:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Never several silent copies of one run: updates that are not exchanged leave the ranks apart.
+        raise ValueError("training on several processes is not supported yet; start it without torchrun")
     # Built before any data is read: a size that does not fit is said at once.
     model = new_model(config).to(device)
     weights = config.weights()
@@ -217,6 +220,7 @@ def make_loader(config: TrainConfig, device: torch.device, split: str) -> Loader
             device=device if data.loader != "torch" else torch.device("cpu"),
             crop=data.crop,
             resize=data.resize,
+            antialias=data.antialias,
         )
     )
     kind = choose_loader(data.loader, source)

@@ -39,6 +39,7 @@ class GradientStep:
             self.shared, self.own = [*self.shared, *self.own], []
         self.features_cut = jacobian == "shared"
         size = sum(p.numel() for p in self.shared)
+        self.active = torch.tensor(losses.active, device=model.device)
         self.rows = self.shared[0].new_zeros(len(losses.active), size)
 
     def __call__(self, x: Tensor, step: int, diagnose: bool = False) -> tuple[StepRecord, Any]:
@@ -85,5 +86,5 @@ class GradientStep:
         """Values of the active objectives [a] at their places among all m; NaN elsewhere."""
         full = torch.full((len(self.losses.names),), torch.nan, device=self.rows.device)
         if values is not None:
-            full[self.losses.active] = values.detach().to(full)
+            full.index_copy_(0, self.active, values.detach().to(full))
         return full
