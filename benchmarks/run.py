@@ -62,19 +62,13 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, one table a group."""
-    lines = [
-        f"# {result['machine']}",
-        "",
-        f"{result['date']}, commit {result['commit'][:10]}, {result['versions']}",
-    ]
+    lines = [f"# {result['machine']}", "", f"{result['versions']}, {result['threads']} threads"]
     for group in dict.fromkeys(row["group"] for row in result["rows"]):
         members = [row for row in result["rows"] if row["group"] == group]
-        extra = [
-            k for k in dict.fromkeys(k for row in members for k in row) if k not in members[0] or k not in FIXED
-        ]
-        extra = [k for k in extra if k not in FIXED]
+        extra = [k for k in dict.fromkeys(k for row in members for k in row) if k not in FIXED]
         head = ["name", "p20 ms", "p50 ms", "p80 ms", *extra]
-        lines += ["", f"## {group}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        stamp = f"{members[0]['date']}, commit {members[0]['commit'][:10]}"
+        lines += ["", f"## {group}", "", stamp, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for row in sorted(members, key=lambda r: r["p50_ms"]):
             times = [f"{row[k]:.4g}" for k in ("p20_ms", "p50_ms", "p80_ms")]
             values = [_show(row.get(k)) for k in extra]
@@ -82,7 +76,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-FIXED = ("group", "name", "p20_ms", "p50_ms", "p80_ms", "rounds")
+# Columns that every table has, or that are the same all over it.
+FIXED = ("group", "name", "p20_ms", "p50_ms", "p80_ms", "rounds", "commit", "date")
 
 
 def _show(value: Any) -> str:
@@ -94,18 +89,15 @@ def _show(value: Any) -> str:
 def main(arguments: list[str]) -> None:
     """Measure, then merge into the machine's file: a group measured again replaces its old rows."""
     report = measure(arguments)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE
-    ).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True, cwd=HERE)
+    stamp = {"commit": git.stdout.strip(), "date": datetime.date.today().isoformat()}
     names = ("torch", "triton", "torchjd", "numpy")
     path = RESULTS / f"{machine()}.json"
-    fresh = rows(report)
+    fresh = [row | stamp for row in rows(report)]
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     measured = {row["group"] for row in fresh}
     result = {
         "machine": machine(),
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{n} {version(n)}" for n in names),
         "threads": torch.get_num_threads(),
         "rows": [row for row in old if row["group"] not in measured] + fresh,
