@@ -6,6 +6,7 @@ A reader returns an image source for a split: something with `__len__` and `gath
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,8 +63,11 @@ class CelebAFiles(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        with Image.open(self.files[i]) as file:
-            pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        try:
+            with Image.open(self.files[i]) as file:
+                pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        except OSError as error:
+            raise ValueError(f"{self.files[i]} is damaged: {error}") from None
         box = CELEBA_CROPS[self.options.crop]
         if box is not None:
             top, left, height, width = box
@@ -108,14 +112,17 @@ def _torchvision(name: str, cls: type, options: ReadOptions, **kwargs: Any) -> A
         warnings.simplefilter("ignore")
         try:
             return cls(options.root, download=False, **kwargs)
-        except (RuntimeError, FileNotFoundError, OSError, ValueError, EOFError) as on_disk:
+        except Exception as on_disk:  # idx files are checked by assertions, .mat files by scipy's own errors
             if not options.download:
-                raise _missing(name, options, f"({on_disk})") from None
+                raise _missing(name, options, f"({_first_line(on_disk)})") from None
         try:
             return cls(options.root, download=True, **kwargs)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise _missing(name, options, f"Downloading them failed: {reason}") from None
+            raise _missing(name, options, f"Downloading them failed: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
@@ -131,6 +138,8 @@ def _in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
 def _train_or_test(name: str, cls: type) -> Callable[[ReadOptions], Source]:
     def read(options: ReadOptions) -> Source:
         data = _torchvision(name, cls, options, train=options.split == "train")
+        if len(data.data) != len(data.targets):
+            raise _missing(name, options, f"({len(data.data)} images and {len(data.targets)} labels)")
         return _in_memory(data.data, data.targets, options)
 
     return read
@@ -144,9 +153,14 @@ def _svhn(options: ReadOptions) -> Source:
 def _celeba(options: ReadOptions) -> Source:
     folder = next((f for f in ("celeba", "CelebA") if (options.root / f).is_dir()), "celeba")
     reader = type("CelebA", (tv.CelebA,), {"base_folder": folder})
-    return CelebAFiles(
-        _torchvision("celeba", reader, options, split=options.split, target_type="attr"), options
-    )
+    data = _torchvision("celeba", reader, options, split=options.split, target_type="attr")
+    # torchvision looks for the folder of images only; one that is missing should not end a run hours later.
+    there = set(os.listdir(options.root / folder / "img_align_celeba"))
+    absent = [name for name in data.filename if name not in there]
+    if absent:
+        found = f"({len(absent)} of {len(data.filename)} {options.split} images are not there, as {absent[0]})"
+        raise _missing("celeba", options, found)
+    return CelebAFiles(data, options)
 
 
 def _sprites(options: ReadOptions) -> Source:
