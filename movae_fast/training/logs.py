@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Logs:
             import wandb as wandb_module
 
             id_file = folder / "wandb_id"
-            run_id = id_file.read_text().strip() if id_file.exists() else wandb_module.util.generate_id()
+            run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
             id_file.write_text(run_id)
             self.wandb = wandb_module.init(
                 project=wandb.wandb_project,
