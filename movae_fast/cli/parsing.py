@@ -37,6 +37,7 @@ ALIASES = {
     "num_vis_samples": "num_samples",
     "train.n_samples": "num_samples",
     "train.print_freq": "log_every",
+    "train.save_freq": "checkpoint_every",
     "coef_alpha": "mmd_alpha",
     "train.coef_alpha": "mmd_alpha",
     "coef_lambda": "mmd_lambda",
@@ -238,9 +239,9 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
         "eval_freq": 0,
         "seed": tree.get("seed"),
         "dataset": name.lower() or None,
-        # Its folders are the datasets' own; torchvision's data_dir is the folder that holds them.
-        "data_dir": str(Path(root["root"]).parent) if "root" in root else None,
+        "data_dir": collection_root(root["root"]) if "root" in root else None,
         "image_size": root.get("img_size"),
+        "resize": "bilinear",
         "num_workers": tree.get("dataloader", {}).get("num_workers"),
         "latent_dim": network.get("z_dim"),
         "dim": network.get("dim"),
@@ -249,6 +250,7 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
         "steps": train.get("n_steps"),
         "batch_size": train.get("batch_size"),
         "log_every": train.get("print_freq"),
+        "checkpoint_every": train.get("save_freq"),
         "num_samples": train.get("n_samples"),
         "coef_kl": train.get("coef_kl"),
         "mmd_alpha": train.get("coef_alpha"),
@@ -258,3 +260,13 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
     if name.lower() == "celeba":
         flags["crop"] = "stylegan"
     return {k: v for k, v in flags.items() if v is not None}
+
+
+def collection_root(given: str) -> str:
+    """data_dir for the collection's root: torchvision's root (~/data/MNIST/ holds MNIST/raw), as it has it.
+
+    Where the files themselves lie in it (~/data/MNIST/raw), it is the folder above.
+    """
+    root = Path(given).expanduser()
+    own = any((root / name).is_dir() for name in ("raw", "img_align_celeba"))
+    return str(root.parent if own else root)

@@ -72,8 +72,7 @@ def run(argv: Sequence[str]) -> int:
     split = "test" if config.rec_testdata else "train"
     latents = getattr(model, "latent_dim", getattr(model, "embedding_dim", 0))
     folder = new_outdir(Path(config.outdir, f"{trained.data.dataset}_{split}", f"{latents:04d}_latent_dims"))
-    loader = make_loader(trained, device, split)
-    loader.train = loader.flip = False  # in order, unmirrored, the last batch too
+    loader = make_loader(trained, device, split, in_order=True)  # unmirrored, and the last batch too
     total = min(config.n_images or len(loader.source), len(loader.source))
     done = 0
     for x, _ in track(loader.epoch(), total=-(-total // config.batch_size), description=f"{split} images"):

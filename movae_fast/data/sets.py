@@ -6,6 +6,7 @@ A reader returns an image source for a split: something with `__len__` and `gath
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,14 +115,17 @@ def _torchvision(name: str, cls: type, options: ReadOptions, **kwargs: Any) -> A
         warnings.simplefilter("ignore")
         try:
             return cls(options.root, download=False, **kwargs)
-        except (RuntimeError, FileNotFoundError, OSError, ValueError, EOFError) as on_disk:
+        except Exception as on_disk:  # idx files are checked by assertions, .mat files by scipy's own errors
             if not options.download:
-                raise _missing(name, options, f"({on_disk})") from None
+                raise _missing(name, options, f"({_first_line(on_disk)})") from None
         try:
             return cls(options.root, download=True, **kwargs)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise _missing(name, options, f"Downloading them failed: {reason}") from None
+            raise _missing(name, options, f"Downloading them failed: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
@@ -137,6 +141,8 @@ def _in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
 def _train_or_test(name: str, cls: type) -> Callable[[ReadOptions], Source]:
     def read(options: ReadOptions) -> Source:
         data = _torchvision(name, cls, options, train=options.split == "train")
+        if len(data.data) != len(data.targets):
+            raise _missing(name, options, f"({len(data.data)} images and {len(data.targets)} labels)")
         return _in_memory(data.data, data.targets, options)
 
     return read
@@ -151,7 +157,14 @@ def _celeba(options: ReadOptions) -> Source:
     folder = next((f for f in ("celeba", "CelebA") if (options.root / f).is_dir()), "celeba")
     reader = type("CelebA", (tv.CelebA,), {"base_folder": folder})
     celeba = _torchvision("celeba", reader, options, split=options.split, target_type="attr")
-    files = [Path(celeba.root, folder, "img_align_celeba", name) for name in celeba.filename]
+    # torchvision looks for the folder of images only; one that is missing should not end a run hours later.
+    images = options.root / folder / "img_align_celeba"
+    there = set(os.listdir(images))
+    absent = [name for name in celeba.filename if name not in there]
+    if absent:
+        found = f"({len(absent)} of {len(celeba.filename)} {options.split} images are missing, as {absent[0]})"
+        raise _missing("celeba", options, found)
+    files = [images / name for name in celeba.filename]
     box = CELEBA_CROPS[options.crop] or (0, 0, 218, 178)
     return ImageFiles(files, options, box, "bicubic" if options.resize == "auto" else options.resize)
 

@@ -207,8 +207,8 @@ def assemble(config: TrainConfig, device: torch.device) -> Run:
     )
 
 
-def make_loader(config: TrainConfig, device: torch.device, split: str) -> Loader:
-    """The loader of one split by the configuration."""
+def make_loader(config: TrainConfig, device: torch.device, split: str, in_order: bool = False) -> Loader:
+    """The loader of one split by the configuration; `in_order` reads the training split as a test split."""
     data, info = config.data, config.info
     train = split == "train"
     source: Any = info.read(
@@ -228,7 +228,7 @@ def make_loader(config: TrainConfig, device: torch.device, split: str) -> Loader
     if 0 < limit < len(source):
         source = Subset(source, limit)
     options: dict[str, Any] = {
-        "train": train,
+        "train": train and not in_order,
         "seed": config.run.seed or 0,
         "flip": info.flip if data.flip is None else data.flip,
         "normalize": data.normalize,
