@@ -11,26 +11,6 @@ namespace {
 
 constexpr float kUp = 1.001f;  // covers the rounding of a norm computed in float32 from up to 2^13 terms
 
-// n consecutive numbers as float32 or float64. Only float64 has a Real of double, so nothing is ever narrowed.
-void widen(const void* source, Dtype dtype, int64_t n, double* out, const Isa&) {
-    if (dtype == Dtype::kFloat64) std::memcpy(out, source, n * sizeof *out);
-}
-
-void widen(const void* source, Dtype dtype, int64_t n, float* out, const Isa& isa) {
-    if (dtype == Dtype::kFloat32) {
-        std::memcpy(out, source, n * sizeof *out);
-    } else if (dtype == Dtype::kFloat16) {
-        isa.exact->half_to_float(static_cast<const uint16_t*>(source), out, n);
-    } else {
-        const uint16_t* bits = static_cast<const uint16_t*>(source);
-        for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(bits[i]);
-    }
-}
-
-const void* at(const void* data, Dtype dtype, int64_t element) {
-    return static_cast<const char*>(data) + element * item_size(dtype);
-}
-
 // A block of rows, each made contiguous. Channel-first data is read along its contiguous axis and transposed in
 // the cache.
 template <class Real>
@@ -81,6 +61,21 @@ double largest_of(const Real* x, int64_t n) {
 double power_of_two(int exponent) { return std::ldexp(1.0, exponent); }
 
 }  // namespace
+
+void widen(const void* source, Dtype dtype, int64_t n, double* out, const Isa&) {
+    if (dtype == Dtype::kFloat64) std::memcpy(out, source, n * sizeof *out);
+}
+
+void widen(const void* source, Dtype dtype, int64_t n, float* out, const Isa& isa) {
+    if (dtype == Dtype::kFloat32) {
+        std::memcpy(out, source, n * sizeof *out);
+    } else if (dtype == Dtype::kFloat16) {
+        isa.exact->half_to_float(static_cast<const uint16_t*>(source), out, n);
+    } else {
+        const uint16_t* bits = static_cast<const uint16_t*>(source);
+        for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(bits[i]);
+    }
+}
 
 void gather_rows(const RowsView& z, int64_t first, int rows, float* out, const Isa& isa) {
     gather(z, first, rows, out, isa);

@@ -82,6 +82,14 @@ struct RowBlock {
     void rescale(int depth, int exponent);
 };
 
+// n consecutive numbers in float32 (float64 from float64 only: nothing is ever narrowed).
+void widen(const void* source, Dtype dtype, int64_t n, float* out, const Isa& isa);
+void widen(const void* source, Dtype dtype, int64_t n, double* out, const Isa& isa);
+
+inline const void* at(const void* data, Dtype dtype, int64_t element) {
+    return static_cast<const char*>(data) + element * item_size(dtype);
+}
+
 // A block of rows, each made contiguous: out [rows, depth] in float32 (float64 for float64 sources).
 void gather_rows(const RowsView& z, int64_t first, int rows, float* out, const Isa& isa);
 void gather_rows(const RowsView& z, int64_t first, int rows, double* out, const Isa& isa);
