@@ -52,7 +52,8 @@ class Search {
     }
 
     void run(const BlockDone& done) {
-        const int64_t bytes_a_code = depth_ * (isa_.screening ? 6 : 4);
+        const int64_t widened = item_size(codebook_.dtype) == 2 ? 4 : 0;
+        const int64_t bytes_a_code = depth_ * (4 + widened + (isa_.screening ? 2 : 0));
         const int64_t step =
             std::max<int64_t>(kBlockBytes / bytes_a_code / kPanel * kPanel, kChunkPanels * kPanel);
         const bool one_block = step >= codebook_.count;
@@ -113,8 +114,9 @@ class Search {
         }
     }
 
+    // Never zero: the padding's infinite norms must stay infinite. certify() allows for what that adds.
     float norm_scale(const RowBlock<Real>& rows) const {
-        return static_cast<float>(std::ldexp(1.0, rows.exponent - exponent_));
+        return static_cast<float>(std::ldexp(1.0, std::max(rows.exponent - exponent_, -126)));
     }
 
     // One panel stays in the first-level cache while the rows go by.
@@ -157,7 +159,7 @@ class Search {
         // Products of bfloat16 pairs may be rounded once more before they are added.
         const float gamma = static_cast<float>((low ? 2 * depth_ + 16 : depth_ + 8) * 0x1.04p-24);
         const float tiny = static_cast<float>((depth_ + 8) * 0x1p-125);
-        const float by_norm = dropped + gamma * kept + tiny, by_square = gamma * 0.5f * norm_scale(rows);
+        const float by_norm = dropped + gamma * kept + tiny, by_square = gamma * 0.5f * norm_scale(rows) + 0x1p-126f;
         const float constant = tiny * (1 + kept);
         const float* norm = block_.norm.get() + panel;
         const float* lost = (low ? block_.dropped16 : block_.dropped32).get() + panel;

@@ -1,8 +1,8 @@
 """The nearest codeword of every row: `movae::nearest_code`.
 
 On a CPU the search is C++ (csrc/nearest_code_search.cpp) and takes the fastest of the instruction sets that
-the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of them;
-all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
+the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of
+them; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
 """
 
 import importlib
@@ -31,8 +31,8 @@ def nearest_code(
         can tell. False returns the answer of bfloat16 screening where the device screens in bfloat16.
 
     A vector that holds a NaN or an infinity gets index 0 and does not touch its neighbours. N = 0 gives an
-    empty result. Not differentiable. Memory: a packed copy of the codebook (at most 12 MiB of it at a time for
-    D <= 1024) and under 1 MiB a thread, never N x K.
+    empty result. Not differentiable. Memory: a packed copy of the codebook (at most 20 MiB of it at a time
+    for D <= 1024) and about 1 MiB a thread, never N x K.
 
     Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
     """

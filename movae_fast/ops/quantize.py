@@ -34,7 +34,7 @@ def quantize(
     gradient: Gradient = "straight_through",
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The nearest codeword of each vector, and all a VQ layer makes of it (van den Oord et al. 2017, eq. 1-3).
+    """Each vector's nearest codeword, and all a VQ layer makes of it (van den Oord et al. 2017, eq. 1-3).
 
     z, codebook: as `nearest_code` takes them.
     gradient: what z_q hands back. "straight_through": its gradient goes to z unchanged. "rotation": it is
