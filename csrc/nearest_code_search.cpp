@@ -46,9 +46,9 @@ class Search {
           depth_(static_cast<int>(z.depth)) {
         const double largest = largest_magnitude(codebook, isa, threads);
         exponent_ = scale_exponent(largest);
-        // Norms enter the scores as |c 2^b|^2 / 2 * 2^(a - b); this keeps them under 2^100.
-        max_row_exponent_ =
-            largest == 0 ? 1000 : exponent_ + 98 - std::ilogb(depth_) - 2 * (std::ilogb(largest) + exponent_);
+        // Norms enter the scores as |c 2^b|^2 / 2 * 2^(a - b); this keeps them under 2^100, and the factor finite.
+        const int room = largest == 0 ? 0 : 98 - std::ilogb(depth_) - 2 * (std::ilogb(largest) + exponent_);
+        max_row_exponent_ = exponent_ + std::min(room, 120);
     }
 
     void run(const BlockDone& done) {
