@@ -34,6 +34,8 @@ struct Workspace {  // one thread's
     float bound[kChunkPanels];
     uint16_t groups[kChunkPanels * kLanes];
     int hard[kRows], hard_count = 0;
+    float norm_scale;       // 2^(a - b), by which the codes' norms enter the screened scores
+    double norm_unit, unit;  // the same for re-scoring, and screening units over re-scoring units
     double best[kRows];
     int64_t index[kRows];
 };
@@ -97,6 +99,12 @@ class Search {
         const RowBlock<Real>& rows = work.rows;
         work.minima.resize(static_cast<int64_t>(rows.padded) * kChunkPanels * kLanes);
         if (isa_.screening) work.rows.round(depth_, *isa_.screening);
+        // Never zero: the padding's infinite norms must stay infinite. certify() allows for what that adds.
+        work.norm_scale = static_cast<float>(std::ldexp(1.0, std::max(rows.exponent - exponent_, -126)));
+        // float64 rows are re-scored as scaled, others as they came.
+        constexpr bool kScaled = std::is_same<Real, double>::value;
+        work.norm_unit = kScaled ? std::ldexp(1.0, rows.exponent - exponent_) : 1.0;
+        work.unit = kScaled ? 1.0 : std::ldexp(1.0, rows.exponent + exponent_);
         for (int64_t panel = 0; panel < block_.panels; panel += kChunkPanels) {
             const int panels = static_cast<int>(std::min<int64_t>(kChunkPanels, block_.panels - panel));
             screen(work, panel, panels);
@@ -114,16 +122,11 @@ class Search {
         }
     }
 
-    // Never zero: the padding's infinite norms must stay infinite. certify() allows for what that adds.
-    float norm_scale(const RowBlock<Real>& rows) const {
-        return static_cast<float>(std::ldexp(1.0, std::max(rows.exponent - exponent_, -126)));
-    }
-
     // One panel stays in the first-level cache while the rows go by.
     void screen(Workspace<Real>& work, int64_t panel, int panels) {
         const RowBlock<Real>& rows = work.rows;
         const int64_t deep = (depth_ + kDepthStep - 1) / kDepthStep * kDepthStep;
-        const float unit = norm_scale(rows);
+        const float unit = work.norm_scale;
         for (int64_t p = panel; p < panel + panels; ++p) {
             float* minima = work.minima.get() + (p - panel) * kLanes;
             const float* norms = block_.half_norm.get() + p * kPanel;
@@ -145,7 +148,7 @@ class Search {
             std::copy_n(rows.screen + static_cast<int64_t>(work.hard[i]) * depth_, depth_, z + i * int64_t{depth_});
         for (int64_t p = panel; p < panel + panels; ++p)
             isa_.exact->screen(z, depth_, work.hard_count, block_.panel32.get() + p * depth_ * kPanel,
-                               block_.half_norm.get() + p * kPanel, norm_scale(rows), depth_,
+                               block_.half_norm.get() + p * kPanel, work.norm_scale, depth_,
                                work.minima.get() + (p - panel) * kLanes, kChunkPanels * kLanes);
         for (int i = 0; i < work.hard_count; ++i)
             rescore(work, work.hard[i], panel, certify(work, work.hard[i], i, panel, panels, false));
@@ -159,26 +162,19 @@ class Search {
         // Products of bfloat16 pairs may be rounded once more before they are added.
         const float gamma = static_cast<float>((low ? 2 * depth_ + 16 : depth_ + 8) * 0x1.04p-24);
         const float tiny = static_cast<float>((depth_ + 8) * 0x1p-125);
-        const float by_norm = dropped + gamma * kept + tiny, by_square = gamma * 0.5f * norm_scale(rows) + 0x1p-126f;
+        const float by_norm = dropped + gamma * kept + tiny, by_square = gamma * 0.5f * work.norm_scale + 0x1p-126f;
         const float constant = tiny * (1 + kept);
         const float* norm = block_.norm.get() + panel;
         const float* lost = (low ? block_.dropped16 : block_.dropped32).get() + panel;
         for (int p = 0; p < panels; ++p)
             work.bound[p] = exact_ ? norm[p] * (by_norm + by_square * norm[p]) + kept * lost[p] + constant : 0.0f;
-        const float best = static_cast<float>(work.best[r] * rescoring_unit(rows));
+        const float best = static_cast<float>(work.best[r] * work.unit);
         return isa_.exact->candidates(work.minima.get() + static_cast<int64_t>(slot) * kChunkPanels * kLanes,
                                       work.bound, panels, best, work.groups);
     }
 
-    // Screening units over re-scoring units: 2^(a + b), but float64 rows are re-scored as scaled.
-    double rescoring_unit(const RowBlock<Real>& rows) const {
-        return std::is_same<Real, double>::value ? 1.0 : std::ldexp(1.0, rows.exponent + exponent_);
-    }
-
     void rescore(Workspace<Real>& work, int r, int64_t panel, int found) {
         const Real* z = work.rows.raw.get() + static_cast<int64_t>(r) * depth_;
-        const double norm_unit =
-            std::is_same<Real, double>::value ? std::ldexp(1.0, work.rows.exponent - exponent_) : 1.0;
         for (int i = 0; i < found; ++i) {
             const int64_t first = (panel + work.groups[i] / kLanes) * kPanel + work.groups[i] % kLanes;
             const Real* codes[kGroup];
@@ -194,7 +190,7 @@ class Search {
             for (int j = 0; j < kGroup; ++j) {
                 const int64_t code = first + j * kLanes;
                 if (code >= block_.count) break;
-                const double score = block_.half_norm64[code] * norm_unit - product[j] * block_.rows_scale;
+                const double score = block_.half_norm64[code] * work.norm_unit - product[j] * block_.rows_scale;
                 const int64_t global = block_.first + code;
                 if (score < work.best[r] || (score == work.best[r] && global < work.index[r] && score < kInfinity)) {
                     work.best[r] = score;

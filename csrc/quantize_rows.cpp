@@ -24,16 +24,32 @@ uint16_t to_half(float value) {  // round to nearest even
     return static_cast<uint16_t>(sign | ((bits + 0xfffu + (bits >> 13 & 1u)) >> 13));
 }
 
-void narrow(double value, Dtype dtype, void* out) {
+inline void store(float* out, double value) { *out = static_cast<float>(value); }
+inline void store(double* out, double value) { *out = value; }
+inline void store(HalfBits* out, double value) { out->bits = to_half(static_cast<float>(value)); }
+inline void store(BfloatBits* out, double value) {
     const float single = static_cast<float>(value);
-    uint16_t half = 0;
-    switch (dtype) {
-        case Dtype::kFloat64: std::memcpy(out, &value, 8); return;
-        case Dtype::kFloat32: std::memcpy(out, &single, 4); return;
-        case Dtype::kFloat16: half = to_half(single); break;
-        case Dtype::kBfloat16: half = std::isnan(single) ? 0x7fc0 : to_bfloat16(single); break;
-    }
-    std::memcpy(out, &half, 2);
+    out->bits = std::isnan(single) ? 0x7fc0 : to_bfloat16(single);
+}
+
+// Rows of Real to where they belong in `out`, rounded to its dtype.
+template <class Real>
+void scatter_rows(const Real* rows, const RowsView& out, int64_t first, int count) {
+    with_element(out.dtype, [&](auto element) {
+        auto* data = static_cast<decltype(element)*>(out.data);
+        const int64_t depth = out.depth;
+        if (out.depth_stride == 1) {
+            for (int r = 0; r < count; ++r) {
+                auto* row = data + out.offset(first + r);
+                for (int64_t k = 0; k < depth; ++k) store(row + k, rows[r * depth + k]);
+            }
+            return;
+        }
+        int64_t target[kRows];
+        for (int r = 0; r < count; ++r) target[r] = out.offset(first + r);
+        for (int64_t k = 0; k < depth; ++k)
+            for (int r = 0; r < count; ++r) store(data + target[r] + k * out.depth_stride, rows[r * depth + k]);
+    });
 }
 
 char* place(const RowsView& view, int64_t element) {
@@ -172,10 +188,7 @@ void backward_z(const RowsView& z, const Codebook& codebook, const int64_t* inde
                     for (int k = 0; k < depth; ++k) out[k] += twice * (x[k] - code[k]);
                 }
             }
-            for (int64_t k = 0; k < depth; ++k)
-                for (int r = 0; r < n; ++r)
-                    narrow(grads[r * z.depth + k], z.dtype,
-                           place(g.grad_z, g.grad_z.offset(first + r) + k * g.grad_z.depth_stride));
+            scatter_rows(grads.get(), g.grad_z, first, n);
         }
     }
 }
