@@ -216,7 +216,7 @@ class Search {
 void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, const Isa& isa,
                   int threads, const BlockDone& done) {
     if (z.rows() == 0) return;
-    threads = std::max(threads, 1);
+    threads = useful_threads(threads, z.rows() * codebook.count * z.depth / 16);  // 16 a vector instruction
     if (z.dtype == Dtype::kFloat64)
         Search<double>(z, codebook, index, exact, isa, threads).run(done);
     else

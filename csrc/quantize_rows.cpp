@@ -218,6 +218,7 @@ void backward_codebook(const RowsView& z, const Codebook& codebook, const int64_
 }  // namespace
 
 void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, const Isa& isa, int threads) {
+    threads = useful_threads(threads, z.rows() * codebook.count * z.depth / 16);
     if (z.dtype == Dtype::kFloat64)
         forward<double>(z, codebook, out, isa, threads);
     else
@@ -226,6 +227,7 @@ void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out,
 
 void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error,
                 const Isa& isa, int threads) {
+    threads = useful_threads(threads, z.rows() * z.depth);
     const int64_t blocks = (z.rows() + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(threads)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -241,6 +243,7 @@ void code_error(const RowsView& z, const Codebook& codebook, const int64_t* inde
 void quantize_backward(const RowsView& z, const Codebook& codebook, const int64_t* index,
                        const QuantizeGradient& gradient, const Isa& isa, int threads) {
     const bool wide = z.dtype == Dtype::kFloat64;
+    threads = useful_threads(threads, z.rows() * z.depth);
     if (gradient.grad_z.data) {
         if (wide)
             backward_z<double>(z, codebook, index, gradient, isa, threads);

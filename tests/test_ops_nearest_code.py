@@ -325,3 +325,28 @@ def test_the_number_of_threads_changes_nothing() -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_finds_what_the_cpu_finds() -> None:
+    for name, z, codebook in families(1):
+        index = ops.nearest_code(z.cuda(), codebook.cuda()).cpu()
+        chosen, best = codebook[index].double(), codebook[search(z, codebook)].double()
+        excess = (z - chosen).square().sum(1) - (z - best).square().sum(1)
+        # What float32 can tell: the rounding of a score, a sum of D + 2 terms.
+        scale = (
+            z.double().norm(dim=1) * codebook.double().norm(dim=1).max()
+            + codebook.double().square().sum(1).max()
+        )
+        assert (excess <= 4 * (z.shape[1] + 2) * 2.0**-24 * scale).all(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("layout", ["channel-first", "channels-last", "sliced rows", "no rows"])
+def test_cuda_reads_z_where_it_lies(layout: str) -> None:
+    z, codebook = layouts()[layout], torch.randn(40, 10)
+    torch.testing.assert_close(
+        ops.nearest_code(z.cuda(), codebook.cuda()).cpu(), ops.nearest_code(z, codebook)
+    )

@@ -310,3 +310,20 @@ def test_vmap_is_refused() -> None:
     codebook = torch.randn(6, 5)
     with pytest.raises(NotImplementedError, match="fold the mapped dimension"):
         torch.vmap(lambda z: ops.quantize(z, codebook))(torch.randn(3, 4, 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("shape", "gradient"), list(product(SHAPES.values(), GRADIENTS)))
+def test_cuda_is_the_cpu(shape: tuple[int, ...], gradient: Gradient) -> None:
+    z, codebook = operands(shape)
+    on_cpu = ops.quantize(z, codebook, gradient=gradient)
+    a, b = z.detach().cuda().requires_grad_(), codebook.detach().cuda().requires_grad_()
+    on_cuda = ops.quantize(a, b, gradient=gradient, deterministic=True)
+    for x, y in zip(on_cuda, on_cpu, strict=True):
+        torch.testing.assert_close(x.cpu(), y)
+    upstream = [torch.randn_like(on_cpu[0]), torch.randn_like(on_cpu[2])]
+    expected = torch.autograd.grad([on_cpu[0], on_cpu[2]], [z, codebook], upstream)
+    got = torch.autograd.grad([on_cuda[0], on_cuda[2]], [a, b], [x.cuda() for x in upstream])
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y)
