@@ -2,3 +2,6 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+void bind_nearest_code(pybind11::module_& m);
+void bind_quantize(pybind11::module_& m);

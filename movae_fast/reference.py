@@ -112,3 +112,35 @@ def tc_terms(
     log_q_z = torch.logsumexp(log_q.sum(2) + log_w, dim=1)
     log_prod_q_z = torch.logsumexp(log_q + log_w[:, :, None], dim=1).sum(1)
     return log_q_z, log_prod_q_z
+
+
+def code_error(
+    z: Tensor,  # [N, D]
+    codebook: Tensor,  # [K, D]
+    index: Tensor,  # [N] int64
+) -> Tensor:  # [N]
+    """||z - codebook[index]||^2, differentiable in both."""
+    return (z - codebook[index]).square().sum(1)
+
+
+def straight_through(
+    z: Tensor,  # [N, D]
+    z_q: Tensor,  # [N, D]
+) -> Tensor:  # [N, D]
+    """z_q, with its gradient handed to z unchanged (van den Oord et al. 2017, section 3.2)."""
+    return z + (z_q - z).detach()
+
+
+def rotation_trick(
+    z: Tensor,  # [N, D]
+    z_q: Tensor,  # [N, D]
+) -> Tensor:  # [N, D]
+    """z_q as z turned and stretched by a constant matrix, which the gradient passes (Fifty et al. 2024).
+
+    With e = z / |z|, q = z_q / |z_q| and r = (e + q) / |e + q|: z_q = |z_q| / |z| (I - 2 r r' + 2 q e') z.
+    """
+    length_z, length_q = z.norm(dim=1, keepdim=True).detach(), z_q.norm(dim=1, keepdim=True).detach()
+    e, q = z.detach() / length_z, z_q.detach() / length_q
+    r = torch.nn.functional.normalize(e + q, dim=1)
+    turned = z - 2 * (z * r).sum(1, keepdim=True) * r + 2 * (z * e).sum(1, keepdim=True) * q
+    return length_q / length_z * turned

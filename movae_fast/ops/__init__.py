@@ -4,6 +4,8 @@ from movae_fast import ops
 index = ops.nearest_code(z, codebook)
 """
 
-from movae_fast.reference import combine, gramian, nearest_code, quantize, tc_terms
+from movae_fast.ops.nearest_code import nearest_code
+from movae_fast.ops.quantize import code_error, quantize
+from movae_fast.reference import combine, gramian, tc_terms
 
-__all__ = ["combine", "gramian", "nearest_code", "quantize", "tc_terms"]
+__all__ = ["code_error", "combine", "gramian", "nearest_code", "quantize", "tc_terms"]

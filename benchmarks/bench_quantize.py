@@ -1,0 +1,77 @@
+"""ops.quantize, forward and backward, against torch and vector-quantize-pytorch's layer; on the CPU.
+
+pytest benchmarks/bench_quantize.py --benchmark-only --benchmark-group-by=group
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Call, extra_memory, interleaved, sgemm_gflops
+from movae_fast import ops, reference
+
+N = 32768
+SHAPES = [(512, 64), (8192, 64), (1024, 256)]
+PEERS = ["movae", "movae channel-first", "torch reference", "vector-quantize-pytorch"]
+
+
+def calls(K: int, D: int) -> dict[str, Call]:
+    """A VQ layer's part of a training step: forward, EMA statistics, gradient of z_q and commitment."""
+    vq = pytest.importorskip("vector_quantize_pytorch")
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(N, D, generator=generator).requires_grad_()
+    image = torch.randn(32, D, 32, 32, generator=generator).requires_grad_()
+    codebook = torch.randn(K, D, generator=generator)
+    layer = vq.VectorQuantize(dim=D, codebook_size=K, rotation_trick=False)
+    layer.codebook = codebook
+
+    def ours(z: Tensor) -> None:
+        z_q, _, sq_err, _, _ = ops.quantize(z, codebook)
+        torch.autograd.grad(z_q.sum() + sq_err.mean(), z)
+
+    def torch_reference() -> None:
+        z_q, _, sq_err, _, _ = reference.quantize(z, codebook)
+        torch.autograd.grad(reference.straight_through(z, z_q).sum() + sq_err.mean(), z)
+
+    def published() -> None:
+        z_q, _, loss = layer(z[None])
+        torch.autograd.grad(z_q.sum() + loss.sum(), z)
+
+    return {
+        "movae": lambda: ours(z),
+        "movae channel-first": lambda: ours(image),
+        "torch reference": torch_reference,
+        "vector-quantize-pytorch": published,
+    }
+
+
+@pytest.mark.parametrize(("K", "D"), SHAPES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_quantize(benchmark: Any, peer: str, K: int, D: int) -> None:
+    benchmark.group = f"quantize N={N} K={K} D={D}"
+    call = calls(K, D)[peer]
+    call()
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
+    benchmark.extra_info["bound_ms"] = 2 * N * K * D / sgemm_gflops() / 1e6
+    benchmark.extra_info["bound"] = "float32 operations of the search over the sgemm rate of this run"
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(call, rounds=5)
+
+
+@pytest.mark.parametrize(("K", "D"), SHAPES)
+def test_ratios(benchmark: Any, K: int, D: int) -> None:
+    """Every peer in turn; the medians, and how many times faster than vector-quantize-pytorch each is."""
+    benchmark.group = f"quantize ratios N={N} K={K} D={D}"
+    peers = calls(K, D)
+    medians = interleaved(peers, 5)
+    slowest = medians["vector-quantize-pytorch"]
+    benchmark.extra_info["median_ms"] = medians
+    benchmark.extra_info["times_faster_than_vector_quantize_pytorch"] = {
+        name: slowest / ms for name, ms in medians.items()
+    }
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    for name, ms in medians.items():
+        print(f"K={K} D={D} {name:26s} {ms:9.2f} ms {slowest / ms:6.2f}x vector-quantize-pytorch")
+    benchmark.pedantic(peers["movae"], rounds=3)

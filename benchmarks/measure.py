@@ -1,0 +1,45 @@
+"""What the benchmarks share: interleaved medians, peak extra memory, ceilings for the bounds."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each call, one of each in turn: a busy moment of the machine meets them all."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def extra_memory(call: Call) -> float:
+    """MiB by which the process's peak resident set during the call exceeds what it held before (Linux)."""
+
+    def resident(field: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(field + ":")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    call()
+    return (resident("VmHWM") - before) / 1024
+
+
+@cache
+def sgemm_gflops() -> float:
+    """float32 matrix product of this run's threads, in 10^9 operations a second: the best of ten."""
+    a, b, out = (torch.randn(2048, 2048) for _ in range(3))
+    best = min(interleaved({"mm": lambda: torch.mm(a, b, out=out)}, 1)["mm"] for _ in range(10))
+    return 2 * 2048**3 / best / 1e6

@@ -1,0 +1,144 @@
+"""The nearest codeword of every row: `movae::nearest_code`.
+
+On a CPU the search is C++ (csrc/nearest_code_search.cpp) and takes the fastest of the instruction sets that
+the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of
+them; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
+"""
+
+import importlib
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+import movae_fast._csrc as _csrc
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def nearest_code(
+    z: Tensor,  # [N, D] or channel-first [B, D, *spatial]
+    codebook: Tensor,  # [K, D]
+    exact: bool = True,
+) -> Tensor:  # [N] or [B, *spatial] int64
+    """Index of the codeword nearest to each vector in Euclidean distance; the lowest index on a tie.
+
+    z: [N, D], or [B, D, *spatial] (an image of features as a convolution returns it), read where it lies;
+        float32, float64, bfloat16 or float16. Where the dtypes of z and codebook differ, both are promoted.
+    codebook: [K, D] on the same device. A code that holds a NaN or an infinity is never chosen.
+    exact: on a CPU the index is that of scores computed in float64, on CUDA it is float64's wherever float32
+        can tell. False returns the answer of bfloat16 screening where the device screens in bfloat16.
+
+    A vector that holds a NaN or an infinity gets index 0 and does not touch its neighbours. N = 0 gives an
+    empty result. Not differentiable. Memory: a packed copy of the codebook (at most 20 MiB of it at a time
+    for D <= 1024) and about 1 MiB a thread, never N x K.
+
+    Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
+    """
+    z, codebook = check_operands("nearest_code", z, codebook)
+    return torch.ops.movae.nearest_code(z, codebook, exact)
+
+
+def check_operands(op: str, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """z and codebook in their common dtype, or one error that shows both."""
+
+    def refuse(problem: str, error: type[Exception] = ValueError) -> NoReturn:
+        operands = [
+            f"{name} {list(x.shape)} {str(x.dtype)[6:]} on {x.device}"
+            for name, x in (("z", z), ("codebook", codebook))
+        ]
+        raise error(f"{op}: {problem}; got {operands[0]}, {operands[1]}")
+
+    if z.dim() < 2 or codebook.dim() != 2:
+        refuse("z must be [N, D] or [B, D, *spatial] and codebook [K, D]")
+    if z.shape[1] != codebook.shape[1]:
+        refuse("z and codebook differ in D, the size of their dimension 1")
+    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
+        refuse("the codebook is empty")
+    if z.dtype not in DTYPES or codebook.dtype not in DTYPES:
+        refuse("z and codebook must be float32, float64, bfloat16 or float16", TypeError)
+    if z.device != codebook.device:
+        refuse("z and codebook are on different devices")
+    dtype = torch.promote_types(z.dtype, codebook.dtype)
+    return z.to(dtype), codebook.to(dtype)
+
+
+def index_shape(z: Tensor) -> tuple[int, ...]:
+    """[N] of [N, D]; [B, *spatial] of [B, D, *spatial]."""
+    return (z.shape[0], *z.shape[2:])
+
+
+def is_flat(z: Tensor) -> bool:
+    """Whether the spatial dimensions of [B, D, *spatial] can be walked with one stride."""
+    sizes, strides = z.shape[2:], z.stride()[2:]
+    walked = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
+    return all(outer == inner * n for (_, outer), (n, inner) in pairwise(walked))
+
+
+def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
+    """z, [N, D] or flat [B, D, *spatial], as csrc's RowsView; None as an absent operand shaped as `like`."""
+    shape = z if z is not None else like
+    assert shape is not None
+    data = 0 if z is None else z.data_ptr()
+    dtype = DTYPES[shape.dtype]
+    if shape.dim() == 2:
+        return _csrc.RowsView(data, dtype, 1, *shape.shape, 0, *shape.stride())
+    spatial = shape.shape[2:].numel()
+    walked = [s for n, s in zip(shape.shape[2:], shape.stride()[2:], strict=True) if n != 1]
+    batch_stride, depth_stride = shape.stride()[:2]
+    return _csrc.RowsView(
+        data,
+        dtype,
+        shape.shape[0],
+        spatial,
+        shape.shape[1],
+        batch_stride,
+        walked[-1] if walked else 1,
+        depth_stride,
+    )
+
+
+def codebook_view(codebook: Tensor) -> Any:
+    """A contiguous [K, D] codebook as csrc's Codebook."""
+    return _csrc.Codebook(codebook.data_ptr(), DTYPES[codebook.dtype], *codebook.shape)
+
+
+def flat(z: Tensor) -> Tensor:
+    """z itself if C++ can walk it, else a contiguous copy."""
+    return z if is_flat(z) else z.contiguous()
+
+
+@torch.library.custom_op("movae::nearest_code", mutates_args=(), device_types="cpu")
+def _nearest_code(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
+    return search(z, codebook, exact)
+
+
+def search(z: Tensor, codebook: Tensor, exact: bool = True, isa: str = "") -> Tensor:
+    """The CPU path, by name if `isa` is one of _csrc.nearest_code_isas()."""
+    index = torch.empty(index_shape(z), dtype=torch.int64)
+    z, codebook = flat(z), codebook.contiguous()
+    _csrc.nearest_code(
+        rows_view(z), codebook_view(codebook), index.data_ptr(), exact, isa, torch.get_num_threads()
+    )
+    return index
+
+
+@_nearest_code.register_kernel("cuda")
+def _nearest_code_cuda(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
+    return triton_kernels().nearest_code(z, codebook, exact=exact)
+
+
+def triton_kernels() -> Any:
+    """movae_fast.kernels, imported when the first CUDA tensor comes in: Triton is not on every machine."""
+    return importlib.import_module("movae_fast.kernels")
+
+
+@_nearest_code.register_fake
+def _nearest_code_fake(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
+    return z.new_empty(index_shape(z), dtype=torch.int64)
+
+
+@_nearest_code.register_vmap
+def _nearest_code_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::nearest_code has no vmap rule: fold the mapped dimension into N")

@@ -1,0 +1,332 @@
+"""A vector-quantisation layer's forward in one pass over z: `movae::quantize`, and its gradients.
+
+    z_q, index, sq_err, count, code_sum = ops.quantize(z, codebook, gradient="rotation")
+
+The two losses of a VQ-VAE as separate objectives, each with the gradient of its own operand only:
+
+    z_q, index, commitment, count, code_sum = ops.quantize(z, codebook.detach())
+    embedding = ops.code_error(z.detach(), codebook, index)
+"""
+
+from typing import Any, Literal, NoReturn, get_args
+
+import torch
+from torch import Tensor
+
+import movae_fast._csrc as _csrc
+from movae_fast.ops.nearest_code import (
+    check_operands,
+    codebook_view,
+    flat,
+    index_shape,
+    is_flat,
+    rows_view,
+    triton_kernels,
+)
+
+Gradient = Literal["straight_through", "rotation", "codebook"]
+
+
+def quantize(
+    z: Tensor,  # [N, D] or channel-first [B, D, *spatial]
+    codebook: Tensor,  # [K, D]
+    *,
+    gradient: Gradient = "straight_through",
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Each vector's nearest codeword, and all a VQ layer makes of it (van den Oord et al. 2017, eq. 1-3).
+
+    z, codebook: as `nearest_code` takes them.
+    gradient: what z_q hands back. "straight_through": its gradient goes to z unchanged. "rotation": it is
+        turned and stretched as z was to become its code (Fifty et al. 2024). "codebook": it goes to the code,
+        none to z (the derivative of codebook[index]).
+    deterministic: count and code_sum from one fixed order of summation. Always so on a CPU, and on CUDA under
+        torch.use_deterministic_algorithms.
+
+    Returns, in this order,
+        z_q as z: exact copies of the codes;
+        index [N] or [B, *spatial], int64: see `nearest_code`, exact;
+        sq_err, shaped as index: ||z - z_q||^2, differentiable in z (commitment) and in codebook (embedding);
+            detach one operand to have the other's gradient alone;
+        count [K]: how many vectors chose a code;
+        code_sum [K, D]: the sum of those vectors.
+    sq_err, count and code_sum are float32, float64 where z is; on a CPU all sums are accumulated in float64.
+    A vector that holds a NaN has index 0 and a NaN sq_err, and enters count[0] and code_sum[0].
+
+    Raises as `nearest_code`, and ValueError for an unknown `gradient`.
+    """
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"quantize: gradient must be one of {get_args(Gradient)}; got {gradient!r}")
+    z, codebook = check_operands("quantize", z, codebook)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    return torch.ops.movae.quantize(z, codebook, gradient, deterministic)
+
+
+def code_error(
+    z: Tensor,  # [N, D] or [B, D, *spatial]
+    codebook: Tensor,  # [K, D]
+    index: Tensor,  # [N] or [B, *spatial] int64
+) -> Tensor:  # as index
+    """||z - codebook[index]||^2 for indices already found; differentiable in z and in codebook.
+
+    float32, or float64 where z is. Indices must lie in [0, K): they are trusted as `nearest_code`'s.
+    Raises as `nearest_code`, and ValueError or TypeError where index does not fit z.
+    """
+    z, codebook = check_operands("code_error", z, codebook)
+    if index.dtype != torch.int64 or index.device != z.device:
+        raise TypeError(
+            f"code_error: index must be int64 on {z.device}; got {str(index.dtype)[6:]} on {index.device}"
+        )
+    if tuple(index.shape) != index_shape(z):
+        raise ValueError(
+            f"code_error: index must be {list(index_shape(z))} for z {list(z.shape)}; got {list(index.shape)}"
+        )
+    return torch.ops.movae.code_error(z, codebook, index)
+
+
+def accumulation_dtype(z: Tensor) -> torch.dtype:
+    """Of errors, counts and sums: float64 for float64, else float32 (a float16 cannot count to 2049)."""
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+# --- forward ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("movae::quantize", mutates_args=(), device_types="cpu")
+def _quantize(
+    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z_q, index, sq_err, count, code_sum = out = _quantize_fake(z, codebook, gradient, deterministic)
+    z, codebook = flat(z), codebook.contiguous()
+    written = z_q if is_flat(z_q) else torch.empty_like(z_q, memory_format=torch.contiguous_format)
+    _csrc.quantize(
+        rows_view(z),
+        codebook_view(codebook),
+        rows_view(written),
+        index.data_ptr(),
+        sq_err.data_ptr(),
+        count.data_ptr(),
+        code_sum.data_ptr(),
+        "",
+        torch.get_num_threads(),
+    )
+    if written is not z_q:
+        z_q.copy_(written)
+    return out
+
+
+@_quantize.register_kernel("cuda")
+def _quantize_cuda(
+    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return triton_kernels().quantize(z, codebook, deterministic=deterministic)
+
+
+@_quantize.register_fake
+def _quantize_fake(
+    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(z)
+    return (
+        torch.empty_like(z),
+        z.new_empty(index_shape(z), dtype=torch.int64),
+        z.new_empty(index_shape(z), dtype=dtype),
+        z.new_empty(codebook.shape[0], dtype=dtype),
+        z.new_empty(codebook.shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("movae::code_error", mutates_args=(), device_types="cpu")
+def _code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    sq_err = _code_error_fake(z, codebook, index)
+    z, codebook, index = flat(z), codebook.contiguous(), index.contiguous()
+    _csrc.code_error(
+        rows_view(z), codebook_view(codebook), index.data_ptr(), sq_err.data_ptr(), torch.get_num_threads()
+    )
+    return sq_err
+
+
+@_code_error.register_kernel("cuda")
+def _code_error_cuda(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    dtype = accumulation_dtype(z)
+    difference = _as_rows(z).to(dtype) - codebook[index.flatten()].to(dtype)
+    return difference.square().sum(1).view(index_shape(z))
+
+
+@_code_error.register_fake
+def _code_error_fake(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    return z.new_empty(index_shape(z), dtype=accumulation_dtype(z))
+
+
+# --- backward -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("movae::quantize_backward", mutates_args=(), device_types="cpu")
+def _quantize_backward(
+    grad_z_q: Tensor | None,  # as z
+    grad_sq_err: Tensor | None,  # as index
+    z: Tensor,
+    codebook: Tensor,
+    index: Tensor,
+    gradient: str,
+    want_z: bool,
+    want_codebook: bool,
+) -> tuple[Tensor, Tensor]:  # as z and as codebook; empty where not wanted
+    grad_z, grad_codebook = _quantize_backward_fake(
+        grad_z_q, grad_sq_err, z, codebook, index, gradient, want_z, want_codebook
+    )
+    dtype = accumulation_dtype(z)
+    z, codebook, index = flat(z), codebook.contiguous(), index.contiguous()
+    if grad_z_q is not None:
+        grad_z_q = flat(grad_z_q.to(z.dtype))
+    if grad_sq_err is not None:
+        grad_sq_err = grad_sq_err.to(dtype).contiguous()
+    written = grad_z if is_flat(grad_z) else torch.empty_like(grad_z, memory_format=torch.contiguous_format)
+    sums = torch.empty_like(codebook, dtype=dtype) if want_codebook else None
+    _csrc.quantize_backward(
+        rows_view(z),
+        codebook_view(codebook),
+        index.data_ptr(),
+        rows_view(grad_z_q, like=z),
+        0 if grad_sq_err is None else grad_sq_err.data_ptr(),
+        get_args(Gradient).index(gradient),
+        rows_view(written if want_z else None, like=z),
+        0 if sums is None else sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if written is not grad_z:
+        grad_z.copy_(written)
+    if sums is not None:
+        grad_codebook.copy_(sums)
+    return grad_z, grad_codebook
+
+
+@_quantize_backward.register_fake
+def _quantize_backward_fake(
+    grad_z_q: Tensor | None,
+    grad_sq_err: Tensor | None,
+    z: Tensor,
+    codebook: Tensor,
+    index: Tensor,
+    gradient: str,
+    want_z: bool,
+    want_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_z = torch.empty_like(z) if want_z else z.new_empty((0, 0))
+    grad_codebook = codebook.new_empty(codebook.shape if want_codebook else (0, 0))
+    return grad_z, grad_codebook
+
+
+@_quantize_backward.register_kernel("cuda")
+def _quantize_backward_cuda(
+    grad_z_q: Tensor | None,
+    grad_sq_err: Tensor | None,
+    z: Tensor,
+    codebook: Tensor,
+    index: Tensor,
+    gradient: str,
+    want_z: bool,
+    want_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_z, grad_codebook = _quantize_backward_fake(
+        grad_z_q, grad_sq_err, z, codebook, index, gradient, want_z, want_codebook
+    )
+    dtype = accumulation_dtype(z)
+    rows, code = _as_rows(z).to(dtype), codebook[index.flatten()].to(dtype)
+    through = torch.zeros_like(rows) if grad_z_q is None else _as_rows(grad_z_q).to(dtype)
+    pull = torch.zeros_like(rows)  # half the gradient of sq_err in z
+    if grad_sq_err is not None:
+        pull = grad_sq_err.to(dtype).reshape(-1, 1) * (rows - code)
+    if want_z:
+        total = 2 * pull
+        if gradient == "straight_through":
+            total += through
+        elif gradient == "rotation":
+            total += _rotate_back(rows, code, through)
+        grad_z.copy_(_as_channels(total, z))
+    if want_codebook:
+        term = through - 2 * pull if gradient == "codebook" else -2 * pull
+        sums = torch.zeros(codebook.shape, dtype=dtype, device=z.device)
+        grad_codebook.copy_(sums.index_add_(0, index.flatten(), term))
+    return grad_z, grad_codebook
+
+
+def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
+    """The transpose of z's scaled rotation onto its code, applied to grad; as is without a direction."""
+    length_z, length_code = z.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
+    e, q = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(code, dim=1)
+    r = torch.nn.functional.normalize(e + q, dim=1)
+    turned = grad - 2 * (grad * r).sum(1, keepdim=True) * r + 2 * (grad * q).sum(1, keepdim=True) * e
+    return torch.where((length_z > 0) & (length_code > 0), length_code / length_z * turned, grad)
+
+
+def _as_rows(z: Tensor) -> Tensor:
+    """[B, D, *spatial] as [N, D]."""
+    return z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+def _as_channels(rows: Tensor, z: Tensor) -> Tensor:
+    """[N, D] in the shape of z."""
+    return rows if z.dim() == 2 else rows.view(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)
+
+
+# --- autograd -----------------------------------------------------------------------------------------------
+
+
+def _save_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, codebook, ctx.gradient, _ = inputs
+    _, index, _, count, code_sum = output
+    ctx.mark_non_differentiable(index, count, code_sum)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, codebook, index)
+
+
+def _differentiate_quantize(
+    ctx: Any, grad_z_q: Tensor | None, _i: Any, grad_sq_err: Tensor | None, *_: Any
+) -> Any:
+    grad_z, grad_codebook = _gradients(ctx, grad_z_q, grad_sq_err, ctx.gradient)
+    return grad_z, grad_codebook, None, None
+
+
+def _save_code_error(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_code_error(ctx: Any, grad_sq_err: Tensor | None) -> Any:
+    return *_gradients(ctx, None, grad_sq_err, "straight_through"), None
+
+
+def _gradients(
+    ctx: Any, grad_z_q: Tensor | None, grad_sq_err: Tensor | None, gradient: str
+) -> tuple[Tensor | None, Tensor | None]:
+    z, codebook, index = ctx.saved_tensors
+    want_z, want_codebook = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    # Nothing but the codebook's own gradient reaches it through z_q, and it alone.
+    want_z = want_z and (grad_sq_err is not None or (grad_z_q is not None and gradient != "codebook"))
+    want_codebook = want_codebook and (
+        grad_sq_err is not None or (grad_z_q is not None and gradient == "codebook")
+    )
+    grad_z, grad_codebook = torch.ops.movae.quantize_backward(
+        grad_z_q, grad_sq_err, z, codebook, index, gradient, want_z, want_codebook
+    )
+    return grad_z if want_z else None, grad_codebook if want_codebook else None
+
+
+_quantize.register_autograd(_differentiate_quantize, setup_context=_save_quantize)
+_code_error.register_autograd(_differentiate_code_error, setup_context=_save_code_error)
+
+
+@_quantize.register_vmap
+def _quantize_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::quantize has no vmap rule: fold the mapped dimension into N")
+
+
+@_code_error.register_vmap
+def _code_error_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::code_error has no vmap rule: fold the mapped dimension into N")
+
+
+@_quantize_backward.register_vmap
+def _quantize_backward_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::quantize_backward has no vmap rule: compute one gradient at a time")

@@ -1,0 +1,46 @@
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    *sorted(path for path in (ROOT / "csrc").glob("nearest_code_*.cpp")),
+    ROOT / "csrc/quantize_rows.cpp",
+    ROOT / "tests/csrc/quantize_driver.cpp",
+]
+
+
+@pytest.mark.slow
+def test_search_and_quantize_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """Every path of this CPU, and AMX's with its instructions written out, on odd shapes in exact buffers."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    driver = tmp_path / "driver"
+    emulated = ROOT / "tests/csrc/emulated_amx.h"
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-fopenmp",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            f'-DMOVAE_EMULATE_AMX="{emulated}"',
+            *map(str, SOURCES),
+            "-o",
+            str(driver),
+        ],
+        check=True,
+    )
+    # libgomp keeps its thread pool to the end: a leak only in name.
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    run = subprocess.run([str(driver)], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert " 0 failures" in run.stdout
+    if "avx512_bf16" in run.stdout:
+        assert "amx" in run.stdout
