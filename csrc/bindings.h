@@ -2,3 +2,5 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+void bind_tc_terms(pybind11::module_& m);
