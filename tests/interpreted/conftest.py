@@ -1,7 +1,8 @@
 """What the files of this folder run on: CPU tensors under Triton's interpreter, or CUDA.
 
-pytest does not collect them by itself (their names do not begin with test_): TRITON_INTERPRET must be set before triton is
-imported, and it would break every other test that compiles. tests/test_kernels.py runs them, each in a process of its own.
+pytest does not collect them by itself (their names do not begin with test_): TRITON_INTERPRET must be set
+before triton is imported, and it would break every other test that compiles. tests/test_kernels.py runs them,
+each in a process of its own.
 """
 
 import os
@@ -19,7 +20,8 @@ if INTERPRETED:
     _patch_lang_tensor = interpreter._patch_lang_tensor
 
     def _patch_lang_tensor_numpy24(tensor: Any, scope: Any) -> None:
-        # The interpreter keeps a scalar as an array of shape [1], which NumPy >= 2.4 no longer turns into an int.
+        # The interpreter keeps a scalar as an array of shape [1], which NumPy >= 2.4 no longer turns into an
+        # int.
         _patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
         scope.set_attr(tensor, "__int__", lambda self: int(self.handle.data.item()))
@@ -31,7 +33,9 @@ if INTERPRETED:
     def _as_tensor_cores_read(handle: Any, input_precision: Any) -> Any:
         # The interpreter keeps bfloat16 as its bits, and multiplies those.
         if handle.dtype.scalar == tl.bfloat16:
-            return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            return interpreter.TensorHandle(
+                (handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32
+            )
         if handle.dtype.scalar == tl.float32 and "TF32" in str(input_precision):
             truncated = handle.data.view(np.uint32) & np.uint32(0xFFFFE000)
             return interpreter.TensorHandle(truncated.view(np.float32), tl.float32)
