@@ -323,7 +323,7 @@ def candidates(D: int, exact: bool, capability: int) -> list[Config]:
     elif capability < 100 and D % 16 == 0:
         tiles = [(128, 128, 4, 8, 3), (128, 64, 2, 8, 3)]
     else:
-        tiles = [(128, 64, 2, 8, 3), (64, 64, 2, 8, 3)]
+        tiles = [(128, 64, 2, 8, 3), (64, 64, 2, 4, 3)]
     return [
         {"BN": n, "BK": k, "BD": depth, "PACK": pack, "DC": 8, "num_warps": warps, "num_stages": stages}
         for n, k, pack, warps, stages in tiles

@@ -115,7 +115,7 @@ def quantize(
     # Counted in integers: float32 stops at 2^24.
     count = torch.zeros(K, dtype=torch.int32, device=z.device)
     code_sum = torch.zeros(K, D, dtype=dtype, device=z.device)
-    depth = min(triton.next_power_of_2(D), 64)
+    depth = min(triton.next_power_of_2(D), 32)
     if N:
         _quantize_kernel[(triton.cdiv(N, 32),)](
             z, codebook, index, z_q, sq_err, count, code_sum, N, D, inner, *z_strides, *q_strides,
