@@ -61,4 +61,5 @@ PYBIND11_MODULE(_csrc, m) {
     m.def("build_info", &build_info, "How this extension was built: compiler, OpenMP version, CUDA or not.");
     bind_nearest_code(m);
     bind_quantize(m);
+    bind_tc_terms(m);
 }

@@ -5,3 +5,4 @@
 
 void bind_nearest_code(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
+void bind_tc_terms(pybind11::module_& m);

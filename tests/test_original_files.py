@@ -108,7 +108,7 @@ def test_celeba_images_that_are_not_there_are_counted_and_named(tmp_path, monkey
     (folder / "000002.jpg").unlink()
     (folder / "000003.jpg").unlink()
     message = refused("celeba", tmp_path)
-    assert "2 of 8 train images are not there, as 000002.jpg" in message
+    assert "2 of 8 train images are missing, as 000002.jpg" in message
 
 
 def test_a_celeba_image_cut_short_is_named(tmp_path, monkeypatch):

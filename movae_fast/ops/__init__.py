@@ -6,6 +6,7 @@ index = ops.nearest_code(z, codebook)
 
 from movae_fast.ops.nearest_code import nearest_code
 from movae_fast.ops.quantize import code_error, quantize
-from movae_fast.reference import combine, gramian, tc_terms
+from movae_fast.ops.tc_terms import tc_terms
+from movae_fast.reference import combine, gramian
 
 __all__ = ["code_error", "combine", "gramian", "nearest_code", "quantize", "tc_terms"]

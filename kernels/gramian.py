@@ -1,0 +1,92 @@
+"""Inner products of a Jacobian's rows in float64: _gramian_kernel, _gramian_sum_kernel and their launcher.
+
+Products and sums are float64 whatever the rows are: the rows are read once from memory, and that takes longer
+than converting them. Each program walks its share of the columns in order and keeps its sums lane by lane; a
+second, small kernel adds the programs' Gramians in order. How many programs there are depends on the shape
+alone, so that the result is the same on every run and every device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 1024
+
+
+@triton.jit
+def _load(rows_ptr, stride, i, column, m, P):
+    """Entries i x column of the rows in float64 (by way of float32, to which bfloat16 converts)."""
+    inside = (i < m) & (column < P)
+    x = tl.load(rows_ptr + i.to(tl.int64) * stride + column, mask=inside, other=0.0)
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def _gramian_kernel(
+    rows_ptr,  # [m, P], columns contiguous
+    part_ptr,  # [programs, m, m] float64
+    m,
+    P,
+    stride,
+    PRODUCT: tl.constexpr,
+    M: tl.constexpr,
+    B: tl.constexpr,
+):
+    i = tl.arange(0, M)
+    first = tl.program_id(0).to(tl.int64) * B
+    step = tl.num_programs(0).to(tl.int64) * B
+    if PRODUCT:
+        total = tl.zeros([M, M], tl.float64)
+        for start in range(first, P, step):
+            column = start + tl.arange(0, B)
+            x = _load(rows_ptr, stride, i[:, None], column[None, :], m, P)
+            total = tl.dot(x, tl.trans(x), total, out_dtype=tl.float64)
+    else:
+        lanes = tl.zeros([M, M, B], tl.float64)
+        for start in range(first, P, step):
+            column = start + tl.arange(0, B)[None, None, :]
+            # The second load of the same entries comes from the first-level cache, in the layout the product
+            # needs.
+            left = _load(rows_ptr, stride, i[:, None, None], column, m, P)
+            right = _load(rows_ptr, stride, i[None, :, None], column, m, P)
+            lanes += left * right
+        total = tl.sum(lanes, 2)
+    at = tl.program_id(0) * m * m + i[:, None] * m + i[None, :]
+    tl.store(part_ptr + at, total, mask=(i[:, None] < m) & (i[None, :] < m))
+
+
+@triton.jit
+def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, B: tl.constexpr):
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    total = tl.zeros([B], tl.float64)
+    for part in range(0, programs):
+        total += tl.load(part_ptr + part * entries + at, mask=at < entries, other=0.0)
+    tl.store(out_ptr + at, total, mask=at < entries)
+
+
+def tile(m: int) -> dict[str, int | bool]:
+    """Up to 8 rows, all products of a stretch of columns in registers; above, matrix products of 16
+    columns."""
+    M = triton.next_power_of_2(m)
+    if M <= 8:
+        return {"PRODUCT": False, "M": M, "B": {1: 1024, 2: 512, 4: 256, 8: 64}[M]}
+    return {"PRODUCT": True, "M": M, "B": 16}
+
+
+def gramian(rows: torch.Tensor) -> torch.Tensor:
+    """rows [m, P], any floating dtype, columns contiguous -> [m, m] float64, symmetric to the last bit."""
+    m, P = rows.shape
+    out = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
+    if m == 0 or P == 0:
+        return out
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    shape = tile(m)
+    programs = min(PROGRAMS, triton.cdiv(P, shape["B"]))
+    part = torch.empty(programs, m, m, dtype=torch.float64, device=rows.device)
+    _gramian_kernel[(programs,)](rows, part, m, P, rows.stride(0), **shape, num_warps=4)
+    _gramian_sum_kernel[(triton.cdiv(m * m, 32),)](part, out, m * m, programs, B=32, num_warps=1)
+    return out

@@ -1,0 +1,131 @@
+"""A VQ layer's forward after the search: _quantize_kernel, _code_sum_kernel and their launcher.
+
+The search (nearest_code.py) decides some rows in a second launch, so what depends on the index is a pass of
+its own: it reads z once more, which is the small part. Counts and sums are added by atomics, in whatever
+order programs finish; or, on request, over rows sorted by code, one program a code, in one fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .nearest_code import _offsets, layout, nearest_code  # noqa: TID251
+
+
+@triton.jit
+def _quantize_kernel(
+    z_ptr,
+    codebook_ptr,  # [K, D]
+    index_ptr,  # [N]
+    z_q_ptr,  # as z, with strides of its own
+    sq_err_ptr,  # [N]
+    count_ptr,  # [K], zero at first
+    code_sum_ptr,  # [K, D], zero at first
+    N,
+    D,
+    inner,
+    z_row,
+    z_position,
+    z_d,
+    q_row,
+    q_position,
+    q_d,
+    CHANNEL_FIRST: tl.constexpr,
+    ATOMICS: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    valid = row < N
+    index = tl.load(index_ptr + row, mask=valid, other=0)
+    z_at = _offsets(row, z_row, z_position, inner, CHANNEL_FIRST)
+    q_at = _offsets(row, q_row, q_position, inner, CHANNEL_FIRST)
+    dtype: tl.constexpr = sq_err_ptr.dtype.element_ty
+    sq_err = tl.zeros([BN], dtype)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        inside = valid[:, None] & (d[None, :] < D)
+        code_at = index[:, None] * D + d[None, :]
+        z = tl.load(z_ptr + z_at[:, None] + d[None, :].to(tl.int64) * z_d, mask=inside, other=0.0)
+        code = tl.load(codebook_ptr + code_at, mask=inside, other=0.0)
+        tl.store(z_q_ptr + q_at[:, None] + d[None, :].to(tl.int64) * q_d, code, mask=inside)
+        difference = z.to(dtype) - code.to(dtype)
+        sq_err += tl.sum(difference * difference, 1)
+        if ATOMICS:
+            tl.atomic_add(code_sum_ptr + code_at, z.to(dtype), mask=inside, sem="relaxed")
+    tl.store(sq_err_ptr + row, sq_err, mask=valid)
+    if ATOMICS:
+        tl.atomic_add(count_ptr + index, tl.full([BN], 1, tl.int32), mask=valid, sem="relaxed")
+
+
+@triton.jit
+def _code_sum_kernel(
+    z_ptr,
+    order_ptr,  # [N] rows, sorted by code and then by row
+    begin_ptr,  # [K + 1] where each code's rows begin in it
+    count_ptr,  # [K]
+    code_sum_ptr,  # [K, D]
+    D,
+    inner,
+    z_row,
+    z_position,
+    z_d,
+    CHANNEL_FIRST: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    begin, end = tl.load(begin_ptr + k), tl.load(begin_ptr + k + 1)
+    dtype: tl.constexpr = code_sum_ptr.dtype.element_ty
+    total = tl.zeros([BN, BD], dtype)
+    for first in range(begin, end, BN):
+        at = first + tl.arange(0, BN)
+        row = tl.load(order_ptr + at, mask=at < end, other=0)
+        z_at = _offsets(row, z_row, z_position, inner, CHANNEL_FIRST)
+        inside = (at < end)[:, None] & (d[None, :] < D)
+        z = tl.load(z_ptr + z_at[:, None] + d[None, :].to(tl.int64) * z_d, mask=inside, other=0.0)
+        total += z.to(dtype)
+    tl.store(code_sum_ptr + k * D + d, tl.sum(total, 0), mask=d < D)
+    tl.store(count_ptr + k, (end - begin).to(tl.int32), mask=tl.program_id(1) == 0)
+
+
+def quantize(
+    z: torch.Tensor,  # [N, D] or channel-first [B, D, *spatial]
+    codebook: torch.Tensor,  # [K, D], of z's dtype
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z_q as z, index and sq_err [N] or [B, *spatial], count [K], code_sum [K, D].
+
+    The last three are float32, float64 where z is. A row that holds a NaN counts for code 0.
+    """
+    codebook = codebook.contiguous()
+    K, D = codebook.shape
+    shape = (z.shape[0], *z.shape[2:])
+    if layout(z)[0].data_ptr() != z.data_ptr():
+        z = z.contiguous()
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    index = nearest_code(z, codebook)
+    z_q = torch.empty_like(z)
+    if layout(z_q)[0].data_ptr() != z_q.data_ptr():
+        z_q = torch.empty_like(z, memory_format=torch.contiguous_format)
+    z, N, inner, *z_strides = layout(z)
+    q_strides = layout(z_q)[3:]
+    sq_err = torch.empty(shape, dtype=dtype, device=z.device)
+    # Counted in integers: float32 stops at 2^24.
+    count = torch.zeros(K, dtype=torch.int32, device=z.device)
+    code_sum = torch.zeros(K, D, dtype=dtype, device=z.device)
+    depth = min(triton.next_power_of_2(D), 32)
+    if N:
+        _quantize_kernel[(triton.cdiv(N, 32),)](
+            z, codebook, index, z_q, sq_err, count, code_sum, N, D, inner, *z_strides, *q_strides,
+            CHANNEL_FIRST=z.ndim == 3, ATOMICS=not deterministic, BN=32, BD=depth,
+        )  # fmt: skip
+        if deterministic:
+            by_code, order = torch.sort(index.flatten(), stable=True)
+            begin = torch.searchsorted(by_code, torch.arange(K + 1, device=z.device))
+            _code_sum_kernel[(K, triton.cdiv(D, depth))](
+                z, order, begin, count, code_sum, D, inner, *z_strides,
+                CHANNEL_FIRST=z.ndim == 3, BN=32, BD=depth,
+            )  # fmt: skip
+    return z_q, index, sq_err, count.to(dtype), code_sum

@@ -1,0 +1,63 @@
+"""What the files of this folder run on: CPU tensors under Triton's interpreter, or CUDA.
+
+pytest does not collect them by itself (their names do not begin with test_): TRITON_INTERPRET must be set
+before triton is imported, and it would break every other test that compiles. tests/test_kernels.py runs them,
+each in a process of its own.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor_numpy24(tensor: Any, scope: Any) -> None:
+        # The interpreter keeps a scalar as an array of shape [1], which NumPy >= 2.4 no longer turns into an
+        # int.
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        scope.set_attr(tensor, "__int__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor_numpy24
+
+    _create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def _as_tensor_cores_read(handle: Any, input_precision: Any) -> Any:
+        # The interpreter keeps bfloat16 as its bits, and multiplies those.
+        if handle.dtype.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(
+                (handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32
+            )
+        if handle.dtype.scalar == tl.float32 and "TF32" in str(input_precision):
+            truncated = handle.data.view(np.uint32) & np.uint32(0xFFFFE000)
+            return interpreter.TensorHandle(truncated.view(np.float32), tl.float32)
+        return handle
+
+    def _create_dot_of_bits(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
+        a, b = _as_tensor_cores_read(a, input_precision), _as_tensor_cores_read(b, input_precision)
+        return _create_dot(self, a, b, d, input_precision, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = _create_dot_of_bits
+
+
+@pytest.fixture(autouse=True)
+def _numpy_as_quiet_as_a_gpu() -> Iterator[None]:
+    """What the interpreter computes in numpy may overflow or be undefined without a word on a GPU."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        yield
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"

@@ -1,0 +1,273 @@
+"""Every Triton kernel compiles for Ampere, Hopper and Blackwell, without a GPU, without spills, within shared
+memory."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from movae_fast.kernels import combine, gramian, nearest_code, quantize, tc_terms  # noqa: E402
+
+# Shared memory a block may ask for, in bytes (CUDA C programming guide, table of compute capabilities).
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+POINTER = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = shutil.which("cuobjdump") or str(TOOLS / "cuobjdump")
+
+
+@dataclass
+class Case:
+    """One specialisation of a kernel: what the launcher would ask Triton for."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = field(default=())  # scalars that are multiples of 16
+
+    def compile(self, capability: int) -> Any:
+        names = self.kernel.arg_names
+        signature = {name: self.types.get(name, "constexpr") for name in names}
+        aligned = [n for n in names if signature[n].startswith("*") or n in self.divisible]
+        source = ASTSource(
+            self.kernel,
+            signature,
+            constexprs={(names.index(name),): value for name, value in self.constants.items()},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled(compiled: Any, capability: int, folder: Path) -> int:
+    """Bytes of registers that ptxas spilled. It is run again, as Triton ran it, only where the code has a
+    stack at all. A convergence barrier or a predicate kept there (8 bytes, while registers are free) counts
+    among ptxas's spills and is none."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [CUOBJDUMP, "--dump-resource-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", report)}
+    assert used["REG"] > 0, report
+    if not used["STACK"] and not used["LOCAL"]:
+        return 0
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    name = str(TOOLS / ("ptxas-blackwell" if capability >= 100 else "ptxas"))
+    target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
+    assert target is not None
+    command = [name, "-v", f"--gpu-name={target[1]}", str(ptx), "-o", str(cubin)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    lost = sum(int(count) for count in re.findall(r"(\d+) bytes spill", said))
+    return 0 if lost <= 32 and used["REG"] < 250 else lost
+
+
+def search_cases(
+    D: int, dtype: torch.dtype, exact: bool, capability: int, precision: str = "bf16"
+) -> Iterator[Case]:
+    screen = nearest_code.screening(dtype, precision)
+    screened = torch.bfloat16 if screen == "bf16" else dtype
+    types = {
+        **dict.fromkeys(("N", "K", "D", "inner", "stride_row", "stride_position", "stride_d"), "i32"),
+        **{
+            "z_ptr": POINTER[dtype],
+            "screen_ptr": POINTER[screened],
+            "codebook_ptr": POINTER[dtype],
+            "eps": "fp32",
+        },
+        **{"half_ptr": "*fp64", "base_ptr": "*fp32", "norm_ptr": "*fp32", "highest_ptr": "*fp32"},
+        **{"index_ptr": "*i64", "list_ptr": "*i32", "count_ptr": "*i32"},
+    }
+    divisible = ("D", "stride_row") if D % 16 == 0 else ()
+    for config in nearest_code.candidates(D, exact, capability):
+        tile = dict(config)
+        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+        for channel_first in (False, True):
+            constants = {
+                "CHANNEL_FIRST": channel_first,
+                "EXACT": exact,
+                "SCREEN": screen,
+                "ONE_TILE": tile["BD"] >= D,
+            }
+            yield Case(
+                f"nearest_code D={D} {dtype} {constants} {tile}",
+                nearest_code._nearest_code_kernel,
+                types,
+                {**constants, **tile},
+                warps,
+                stages,
+                divisible,
+            )
+    scan = {name: types[name] for name in types if name in nearest_code._every_code_kernel.arg_names}
+    yield Case(
+        f"every_code D={D} {dtype}",
+        nearest_code._every_code_kernel,
+        scan,
+        {"CHANNEL_FIRST": False, **nearest_code.SCAN},
+        divisible=divisible,
+    )
+
+
+def tc_cases(D: int, dtype: torch.dtype) -> Iterator[Case]:
+    for kernel in (
+        tc_terms._tc_terms_kernel,
+        tc_terms._tc_terms_grad_z_kernel,
+        tc_terms._tc_terms_grad_posterior_kernel,
+    ):
+        types = {name: POINTER[dtype] for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {"batch": "i32", "dims": "i32", "n_data": "i32"}
+        for stratified in (False, True):
+            constants = {"STRATIFIED": stratified, **tc_terms.tile(D, torch.finfo(dtype).bits // 8)}
+            if "LOWEST" in kernel.arg_names:
+                constants["LOWEST"] = torch.finfo(dtype).min
+            yield Case(f"{kernel.__name__} D={D} {dtype} {stratified}", kernel, types, constants)
+
+
+def jacobian_cases(m: int, dtype: torch.dtype) -> Iterator[Case]:
+    scalars = {"m": "i32", "P": "i64", "stride": "i64"}
+    rows = {"rows_ptr": POINTER[dtype]}
+    yield Case(
+        f"gramian m={m} {dtype}",
+        gramian._gramian_kernel,
+        {**rows, "part_ptr": "*fp64", **scalars},
+        gramian.tile(m),
+        divisible=("stride",),
+    )
+    yield Case(
+        f"combine m={m} {dtype}",
+        combine._combine_kernel,
+        {**rows, "weights_ptr": "*fp64", "out_ptr": POINTER[dtype], "P": "i64", "stride": "i64"},
+        {"M": m, "UNROLL": m <= 16, "B": 2048 // (2 if dtype == torch.float64 else 1)},
+        num_warps=8,
+        divisible=("stride",),
+    )
+
+
+def small_cases() -> Iterator[Case]:
+    yield Case(
+        "gramian_sum",
+        gramian._gramian_sum_kernel,
+        {"part_ptr": "*fp64", "out_ptr": "*fp64", "entries": "i32", "programs": "i32"},
+        {"B": 32},
+        num_warps=1,
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        wide = "*fp64" if dtype == torch.float64 else "*fp32"
+        strides = {f"{t}_{n}": "i32" for t in "zq" for n in ("row", "position", "d")}
+        scalars = {"N": "i32", "D": "i32", "inner": "i32"}
+        pointers = {"z_ptr": POINTER[dtype], "codebook_ptr": POINTER[dtype], "z_q_ptr": POINTER[dtype]}
+        pointers |= {"index_ptr": "*i64", "sq_err_ptr": wide, "count_ptr": "*i32", "code_sum_ptr": wide}
+        for atomics in (False, True):
+            constants = {"CHANNEL_FIRST": True, "ATOMICS": atomics, "BN": 32, "BD": 32}
+            kernel = quantize._quantize_kernel
+            yield Case(f"quantize {dtype} {atomics}", kernel, {**pointers, **scalars, **strides}, constants)
+        sums = {"z_ptr": POINTER[dtype], "order_ptr": "*i64", "begin_ptr": "*i64", "count_ptr": "*i32"}
+        sums |= {
+            "code_sum_ptr": wide,
+            "D": "i32",
+            "inner": "i32",
+            **{n: strides[n] for n in strides if n[0] == "z"},
+        }
+        constants = {"CHANNEL_FIRST": True, "BN": 32, "BD": 32}
+        yield Case(f"code_sum {dtype}", quantize._code_sum_kernel, sums, constants)
+        codebook = {
+            "codebook_ptr": POINTER[dtype],
+            "screen_ptr": "*bf16",
+            "half_ptr": "*fp64",
+            "base_ptr": "*fp32",
+        }
+        codebook |= {"norm_ptr": "*fp32", "highest_ptr": "*fp32", "K": "i32", "D": "i32"}
+        constants = {"COPY": dtype != torch.bfloat16, "BK": 32, "BD": 64}
+        yield Case(f"codebook {dtype}", nearest_code._codebook_kernel, codebook, constants)
+
+
+def check(cases: list[Case], capability: int, folder: Path) -> None:
+    complaints = []
+    for case in cases:
+        compiled = case.compile(capability)
+        if lost := spilled(compiled, capability, folder):
+            complaints.append(f"{case.name}: {lost} bytes spilled")
+        if compiled.metadata.shared > SHARED[capability]:
+            complaints.append(f"{case.name}: {compiled.metadata.shared} bytes of shared memory")
+    assert not complaints, f"sm_{capability}:\n" + "\n".join(complaints)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_main_shapes(capability: int, tmp_path: Path) -> None:
+    cases = [
+        next(search_cases(64, torch.float32, True, capability)),
+        *tc_cases(10, torch.float32),
+        *jacobian_cases(4, torch.float32),
+    ]
+    check(cases, capability, tmp_path)
+
+
+def test_hopper_screens_on_its_own_matrix_instructions() -> None:
+    case = next(search_cases(64, torch.float32, True, 90))
+    assert "wgmma.mma_async" in case.compile(90).asm["ptx"]
+
+
+def test_a_spill_is_seen(tmp_path: Path) -> None:
+    """The check can fail: 8 x 8 x 64 float64 sums and their operands do not fit one warp."""
+    case = next(jacobian_cases(8, torch.float32))
+    case.num_warps = 1
+    with pytest.raises(AssertionError, match="bytes spilled"):
+        check([case], 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [1, 3, 16, 63, 64, 65, 128, 256, 1024])
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_search(capability: int, D: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    precisions = ("bf16", "tf32") if dtype == torch.float32 else ("bf16",)
+    cases = [
+        case
+        for exact in (True, False)
+        for precision in precisions
+        for case in search_cases(D, dtype, exact, capability, precision)
+    ]
+    check(cases, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_other_kernel(capability: int, tmp_path: Path) -> None:
+    cases = [
+        case
+        for D in (1, 10, 16, 32, 64, 128, 256)
+        for dtype in (torch.float32, torch.float64)
+        for case in tc_cases(D, dtype)
+    ]
+    cases += [
+        case
+        for m in (1, 2, 3, 8, 16, 64)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for case in jacobian_cases(m, dtype)
+    ]
+    cases += small_cases()
+    check(cases, capability, tmp_path)
