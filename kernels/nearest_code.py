@@ -110,16 +110,12 @@ def _products(
     row = k.to(tl.int64) * D
     if ONE_TILE:
         d = tl.arange(0, BD)
-        c = tl.load(
-            screen_ptr + row[None, :] + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0
-        )
+        c = tl.load(screen_ptr + row[None, :] + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0)
         return tl.dot(z, _as_screened(c, SCREEN), acc, input_precision="tf32")
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         part = _as_screened(_load_rows(z_ptr, offset, valid, d, stride_d, D), SCREEN)
-        c = tl.load(
-            screen_ptr + row[None, :] + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0
-        )
+        c = tl.load(screen_ptr + row[None, :] + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0)
         acc = tl.dot(part, _as_screened(c, SCREEN), acc, input_precision="tf32")
     return acc
 

@@ -125,7 +125,10 @@ class LossVector:
         if "tc" in self.names:
             return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
         kl = kl_standard_normal(out.mu, out.logvar)
-        return (rec, kl, mmd(torch.randn_like(out.z), out.z)) if "mmd" in self.names else (rec, kl)
+        if "mmd" in self.names:
+            assert out.prior is not None
+            return rec, kl, mmd(out.prior, out.z)
+        return rec, kl
 
     def weights_at(self, step: int) -> Tensor:  # [m]
         """The weights at 0-based `step`, annealing included."""

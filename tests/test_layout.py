@@ -19,10 +19,11 @@ ALLOWED = {
     "ops": {"kernels", "_csrc", *LEAVES},
     "nn": {"ops", *LEAVES},
     "aggregation": {"ops", *LEAVES},
+    "jacobian": {"ops", "aggregation", *LEAVES},
     "models": {"ops", "nn", *LEAVES},
     "objectives": {"ops", "nn", "models", *LEAVES},
     "data": {*LEAVES},
-    "training": {"ops", "aggregation", "models", "objectives", "data", *LEAVES},
+    "training": {"ops", "nn", "aggregation", "jacobian", "models", "objectives", "data", *LEAVES},
     "figures": {*LEAVES},
     "metrics": {*LEAVES},
 }

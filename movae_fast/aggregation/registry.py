@@ -145,6 +145,16 @@ def make_aggregator(
         raise ValueError(f"--agg_args of {name}: {error}") from None
 
 
+def weights_rows(name: str) -> bool:
+    """Whether the update of the aggregator called `name` is a weighted sum of rows."""
+    return name not in ("config", "graddrop", "trimmed_mean")
+
+
+def is_weighting(aggregator: nn.Module) -> bool:
+    """Whether the aggregator weights rows by their Gramian alone."""
+    return isinstance(aggregator, jd.GramianWeightedAggregator)
+
+
 def aggregate(
     aggregator: jd.Aggregator,
     rows: Tensor,  # [m, P]

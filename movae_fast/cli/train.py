@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from rich.table import Table
 from movae_fast.cli import parsing
 from movae_fast.cli.pictures import draw_run
 from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
-from movae_fast.training.loop import Interrupted, fit
+from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run, resume, setup
+from movae_fast.training.signals import Interrupted
 from movae_fast.training.telemetry import NonFiniteError
 
 DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
@@ -45,7 +47,8 @@ TORCH_VAE = {
 def run(argv: Sequence[str]) -> int:
     """Parse, validate, train; the exit status (130 or 143 after SIGINT or SIGTERM, with the run saved)."""
     # A log file wants whole lines; a terminal its own width.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+    console = Console(width=None if sys.stdout.isatty() else 200, quiet=quiet)
     kinds = parsing.flag_types(list(SECTIONS.values()))
     words = parsing.normalise(argv, kinds)
     parser = parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
@@ -111,7 +114,6 @@ def continued(
 
 def train(work: Run, console: Console) -> int:
     """Fit, report, clean up."""
-    assert work.logs is not None
     work.draw = draw_run
     started = time.perf_counter()
     describe(work, console)
@@ -132,14 +134,33 @@ def train(work: Run, console: Console) -> int:
         good = f"the last good checkpoint is {work.good}" if work.good else "no checkpoint was written yet"
         print(f"movae train: stopped: {error}; {good}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not lost_a_process(work, error):
+            raise
+        # No clean farewell: the processes that are left would wait for the one that is gone.
+        print(
+            f"movae train: process {work.world.rank} stopped: another process of this run ended "
+            f"({str(error).strip().splitlines()[0][:160]}); go on with: movae train --resume {work.folder}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
     finally:
-        work.logs.close()
+        if work.logs is not None:
+            work.logs.close()
     report(work, figures, console, time.perf_counter() - started)
     export = work.config.run.export
-    if export is not None:
+    if export is not None and work.world.main:
         work.export(Path(export))
         console.print(f"weights: {export}", highlight=False)
     return 0
+
+
+def lost_a_process(work: Run, error: RuntimeError) -> bool:
+    """Whether an exchange failed because its other end is gone."""
+    text = str(error).lower()
+    signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "timeout")
+    return work.world.size > 1 and any(sign in text for sign in signs)
 
 
 def describe(work: Run, console: Console) -> None:
@@ -150,14 +171,17 @@ def describe(work: Run, console: Console) -> None:
         f"{n} {w:g}" for n, w in zip(work.losses.names, work.losses.weights.tolist(), strict=True)
     )
     shape = "x".join(map(str, config.image_shape))
+    processes = f"{work.world.size} x " if work.world.size > 1 else ""
+    compiled = ", compiled" if work.gradient.by_sum.mode != "off" else ""
+    images = f"{processes}{config.data.batch_size}"
     loader = type(work.train_loader).__name__.removesuffix("Loader").lower()
     for line in (
         f"{config.model.arch} ({size:,} parameters) on {config.data.dataset} {shape}, "
         f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
         f"objectives: {weights}; aggregator {config.objective.agg}"
         + (f" over the {config.objective.jacobian} Jacobian" if config.aggregated else ""),
-        f"{work.total_steps:,} steps of {config.data.batch_size} on {work.device}; {loader} loader; "
-        f"seed {config.run.seed}",
+        f"{work.total_steps:,} steps of {images} on {work.device}, {config.run.precision}{compiled}; "
+        f"{loader} loader; seed {config.run.seed}",
         f"run: {work.folder}" + (f", continued at step {work.step:,}" if work.step else ""),
     ):
         console.print(line, highlight=False, markup=False)

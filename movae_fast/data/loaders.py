@@ -39,19 +39,25 @@ class Loader:
         seed: int = 0,
         flip: bool = False,
         normalize: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.source, self.batch_size, self.device = source, batch_size, device
+        self.rank, self.world = rank, world
         self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
-        if train and len(source) < batch_size:
+        if train and len(source) < batch_size * world:
+            processes = f" on {world} processes" if world > 1 else ""
             raise ValueError(
-                f"--batch_size {batch_size} is more than the {len(source)} training images: the last, "
-                "incomplete batch of an epoch is dropped, so an epoch would hold none"
+                f"--batch_size {batch_size}{processes} is more than the {len(source)} training images: the "
+                "last, incomplete batch of an epoch is dropped, so an epoch would hold none"
             )
 
     def __len__(self) -> int:
-        """Batches an epoch: training drops the incomplete last one, evaluation keeps it."""
-        full, rest = divmod(len(self.source), self.batch_size)
-        return full if self.train else full + (rest > 0)
+        """Batches an epoch, of this process: training drops the incomplete last one, evaluation keeps it."""
+        if self.train:
+            return len(self.source) // (self.batch_size * self.world)
+        every = -(-len(self.source) // self.batch_size)
+        return len(range(self.rank, every, self.world))
 
     def plan(self, number: int) -> Epoch:
         n = len(self.source)
@@ -61,12 +67,24 @@ class Loader:
         rows = torch.randperm(n, generator=generator)
         return Epoch(rows, torch.rand(n, generator=generator) < 0.5 if self.flip else None)
 
+    def share(self, plan: Epoch) -> Epoch:
+        """This process's part of an epoch: its slice of each global batch, or every world-th test batch.
+
+        The global batches are those of one process with a batch `world` times as large.
+        """
+        if self.train:
+            part = torch.arange(len(self) * self.batch_size * self.world)
+            part = part.view(-1, self.world, self.batch_size)[:, self.rank].reshape(-1)
+        else:
+            batches = torch.arange(len(plan.rows)).split(self.batch_size)[self.rank :: self.world]
+            part = torch.cat(batches) if batches else torch.arange(0)
+        return Epoch(plan.rows[part], None if plan.flip is None else plan.flip[part])
+
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of epoch `number` from batch `start` on."""
-        plan = self.plan(number)
+        plan = self.share(self.plan(number))
         flip = None if plan.flip is None else plan.flip.to(self.device)
-        stop = len(self) * self.batch_size if self.train else len(plan.rows)
-        for at, (images, labels) in self.batches(plan.rows[:stop], start):
+        for at, (images, labels) in self.batches(plan.rows, start):
             part = None if flip is None else flip[at : at + len(images)]
             yield finish(images, part, self.normalize), labels
 

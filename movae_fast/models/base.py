@@ -22,6 +22,7 @@ class GaussianOutput(NamedTuple):
     mu: Tensor  # [B, D]
     logvar: Tensor  # [B, D]
     z: Tensor  # [B, D]
+    prior: Tensor | None = None  # [B, D] draws from the prior, for objectives that compare with it
 
 
 class VQOutput(NamedTuple):
@@ -68,12 +69,29 @@ class VAE(nn.Module):
         """Latents to the images' preactivation [B, C, S, S]."""
         raise NotImplementedError
 
-    def forward_features(self, features: tuple[Tensor, ...]) -> Any:
-        """Features to a GaussianOutput or VQOutput: everything that comes after the shared part."""
+    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> Any:
+        """Features to a GaussianOutput or VQOutput: everything that comes after the shared part.
+
+        `noise` [B, *noise_shape] is drawn here if it is not given.
+        """
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Any:
-        return self.forward_features(self.encode(x))
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Any:
+        return self.forward_features(self.encode(x), noise)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the standard normal noise that one image's forward pass takes."""
+        return (0,)
+
+    def draw_noise(self, n: int) -> Tensor:
+        """Noise [n, *noise_shape] for n images.
+
+        It is an argument of the forward pass so that ranks can each take their slice of one draw, and so that
+        a compiled step and an eager one see the same numbers.
+        """
+        like = next(self.parameters())
+        return torch.randn(n, *self.noise_shape, device=like.device, dtype=like.dtype)
 
     def to_image(self, preactivation: Tensor) -> Tensor:
         """The output activation: a preactivation to an image in the data's range."""
@@ -121,17 +139,24 @@ class GaussianVAE(VAE):
     def own_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"reconstruction": list(self.decoder.parameters())}
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return (self.latent_dim,)
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.encoder(x)
-        return self.mu(h), self.logvar(h)
+        with torch.autocast(h.device.type, enabled=False):  # bfloat16 would round the posterior's parameters
+            h = at_least_float32(h)
+            return self.mu(h), self.logvar(h)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def forward_features(self, features: tuple[Tensor, ...]) -> GaussianOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> GaussianOutput:
         mu, logvar = features
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        return GaussianOutput(self.decode(z), mu, logvar, z)
+        noise = self.draw_noise(len(mu)) if noise is None else noise
+        z = mu + torch.exp(0.5 * logvar) * noise
+        return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         mu, _ = self.encode(x)
@@ -143,6 +168,11 @@ class GaussianVAE(VAE):
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws [n, D] from the prior."""
         return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x, in float32 if autocast made it shorter."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from movae_fast.models.base import Activation, GaussianVAE, check_image_size
+from movae_fast.models.base import Activation, GaussianOutput, GaussianVAE, check_image_size
 
 
 class CNNVAE(GaussianVAE):
@@ -81,6 +81,14 @@ class MMDVAE(CNNVAE):
 
     objectives = ("reconstruction", "kl", "mmd")
     beta_objective = "mmd"
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        return 2, self.latent_dim  # the posterior's and the prior's
+
+    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> GaussianOutput:
+        noise = self.draw_noise(len(features[0])) if noise is None else noise
+        return super().forward_features(features, noise[:, 0])._replace(prior=noise[:, 1])
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from movae_fast import ops
-from movae_fast.models.base import VAE, Activation, Norm, VQOutput, check_image_size, norm_layer
+from movae_fast.models.base import (
+    VAE,
+    Activation,
+    Norm,
+    VQOutput,
+    at_least_float32,
+    check_image_size,
+    norm_layer,
+)
 
 
 class ResidualBlock(nn.Module):
@@ -84,7 +92,7 @@ class VQVAE(VAE):
         return 1.0, 1.0, 0.25
 
     def encode(self, x: Tensor) -> tuple[Tensor]:
-        return (self.encoder(x),)
+        return (at_least_float32(self.encoder(x)),)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encoder output [B, D, h, w] to codewords [B, D, h, w], index [B, h, w] and counts [K]."""
@@ -98,14 +106,14 @@ class VQVAE(VAE):
         """Codes [B, h, w] to codewords [B, D, h, w], differentiable in the codebook."""
         return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
 
-    def forward_features(self, features: tuple[Tensor, ...]) -> VQOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> VQOutput:
         (z,) = features
         codewords, index, count = self.quantize(z)
         if self.training:
             self.code_usage.lerp_(count.to(self.code_usage), 0.01)
         straight_through = z + (codewords - z).detach()
         return VQOutput(
-            preactivation=self.decode(straight_through),
+            preactivation=at_least_float32(self.decode(straight_through)),
             embedding=nn.functional.mse_loss(codewords, z.detach()),
             commitment=nn.functional.mse_loss(z, codewords.detach()),
             codes=index,

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import torch
 
-from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES
+from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES, weights_rows
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.models import MODELS, VAE
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
+from movae_fast.training.compiled import CompileMode
+from movae_fast.training.precision import PrecisionName
 
 
 @dataclass
@@ -33,7 +35,7 @@ class DataConfig:
         download: Fetch missing files through torchvision.
         loader: `resident` keeps the set on the device as uint8, `torch` streams it through worker processes.
         num_workers: Worker processes of the `torch` loader.
-        batch_size: Images a step.
+        batch_size: Images a step and process.
         eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
         flip: Mirror training images at random; the default is the dataset's own.
@@ -114,6 +116,8 @@ class ObjectiveConfig:
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all).
         upgrad_norm_eps: Trace of the Gramian below which upgrad and dualproj take it for zero (TorchJD: 1e-4).
         upgrad_reg_eps: Regularisation of upgrad's and dualproj's Gramian relative to its trace (TorchJD: 1e-4).
+        gramian_every: Approximation: find the aggregator's weights every so many steps and reuse them between.
+        gramian_batch: Approximation: find the weights on this fraction of the batch.
     """
 
     recons_dist: ReconsDist = "gaussian"
@@ -132,6 +136,8 @@ class ObjectiveConfig:
     jacobian: Literal["shared", "all"] = "shared"
     upgrad_norm_eps: float = 0.0
     upgrad_reg_eps: float = 1e-6
+    gramian_every: int = 1
+    gramian_batch: float = 1.0
 
 
 @dataclass
@@ -171,7 +177,12 @@ class RunConfig:
         epochs: Passes over the training set.
         steps: Stop after this many steps instead; 0 means by epochs.
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
-        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
+        precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
+        compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU.
+        accumulate: Split each batch into this many parts, one after the other, to save memory.
+        sync_batchnorm: BatchNorm over all processes' images rather than each one's own.
+        profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
         save_freq: Epochs between kept checkpoints and figures; 0 keeps `last` and `best` only.
@@ -188,6 +199,11 @@ class RunConfig:
     steps: int = 0
     seed: int | None = None
     device: str = "auto"
+    precision: PrecisionName = "fp32"
+    compile: CompileMode = "auto"
+    accumulate: int = 1
+    sync_batchnorm: bool = False
+    profile: int = 0
     log_every: int = 50
     eval_freq: int = 1
     save_freq: int = 10
@@ -338,7 +354,19 @@ def validate(config: TrainConfig) -> None:
     _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)
     _at_least(0, steps=run.steps, eval_freq=run.eval_freq, save_freq=run.save_freq, seed=run.seed)
     _at_least(0, checkpoint_every=run.checkpoint_every, warmup_steps=config.optimizer.warmup_steps)
-    _at_least(1, anneal_steps=objective.anneal_steps)
+    _at_least(1, anneal_steps=objective.anneal_steps, gramian_every=objective.gramian_every)
+    _at_least(1, accumulate=run.accumulate)
+    _at_least(0, profile=run.profile)
+    if data.batch_size % run.accumulate:
+        raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")
+    if not 0 < objective.gramian_batch <= 1:
+        raise ValueError(f"--gramian_batch {objective.gramian_batch} must be above 0 and at most 1")
+    approximate = objective.gramian_every > 1 or objective.gramian_batch < 1
+    if approximate and not (config.needs_jacobian and weights_rows(objective.agg)):
+        raise ValueError(
+            "--gramian_every and --gramian_batch need an aggregator that weights rows; "
+            f"{objective.agg} does not"
+        )
     for name in ("lr", "weight_decay", "max_grad_norm", "scheduler_lr_min"):
         value = getattr(config.optimizer, name)
         if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):

@@ -9,42 +9,49 @@ from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
 from movae_fast.models import VAE, VQOutput
 from movae_fast.objectives import LossVector
 from movae_fast.training.telemetry import codebook_figures
+from movae_fast.training.world import World
 
 MEAN_IMAGE_LIMIT = 65_536
 
 
 @torch.no_grad()
-def evaluate(model: VAE, losses: LossVector, loader: Loader, seed: int) -> dict[str, float]:
+def evaluate(
+    model: VAE, losses: LossVector, loader: Loader, seed: int, world: World | None = None
+) -> dict[str, float]:
     """Every objective (unweighted, averaged over images), their weighted sum, and the reconstruction's MSE.
 
     Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
-    decoded), and for a codebook `test/codebook_usage` and `test/perplexity`. Noise comes from `seed` alone and
-    training's random state is put back, so evaluating more often changes nothing else.
+    decoded), and for a codebook `test/codebook_usage` and `test/perplexity`. Noise comes from `seed` and the
+    batch's number alone and training's random state is put back, so evaluating more often changes nothing else,
+    and ranks that share the batches find what one process finds.
     """
+    world = world or World()
     was_training = model.training
     model.eval()
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        sums = torch.zeros(len(losses.names) + 1, dtype=torch.float64, device=loader.device)
-        images = valued = 0
+        # Sums of the objectives and of the squared error; images with objectives, and all.
+        sums = torch.zeros(len(losses.names) + 3, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
-        for x, _ in loader.epoch():
+        for batch, (x, _) in enumerate(loader.epoch()):
             n = len(x)
-            sums[-1] += squared_error(model, x, loader.normalize) * n
-            images += n
+            torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
+            sums[-3] += squared_error(model, x, loader.normalize) * n
+            sums[-1] += n
             if n == 1 and "tc" in losses.names:
                 continue  # total correlation is estimated within a batch; one image has none
             out = model(x)
-            sums[:-1] += torch.stack(losses(out, x)).double() * n
-            valued += n
+            sums[:-3] += torch.stack(losses(out, x)).double() * n
+            sums[-2] += n
             if isinstance(out, VQOutput):
                 usage += out.usage.to(usage)
     model.train(was_training)
-    values = (sums[:-1] / max(valued, 1)).cpu()
+    world.sum_(usage)
+    totals = world.sum_(sums).cpu()
+    values = totals[:-3] / totals[-2].clamp_min(1)
     line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
     line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
-    line["test/mse"] = float(sums[-1]) / images
+    line["test/mse"] = float(totals[-3] / totals[-1])
     return line | {f"test/{k}": v for k, v in codebook_figures(usage).items()}
 
 
@@ -74,10 +81,11 @@ class MeanImage(torch.nn.Module):
 
 
 @torch.no_grad()
-def reconstruction_mse(model: VAE | MeanImage, loader: Loader) -> float:
+def reconstruction_mse(model: VAE | MeanImage, loader: Loader, world: World | None = None) -> float:
     """Squared error a value of `model.reconstruct` on a loader's images in [0, 1]."""
-    total, images = torch.zeros((), dtype=torch.float64, device=loader.device), 0
+    totals = torch.zeros(2, dtype=torch.float64, device=loader.device)
     for x, _ in loader.epoch():
-        total += squared_error(model, x, loader.normalize) * len(x)
-        images += len(x)
-    return float(total) / images
+        totals[0] += squared_error(model, x, loader.normalize) * len(x)
+        totals[1] += len(x)
+    (world or World()).sum_(totals)
+    return float(totals[0] / totals[1])

@@ -12,7 +12,14 @@ from typing import Any
 from movae_fast.training.config import WandbConfig
 
 # Not a function of the training state: a resumed run repeats every other figure exactly.
-TIMING_KEYS = ("train/images_per_s", "test/images_per_s", "time")
+TIMING_KEYS = (
+    *(
+        f"train/{k}"
+        for k in ("images_per_s", "data_wait_share", "step_ms_p50", "step_ms_p95", "peak_memory_mib")
+    ),
+    "test/images_per_s",
+    "time",
+)
 
 
 def require_wandb(config: WandbConfig) -> None:

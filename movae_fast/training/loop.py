@@ -1,28 +1,21 @@
 """The training loop.
 
-A step is: forward, Jacobian rows, Gramian, aggregation (`GradientStep`), clipping, optimizer, schedule. Nothing
-in it reads a value on the host; metrics stay on the device until a log line is due.
+A step is: forward, Jacobian rows, Gramian, aggregation (`GradientStep`), then clipping, optimizer, schedule
+(`update`). Nothing in it reads a value on the host; metrics stay on the device until a log line is due.
 """
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from movae_fast.training.evaluate import MeanImage, evaluate, mean_image, reconstruction_mse
+from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run
-
-
-class Interrupted(Exception):  # noqa: N818 - it is not an error
-    """SIGTERM or SIGINT arrived; the run is saved."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+from movae_fast.training.signals import Interrupted, Signals
 
 
 def fit(run: Run, bar: Bar) -> dict[str, float]:
@@ -30,33 +23,42 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
 
     Raises Interrupted after a signal (the run is saved), NonFiniteError for a loss that became NaN or infinite.
     """
-    clip = run.config.optimizer.max_grad_norm
     final: dict[str, float] = {}
-    with Signals() as signals:
+    with Signals() as signals, Profiler(run) as profiler:
         while run.epoch < run.epochs:
             run.model.train()
-            for x, _ in run.train_loader.epoch(run.epoch, start=run.batch):
-                record, out = run.gradient(x, run.step, diagnose=log_due(run, 1))
-                if clip:
-                    torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-                run.optimizer.step()
-                run.scheduler.step()
-                run.telemetry.record(record, out, len(x))
+            for x, _ in run.telemetry.waiting(run.train_loader.epoch(run.epoch, start=run.batch)):
+                bar.compiling(run.gradient)
+                record = run.gradient(x, run.step, run.noise(len(x)), diagnose=log_due(run, 1))
+                update(run)
+                run.telemetry.record(record, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
+                profiler.step()
                 if log_due(run):
-                    log(run, bar)
+                    run.telemetry.close(position(run), run.world)
+                log(run, bar)
                 bar.step()
-                if signals.received:
-                    run.telemetry.check(run.step)
-                    run.save("last")
-                    raise Interrupted(signals.received)
+                if signum := run.world.agree(signals.received):
+                    save(run)
+                    raise Interrupted(signum)
                 if run.config.run.checkpoint_every and run.step % run.config.run.checkpoint_every == 0:
-                    run.telemetry.check(run.step)
-                    run.save("last")
+                    save(run)
                 if run.finished:
                     break
             final = end_epoch(run, bar) or final
     return final
+
+
+def update(run: Run) -> None:
+    """From `.grad` to new parameters: clipping, optimizer, schedule."""
+    precision, flat = run.gradient.precision, run.gradient.flat
+    precision.unscale_gradients(run.optimizer)
+    with record_function("optimizer"):
+        if clip := run.config.optimizer.max_grad_norm:
+            norm = torch.linalg.vector_norm(flat.grad)
+            flat.grad.mul_((clip / (norm + 1e-6)).clamp(max=1))
+        precision.step(run.optimizer)
+    run.scheduler.step()
 
 
 def log_due(run: Run, ahead: int = 0) -> bool:
@@ -66,30 +68,42 @@ def log_due(run: Run, ahead: int = 0) -> bool:
     return last or batch % run.config.run.log_every == 0
 
 
-def log(run: Run, bar: Bar) -> None:
-    """Fetch the window's metrics and write them."""
-    line = run.telemetry.fetch(run.step)
-    bar.log(line)
-    write(run, line | {"train/lr": run.optimizer.param_groups[0]["lr"]})
+def position(run: Run) -> dict[str, Any]:
+    return {"step": run.step, "epoch": run.epoch, "train/lr": run.optimizer.param_groups[0]["lr"]}
+
+
+def log(run: Run, bar: Bar, wait: bool = False) -> None:
+    """Write the log lines whose figures have arrived on the host."""
+    for line in run.telemetry.lines(wait):
+        bar.log(line)
+        write(run, line)
 
 
 def write(run: Run, line: dict[str, Any]) -> None:
-    assert run.logs is not None
-    run.logs.write({"step": run.step, "epoch": run.epoch, **line})
+    if run.logs is not None:
+        run.logs.write(line)
+
+
+def save(run: Run) -> None:
+    """The `last` checkpoint, unless the losses behind it are not finite."""
+    run.telemetry.check(run.step, run.world)
+    run.save("last")
 
 
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     """Evaluate, save and draw where it is due; the test figures if there are any."""
+    log(run, bar, wait=True)
     every = run.config.run
     run.epoch, run.batch = run.epoch + 1, 0
     due = every.eval_freq > 0 and run.epoch % every.eval_freq == 0
     figures: dict[str, float] = {}
     if due or run.finished:
-        figures = evaluate(run.model, run.losses, run.test_loader, seed=every.seed or 0)
+        run.world.average_buffers(run.model)
+        figures = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
         if run.finished:
             baseline = MeanImage(mean_image(run.train_loader), run.test_loader.normalize)
-            figures["test/mse_mean_image"] = reconstruction_mse(baseline, run.test_loader)
-        write(run, figures)
+            figures["test/mse_mean_image"] = reconstruction_mse(baseline, run.test_loader, run.world)
+        write(run, {"step": run.step, "epoch": run.epoch, **figures})
         names = run.losses.names
         bar.say(
             f"epoch {run.epoch}/{run.epochs}, step {run.step:,}: test "
@@ -104,32 +118,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     if kept:
         run.save(f"epoch_{run.epoch:04d}")
     run.save("last")
-    if run.draw is not None and (kept or run.finished):
+    if run.draw is not None and run.world.main and (kept or run.finished):
         run.draw(run, f"epoch_{run.epoch:04d}")
     run.telemetry.restart_clock()
     return figures
-
-
-class Signals:
-    """While entered, SIGTERM and SIGINT set `received` instead of ending the process; a second one ends it."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.previous[signum] = signal.signal(signum, self.receive)
-            except ValueError:  # not the main thread: the caller's signals are the caller's
-                break
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signum

@@ -12,13 +12,13 @@ from movae_fast.training.config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over `parameters`."""
+    """The optimizer that the configuration names, over `parameters`: one fused kernel, no host reads."""
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, fused=True)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:

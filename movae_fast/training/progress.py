@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from movae_fast.training.run import Run
+from movae_fast.training.step import GradientStep
 
 
 class Bar:
@@ -53,6 +54,12 @@ class Bar:
     def step(self) -> None:
         """One optimizer step is done."""
         self.progress.update(self.task, completed=self.run.step, epoch=self.epoch, figures=self.figures)
+
+    def compiling(self, gradient: GradientStep) -> None:
+        """Say what the next step compiles, if it does: minutes that would look like a frozen screen."""
+        if region := gradient.compiles():
+            self.progress.update(self.task, figures=f"compiling the step ({region})…")
+            self.progress.refresh()
 
     def log(self, line: dict[str, float]) -> None:
         """Show a log line's objectives and speed."""

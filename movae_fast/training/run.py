@@ -14,17 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
 from movae_fast.data import LOADERS, Loader, ReadOptions, Subset, choose_loader
 from movae_fast.models import VAE, build_model, model_options
+from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
+from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import TrainConfig, resolve_device
 from movae_fast.training.logs import Logs, require_wandb
 from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.precision import Precision
 from movae_fast.training.step import GradientStep
 from movae_fast.training.telemetry import Telemetry
+from movae_fast.training.world import World, connect
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LambdaLR
     telemetry: Telemetry
     total_steps: int
+    world: World = field(default_factory=World)
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
@@ -59,6 +65,11 @@ class Run:
     def finished(self) -> bool:
         return self.step >= self.total_steps
 
+    def noise(self, n: int) -> Tensor:
+        """The forward pass's noise for this rank's n images: its slice of one draw for the global batch."""
+        draw = self.model.draw_noise(n * self.world.size)
+        return draw[self.world.rank * n : (self.world.rank + 1) * n]
+
     def state(self) -> dict[str, Any]:
         """The sections of a checkpoint."""
         aggregator = self.gradient.aggregator
@@ -68,8 +79,16 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "aggregator": aggregator_state(aggregator) if aggregator is not None else {},
+            "reused_weights": self.gradient.weights,
+            "scaler": self.gradient.precision.state_dict(),
             "telemetry": self.telemetry.state_dict(),
-            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best},
+            "position": {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "step": self.step,
+                "best": self.best,
+                "processes": self.world.size,
+            },
             "rng": checkpoint.rng_state(),
         }
 
@@ -80,12 +99,17 @@ class Run:
         checkpoint.save(path, {"config": self.config.flat(), "model": self.model.state_dict()})
 
     def save(self, name: str) -> Path:
-        """Write checkpoints/<name>.pt, unless a parameter stopped being finite (FloatingPointError)."""
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
-        if not bool(finite.all()):
+        """Write checkpoints/<name>.pt, unless a parameter stopped being finite (FloatingPointError).
+
+        All ranks call it; rank 0 writes.
+        """
+        if not bool(self.gradient.flat.data.isfinite().all()):
             raise FloatingPointError(f"the model's parameters are not finite after step {self.step}")
+        self.world.average_buffers(self.model)
+        self.telemetry.merge(self.world)
         path = self.folder / "checkpoints" / f"{name}.pt"
-        checkpoint.save(path, self.state())
+        if self.world.main:
+            checkpoint.save(path, self.state())
         self.good = path
         return path
 
@@ -96,6 +120,8 @@ class Run:
         self.scheduler.last_epoch = record["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
         if self.gradient.aggregator is not None:
             load_aggregator_state(self.gradient.aggregator, record["aggregator"], self.device)
+        self.gradient.weights.copy_(record["reused_weights"])
+        self.gradient.precision.load_state_dict(record["scaler"])
         self.telemetry.load_state_dict(record["telemetry"])
         position = record["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
@@ -109,20 +135,24 @@ def setup(config: TrainConfig) -> Run:
     The folder is made last, so that a configuration that fails leaves nothing behind.
     """
     require_wandb(config.wandb)
+    world, config.run.device = connect(config.run.device)
     device = resolve_device(config.run.device)
     if config.run.seed is None:
-        config.run.seed = int.from_bytes(os.urandom(4), "little") >> 1
-    run = assemble(config, device)
-    run.folder = make_folder(config)
-    write_config(run.folder, config)
-    run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=None)
+        config.run.seed = int(world.share(int.from_bytes(os.urandom(4), "little") >> 1))  # type: ignore[call-overload]
+    run = assemble(config, device, world)
+    if world.main:
+        run.folder = make_folder(config)
+        write_config(run.folder, config)
+        run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=None)
+    run.folder = Path(str(world.share(str(run.folder))))
     return run
 
 
 def resume(path: Path, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
     """The run at `path` (its folder or a checkpoint in it) at the position where it was saved.
 
-    `changes` turns the saved flags into the configuration to continue with. Raises CheckpointError for a
+    `changes` turns the saved flags into the configuration to continue with. On another number of processes the
+    global batch stays what it was, so that the run continues with the same steps. Raises CheckpointError for a
     checkpoint that is damaged or of another model.
     """
     path = checkpoint.find(path)
@@ -133,12 +163,30 @@ def resume(path: Path, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
         )
     config = changes(record["config"])
     require_wandb(config.wandb)
-    run = assemble(config, resolve_device(config.run.device))
+    world, config.run.device = connect(config.run.device)
+    keep_global_batch(config, record["position"]["processes"], world.size)
+    run = assemble(config, resolve_device(config.run.device), world)
     run.restore(record, path)
     run.folder = path.parent.parent
-    run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=run.step)
-    write_config(run.folder, config)
+    if world.main:
+        run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=run.step)
+        write_config(run.folder, config)
     return run
+
+
+def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
+    """Change the batch of each process so that all of them together take the images that they took before."""
+    if before == now:
+        return
+    old = config.data.batch_size
+    total = old * before
+    if total % now or total // now % config.run.accumulate:
+        raise ValueError(
+            f"--resume: the run's {total} images a step ({before} processes of {old}) cannot be divided among "
+            f"{now} processes" + (f" in {config.run.accumulate} parts" if config.run.accumulate > 1 else "")
+        )
+    config.data.eval_batch_size = config.data.eval_batch_size or old
+    config.data.batch_size = total // now
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
@@ -157,17 +205,18 @@ def new_model(config: TrainConfig) -> VAE:
     return build_model(config.model.arch, config.image_shape, config.activation, options)
 
 
-def assemble(config: TrainConfig, device: torch.device) -> Run:
+def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     """Everything of a run but its folder and logs, at position zero."""
     seed = config.run.seed or 0
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Never several silent copies of one run: updates that are not exchanged leave the ranks apart.
-        raise ValueError("training on several processes is not supported yet; start it without torchrun")
     # Built before any data is read: a size that does not fit is said at once.
     model = new_model(config).to(device)
+    # The layout that convolutions are fastest in, on CUDA's tensor cores and on a CPU alike.
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.run.sync_batchnorm and world.size > 1:
+        convert_sync_batchnorm(model)
     weights = config.weights()
     aggregator = None
     if config.needs_jacobian:
@@ -176,7 +225,8 @@ def assemble(config: TrainConfig, device: torch.device) -> Run:
         aggregator = make_aggregator(
             o.agg, m, o.agg_args, o.pref_weights, norm_eps=o.upgrad_norm_eps, reg_eps=o.upgrad_reg_eps
         ).to(device)
-    train_loader, test_loader = make_loader(config, device, "train"), make_loader(config, device, "test")
+    train_loader = make_loader(config, device, "train", world)
+    test_loader = make_loader(config, device, "test", world)
     losses = LossVector(
         model,
         weights,
@@ -185,6 +235,20 @@ def assemble(config: TrainConfig, device: torch.device) -> Run:
         n_data=len(train_loader.source),
         tc_estimator=config.objective.tc_estimator,
         anneal_steps=config.objective.anneal_steps,
+    )
+    mode = resolve_mode(config.run.compile, device)
+    gradient = GradientStep(
+        model,
+        losses,
+        aggregator,
+        config.objective.jacobian,
+        precision=Precision(config.run.precision, device),
+        # A layer that talks to other processes cannot be part of a compiled graph.
+        compile_mode="off" if config.run.sync_batchnorm and world.size > 1 else mode,
+        world=world,
+        accumulate=config.run.accumulate,
+        gramian_every=config.objective.gramian_every,
+        gramian_batch=config.objective.gramian_batch,
     )
     optimizer = make_optimizer(config.optimizer, model.parameters())
     per_epoch = len(train_loader)
@@ -199,16 +263,24 @@ def assemble(config: TrainConfig, device: torch.device) -> Run:
         train_loader=train_loader,
         test_loader=test_loader,
         losses=losses,
-        gradient=GradientStep(model, losses, aggregator, config.objective.jacobian),
+        gradient=gradient,
         optimizer=optimizer,
         scheduler=scheduler,
         telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
         total_steps=total,
+        world=world,
     )
 
 
-def make_loader(config: TrainConfig, device: torch.device, split: str, in_order: bool = False) -> Loader:
+def make_loader(
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    world: World | None = None,
+    in_order: bool = False,
+) -> Loader:
     """The loader of one split by the configuration; `in_order` reads the training split as a test split."""
+    world = world or World()
     data, info = config.data, config.info
     train = split == "train"
     source: Any = info.read(
@@ -232,6 +304,8 @@ def make_loader(config: TrainConfig, device: torch.device, split: str, in_order:
         "seed": config.run.seed or 0,
         "flip": info.flip if data.flip is None else data.flip,
         "normalize": data.normalize,
+        "rank": world.rank,
+        "world": world.size,
     }
     if kind == "torch":
         options["num_workers"] = data.num_workers

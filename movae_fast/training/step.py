@@ -1,26 +1,68 @@
-"""One training step's gradient: the vector of losses becomes `.grad` on every parameter."""
+"""One training step's gradient: the vector of losses becomes `.grad` on every parameter.
+
+A step reads: forward, rows, (exchange,) Gramian, projection, combine. `rows`, `weighted` and `summed` are the
+three ways to differentiate a batch; each is one function of tensors and can be compiled as a whole.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from movae_fast import ops
-from movae_fast.aggregation.registry import aggregate
-from movae_fast.models import VAE
+from movae_fast.aggregation.registry import aggregate, is_weighting
+from movae_fast.jacobian import (
+    Gradients,
+    all_rows,
+    at_features,
+    cosines_with_update,
+    reaching,
+    shared_rows,
+    weighted_row,
+)
+from movae_fast.models import VAE, VQOutput
 from movae_fast.objectives import LossVector
-from movae_fast.training.jacobian import all_rows, cosines_with_update, set_gradients, shared_rows
+from movae_fast.training.compiled import Compiled
+from movae_fast.training.flat import FlatParameters, write
+from movae_fast.training.precision import Precision
+from movae_fast.training.world import World
 
 
 class StepRecord(NamedTuple):
     """What a step leaves for the log, on the device: [m] each over all objectives, NaN where not computed."""
 
-    losses: Tensor  # unweighted
+    losses: Tensor  # unweighted, of this rank's images
     weights: Tensor  # the aggregator's
     cosines: Tensor  # of the aggregated update with each objective's gradient
     norms: Tensor  # of each objective's gradient
+    usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
+
+
+class Forward(NamedTuple):
+    """A batch through the network."""
+
+    features: tuple[Tensor, ...]
+    weighted: list[Tensor]  # the active objectives, as they are differentiated
+    losses: Tensor  # [m] unweighted
+    usage: Tensor  # [K] or [0]
+
+
+class Differentiated(NamedTuple):
+    """One batch's losses and gradients."""
+
+    losses: Tensor  # [m] unweighted
+    usage: Tensor  # [K] or [0]
+    own: Gradients = ()
+    shared: Iterable[Gradients] = ()  # rows, or the one gradient
+    reached: Sequence[int] = ()  # the rows' objectives
+
+
+Parts = list[tuple[Tensor, Tensor]]  # (images, noise) to be differentiated one after the other
 
 
 class GradientStep:
@@ -29,62 +71,257 @@ class GradientStep:
     `aggregator` None is the ordinary backward of the weighted sum; then the rows are computed on steps that
     `diagnose` only, for the log, and do not touch the update. `jacobian` "shared" aggregates the gradients of
     the part before the features (what MO-VAE does), "all" those of every parameter.
+
+    Two approximations, off by default: with `gramian_every` k the weights found at a step serve the k - 1
+    steps after it too; with `gramian_batch` f the Gramian is that of the first fraction f of the batch. Either
+    way the update is then one backward of the weighted losses.
+
+    `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
+    before they are aggregated, so the update is that of the whole batch.
     """
 
-    def __init__(self, model: VAE, losses: LossVector, aggregator: nn.Module | None, jacobian: str) -> None:
-        self.model, self.losses, self.aggregator = model, losses, aggregator
-        self.own = [p for params in model.own_parameters().values() for p in params]
-        self.shared = model.shared_parameters()
-        if jacobian == "all":
-            self.shared, self.own = [*self.shared, *self.own], []
-        self.features_cut = jacobian == "shared"
-        size = sum(p.numel() for p in self.shared)
-        self.active = torch.tensor(losses.active, device=model.device)
-        self.rows = self.shared[0].new_zeros(len(losses.active), size)
-
-    def __call__(self, x: Tensor, step: int, diagnose: bool = False) -> tuple[StepRecord, Any]:
-        """Set every parameter's gradient for the batch x [B, C, S, S]; the record, and the model's output."""
-        features = self.model.encode(x)
-        out = self.model.forward_features(features)
-        losses = self.losses(out, x)
-        weights = self.losses.weights_at(step)
-        weighted = [losses[i] * weights[i] for i in self.losses.active]
-        record = (
-            self.sum(weighted, features, diagnose)
-            if self.aggregator is None
-            else self.aggregated(weighted, features)
-        )
-        return StepRecord(torch.stack(losses).detach(), *(self.scatter(v) for v in record)), out
-
-    def aggregated(self, weighted: list[Tensor], features: tuple[Tensor, ...]) -> list[Tensor | None]:
-        self.jacobian(weighted, features)
-        gramian = ops.gramian(self.rows)
-        update, weights = aggregate(self.aggregator, self.rows, gramian)
-        set_gradients(self.shared, update)
-        return [weights, *cosines_with_update(gramian, weights, self.rows, update)]
-
-    def sum(self, weighted: list[Tensor], features: tuple[Tensor, ...], diagnose: bool) -> list[Tensor | None]:
-        record: list[Tensor | None] = [None, None, None]
-        if diagnose:
-            self.jacobian(weighted, features, retain_graph=True)
-            ones = torch.ones(len(weighted), device=self.rows.device)
-            record = [ones, *cosines_with_update(ops.gramian(self.rows), ones, self.rows, None)]
-        for p in (*self.shared, *self.own):
-            p.grad = None
-        torch.stack(weighted).sum().backward()
-        return record
-
-    def jacobian(
-        self, weighted: list[Tensor], features: tuple[Tensor, ...], retain_graph: bool = False
+    def __init__(
+        self,
+        model: VAE,
+        losses: LossVector,
+        aggregator: nn.Module | None,
+        jacobian: str = "shared",
+        *,
+        precision: Precision | None = None,
+        compile_mode: str = "off",
+        world: World | None = None,
+        accumulate: int = 1,
+        gramian_every: int = 1,
+        gramian_batch: float = 1.0,
     ) -> None:
-        if self.features_cut:
-            shared_rows(weighted, features, self.shared, self.own, self.rows, retain_graph)
+        self.model, self.losses, self.aggregator = model, losses, aggregator
+        self.precision = precision or Precision("fp32", model.device)
+        self.world = world or World()
+        self.accumulate = accumulate
+        self.gramian_every, self.gramian_batch = gramian_every, gramian_batch
+        own = [p for params in model.own_parameters().values() for p in params]
+        shared = model.shared_parameters()
+        if jacobian == "all":
+            shared, own = [*shared, *own], []
+        self.cut = jacobian == "shared"
+        self.flat = FlatParameters(shared, own, align=self.world.size)
+        self.active = torch.tensor(losses.active, device=model.device)
+        self.m = len(losses.active)
+        self.reached: list[int] = []  # objectives with a row that is not zero by construction; found at once
+        self.rows = self.flat.data.new_zeros(0, self.flat.n_shared)
+        self.views: list[list[Tensor]] = []
+        # The last weights [m], for the steps that reuse them: part of a checkpoint.
+        self.weights = torch.full((self.m,), torch.nan, device=model.device)
+        self.by_rows = Compiled(self._by_rows, compile_mode)
+        self.by_weights = Compiled(self._by_weights, compile_mode)
+        self.by_sum = Compiled(self._by_sum, compile_mode)
+
+    def __call__(self, x: Tensor, step: int, noise: Tensor | None = None, diagnose: bool = False) -> StepRecord:
+        """Set every parameter's gradient for this rank's images x [B, C, S, S] of 0-based `step`.
+
+        `noise` [B, …] is the model's (`VAE.draw_noise`); drawn here if it is not given.
+        """
+        noise = self.model.draw_noise(len(x)) if noise is None else noise
+        # Sums over parts and ranks are means of the batch when each part's losses are divided beforehand.
+        scale = self.losses.weights_at(step)[self.active] / (self.accumulate * self.world.size)
+        parts = list(zip(x.chunk(self.accumulate), noise.chunk(self.accumulate), strict=True))
+        scale = self.precision.scale(scale)
+        if self.aggregator is None:
+            return self.sum(parts, scale, diagnose)
+        if step % self.gramian_every:
+            return self.weighted(parts, scale)
+        if self.gramian_batch < 1:
+            return self.weighted_by_part(parts, scale)
+        return self.aggregated(parts, scale)
+
+    def compiles(self) -> str:
+        """What the next call may have to compile first; empty if nothing."""
+        if self.aggregator is None:
+            regions = [self.by_sum]
         else:
-            all_rows(weighted, self.shared, self.rows, retain_graph)
+            approximate = self.gramian_every > 1 or self.gramian_batch < 1
+            regions = [self.by_rows, self.by_weights] if approximate else [self.by_rows]
+        return ", ".join(region.name for region in regions if region.pending)
+
+    # The kinds of step.
+
+    def aggregated(self, parts: Parts, scale: Tensor) -> StepRecord:
+        found = self.fill_rows(parts, scale)
+        weights, cosines, norms = self.aggregate_rows()
+        return self.record(found, weights, cosines, norms)
+
+    def weighted(self, parts: Parts, scale: Tensor) -> StepRecord:
+        """One backward, with weights that an earlier Gramian gave."""
+        found = [self.write(self.by_weights(*part, scale, self.weights), k) for k, part in enumerate(parts)]
+        self.exchange()
+        return self.record(found, self.weights, None, None)
+
+    def weighted_by_part(self, parts: Parts, scale: Tensor) -> StepRecord:
+        """Weights from the Gramian of the batch's first images, then one backward of all with them."""
+        x, noise = parts[0]
+        n = max(2, round(len(x) * self.gramian_batch))
+        with keeping_buffers(self.model):
+            self.fill_rows([(x[:n], noise[:n])], scale * self.accumulate)
+        _, cosines, norms = self.aggregate_rows()
+        record = self.weighted(parts, scale)
+        return record._replace(cosines=self.scatter(cosines), norms=self.scatter(norms))
+
+    def sum(self, parts: Parts, scale: Tensor, diagnose: bool) -> StepRecord:
+        """One backward of the weighted sum; to `diagnose`, the rows too, whose sum it is."""
+        weights = cosines = norms = None
+        if diagnose:
+            with keeping_buffers(self.model):
+                self.fill_rows(parts, scale)
+            weights = torch.ones(self.m, device=self.active.device)
+            cosines, norms = cosines_with_update(self.gramian(), weights, self.rows, None)
+        found = [self.write(self.by_sum(*part, scale), k) for k, part in enumerate(parts)]
+        self.exchange()
+        return self.record(found, weights, cosines, norms)
+
+    # Differentiation: functions of tensors, each one region for the compiler.
+
+    def forward(self, x: Tensor, noise: Tensor, scale: Tensor) -> Forward:
+        x = x.contiguous(memory_format=torch.channels_last)
+        with self.precision.autocast():
+            features = self.model.encode(x)
+            out = self.model.forward_features(features, noise)
+        losses = self.losses(out, x)
+        weighted = [losses[i] * scale[k].to(losses[i].dtype) for k, i in enumerate(self.losses.active)]
+        usage = out.usage if isinstance(out, VQOutput) else x.new_zeros(0)
+        return Forward(features, weighted, torch.stack(losses).detach(), usage)
+
+    def _by_rows(self, x: Tensor, noise: Tensor, scale: Tensor) -> Differentiated:
+        features, weighted, losses, usage = self.forward(x, noise, scale)
+        if self.cut:
+            found = at_features(weighted, features, self.flat.own)
+            own, reached = found.own, reaching(found.features)
+            rows = shared_rows(features, found.features, self.flat.shared)
+        else:
+            own, reached = [], list(range(self.m))
+            rows = all_rows(weighted, self.flat.shared)
+        # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the buffer.
+        return Differentiated(losses, usage, own, rows if self.by_rows.mode == "off" else list(rows), reached)
+
+    def _by_weights(self, x: Tensor, noise: Tensor, scale: Tensor, weights: Tensor) -> Differentiated:
+        features, weighted, losses, usage = self.forward(x, noise, scale)
+        if self.cut:
+            found = at_features(weighted, features, self.flat.own)
+            row = weighted_row(features, found.features, weights, self.flat.shared)
+            return Differentiated(losses, usage, found.own, [row])
+        total = torch.stack([loss * w for loss, w in zip(weighted, weights, strict=True)]).sum()
+        return Differentiated(losses, usage, [], [self.gradient(total, self.flat.shared)])
+
+    def _by_sum(self, x: Tensor, noise: Tensor, scale: Tensor) -> Differentiated:
+        _, weighted, losses, usage = self.forward(x, noise, scale)
+        found = self.gradient(torch.stack(weighted).sum(), [*self.flat.shared, *self.flat.own])
+        n = len(self.flat.shared)
+        return Differentiated(losses, usage, found[n:], [found[:n]])
+
+    @staticmethod
+    def gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    # From gradients to `.grad`.
+
+    def fill_rows(self, parts: Parts, scale: Tensor) -> list[Differentiated]:
+        """Rows of the whole batch into `rows`, and the own parameters' gradients; both summed over ranks."""
+        found = []
+        for k, part in enumerate(parts):
+            with record_function("forward and rows"):
+                result = self.by_rows(*part, scale)
+            self.flat.write_own(result.own, add=k > 0)
+            if k == len(parts) - 1:
+                pending = [self.world.start_sum(self.flat.own_grad)]
+            self.reach(result.reached)
+            for j, row in enumerate(result.shared):
+                write(self.views[j], row, add=k > 0)
+                if k == len(parts) - 1:
+                    pending.append(self.world.start_scatter(self.rows[j]))
+            found.append(Differentiated(result.losses, result.usage))
+        for exchange in pending:
+            exchange.wait()
+        return found
+
+    def reach(self, reached: Sequence[int]) -> None:
+        """The buffer of rows, once it is known which objectives have one: at the first step."""
+        if list(reached) != self.reached:
+            self.reached = list(reached)
+            self.reached_index = torch.tensor(self.reached, device=self.active.device)
+            self.rows, self.views = self.flat.rows(len(self.reached))
+
+    def gramian(self) -> Tensor:  # [m, m] float64
+        """Gramian of all ranks' rows, each rank contributing its stretch of them."""
+        with record_function("gramian"):
+            gramian = self.world.sum_(ops.gramian(self.world.shard(self.rows).contiguous()))
+            gramian = self.precision.unscaled(gramian)
+            if len(self.reached) == self.m:
+                return gramian
+            full = gramian.new_zeros(self.m, self.m)
+            full[self.reached_index[:, None], self.reached_index] = gramian
+            return full
+
+    def aggregate_rows(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Combine the rows into the shared parameters' `.grad`: weights [m] or None, cosines and norms [m]."""
+        assert self.aggregator is not None
+        gramian = self.gramian()
+        every = len(self.reached) == self.m
+        if is_weighting(self.aggregator):
+            with record_function("projection"):
+                weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
+            with record_function("combine"):
+                used = weights if every else weights[self.reached_index]
+                shard = self.world.shard(self.rows).contiguous()
+                self.world.shard(self.flat.shared_grad).copy_(ops.combine(shard, used.to(shard.dtype)))
+                self.world.gather_(self.flat.shared_grad)
+            self.weights.copy_(weights)
+            return weights, *cosines_with_update(gramian, weights, self.rows, None)
+        # Aggregators that look at single elements need whole rows on every rank.
+        rows = self.rows
+        for row in rows if self.world.size > 1 else ():
+            self.world.gather_(row)
+        if not every:
+            rows = rows.new_zeros(self.m, rows.shape[1]).index_copy_(0, self.reached_index, rows)
+        with record_function("aggregation"):
+            update, weights = aggregate(self.aggregator, rows, gramian)
+            self.flat.shared_grad.copy_(update)
+        if weights is not None:
+            self.weights.copy_(weights)
+        return weights, *cosines_with_update(gramian, weights, rows, update)
+
+    def write(self, result: Differentiated, k: int) -> Differentiated:
+        """One backward's gradients into `.grad`, added to those of the k parts before."""
+        self.flat.write_own(result.own, add=k > 0)
+        (row,) = result.shared
+        self.flat.write_shared(row, add=k > 0)
+        return Differentiated(result.losses, result.usage)
+
+    def exchange(self) -> None:
+        """Sum `.grad` over the ranks."""
+        self.world.sum_(self.flat.grad)
+
+    def record(
+        self,
+        found: list[Differentiated],
+        weights: Tensor | None,
+        cosines: Tensor | None,
+        norms: Tensor | None,
+    ) -> StepRecord:
+        losses = found[0].losses if len(found) == 1 else torch.stack([f.losses for f in found]).mean(0)
+        usage = found[0].usage if len(found) == 1 else torch.stack([f.usage for f in found]).sum(0)
+        return StepRecord(losses, self.scatter(weights), self.scatter(cosines), self.scatter(norms), usage)
 
     def scatter(self, values: Tensor | None) -> Tensor:
         """Values of the active objectives [a] at their places among all m; NaN elsewhere."""
-        full = torch.full((len(self.losses.names),), torch.nan, device=self.rows.device)
+        full = torch.full((len(self.losses.names),), torch.nan, device=self.active.device)
         if values is not None:
             full.index_copy_(0, self.active, values.detach().to(full))
         return full
+
+
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the model's running statistics back afterwards: a forward for its gradients alone leaves none."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    for buffer, value in kept:
+        buffer.copy_(value)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import resource
+import statistics
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from movae_fast.models import VQOutput
 from movae_fast.training.step import StepRecord
+from movae_fast.training.world import World
+
+T = TypeVar("T")
 
 
 class NonFiniteError(FloatingPointError):
@@ -21,57 +26,136 @@ class NonFiniteError(FloatingPointError):
         self.step, self.objective = step, objective
 
 
+class Snapshot(NamedTuple):
+    """A full window on its way to the host."""
+
+    window: Tensor  # [steps, 4, m] on the host
+    usage: Tensor  # [K] on the host
+    line: dict[str, Any]  # what the host knew already
+    arrived: torch.cuda.Event | None
+
+
 class Telemetry:
-    """A window of steps: losses, weights, cosines, norms [steps, m] each, and how often each code was used."""
+    """A window of steps: losses, weights, cosines, norms [steps, m] each, and how often each code was used.
+
+    `close` ends a window and starts its copy to the host; `lines` gives the log lines of those that arrived.
+    On CUDA the copy goes on behind the next steps.
+    """
 
     FIELDS = ("losses", "weights", "cosines", "norms")
 
     def __init__(self, names: tuple[str, ...], size: int, device: torch.device, codes: int = 0) -> None:
-        self.names, self.size = names, size
+        self.names, self.size, self.device = names, size, device
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
         self.filled = 0
-        self.started = time.perf_counter()
-        self.images = 0
+        self.queue: list[Snapshot] = []
+        self.started = self.last = time.perf_counter()
+        self.images, self.waited = 0, 0.0
+        self.times: list[float] = []
 
-    def record(self, record: StepRecord, out: Any, batch: int) -> None:
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time spent waiting for them is measured."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def record(self, record: StepRecord, images: int) -> None:
         """Keep one step, without reading anything on the host."""
-        self.window[self.filled] = torch.stack([v.to(self.window) for v in record])
-        if isinstance(out, VQOutput):
-            self.usage += out.usage.to(self.usage)
+        self.window[self.filled] = torch.stack([v.to(self.window) for v in record[:4]])
+        if self.usage.numel():
+            self.usage += record.usage.to(self.usage)
         self.filled += 1
-        self.images += batch
+        self.images += images
+        now = time.perf_counter()
+        self.times.append(now - self.last)
+        self.last = now
 
-    def check(self, last_step: int) -> None:
+    def merge(self, world: World) -> None:
+        """Make the window's losses the mean over ranks and the usage their share of the sum."""
+        if world.size > 1:
+            world.sum_(self.window[: self.filled, 0]).div_(world.size)
+            world.sum_(self.usage).div_(world.size)
+
+    def check(self, last_step: int, world: World) -> None:
         """Raise NonFiniteError for the window's first loss that is not finite (one host read)."""
-        losses = self.window[: self.filled, 0].cpu()
-        bad = (~losses.isfinite()).nonzero()
+        self.merge(world)
+        self._check(self.window[: self.filled].cpu(), last_step)
+
+    def _check(self, window: Tensor, last_step: int) -> None:
+        bad = (~window[:, 0].isfinite()).nonzero()
         if len(bad):
             row, column = (int(v) for v in bad[0])
-            step = last_step - self.filled + 1 + row
-            raise NonFiniteError(step, self.names[column], float(losses[row, column]))
+            step = last_step - len(window) + 1 + row
+            raise NonFiniteError(step, self.names[column], float(window[row, 0, column]))
 
-    def fetch(self, last_step: int) -> dict[str, float]:
-        """Means over the window by objective, codebook figures, images/s; empties the window."""
-        self.check(last_step)
-        means = self.window[: self.filled].nanmean(0).cpu()
-        line: dict[str, float] = {}
-        for i, kind in enumerate(("", "weight_", "cos_", "grad_norm_")):
-            for j, name in enumerate(self.names):
-                value = float(means[i, j])
-                if not math.isnan(value):
-                    line[f"train/{kind}{name}"] = value
-        line |= {f"train/{k}": v for k, v in codebook_figures(self.usage).items()}
-        now = time.perf_counter()
-        line["train/images_per_s"] = self.images / max(now - self.started, 1e-9)
-        self.started, self.images, self.filled = now, 0, 0
+    def close(self, line: dict[str, Any], world: World) -> None:
+        """End the window; `line` (with its `step`) gets the window's figures when they have arrived."""
+        self.merge(world)
+        line = line | self.clock(world)
+        window = self.window[: self.filled].clone()
+        usage = self.usage * world.size
+        arrived = None
+        if self.device.type == "cuda":
+            window = window.to("cpu", non_blocking=True)
+            usage = usage.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.queue.append(Snapshot(window, usage, line, arrived))
+        self.filled = 0
         self.window.fill_(torch.nan)
         self.usage.zero_()
-        return line
+
+    def lines(self, wait: bool = False) -> Iterator[dict[str, Any]]:
+        """Log lines of the windows that have arrived (all of them with `wait`)."""
+        while self.queue:
+            snapshot = self.queue[0]
+            if snapshot.arrived is not None:
+                if not wait and not snapshot.arrived.query():
+                    return
+                snapshot.arrived.synchronize()
+            self.queue.pop(0)
+            self._check(snapshot.window, snapshot.line["step"])
+            means = snapshot.window.nanmean(0).tolist()
+            line = dict(snapshot.line)
+            for kind, values in zip(("", "weight_", "cos_", "grad_norm_"), means, strict=True):
+                for name, value in zip(self.names, values, strict=True):
+                    if not math.isnan(value):
+                        line[f"train/{kind}{name}"] = value
+            yield line | {f"train/{k}": v for k, v in codebook_figures(snapshot.usage).items()}
+
+    def clock(self, world: World) -> dict[str, float]:
+        """Speed since the last line: images/s of all ranks, share of time spent waiting for data, ms a step."""
+        now = time.perf_counter()
+        elapsed = max(now - self.started, 1e-9)
+        figures = {
+            "train/images_per_s": self.images * world.size / elapsed,
+            "train/data_wait_share": self.waited / elapsed,
+            "train/peak_memory_mib": self.peak_memory(),
+        }
+        if self.times:
+            ordered = sorted(self.times)
+            figures["train/step_ms_p50"] = 1e3 * statistics.median(ordered)
+            figures["train/step_ms_p95"] = 1e3 * ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
+        self.restart_clock()
+        return figures
+
+    def peak_memory(self) -> float:
+        """MiB: the device's peak allocation, or the process's peak resident set on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def restart_clock(self) -> None:
-        """Leave out of images/s what was not training (evaluation, checkpoints, figures)."""
-        self.started, self.images = time.perf_counter(), 0
+        """Leave out of the speed what was not training (evaluation, checkpoints, figures)."""
+        self.started = self.last = time.perf_counter()
+        self.images, self.waited, self.times = 0, 0.0, []
 
     def state_dict(self) -> dict[str, Any]:
         return {

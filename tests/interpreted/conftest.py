@@ -35,9 +35,7 @@ if INTERPRETED:
     def _as_tensor_cores_read(handle: Any, input_precision: Any) -> Any:
         # The interpreter keeps bfloat16 as its bits, and multiplies those.
         if handle.dtype.scalar == tl.bfloat16:
-            return interpreter.TensorHandle(
-                (handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32
-            )
+            return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
         if handle.dtype.scalar == tl.float32 and "TF32" in str(input_precision):
             truncated = handle.data.view(np.uint32) & np.uint32(0xFFFFE000)
             return interpreter.TensorHandle(truncated.view(np.float32), tl.float32)

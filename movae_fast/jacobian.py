@@ -1,0 +1,209 @@
+"""The Jacobian's rows, and a backward of many losses that aggregates them.
+
+Features (the latents' parameters, an encoder's output) cut a network in two. Each loss is differentiated as far
+as the features and its own parameters after them; from the features on, each loss that reaches them costs one
+backward of the shared part. `backward` does all of it for anybody's training loop:
+
+    from movae_fast import jacobian
+    from movae_fast.aggregation import UPGrad
+
+    jacobian.backward([reconstruction, kl], features=[mu, logvar], aggregator=UPGrad())
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast import ops
+from movae_fast.aggregation.registry import aggregate
+
+Gradients = Sequence[Tensor | None]
+
+
+class AtFeatures(NamedTuple):
+    """One backward of each loss, as far as the features."""
+
+    features: list[list[Tensor | None]]  # [m][features]
+    own: list[Tensor | None]  # of the losses' sum, a parameter each
+
+
+def at_features(losses: Sequence[Tensor], features: Sequence[Tensor], own: Sequence[Tensor]) -> AtFeatures:
+    """Gradients of each loss at the features, and of their sum at the parameters after them.
+
+    The graph is kept for the backward from the features on.
+    """
+    n = len(features)
+    found = [
+        torch.autograd.grad(loss, [*features, *own], retain_graph=True, allow_unused=True) for loss in losses
+    ]
+    return AtFeatures([list(g[:n]) for g in found], [_sum([g[n + k] for g in found]) for k in range(len(own))])
+
+
+def _sum(terms: Gradients) -> Tensor | None:
+    there = [t for t in terms if t is not None]
+    return sum(there[1:], there[0]) if there else None
+
+
+def reaching(gradients: Sequence[Gradients]) -> list[int]:
+    """Objectives whose loss reaches the features; the others' rows are zero by construction."""
+    return [i for i, row in enumerate(gradients) if any(g is not None for g in row)]
+
+
+def shared_rows(
+    features: Sequence[Tensor],
+    gradients: Sequence[Gradients],  # [m][features]
+    shared: Sequence[Tensor],
+    retain_graph: bool = False,
+) -> Iterator[Gradients]:
+    """The gradient at `shared` of each objective that is `reaching` the features, in their order."""
+    reached = reaching(gradients)
+    for i in reached:
+        pairs = [(f, g) for f, g in zip(features, gradients[i], strict=True) if g is not None]
+        outputs, upstream = [f for f, _ in pairs], [g for _, g in pairs]
+        keep = retain_graph or i != reached[-1]
+        yield torch.autograd.grad(outputs, shared, upstream, retain_graph=keep, allow_unused=True)
+
+
+def all_rows(
+    losses: Sequence[Tensor], parameters: Sequence[Tensor], retain_graph: bool = False
+) -> Iterator[Gradients]:
+    """Each objective's gradient at every parameter, one whole backward each."""
+    for i, loss in enumerate(losses):
+        keep = retain_graph or i != len(losses) - 1
+        yield torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
+
+
+def weighted_row(
+    features: Sequence[Tensor],
+    gradients: Sequence[Gradients],  # [m][features]
+    weights: Tensor,  # [m]
+    shared: Sequence[Tensor],
+) -> Gradients:
+    """The gradient at `shared` of the losses' sum with the given weights: one backward from the features."""
+    outputs, upstream = [], []
+    for k, feature in enumerate(features):
+        at_feature = [(g[k], w) for g, w in zip(gradients, weights, strict=True)]
+        terms = [g * w.to(g.dtype) for g, w in at_feature if g is not None]
+        total = _sum(terms)
+        if total is not None:
+            outputs.append(feature)
+            upstream.append(total)
+    return torch.autograd.grad(outputs, shared, upstream, allow_unused=True)
+
+
+def backward(
+    losses: Sequence[Tensor],  # m scalars
+    *,
+    aggregator: nn.Module,
+    features: Sequence[Tensor] | None = None,
+    shared: Sequence[Tensor] | None = None,
+    own: Sequence[Tensor] | None = None,
+    retain_graph: bool = False,
+) -> Tensor | None:  # [m]
+    """Backward of a vector of losses without conflict: `.grad` of every parameter, shared ones aggregated.
+
+    With `features`, parameters before them are shared: the losses' gradients there form the Jacobian [m, P],
+    and `.grad` receives its aggregation; parameters after them are `own` and receive the gradient of the sum.
+    Without, all parameters are shared. Both lists are found in the graph if they are not given. As with
+    `Tensor.backward`, gradients are added to what `.grad` holds. Returns the aggregator's weights [m], or None
+    for an aggregator that does not weight rows. The result is that of TorchJD's `mtl_backward` (or `backward`)
+    followed by `jac_to_grad`, without vmap, so that custom kernels need no batching rule.
+
+    The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError for losses that
+    are not scalars, for an empty list, for features that no loss reaches, and for a parameter that is both
+    shared and own.
+    """
+    losses = list(losses)
+    if not losses or any(loss.numel() != 1 for loss in losses):
+        shapes = ", ".join(str(tuple(loss.shape)) for loss in losses)
+        raise ValueError(f"losses must be one or more scalars: got ({shapes})")
+    features = list(features or ())
+    if shared is None:
+        shared = leaves(features or losses)
+    if own is None:
+        own = leaves(losses, stop=features) if features else []
+    if {id(p) for p in shared} & {id(p) for p in own}:
+        raise ValueError("a parameter is both before and after the features: give shared= and own=")
+    if not shared:
+        raise ValueError("no parameter that requires a gradient lies before the features")
+    if features:
+        found = at_features(losses, features, own)
+        if all(g is None for row in found.features for g in row):
+            raise ValueError("no loss reaches the features: are they part of the losses' graph?")
+        for p, gradient in zip(own, found.own, strict=True):
+            _accumulate(p, gradient)
+        reached = reaching(found.features)
+        computed = shared_rows(features, found.features, shared, retain_graph)
+    else:
+        reached = list(range(len(losses)))
+        computed = all_rows(losses, shared, retain_graph)
+    rows = shared[0].new_zeros(len(losses), sum(p.numel() for p in shared))
+    for i, row in zip(reached, computed, strict=True):
+        write_row(rows[i], row, shared)
+    update, weights = aggregate(aggregator, rows, ops.gramian(rows))
+    at = 0
+    for p in shared:
+        _accumulate(p, update[at : at + p.numel()].view(p.shape))
+        at += p.numel()
+    return weights
+
+
+def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> None:
+    """Lay gradients end to end in `row` [P]; None leaves its stretch as it is."""
+    at = 0
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None:
+            row[at : at + parameter.numel()].copy_(gradient.reshape(-1))
+        at += parameter.numel()
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return
+    if parameter.grad is None:
+        parameter.grad = gradient.clone() if gradient._base is not None else gradient
+    else:
+        parameter.grad += gradient
+
+
+def leaves(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Leaf tensors that require a gradient in the graph behind `tensors`, not looking behind `stop`."""
+    closed = {t.grad_fn for t in stop if t.grad_fn is not None}
+    found: dict[int, Tensor] = {id(t): t for t in tensors if t.is_leaf and t.requires_grad}
+    seen: set[Any] = set(closed)
+    queue = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in closed]
+    while queue:
+        node = queue.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.setdefault(id(node.variable), node.variable)
+        queue.extend(follower for follower, _ in node.next_functions if follower is not None)
+    return list(found.values())
+
+
+def cosines_with_update(
+    gramian: Tensor,  # [m, m]
+    weights: Tensor | None,  # [m]
+    rows: Tensor,  # [m, P]
+    update: Tensor | None,  # [P]
+) -> tuple[Tensor, Tensor]:  # [m], [m]
+    """Cosine of the update with each row, and each row's norm; free from the Gramian where rows are weighted.
+
+    A row of zeros has cosine 0.
+    """
+    norms = gramian.diagonal().sqrt()
+    if weights is not None:
+        weights = weights.to(gramian)
+        inner, length = gramian @ weights, (weights @ gramian @ weights).clamp_min(0).sqrt()
+    else:
+        assert update is not None
+        inner, length = (rows @ update).to(gramian), update.norm().to(gramian)
+    scale = norms * length
+    return torch.where(scale > 0, inner / scale, 0.0).float(), norms.float()

@@ -1,0 +1,80 @@
+"""Parameters and gradients of a model as views of flat tensors, so that a step sees contiguous memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast.jacobian import Gradients
+
+
+class FlatParameters:
+    """Moves parameters into one tensor: the shared ones first, the rest behind them.
+
+    `data` and `grad` [P] hold all values and gradients; `shared` is their first `n_shared` elements, padded
+    with zeros to a multiple of `align` (the number of ranks that share a row). Every parameter and its `.grad`
+    become views of them and keep their strides, channels-last ones too. Nothing else may move the parameters
+    afterwards: neither `.to` nor `zero_grad(set_to_none=True)`.
+    """
+
+    def __init__(self, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], align: int = 1) -> None:
+        self.shared, self.own = list(shared), list(own)
+        size = sum(p.numel() for p in self.shared)
+        self.n_shared = -(-size // align) * align
+        total = self.n_shared + sum(p.numel() for p in self.own)
+        like = (self.shared or self.own)[0]
+        self.data, self.grad = like.new_zeros(total).detach(), like.new_zeros(total).detach()
+        self.starts: dict[int, int] = {}
+        at = 0
+        for k, p in enumerate((*self.shared, *self.own)):
+            at = self.n_shared if k == len(self.shared) else at
+            self.starts[id(p)] = at
+            view = self.view(self.data, p)
+            view.copy_(p.detach())
+            p.data = view
+            p.grad = self.view(self.grad, p)
+            at += p.numel()
+        self._own_grads = [self.view(self.grad, p) for p in self.own]
+        self._shared_grads = [self.view(self.grad, p) for p in self.shared]
+
+    def view(self, flat: Tensor, p: Tensor) -> Tensor:
+        """The stretch of `flat` that belongs to p, with p's shape and strides."""
+        dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
+        strides = p.stride() if dense else torch.empty(p.shape).stride()
+        return flat.as_strided(p.shape, strides, flat.storage_offset() + self.starts[id(p)])
+
+    def rows(self, m: int) -> tuple[Tensor, list[list[Tensor]]]:
+        """A buffer [m, n_shared] of zeros, and in each row a view for each shared parameter."""
+        buffer = self.data.new_zeros(m, self.n_shared)
+        return buffer, [[self.view(row, p) for p in self.shared] for row in buffer]
+
+    def write_own(self, gradients: Gradients, add: bool = False) -> None:
+        write(self._own_grads, gradients, add)
+
+    def write_shared(self, gradients: Gradients, add: bool = False) -> None:
+        write(self._shared_grads, gradients, add)
+
+    @property
+    def shared_grad(self) -> Tensor:
+        return self.grad[: self.n_shared]
+
+    @property
+    def own_grad(self) -> Tensor:
+        return self.grad[self.n_shared :]
+
+
+def write(views: Sequence[Tensor], gradients: Gradients, add: bool = False) -> None:
+    """Copy (or add) gradients into views; a missing one is zero."""
+    pairs = [(v, g) for v, g in zip(views, gradients, strict=True) if g is not None]
+    if pairs:
+        targets, values = [v for v, _ in pairs], [g for _, g in pairs]
+        if add:
+            torch._foreach_add_(targets, values)
+        else:
+            torch._foreach_copy_(targets, values)
+    if not add:
+        for view, gradient in zip(views, gradients, strict=True):
+            if gradient is None:
+                view.zero_()

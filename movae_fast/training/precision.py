@@ -1,0 +1,66 @@
+"""What a step computes in: float32, TF32, or autocast to bfloat16 or float16 with a loss scale."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast for the networks, and for fp16 the loss scale.
+
+    Losses, the latents' parameters, the codebook's lookup, Gramian, projection and the optimizer stay outside
+    autocast. An fp16 step whose gradients overflow is skipped on the device and halves the scale; the Gramian
+    is taken free of the scale, so that it never decides which objectives count.
+    """
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        if name == "tf32" and device.type != "cuda":
+            raise ValueError(f"--precision tf32 is CUDA's; on {device.type} use fp32 or bf16")
+        self.name, self.device = name, device
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+            torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The region of the networks."""
+        dtype = DTYPES.get(self.name)
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """The losses' weights times the loss scale."""
+        return self.scaler.scale(weights) if self.scaler is not None else weights
+
+    def unscaled(self, gramian: Tensor) -> Tensor:
+        """The Gramian of unscaled rows."""
+        if self.scaler is None:
+            return gramian
+        one = torch.ones((), dtype=gramian.dtype, device=gramian.device)
+        return gramian / self.scaler.scale(one).square()
+
+    def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide `.grad` by the loss scale; before clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step, unless fp16 overflowed."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state)

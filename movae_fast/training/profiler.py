@@ -1,0 +1,51 @@
+"""`--profile N`: a torch profiler trace of N training steps."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+
+import torch
+
+from movae_fast.training.run import Run
+
+SKIPPED = 3  # steps before the trace: the first ones compile, allocate and choose algorithms
+
+
+class Profiler:
+    """While entered, records `--profile` steps after the first few into the run's trace.json (rank 0's)."""
+
+    def __init__(self, run: Run) -> None:
+        self.left, self.before = run.config.run.profile, SKIPPED
+        self.path = run.folder / "trace.json"
+        self.profile: torch.profiler.profile | None = None
+        self.on = self.left > 0 and run.world.main
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def step(self) -> None:
+        """A step is over."""
+        if not self.on:
+            return
+        if self.profile is None:
+            self.before -= 1
+            if self.before <= 0:
+                self.profile = torch.profiler.profile()
+                self.profile.start()
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write the trace."""
+        self.on = False
+        if self.profile is not None:
+            self.profile.stop()
+            self.profile.export_chrome_trace(str(self.path))
+            self.profile = None
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the run's own error, if any, is the one to show
+            self.finish()

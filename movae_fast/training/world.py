@@ -1,0 +1,142 @@
+"""The processes of a run: who this one is, what they exchange, and how they stop together.
+
+Started by torchrun, every rank computes its slice of the global batch; Jacobian rows are summed over ranks,
+never local Gramians, so that every rank applies the update of the union of the batches.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass
+class World:
+    """`size` processes, of which this is number `rank`; of one process all exchanges do nothing."""
+
+    rank: int = 0
+    size: int = 1
+    control: dist.ProcessGroup | None = None  # a gloo group for the host's flags
+    _stop: tuple[Tensor, dist.Work] | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and the terminal."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """`sum_` that goes on while the caller computes."""
+        return Pending(dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
+
+    def start_scatter(self, row: Tensor) -> Pending:
+        """Sum a row [P] over the ranks in place; afterwards `shard(row)` is right and the rest void."""
+        if self.size == 1:
+            return Pending(None)
+        if dist.get_backend() == "gloo":  # whose reduce_scatter is five times slower than its all_reduce
+            return Pending(dist.all_reduce(row, async_op=True))
+        return Pending(dist.reduce_scatter_tensor(self.shard(row), row, async_op=True))
+
+    def gather_(self, flat: Tensor) -> None:
+        """Put every rank's `shard(flat)` in its place in flat [P] on every rank."""
+        if self.size > 1:
+            mine = self.shard(flat)
+            dist.all_gather_into_tensor(flat, mine.clone() if dist.get_backend() == "gloo" else mine)
+
+    def shard(self, flat: Tensor) -> Tensor:
+        """This rank's stretch of flat [..., P]."""
+        width = flat.shape[-1] // self.size
+        return flat[..., self.rank * width : (self.rank + 1) * width]
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Make running statistics the mean over ranks (each saw its own slices of the batches)."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    self.sum_(buffer).div_(self.size)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, in place on every rank."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def share(self, value: object) -> object:
+        """Rank 0's Python value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, group=self.control)
+        return box[0]
+
+    def agree(self, signum: int) -> int:
+        """The largest signal number that any rank passed to the previous call: the same answer on all ranks.
+
+        One step late, so that the exchange runs behind the step and nobody waits for it.
+        """
+        if self.size == 1:
+            return signum
+        answer = 0
+        if self._stop is not None:
+            flag, work = self._stop
+            work.wait()
+            answer = int(flag)
+        flag = torch.tensor(signum)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.control, async_op=True)
+        self._stop = (flag, work)
+        return answer
+
+    def close(self) -> None:
+        """Leave the process group; after an exchange that failed, without waiting for the others."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Pending:
+    """An exchange under way."""
+
+    def __init__(self, work: dist.Work | None) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+
+
+def connect(device: str) -> tuple[World, str]:
+    """Join the processes that torchrun started; the world, and the device that this process uses.
+
+    Without torchrun a world of one. CUDA exchanges by nccl, a CPU by gloo.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(), device
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError("WORLD_SIZE is set but MASTER_ADDR is not: start the processes with torchrun")
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if ":" in device:
+            raise ValueError(f"--device {device}: under torchrun each process takes its own GPU; use cuda")
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} of this machine has no GPU of its own: torch sees "
+                f"{torch.cuda.device_count()}; lower --nproc_per_node, or use --device cpu"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=30)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo")
+    return World(dist.get_rank(), dist.get_world_size(), control), device

@@ -1,0 +1,206 @@
+"""Two gloo ranks against one process on the union of their batches, through the command line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from movae_fast.training import checkpoint
+from movae_fast.training.logs import read_lines
+
+COMMON = [
+    *("--dataset", "digits", "--image_size", "16", "--latent_dim", "4", "--hidden_dims", "8", "8"),
+    *("--limit_train", "320", "--limit_test", "70", "--log_every", "1", "--seed", "3", "--device", "cpu"),
+    *("--eval_batch_size", "16", "--optimizer", "sgd", "--lr", "0.05"),
+]
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _none_left():
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
+def start(folder, *flags, ranks=1, port=None, command=None):
+    """The processes of one run; each writes what it says to a file of its own."""
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        if ranks > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = command or [sys.executable, "-m", "movae_fast", "train"]
+        where = [] if "--resume" in flags else [*COMMON, "--exp_dir", str(folder)]
+        with open(folder.parent / f"{folder.name}.{rank}.log", "w") as log:
+            processes.append(
+                subprocess.Popen([*words, *where, *flags], env=env, stdout=log, stderr=subprocess.STDOUT)
+            )
+    STARTED.extend(processes)
+    return processes
+
+
+def finish(folder, processes, status=0):
+    for rank, process in enumerate(processes):
+        said = folder.parent / f"{folder.name}.{rank}.log"
+        assert process.wait(timeout=180) == status, said.read_text()
+
+
+def run(folder, *flags, ranks=1, status=0):
+    finish(folder, start(folder, *flags, ranks=ranks), status)
+    return folder
+
+
+def weights(folder):
+    model = checkpoint.load(folder / "checkpoints" / "last.pt")["model"]
+    return torch.cat([v.flatten().double() for k, v in model.items() if v.is_floating_point()])
+
+
+def distance(a, b):
+    return float((weights(a) - weights(b)).norm() / weights(b).norm())
+
+
+def test_lines(folder):
+    return [line for line in read_lines(folder / "metrics.jsonl") if "test/loss" in line]
+
+
+test_lines.__test__ = False
+
+
+@pytest.mark.parametrize(
+    ("agg", "norm"),
+    [
+        ("sum", "none"),
+        ("upgrad", "none"),
+        pytest.param("aligned_mtl", "none", marks=pytest.mark.slow),
+        pytest.param("cagrad", "none", marks=pytest.mark.slow),
+        pytest.param("pcgrad", "none", marks=pytest.mark.slow),  # random: all ranks draw the same order
+        pytest.param("graddrop", "none", marks=pytest.mark.slow),  # looks at single elements
+        pytest.param("sum", "batch", marks=pytest.mark.slow),
+        ("upgrad", "batch"),
+    ],
+)
+def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path, agg, norm):
+    flags = ["--agg", agg, "--layer_norm", norm, "--steps", "20"]
+    one = run(tmp_path / "one", *flags, "--batch_size", "64")
+    two = run(tmp_path / "two", *flags, "--batch_size", "32", "--sync_batchnorm", "true", ranks=2)
+    assert distance(two, one) < 1e-5
+    for a, b in zip(test_lines(two), test_lines(one), strict=True):
+        assert a["test/loss"] == pytest.approx(b["test/loss"], rel=1e-5)
+        assert a["test/mse"] == pytest.approx(b["test/mse"], rel=1e-5)
+    last = read_lines(two / "metrics.jsonl")
+    alone = read_lines(one / "metrics.jsonl")
+    for a, b in zip(last, alone, strict=True):
+        for key in ("train/reconstruction", "train/kl"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_all_jacobian_and_a_codebook_on_two_ranks(tmp_path):
+    for name, flags in {
+        "all": ["--jacobian", "all", "--layer_norm", "none"],
+        "every": ["--gramian_every", "4", "--layer_norm", "none"],
+    }.items():
+        flags += ["--agg", "upgrad", "--steps", "20"]
+        one = run(tmp_path / f"{name}1", *flags, "--batch_size", "64")
+        two = run(tmp_path / f"{name}2", *flags, "--batch_size", "32", ranks=2)
+        assert distance(two, one) < 1e-5
+
+
+WATCHED = """
+import sys, torch
+from movae_fast.training import loop
+original = loop.update
+def update(run):
+    original(run)
+    flat = run.gradient.flat.data
+    other = flat.clone()
+    torch.distributed.broadcast(other, 0)
+    assert torch.equal(flat, other), f"rank {run.world.rank} is apart after step {run.step}"
+    print("same", run.step, flush=True)
+loop.update = update
+from movae_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("agg", ["sum", "upgrad"])
+def test_parameters_are_the_same_bits_on_all_ranks_after_every_step(tmp_path, agg):
+    folder = tmp_path / "run"
+    flags = ["--agg", agg, "--batch_size", "32", "--optimizer", "adam", "--max_grad_norm", "0.5"]
+    command = [sys.executable, "-c", WATCHED, "train"]
+    finish(folder, start(folder, *flags, "--epochs", "2", ranks=2, command=command))
+    assert (tmp_path / "run.1.log").read_text().count("same") == 10
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
+    flags = ["--agg", "upgrad", "--batch_size", "32", "--layer_norm", "none"]
+    through = run(tmp_path / "through", *flags, "--epochs", "3", ranks=2)
+    part = run(tmp_path / "part", *flags, "--epochs", "2", ranks=2)
+    run(part, "--resume", str(part), "--epochs", "3")
+    assert distance(part, through) < 1e-5
+    assert checkpoint.load(part / "checkpoints" / "last.pt")["config"]["batch_size"] == 64
+    a, b = (read_lines(f / "metrics.jsonl") for f in (part, through))
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    assert a[-1]["test/loss"] == pytest.approx(b[-1]["test/loss"], rel=1e-5)
+    refused = start(part, "--resume", str(part), "--epochs", "4", ranks=3)
+    for process in refused:
+        assert process.wait(timeout=120) == 2
+    assert "cannot be divided among 3 processes" in (tmp_path / "part.0.log").read_text()
+
+
+def wait_for_steps(folder, steps):
+    for _ in range(600):
+        if len(read_lines(folder / "metrics.jsonl")) >= steps:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run did not get going")
+
+
+def test_one_rank_killed_ends_the_other_with_a_message(tmp_path):
+    folder = tmp_path / "run"
+    processes = start(folder, "--agg", "upgrad", "--batch_size", "32", "--epochs", "2000", ranks=2)
+    wait_for_steps(folder, 5)
+    processes[1].kill()
+    started = time.monotonic()
+    assert processes[0].wait(timeout=60) == 1
+    assert time.monotonic() - started < 60
+    said = (tmp_path / "run.0.log").read_text()
+    assert "another process of this run ended" in said
+    assert f"movae train --resume {folder}" in said
+
+
+def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path):
+    folder = tmp_path / "run"
+    processes = start(folder, "--agg", "upgrad", "--batch_size", "32", "--epochs", "2000", ranks=2)
+    wait_for_steps(folder, 5)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(folder, processes, status=128 + signal.SIGTERM)
+    step = checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["step"]
+    assert step >= read_lines(folder / "metrics.jsonl")[-1]["step"] >= 5
+
+
+def test_torchrun_starts_a_run(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "movae_fast", "train"]
+    finish(folder, start(folder, "--batch_size", "32", "--epochs", "1", command=command))
+    lines = read_lines(folder / "metrics.jsonl")
+    assert lines[-1]["step"] == 5  # 320 images, 64 a step
+    assert json.dumps(lines)
