@@ -367,6 +367,10 @@ def validate(config: TrainConfig) -> None:
             "--gramian_every and --gramian_batch need an aggregator that weights rows; "
             f"{objective.agg} does not"
         )
+    if objective.gramian_batch < 1 and objective.jacobian == "all":
+        raise ValueError("--gramian_batch cuts the network at its features: leave --jacobian at shared")
+    if objective.gramian_batch < 1 and run.compile not in ("auto", "off"):
+        raise ValueError("--gramian_batch runs uncompiled; leave out --compile")
     for name in ("lr", "weight_decay", "max_grad_norm", "scheduler_lr_min"):
         value = getattr(config.optimizer, name)
         if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):

@@ -237,6 +237,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         anneal_steps=config.objective.anneal_steps,
     )
     mode = resolve_mode(config.run.compile, device)
+    if config.objective.gramian_batch < 1:
+        mode = "off"
     gradient = GradientStep(
         model,
         losses,

@@ -111,7 +111,7 @@ class GradientStep:
         self.rows = self.flat.data.new_zeros(0, self.flat.n_shared)
         self.views: list[list[Tensor]] = []
         # The last weights [m], for the steps that reuse them: part of a checkpoint.
-        self.weights = torch.full((self.m,), torch.nan, device=model.device)
+        self.weights = torch.full((self.m,), torch.nan, dtype=torch.float64, device=model.device)
         self.by_rows = Compiled(self._by_rows, compile_mode)
         self.by_weights = Compiled(self._by_weights, compile_mode)
         self.by_sum = Compiled(self._by_sum, compile_mode)
@@ -157,14 +157,33 @@ class GradientStep:
         return self.record(found, self.weights, None, None)
 
     def weighted_by_part(self, parts: Parts, scale: Tensor) -> StepRecord:
-        """Weights from the Gramian of the batch's first images, then one backward of all with them."""
+        """Weights from the Gramian of the batch's first images, then one backward of all with them.
+
+        The losses are differentiated to the features once, for the whole batch; the shared part then goes
+        forward and, a row each, backward with the first images alone. Not compiled: the aggregator decides
+        between two backwards of one graph.
+        """
         x, noise = parts[0]
         n = max(2, round(len(x) * self.gramian_batch))
-        with keeping_buffers(self.model):
-            self.fill_rows([(x[:n], noise[:n])], scale * self.accumulate)
+        features, weighted, losses, usage = self.forward(x, noise, scale)
+        found = at_features(weighted, features, self.flat.own)
+        with keeping_buffers(self.model), self.precision.autocast():
+            few = self.model.encode(x[:n].contiguous(memory_format=torch.channels_last))
+        upstream = [[None if g is None else g[:n] for g in row] for row in found.features]
+        self.reach(reaching(upstream))
+        pending = []
+        for j, row in enumerate(shared_rows(few, upstream, self.flat.shared)):
+            write(self.views[j], row)
+            pending.append(self.world.start_scatter(self.rows[j]))
+        for exchange in pending:
+            exchange.wait()
         _, cosines, norms = self.aggregate_rows()
-        record = self.weighted(parts, scale)
-        return record._replace(cosines=self.scatter(cosines), norms=self.scatter(norms))
+        whole = weighted_row(features, found.features, self.weights, self.flat.shared)
+        results = [self.write(Differentiated(losses, usage, found.own, [whole]), 0)]
+        for k, part in enumerate(parts[1:], 1):
+            results.append(self.write(self.by_weights(*part, scale, self.weights), k))
+        self.exchange()
+        return self.record(results, self.weights, cosines, norms)
 
     def sum(self, parts: Parts, scale: Tensor, diagnose: bool) -> StepRecord:
         """One backward of the weighted sum; to `diagnose`, the rows too, whose sum it is."""
@@ -320,8 +339,15 @@ class GradientStep:
 
 @contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the model's running statistics back afterwards: a forward for its gradients alone leaves none."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    yield
-    for buffer, value in kept:
-        buffer.copy_(value)
+    """Run the model on copies of its running statistics: a forward for its gradients alone leaves no mark.
+
+    Copies, not values put back: BatchNorm's backward remembers the very tensors that its forward used.
+    """
+    kept = [(module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False)]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)

@@ -6,6 +6,7 @@ never local Gramians, so that every rank applies the update of the union of the 
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from dataclasses import dataclass
@@ -97,7 +98,10 @@ class World:
         return answer
 
     def close(self) -> None:
-        """Leave the process group; after an exchange that failed, without waiting for the others."""
+        """Leave the process group: its threads would be torn down in the middle of things at exit."""
+        if self._stop is not None:
+            self._stop[1].wait()
+            self._stop = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -138,5 +142,6 @@ def connect(device: str) -> tuple[World, str]:
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=30)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
-    control = dist.new_group(backend="gloo")
-    return World(dist.get_rank(), dist.get_world_size(), control), device
+    world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    atexit.register(world.close)
+    return world, device

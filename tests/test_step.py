@@ -1,0 +1,174 @@
+"""The gradient step's variants against each other: compiled, in parts, approximate, in lower precision."""
+
+import pytest
+import torch
+
+from movae_fast.aggregation.registry import make_aggregator
+from movae_fast.models import MODELS, build_model
+from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.training.compiled import graph_counters
+from movae_fast.training.flat import FlatParameters
+from movae_fast.training.precision import Precision
+from movae_fast.training.step import GradientStep
+
+SHAPE = (3, 16, 16)
+OPTIONS = {
+    "vae": {"hidden_dims": [8, 16], "latent_dim": 6},
+    "betatc_vae": {"hidden_dims": [8, 8], "latent_dim": 6},
+    "vq_vae": {"hidden_dims": [8, 16], "embedding_dim": 8, "num_embeddings": 32},
+    "mmd_vae": {"dim": 8, "dim_mults": [1, 2], "latent_dim": 6},
+}
+
+
+def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", **options):
+    torch.manual_seed(0)
+    model = build_model(arch, SHAPE, "tanh", OPTIONS[arch]).to(dtype)
+    weights = resolve_weights(MODELS[arch], SHAPE, None)
+    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=10)
+    aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active))
+    return GradientStep(model, losses, aggregator, jacobian, **options)
+
+
+def images(n=16, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.rand(n, *SHAPE).to(dtype)
+
+
+def gradient(step, x, number=0):
+    torch.manual_seed(2)
+    record = step(x, number, step.model.draw_noise(len(x)))
+    return step.flat.grad.clone(), record
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("arch", ["vae", "vq_vae"])
+def test_float32_rows_are_float64_rows(arch):
+    single, double = step(arch), step(arch, dtype=torch.float64)
+    for p, q in zip(double.model.parameters(), single.model.parameters(), strict=True):
+        p.data.copy_(q.data)
+    x = images()
+    gradient(single, x)
+    torch.manual_seed(2)
+    double(x.double(), 0, single.model.draw_noise(len(x)).double())
+    # A convolution network's backward in float32: some tens of roundings of 6e-8.
+    assert relative(single.rows, double.rows) < 1e-5
+    assert relative(single.flat.own_grad, double.flat.own_grad) < 1e-5
+
+
+def test_accumulated_parts_equal_the_batch_without_batch_statistics():
+    for agg in ("upgrad", "sum", "config"):
+        whole, parts = (step("vq_vae", agg, torch.float64, accumulate=k) for k in (1, 4))
+        x = images(dtype=torch.float64)
+        a, record = gradient(whole, x)
+        b, record_parts = gradient(parts, x)
+        assert relative(b, a) < 1e-12
+        assert relative(record_parts.losses, record.losses) < 1e-12
+        assert torch.equal(record_parts.usage, record.usage)
+
+
+@pytest.mark.parametrize("jacobian", ["shared", "all"])
+def test_reused_weights_make_the_update_that_the_rows_make(jacobian):
+    exact = step(dtype=torch.float64, jacobian=jacobian)
+    reusing = step(dtype=torch.float64, jacobian=jacobian, gramian_every=4)
+    x = images(dtype=torch.float64)
+    a, record = gradient(exact, x, 0)
+    b, _ = gradient(reusing, x, 0)
+    assert relative(b, a) < 1e-12
+    c, again = gradient(reusing, x, 1)  # same batch: the reused weights are right, by one backward
+    assert relative(c, a) < 1e-12
+    assert torch.equal(again.weights, record.weights)
+    assert again.cosines.isnan().all()
+
+
+def test_part_of_the_batch_gives_nearly_the_batch_s_weights():
+    exact, part = step(dtype=torch.float64), step(dtype=torch.float64, gramian_batch=0.5)
+    x = images(64, dtype=torch.float64)
+    a, record = gradient(exact, x)
+    before = {k: v.clone() for k, v in part.model.named_buffers()}
+    b, approximate = gradient(part, x)
+    assert not torch.equal(approximate.weights, record.weights)
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    # The extra forward of the part leaves no mark on the running statistics: one update, the whole batch's.
+    for name, value in part.model.named_buffers():
+        assert torch.allclose(value, dict(exact.model.named_buffers())[name]), name
+        assert not torch.equal(value, before[name]) or "usage" in name
+
+
+def test_flat_views_keep_shapes_strides_and_values():
+    torch.manual_seed(0)
+    model = build_model("vae", SHAPE, "tanh", OPTIONS["vae"]).to(memory_format=torch.channels_last)
+    before = {k: (v.detach().clone(), v.stride()) for k, v in model.named_parameters()}
+    own = [p for params in model.own_parameters().values() for p in params]
+    flat = FlatParameters(model.shared_parameters(), own, align=7)
+    assert flat.n_shared % 7 == 0
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0])
+        assert p.stride() == before[name][1]
+        assert p.untyped_storage().data_ptr() == flat.data.untyped_storage().data_ptr()
+        assert p.grad.untyped_storage().data_ptr() == flat.grad.untyped_storage().data_ptr()
+    rows, views = flat.rows(2)
+    views[1][0].fill_(1)
+    assert rows[0].abs().sum() == 0
+    assert rows[1].sum() == views[1][0].numel()
+
+
+def test_bf16_gradients_are_near_and_losses_float32():
+    x = images(64)
+    for arch in ("vae", "vq_vae"):
+        full, half = step(arch), step(arch, precision=Precision("bf16", torch.device("cpu")))
+        a, record = gradient(full, x)
+        b, record_half = gradient(half, x)
+        assert record_half.losses.dtype == torch.float32
+        # bfloat16 keeps 8 bits: a few percent after some layers, and never nothing.
+        assert 1e-4 < relative(b, a) < 0.2
+        assert relative(record_half.losses, record.losses) < 0.05
+
+
+def test_fp16_s_scale_does_not_choose_the_objectives_and_overflow_skips():
+    device = torch.device("cpu")
+    x = images(32)
+    small, large = (step(precision=Precision("fp16", device)) for _ in range(2))
+    small.precision.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    large.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    a, record = gradient(small, x)
+    b, record_large = gradient(large, x)
+    assert relative(b / 2**12, a / 64) < 0.05
+    assert relative(record_large.weights, record.weights) < 0.05
+    assert relative(record_large.norms, record.norms) < 0.05
+    optimizer = torch.optim.Adam(large.model.parameters(), lr=0.1, fused=True)
+    large.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    gradient(large, x)
+    before = large.flat.data.clone()
+    large.precision.unscale_gradients(optimizer)
+    large.precision.step(optimizer)
+    assert torch.equal(large.flat.data, before)
+    assert large.precision.scaler.get_scale() == 2.0**59
+
+
+def test_tf32_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="--precision tf32 is CUDA's"):
+        Precision("tf32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("arch", ["vae", pytest.param("vq_vae", marks=pytest.mark.slow)])
+def test_the_compiled_step_is_the_eager_step_in_one_graph(arch):
+    before = graph_counters()
+    eager, compiled = step(arch), step(arch, compile_mode="default")
+    for number in range(3):
+        x = images(16) + 0.01 * number
+        a, record = gradient(eager, x, number)
+        b, record_compiled = gradient(compiled, x, number)
+        assert relative(b, a) < 1e-5
+        assert relative(record_compiled.losses, record.losses) < 1e-5
+        compiled.model.eval()  # an evaluation between steps
+        with torch.no_grad():
+            compiled.model(x[:5])
+        compiled.model.train()
+    after = graph_counters()
+    assert after["graphs"] - before["graphs"] == 1
+    assert after["graph_breaks"] == before["graph_breaks"]
+    for name, value in compiled.model.named_buffers():
+        assert torch.allclose(value, dict(eager.model.named_buffers())[name], rtol=1e-4), name
