@@ -111,9 +111,7 @@ def check(problem: tuple[Tensor, Tensor, str, int]) -> None:
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 test_any_problem = settings(max_examples=100, **RELAXED)(given(problems())(check))
-test_any_problem_2000_draws = pytest.mark.slow(
-    settings(max_examples=2000, **RELAXED)(given(problems())(check))
-)
+test_any_problem_2000_draws = pytest.mark.slow(settings(max_examples=2000, **RELAXED)(given(problems())(check)))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -347,6 +345,4 @@ def test_cuda_finds_what_the_cpu_finds() -> None:
 @pytest.mark.parametrize("layout", ["channel-first", "channels-last", "sliced rows", "no rows"])
 def test_cuda_reads_z_where_it_lies(layout: str) -> None:
     z, codebook = layouts()[layout], torch.randn(40, 10)
-    torch.testing.assert_close(
-        ops.nearest_code(z.cuda(), codebook.cuda()).cpu(), ops.nearest_code(z, codebook)
-    )
+    torch.testing.assert_close(ops.nearest_code(z.cuda(), codebook.cuda()).cpu(), ops.nearest_code(z, codebook))

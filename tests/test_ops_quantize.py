@@ -12,9 +12,7 @@ GRADIENTS = get_args(Gradient)
 SHAPES = {"rows": (60, 9), "image": (3, 9, 4, 5), "sequence": (2, 9, 31), "wide": (40, 130)}
 
 
-def operands(
-    shape: tuple[int, ...], K: int = 12, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def operands(shape: tuple[int, ...], K: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(*shape, generator=generator, dtype=torch.float64)
     codebook = torch.randn(K, shape[1], generator=generator, dtype=torch.float64)
@@ -169,9 +167,7 @@ def test_the_cuda_formula_of_the_backward_is_the_same(shape: tuple[int, ...], gr
         True,
     )
     with torch.no_grad():
-        for a, b in zip(
-            torch.ops.movae.quantize_backward(*args), _quantize_backward_cuda(*args), strict=True
-        ):
+        for a, b in zip(torch.ops.movae.quantize_backward(*args), _quantize_backward_cuda(*args), strict=True):
             torch.testing.assert_close(a, b)
 
 

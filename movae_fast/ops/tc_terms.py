@@ -118,9 +118,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    grads = _tc_terms_backward(
-        grad_log_q_z, grad_log_prod_q_z, *ctx.saved_tensors, ctx.n_data, ctx.stratified
-    )
+    grads = _tc_terms_backward(grad_log_q_z, grad_log_prod_q_z, *ctx.saved_tensors, ctx.n_data, ctx.stratified)
     return (*grads, None, None)
 
 

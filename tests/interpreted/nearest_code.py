@@ -79,9 +79,7 @@ def test_screening_alone(device: str) -> None:
     agree = search.nearest_code(z, c, exact=False) == rounded
     assert agree.float().mean() > 0.95  # half norms are of the unrounded codes
     z, c = torch.zeros(3, 20, device=device), torch.zeros(9, 20, device=device)
-    assert torch.equal(
-        search.nearest_code(z, c, exact=False), torch.zeros(3, dtype=torch.int64, device=device)
-    )
+    assert torch.equal(search.nearest_code(z, c, exact=False), torch.zeros(3, dtype=torch.int64, device=device))
 
 
 def test_channel_first_without_a_copy(device: str) -> None:

@@ -21,7 +21,7 @@ def truth(tensors: list[Tensor], stratified: bool, dtype: torch.dtype) -> list[T
     z, mu, logvar, g1, g2 = (t.to(dtype) for t in tensors)
     leaves = [t.requires_grad_() for t in (z, mu, logvar)]
     terms = reference.tc_terms(*leaves, 1000, "mss" if stratified else "mws")
-    return [*terms, *torch.autograd.grad((terms[0] * g1).sum() + (terms[1] * g2).sum(), leaves)]
+    return [*(t.detach() for t in terms), *torch.autograd.grad((terms[0] * g1).sum() + (terms[1] * g2).sum(), leaves)]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
