@@ -6,9 +6,9 @@ that a score is off by at most
 
     E_k = eps ||z|| ||c_k||,  eps = 2u + u^2 for the operands' rounding + (D + 16) 2^-22 for the accumulation
 
-(Cauchy-Schwarz; u = 2^-8 for bfloat16, whose significand has 8 bits, 2^-10 for TF32, which the hardware truncates; 0 where the operands are
-bfloat16 or float16 as they come). Screening therefore keeps upper bounds, score + E_k, and a code whose upper
-bound is below the exact score of another cannot win. Codes are grouped into lanes: lane l holds every
+(Cauchy-Schwarz; u = 2^-8 for bfloat16, whose significand has 8 bits, 2^-10 for TF32, which the hardware
+truncates; 0 where the operands are bfloat16 or float16 as they come). Screening therefore keeps upper bounds,
+score + E_k, and a code whose upper bound is below the exact score of another cannot win. Codes are grouped into lanes: lane l holds every
 LANES-th code of a tile from the l-th on, PACK of them a tile. Per row and lane the screen remembers the
 largest upper bound, its tile and the runner-up's bound, all in registers. Afterwards each row re-scores lanes
 in float64, largest bound first, until no bound reaches the best exact score: 2 lanes on average for Gaussian

@@ -8,7 +8,7 @@ from movae_fast import reference
 from movae_fast.kernels import nearest_code as search
 from movae_fast.kernels import quantize as quantizer
 
-FAMILIES = ["gaussian", "uniform", "duplicates", "subnormal", "1e30", "1e-30", "outlier"]
+FAMILIES = ["gaussian", "uniform", "duplicates", "subnormal", "1e30", "1e-30", "outlier", "midpoints"]
 
 
 def family(name: str, N: int, K: int, D: int) -> tuple[Tensor, Tensor]:
@@ -20,6 +20,11 @@ def family(name: str, N: int, K: int, D: int) -> tuple[Tensor, Tensor]:
         c[K // 2 :] = c[: K - K // 2].clone()
     elif name == "outlier":  # one code so long that a bound made of it would keep every other
         c[K // 3] *= 1e4
+    elif name == "midpoints":  # beside the middle of two bfloat16 numbers: every error the bound's own size
+        aside = (1 + torch.rand(N + K, 1, generator=generator)) * 2.0**-20
+        aside[N + 1 :: 2] *= -1
+        z, c = (1 + 2.0**-8 - aside).expand(-1, D).split([N, K])
+        z, c = z.contiguous(), c.contiguous()
     elif name != "gaussian":
         scale = {"subnormal": 1e-40, "1e30": 1e30, "1e-30": 1e-30}[name]
         z, c = z * scale, c * scale
@@ -39,7 +44,24 @@ def check(z: Tensor, c: Tensor, index: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("N", "K", "D"), [(130, 200, 64), (70, 65, 3), (20, 130, 200)])
+@pytest.mark.parametrize(
+    ("N", "K", "D"),
+    [
+        (70, 130, 64),
+        (40, 90, 1),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in [
+                (70, 65, 3),
+                (40, 200, 16),
+                (40, 90, 63),
+                (140, 300, 65),
+                (20, 130, 256),
+                (10, 2000, 64),
+            ]
+        ),
+    ],
+)
 def test_exact_float32(name: str, N: int, K: int, D: int, device: str) -> None:
     z, c = (t.to(device) for t in family(name, N, K, D))
     check(z, c, search.nearest_code(z, c))
@@ -47,7 +69,7 @@ def test_exact_float32(name: str, N: int, K: int, D: int, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["gaussian", "uniform", "duplicates"])
-@pytest.mark.parametrize("D", [1, 16, 63, 65])
+@pytest.mark.parametrize("D", [1, *(pytest.param(D, marks=pytest.mark.slow) for D in (16, 63, 65))])
 def test_exact_in_every_dtype(dtype: torch.dtype, name: str, D: int, device: str) -> None:
     z, c = (t.to(device, dtype) for t in family(name, 50, 90, D))
     check(z, c, search.nearest_code(z, c))
