@@ -8,13 +8,13 @@ that a score is off by at most
 
 (Cauchy-Schwarz; u = 2^-8 for bfloat16, whose significand has 8 bits, 2^-10 for TF32, which the hardware
 truncates; 0 where the operands are bfloat16 or float16 as they come). Screening therefore keeps upper bounds,
-score + E_k, and a code whose upper bound is below the exact score of another cannot win. Codes are grouped into lanes: lane l holds every
-LANES-th code of a tile from the l-th on, PACK of them a tile. Per row and lane the screen remembers the
-largest upper bound, its tile and the runner-up's bound, all in registers. Afterwards each row re-scores lanes
-in float64, largest bound first, until no bound reaches the best exact score: 2 lanes on average for Gaussian
-data. A row for which a runner-up, or a lane beyond the 16th, might still win is put on a list, and a second
-launch scores it against every code in float64; so is a row whose magnitude is so small or large that float32
-could underflow or overflow. No N x K buffer, no host reads.
+score + E_k, and a code whose upper bound is below the exact score of another cannot win. Codes are grouped
+into lanes: lane l holds every LANES-th code of a tile from the l-th on, PACK of them a tile. Per row and lane
+the screen remembers the largest upper bound, its tile and the runner-up's bound, all in registers. Afterwards
+each row re-scores lanes in float64, largest bound first, until no bound reaches the best exact score; there
+are a few for Gaussian data. A row for which a runner-up, or a lane beyond the 16th, might still win is put on
+a list, and a second launch scores it against every code in float64; so is a row whose magnitude is so small
+or large that float32 could underflow or overflow. No N x K buffer, no host reads.
 """
 
 import torch
