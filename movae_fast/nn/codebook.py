@@ -17,12 +17,19 @@ COSINE_EPS = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows scaled to length one; a row shorter than 1e-6 keeps its direction and stays short."""
-    return F.normalize(x, dim=-1, eps=COSINE_EPS)
+    """Vectors of [N, D] or [B, D, ...] at length one; one shorter than 1e-6 keeps its direction and stays
+    short."""
+    return F.normalize(x, dim=1, eps=COSINE_EPS)
+
+
+def as_rows(z: Tensor) -> Tensor:
+    """[B, D, ...] as [N, D]: a copy, made only where rows are drawn or masked."""
+    return z if z.ndim == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
 def code_statistics(z: Tensor, index: Tensor, n_codes: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [K] and sums [K, D] of the rows z [N, D] that mask [N] keeps."""
+    """Counts [K] and sums [K, D] of the vectors z [N, D] or [B, D, ...] that mask, shaped as index, keeps."""
+    z, index, mask = as_rows(z), index.flatten(), mask.flatten()
     weight = mask.to(z.dtype)
     count = z.new_zeros(n_codes).index_add_(0, index, weight)
     kept = torch.where(mask[:, None], z, 0)  # a product would carry a masked row's NaN on
@@ -64,7 +71,7 @@ class Codebook(nn.Module):
         embed = torch.zeros(1, codebook_size, dim)
         if not kmeans_init:
             nn.init.kaiming_uniform_(embed)
-            embed = unit(embed) if use_cosine_sim else embed
+            embed = unit(embed[0])[None] if use_cosine_sim else embed
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(1, codebook_size))
         self.register_buffer("embed_avg", embed.clone())
@@ -82,6 +89,11 @@ class Codebook(nn.Module):
             self._ready = bool(state_dict[prefix + "initted"])
 
     @property
+    def follows_batches(self) -> bool:
+        """Whether `update` changes anything."""
+        return self.ema_update or self.threshold > 0
+
+    @property
     def _distributed(self) -> bool:
         if self.sync is False or not (dist.is_available() and dist.is_initialized()):
             return False
@@ -89,9 +101,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor, mask: Tensor | None) -> None:
-        """K-means on the first training batch z [N, D]; afterwards nothing."""
+        """K-means on the first training batch z [N, D] or [B, D, ...]; afterwards nothing."""
         if self._ready:
             return
+        z, mask = as_rows(z), None if mask is None else mask.flatten()
         n_codes = self.embed.shape[1]
         candidates, valid = self._candidates(z, mask).split([z.shape[1], 1], dim=1)
         if self._distributed:
@@ -143,9 +156,10 @@ class Codebook(nn.Module):
         n_codes, world = self.embed.shape[1], dist.get_world_size() if self._distributed else 1
         rank = dist.get_rank() if world > 1 else 0
         out = z.new_zeros(n_codes, z.shape[1] + 1)
+        z = as_rows(z)
         key = torch.rand(len(z), device=z.device)
         if mask is not None:
-            key = torch.where(mask, key, -1.0)
+            key = torch.where(mask.flatten(), key, -1.0)
         mine = out[rank::world]
         take = min(len(mine), len(z))
         chosen, position = key.topk(take)
@@ -156,9 +170,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, count: Tensor, code_sum: Tensor, mask: Tensor | None) -> None:
-        """One step of the moving averages, then revival: z [N, D], index [N], count [K], code_sum [K, D]."""
-        if not self.ema_update and self.threshold <= 0:
-            return
+        """One step of the averages, then revival: z [N, D] or [B, D, ...], count [K], code_sum [K, D]."""
         if mask is not None:
             count, code_sum = code_statistics(z, index, self.embed.shape[1], mask)
         candidates = self._candidates(z, mask) if self.threshold > 0 else None
@@ -176,7 +188,7 @@ class Codebook(nn.Module):
         total = size.sum(-1, keepdim=True)
         smoothed = (size + self.eps) / (total + size.shape[-1] * self.eps) * total
         mean = self.embed_avg / smoothed[..., None]
-        self.embed.copy_(unit(mean) if self.use_cosine_sim else mean)
+        self.embed.copy_(unit(mean[0]) if self.use_cosine_sim else mean)
 
     def _revive(self, candidates: Tensor) -> None:
         """Move each code used less than the threshold to a row of the batch, and its averages with it.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from movae_fast import ops
 from movae_fast.nn.codebook import Codebook, unit
+from movae_fast.ops.quantize import Gradient
 
 # Options of vector-quantize-pytorch that this layer has not, with the value that leaves them off.
 UNSUPPORTED: dict[str, Any] = {
@@ -38,23 +39,6 @@ UNSUPPORTED: dict[str, Any] = {
     "return_zeros_for_masked_padding": True,
     "route_gradients_to_input": True,
 }
-
-
-def route_gradient(z: Tensor, z_q: Tensor, rotation: bool) -> Tensor:
-    """z_q [N, D] in value; in gradient the identity (straight-through) or the rotation of z onto z_q.
-
-    Rotation trick (Fifty et al. 2024, section 4.2): with u = z/|z|, q = z_q/|z_q|, w = (u + q)/|u + q| and all
-    of them constants, z_q = |z_q|/|z| (z - 2 (w.z) w + 2 (u.z) q).
-    """
-    if not rotation:
-        return z + (z_q - z).detach()
-    with torch.no_grad():
-        length, length_q = z.norm(dim=-1, keepdim=True), z_q.norm(dim=-1, keepdim=True)
-        u, q = unit(z), unit(z_q)
-        w = unit(u + q)
-        scale = length_q / length.clamp(min=1e-6)
-    along_w, along_u = (z * w).sum(-1, keepdim=True), (z * u).sum(-1, keepdim=True)
-    return scale * (z - 2 * along_w * w + 2 * along_u * q)
 
 
 class VectorQuantizer(nn.Module):
@@ -94,8 +78,8 @@ class VectorQuantizer(nn.Module):
         commitment_weight: float = 1.0,
         rotation_trick: bool | None = None,
         sync_codebook: bool | None = None,
-        ema_update: bool = True,
-        learnable_codebook: bool = False,
+        ema_update: bool | None = None,
+        learnable_codebook: bool | None = None,
         **unsupported: Any,
     ) -> None:
         super().__init__()
@@ -106,6 +90,7 @@ class VectorQuantizer(nn.Module):
                 raise ValueError(
                     f"VectorQuantizer does not support {name}={value!r}: leave it at {UNSUPPORTED[name]!r}"
                 )
+        ema_update, learnable_codebook = ema_update is not False, bool(learnable_codebook)
         if min(dim, codebook_size) < 1:
             raise ValueError(f"dim and codebook_size must be positive: got {dim} and {codebook_size}")
         if learnable_codebook and (ema_update or use_cosine_sim):
@@ -164,41 +149,52 @@ class VectorQuantizer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         channel_first = self.channel_first and x.ndim > 2
         self._check(x, mask, lens, channel_first)
-        rows = x.movedim(1, -1) if channel_first else x  # [..., dim]
         if lens is not None:
-            mask = torch.arange(rows.shape[1], device=x.device) < lens[:, None]
-        keep = None if mask is None else mask.flatten()
+            positions = x.shape[2] if channel_first else x.shape[1]
+            mask = torch.arange(positions, device=x.device) < lens[:, None]
+        # With a projection, vectors are rows all the way; a feature map without one is read where it lies.
+        is_map = channel_first and isinstance(self.project_in, nn.Identity)
+        rows = x.movedim(1, -1) if channel_first and not is_map else x
         projected = self.project_in(rows)
         with torch.autocast(x.device.type, enabled=False):
-            z = projected.flatten(0, -2).float()  # [N, codebook_dim]
+            z = projected.float()
+            z = z if is_map else z.flatten(0, -2)  # [B, D, ...] or [N, D]
+            keep = None if mask is None else mask if is_map else mask.flatten()
             frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
             z_q, index, loss = self._quantize(unit(z) if self.use_cosine_sim else z, keep, frozen)
-        out = self.project_out(z_q.to(projected.dtype).unflatten(0, rows.shape[:-1]))
-        index = index.view(rows.shape[:-1])
+        z_q = z_q.to(projected.dtype)
+        out = self.project_out(z_q if is_map else z_q.unflatten(0, rows.shape[:-1]))
+        out = out.movedim(-1, 1) if channel_first and not is_map else out
+        if not is_map:
+            index = index.view(rows.shape[:-1])
         if mask is not None:
-            out = torch.where(mask[..., None], out, 0)
+            out = torch.where(mask.unsqueeze(1 if channel_first else -1), out, 0)
             index = torch.where(mask, index, -1)
-        return (out.movedim(-1, 1) if channel_first else out), index, loss
+        return out, index, loss
 
     def _quantize(self, z: Tensor, keep: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """z [N, D] or [B, D, ...] float32; keep as the index, or None for all."""
         book = self._codebook
         if self.training:
             book.initialise(z.detach(), keep)
         codes = book.embed[0].float()
-        z_q, index, _, count, code_sum = ops.quantize(z.detach(), codes.detach())
         if not self.training:
+            z_q, index, *_ = ops.quantize(z.detach(), codes, gradient="codebook")
             return z_q, index, z.new_zeros(())
-        if self.learnable_codebook and not frozen:
-            z_q = codes[index]
-        sq_err = (z_q - z).square()
+        moves = not frozen and book.follows_batches
+        if not self.learnable_codebook or frozen:
+            codes = codes.detach()
+        codes = codes.clone() if moves else codes  # the backward wants the codes that were looked up
+        gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
+        if not z.requires_grad:  # an input that learns nothing leaves z_q to the codebook
+            gradient = "codebook"
+        z_q, index, sq_err, count, code_sum = ops.quantize(z, codes, gradient=gradient)
         if keep is None:
-            loss = sq_err.mean()
+            loss = sq_err.sum() / max(z.numel(), 1)
         else:
-            loss = torch.where(keep[:, None], sq_err, 0).sum() / (keep.sum() * z.shape[1])
-        if not frozen:
+            loss = torch.where(keep, sq_err, 0).sum() / (keep.sum() * z.shape[1]).clamp(min=1)
+        if moves:
             book.update(z.detach(), index, count, code_sum, keep)
-        if z.requires_grad:
-            z_q = route_gradient(z, z_q, self.rotation_trick)
         return z_q, index, self.commitment_weight * loss
 
     def _check(self, x: Tensor, mask: Tensor | None, lens: Tensor | None, channel_first: bool) -> None:
@@ -211,6 +207,8 @@ class VectorQuantizer(nn.Module):
             raise TypeError(f"x must be floating point: got {x.dtype}")
         if mask is not None and lens is not None:
             raise ValueError("give mask or lens, not both")
+        if lens is not None and (x.ndim != 3 or lens.shape != x.shape[:1]):
+            raise ValueError(f"lens {tuple(lens.shape)} needs x [B, n, dim] of as many: got {tuple(x.shape)}")
         shape = x.movedim(axis, -1).shape[:-1]
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
             raise ValueError(

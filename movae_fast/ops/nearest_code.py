@@ -126,12 +126,13 @@ def search(z: Tensor, codebook: Tensor, exact: bool = True, isa: str = "") -> Te
 
 @_nearest_code.register_kernel("cuda")
 def _nearest_code_cuda(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
-    return triton_kernels().nearest_code(z, codebook, exact=exact)
+    return triton_launchers("nearest_code").nearest_code(z, codebook, exact=exact)
 
 
-def triton_kernels() -> Any:
-    """movae_fast.kernels, imported when the first CUDA tensor comes in: Triton is not on every machine."""
-    return importlib.import_module("movae_fast.kernels")
+def triton_launchers(stem: str) -> Any:
+    """A file of movae_fast.kernels, imported when the first CUDA tensor comes in: Triton is not on every
+    machine."""
+    return importlib.import_module(f"movae_fast.kernels.{stem}")
 
 
 @_nearest_code.register_fake

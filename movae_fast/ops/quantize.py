@@ -21,7 +21,7 @@ from movae_fast.ops.nearest_code import (
     index_shape,
     is_flat,
     rows_view,
-    triton_kernels,
+    triton_launchers,
 )
 
 Gradient = Literal["straight_through", "rotation", "codebook"]
@@ -119,7 +119,7 @@ def _quantize(
 def _quantize_cuda(
     z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return triton_kernels().quantize(z, codebook, deterministic=deterministic)
+    return triton_launchers("quantize").quantize(z, codebook, deterministic=deterministic)
 
 
 @_quantize.register_fake

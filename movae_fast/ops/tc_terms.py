@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from movae_fast import _csrc
-from movae_fast.kernels import tc_terms as kernels
+from movae_fast.ops.nearest_code import triton_launchers
 from movae_fast.reference import TCEstimator
 
 ISAS = ("auto", "avx512", "avx2", "portable")
@@ -87,9 +87,8 @@ def _tc_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.device.type == "cpu":
         return _cpu(z, mu, logvar, n_data, stratified)
-    return kernels.tc_terms(
-        z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton
-    )
+    launch = triton_launchers("tc_terms").tc_terms
+    return launch(z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton)
 
 
 @triton_op("movae::tc_terms_backward", mutates_args=())
@@ -107,7 +106,8 @@ def _tc_terms_backward(
     tensors = (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)
     if z.device.type == "cpu":
         return _backward_cpu(*tensors, n_data, stratified)
-    return kernels.tc_terms_backward(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
+    launch = triton_launchers("tc_terms").tc_terms_backward
+    return launch(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

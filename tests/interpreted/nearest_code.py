@@ -7,6 +7,8 @@ from torch import Tensor
 from movae_fast import reference
 from movae_fast.kernels import nearest_code as search
 from movae_fast.kernels import quantize as quantizer
+from movae_fast.ops.nearest_code import _nearest_code_cuda
+from movae_fast.ops.quantize import _quantize_cuda
 
 FAMILIES = ["gaussian", "uniform", "duplicates", "subnormal", "1e30", "1e-30", "outlier", "midpoints"]
 
@@ -149,3 +151,12 @@ def test_quantize(deterministic: bool, dtype: torch.dtype, channel_first: bool, 
     assert torch.equal(count.double(), expected[3])
     bound = 60 * eps * torch.zeros_like(code_sum).index_add_(0, index.flatten(), z.abs())
     assert ((code_sum.double() - expected[4]).abs() <= bound).all()
+
+
+def test_ops_launch_these_kernels(device: str) -> None:
+    z, c = (t.to(device) for t in family("gaussian", 20, 10, 4))
+    assert torch.equal(_nearest_code_cuda(z, c, True), reference.nearest_code(z, c))
+    for ours, truth in zip(
+        _quantize_cuda(z, c, "straight_through", True), reference.quantize(z, c), strict=True
+    ):
+        torch.testing.assert_close(ours, truth)
