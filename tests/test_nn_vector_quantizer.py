@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from movae_fast import ops
 from movae_fast.nn import VectorQuantizer
+from movae_fast.nn.codebook import snapshot
 
 ROWS, DIM, CODES, STEPS = 96, 8, 20, 50
 U = 2.0**-24
@@ -435,7 +436,9 @@ def test_backward_follows_the_codes_that_were_looked_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"learnable_codebook": True, "ema_update": False}], ids=["ema", "learnable"]
+    "options",
+    [{}, {"learnable_codebook": True, "ema_update": False, "threshold_ema_dead_code": 1e-3}],
+    ids=["ema", "learnable and revived"],
 )
 def test_compiled_whole_it_trains_as_in_eager(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -454,6 +457,10 @@ def test_compiled_whole_it_trains_as_in_eager(options: dict[str, Any]) -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] != losses[0]
     assert_same_state(other, eager, 1e-4, "compiled")
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(snapshot, (torch.randn(5, 3, requires_grad=True),))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,21 @@ def as_rows(z: Tensor) -> Tensor:
     return z if z.ndim == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
+@torch.library.custom_op("movae::snapshot", mutates_args=())
+def snapshot(codes: Tensor) -> Tensor:
+    """A copy that outlives the codes. Inductor takes a clone for nothing: the backward of a compiled step would
+    read the codes as the update has left them."""
+    return codes.clone()
+
+
+@snapshot.register_fake
+def _snapshot_fake(codes: Tensor) -> Tensor:
+    return torch.empty_like(codes)
+
+
+snapshot.register_autograd(lambda _ctx, grad: grad)
+
+
 def code_statistics(z: Tensor, index: Tensor, n_codes: int, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Counts [K] and sums [K, D] of the vectors z [N, D] or [B, D, ...] that mask, shaped as index, keeps."""
     z, index, mask = as_rows(z), index.flatten(), mask.flatten()

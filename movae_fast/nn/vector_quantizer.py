@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from movae_fast import ops
-from movae_fast.nn.codebook import Codebook, unit
+from movae_fast.nn.codebook import Codebook, snapshot, unit
 from movae_fast.ops.quantize import Gradient
 
 # Options of vector-quantize-pytorch that this layer has not, with the value that leaves them off.
@@ -184,7 +184,7 @@ class VectorQuantizer(nn.Module):
         moves = not frozen and book.follows_batches
         if not self.learnable_codebook or frozen:
             codes = codes.detach()
-        codes = codes.clone() if moves else codes  # the backward wants the codes that were looked up
+        codes = snapshot(codes) if moves else codes  # the backward wants the codes that were looked up
         gradient: Gradient = "rotation" if self.rotation_trick else "straight_through"
         if not z.requires_grad:  # an input that learns nothing leaves z_q to the codebook
             gradient = "codebook"
