@@ -1,6 +1,7 @@
 """Total-correlation terms: `movae::tc_terms`, by C++ on a CPU and by Triton elsewhere."""
 
-from typing import Any
+import os
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from movae_fast import _csrc
 from movae_fast.ops.nearest_code import triton_launchers
 from movae_fast.reference import TCEstimator
 
-ISAS = ("auto", "avx512", "avx2", "portable")
 
-# Set by tests to force a path; "auto" takes the widest that this CPU has.
-isa = "auto"
+def isa() -> str:
+    """The instruction set to take: what MOVAE_CPU_ISA names (nearest_code knows two more; they are AVX-512
+    here), "auto" for the widest that this CPU has."""
+    asked = os.environ.get("MOVAE_CPU_ISA", "") or "auto"
+    return "avx512" if asked in ("amx", "avx512_bf16") else asked
 
 
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,7 +36,7 @@ def _cpu(
     if batch:
         run = _csrc.tc_terms_f32 if z.dtype == torch.float32 else _csrc.tc_terms_f64
         addresses = [t.data_ptr() for t in (z, mu, logvar, *outputs)]
-        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa)
+        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
     return outputs
 
 
@@ -62,7 +65,7 @@ def _backward_cpu(
     if batch:
         run = _csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else _csrc.tc_terms_backward_f64
         addresses = [t.data_ptr() for t in (*inputs, *grads)]
-        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa)
+        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
     return grads
 
 
@@ -123,6 +126,16 @@ def _backward(ctx: Any, grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, *_: Ten
 
 
 _tc_terms.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_tc_terms.register_vmap
+def _tc_terms_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::tc_terms has no vmap rule: each mapped batch is an estimate of its own")
+
+
+@_tc_terms_backward.register_vmap
+def _tc_terms_backward_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::tc_terms_backward has no vmap rule: compute one gradient at a time")
 
 
 def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -> None:
