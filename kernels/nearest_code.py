@@ -305,17 +305,21 @@ def _every_code_kernel(
         tl.store(index_ptr + row, index.to(tl.int64), mask=valid)
 
 
-def candidates(D: int, exact: bool, capability: int) -> list[Config]:
+def candidates(D: int, exact: bool, capability: int, wide: bool = False) -> list[Config]:
     """Tiles worth timing, likeliest first; all compile without spills (tests/test_kernels_aot.py).
 
     Up to D = 128 a program holds its vectors for the whole search; above it reads them again with every tile
-    of codes, and addresses of both operands compete for registers.
+    of codes, and addresses of both operands compete for registers. The same from D = 65 on where operands are
+    `wide`, loaded as float64 or multiplied as TF32.
     """
-    depth = max(16, triton.next_power_of_2(D)) if D <= 128 else 32
-    if D > 128:
+    held = 64 if exact and wide else 128
+    depth = max(16, triton.next_power_of_2(D)) if held >= D else 32
+    if held < D or (exact and wide):
         tiles = [(64, 64, 2, 8, 3)] if exact else [(64, 64, 1, 8, 3)]
     elif not exact:
         tiles = [(128, 64, 1, 8, 3), (64, 64, 1, 8, 3)]
+    elif capability >= 100 and D > 64 and D % 16:
+        tiles = [(64, 64, 2, 4, 3)]
     elif capability < 100 and D % 16 == 0:
         tiles = [(128, 128, 4, 8, 3), (128, 64, 2, 8, 3)]
     else:
@@ -345,6 +349,10 @@ def screening(dtype: torch.dtype, precision: str) -> str:
     if dtype in (torch.bfloat16, torch.float16):
         return "as is"
     return "tf32" if precision == "tf32" and dtype == torch.float32 else "bf16"
+
+
+def is_wide(dtype: torch.dtype, screen: str) -> bool:
+    return dtype == torch.float64 or screen == "tf32"
 
 
 def layout(z: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int, int]:
@@ -397,7 +405,8 @@ def nearest_code(
 
     if config is None:
         key = (triton.next_power_of_2(N), K, D, z.dtype, z.ndim, exact, screen)
-        config = best("nearest_code", key, candidates(D, exact, capability(device)), screened, z)
+        tiles = candidates(D, exact, capability(device), is_wide(z.dtype, screen))
+        config = best("nearest_code", key, tiles, screened, z)
     count = screened(config)
     if exact:
         _every_code_kernel[(min(triton.cdiv(N, 16), 1024),)](

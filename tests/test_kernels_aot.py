@@ -98,7 +98,7 @@ def search_cases(
         **{"index_ptr": "*i64", "list_ptr": "*i32", "count_ptr": "*i32"},
     }
     divisible = ("D", "stride_row") if D % 16 == 0 else ()
-    for config in nearest_code.candidates(D, exact, capability):
+    for config in nearest_code.candidates(D, exact, capability, nearest_code.is_wide(dtype, screen)):
         tile = dict(config)
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         for channel_first in (False, True):
