@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from movae_fast import _csrc
+from movae_fast import reference
+from movae_fast.ops import extension
+from movae_fast.ops.extension import csrc
 from movae_fast.ops.nearest_code import triton_launchers
 from movae_fast.reference import TCEstimator
 
@@ -34,7 +36,7 @@ def _cpu(
     z, mu, logvar = z.contiguous(), mu.contiguous(), logvar.contiguous()
     outputs = _outputs(z)
     if batch:
-        run = _csrc.tc_terms_f32 if z.dtype == torch.float32 else _csrc.tc_terms_f64
+        run = csrc.tc_terms_f32 if z.dtype == torch.float32 else csrc.tc_terms_f64
         addresses = [t.data_ptr() for t in (z, mu, logvar, *outputs)]
         run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
     return outputs
@@ -63,7 +65,7 @@ def _backward_cpu(
     inputs = [t.contiguous() for t in (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)]
     grads = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
     if batch:
-        run = _csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else _csrc.tc_terms_backward_f64
+        run = csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else csrc.tc_terms_backward_f64
         addresses = [t.data_ptr() for t in (*inputs, *grads)]
         run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
     return grads
@@ -183,6 +185,8 @@ def tc_terms(
     _check(z, mu, logvar, n_data, estimator)
     dtype = torch.promote_types(torch.promote_types(z.dtype, mu.dtype), logvar.dtype)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if extension.missing(z):
+        return reference.tc_terms(z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator)
     log_q_z, log_prod_q_z, _, _ = _tc_terms(
         z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator == "mss"
     )
