@@ -1,5 +1,6 @@
 """The README's Python runs as it stands."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -18,8 +19,11 @@ def test_the_drop_in_parts_are_shown() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet(number: int) -> None:
+def test_snippet(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SNIPPETS[number]
     if "aggregation import UPGrad" in source and not hasattr(aggregation, "UPGrad"):
         pytest.skip("movae_fast.aggregation has no UPGrad yet")
-    exec(compile(source, f"README.md, snippet {number + 1}", "exec"), {"__name__": "readme"})
+    name = f"readme_snippet_{number + 1}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(name)
