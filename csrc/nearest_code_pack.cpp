@@ -189,7 +189,7 @@ void CodeBlock<Real>::pack_panel(int64_t panel, const Isa& isa, Real* scratch) {
         largest_dropped32 = std::max(largest_dropped32, lost32);
         largest_dropped16 = std::max(largest_dropped16, lost16);
     }
-    // 1 %: bfloat16 may have lengthened a code by 2^-9.
+    // 1 %: bfloat16 may have lengthened a code by 2^-8.
     norm[panel] = static_cast<float>(std::sqrt(largest_norm)) * 1.01f;
     dropped32[panel] = static_cast<float>(std::sqrt(largest_dropped32)) * kUp;
     dropped16[panel] = static_cast<float>(std::sqrt(largest_dropped16)) * kUp;

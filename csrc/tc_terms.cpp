@@ -101,6 +101,17 @@ template <class T> Path<T> choose(const std::string& isa) {
     throw std::invalid_argument("tc_terms: this CPU has no instruction set '" + isa + "'");
 }
 
+std::string widest() {
+    for (const char* isa : {"avx512", "avx2"}) {
+        try {
+            choose<float>(isa);
+            return isa;
+        } catch (const std::invalid_argument&) {
+        }
+    }
+    return "portable";
+}
+
 struct Aligned {
     explicit Aligned(size_t bytes) : p(::operator new(bytes, std::align_val_t(64))) {}
     ~Aligned() { ::operator delete(p, std::align_val_t(64)); }
@@ -194,6 +205,7 @@ void backward(uintptr_t grad_q, uintptr_t grad_prod, uintptr_t z, uintptr_t mu, 
 void bind_tc_terms(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> release;
     const char* doc = "Addresses of contiguous tensors, B, D, data-set size, stratified or not, threads, instruction set.";
+    m.def("tc_terms_isa", &widest, "The instruction set that 'auto' takes.");
     m.def("tc_terms_f32", &forward<float>, release, doc);
     m.def("tc_terms_f64", &forward<double>, release, doc);
     m.def("tc_terms_backward_f32", &backward<float>, release, doc);

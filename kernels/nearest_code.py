@@ -6,15 +6,15 @@ that a score is off by at most
 
     E_k = eps ||z|| ||c_k||,  eps = 2u + u^2 for the operands' rounding + (D + 16) 2^-22 for the accumulation
 
-(Cauchy-Schwarz; u = 2^-9 for bfloat16, 2^-10 for TF32, which the hardware truncates; 0 where the operands are
-bfloat16 or float16 as they come). Screening therefore keeps upper bounds, score + E_k, and a code whose upper
-bound is below the exact score of another cannot win. Codes are grouped into lanes: lane l holds every
-LANES-th code of a tile from the l-th on, PACK of them a tile. Per row and lane the screen remembers the
-largest upper bound, its tile and the runner-up's bound, all in registers. Afterwards each row re-scores lanes
-in float64, largest bound first, until no bound reaches the best exact score: 2 lanes on average for Gaussian
-data. A row for which a runner-up, or a lane beyond the 16th, might still win is put on a list, and a second
-launch scores it against every code in float64; so is a row whose magnitude is so small or large that float32
-could underflow or overflow. No N x K buffer, no host reads.
+(Cauchy-Schwarz; u = 2^-8 for bfloat16, whose significand has 8 bits, 2^-10 for TF32, which the hardware
+truncates; 0 where the operands are bfloat16 or float16 as they come). Screening therefore keeps upper bounds,
+score + E_k, and a code whose upper bound is below the exact score of another cannot win. Codes are grouped
+into lanes: lane l holds every LANES-th code of a tile from the l-th on, PACK of them a tile. Per row and lane
+the screen remembers the largest upper bound, its tile and the runner-up's bound, all in registers. Afterwards
+each row re-scores lanes in float64, largest bound first, until no bound reaches the best exact score; there
+are a few for Gaussian data. A row for which a runner-up, or a lane beyond the 16th, might still win is put on
+a list, and a second launch scores it against every code in float64; so is a row whose magnitude is so small
+or large that float32 could underflow or overflow. No N x K buffer, no host reads.
 """
 
 import torch
@@ -305,17 +305,21 @@ def _every_code_kernel(
         tl.store(index_ptr + row, index.to(tl.int64), mask=valid)
 
 
-def candidates(D: int, exact: bool, capability: int) -> list[Config]:
+def candidates(D: int, exact: bool, capability: int, wide: bool = False) -> list[Config]:
     """Tiles worth timing, likeliest first; all compile without spills (tests/test_kernels_aot.py).
 
     Up to D = 128 a program holds its vectors for the whole search; above it reads them again with every tile
-    of codes, and addresses of both operands compete for registers.
+    of codes, and addresses of both operands compete for registers. The same from D = 65 on where operands are
+    `wide`, loaded as float64 or multiplied as TF32.
     """
-    depth = max(16, triton.next_power_of_2(D)) if D <= 128 else 32
-    if D > 128:
+    held = 64 if exact and wide else 128
+    depth = max(16, triton.next_power_of_2(D)) if held >= D else 32
+    if held < D or (exact and wide):
         tiles = [(64, 64, 2, 8, 3)] if exact else [(64, 64, 1, 8, 3)]
     elif not exact:
         tiles = [(128, 64, 1, 8, 3), (64, 64, 1, 8, 3)]
+    elif capability >= 100 and D > 64 and D % 16:
+        tiles = [(64, 64, 2, 4, 3)]
     elif capability < 100 and D % 16 == 0:
         tiles = [(128, 128, 4, 8, 3), (128, 64, 2, 8, 3)]
     else:
@@ -335,7 +339,7 @@ def capability(device: torch.device) -> int:
 
 def relative_bound(screen: str, D: int) -> float:
     """eps of the module's docstring, with room for the roundings of the bound itself."""
-    u = {"bf16": 2.0**-9, "tf32": 2.0**-10, "as is": 0.0}[screen]
+    u = {"bf16": 2.0**-8, "tf32": 2.0**-10, "as is": 0.0}[screen]
     return (2 * u + u * u) * 1.02 + (D + 16) * 2.0**-22 + 2.0**-19
 
 
@@ -345,6 +349,10 @@ def screening(dtype: torch.dtype, precision: str) -> str:
     if dtype in (torch.bfloat16, torch.float16):
         return "as is"
     return "tf32" if precision == "tf32" and dtype == torch.float32 else "bf16"
+
+
+def is_wide(dtype: torch.dtype, screen: str) -> bool:
+    return dtype == torch.float64 or screen == "tf32"
 
 
 def layout(z: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int, int]:
@@ -397,7 +405,8 @@ def nearest_code(
 
     if config is None:
         key = (triton.next_power_of_2(N), K, D, z.dtype, z.ndim, exact, screen)
-        config = best("nearest_code", key, candidates(D, exact, capability(device)), screened, z)
+        tiles = candidates(D, exact, capability(device), is_wide(z.dtype, screen))
+        config = best("nearest_code", key, tiles, screened, z)
     count = screened(config)
     if exact:
         _every_code_kernel[(min(triton.cdiv(N, 16), 1024),)](

@@ -14,9 +14,21 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path.name for path in (ROOT / "tests" / "interpreted").glob("[!c]*.py"))
 
 
-def run(file: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/interpreted/{file}"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+def run(file: str, marked: str, **environment: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        marked,
+        f"tests/interpreted/{file}",
+    ]
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -26,11 +38,17 @@ def test_files_are_found() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str) -> None:
-    run(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    run(file, "not slow", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["nearest_code.py", "tc_terms.py"])
+def test_interpreted_at_more_shapes(file: str) -> None:
+    run(file, "slow", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("file", FILES)
 def test_on_cuda(file: str) -> None:
-    run(file, TRITON_INTERPRET="0")
+    run(file, "slow or not slow", TRITON_INTERPRET="0")

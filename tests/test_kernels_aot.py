@@ -4,7 +4,7 @@ memory."""
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def search_cases(
         **{"index_ptr": "*i64", "list_ptr": "*i32", "count_ptr": "*i32"},
     }
     divisible = ("D", "stride_row") if D % 16 == 0 else ()
-    for config in nearest_code.candidates(D, exact, capability):
+    for config in nearest_code.candidates(D, exact, capability, nearest_code.is_wide(dtype, screen)):
         tile = dict(config)
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         for channel_first in (False, True):
@@ -162,7 +162,7 @@ def jacobian_cases(m: int, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-def small_cases() -> Iterator[Case]:
+def small_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     yield Case(
         "gramian_sum",
         gramian._gramian_sum_kernel,
@@ -170,7 +170,7 @@ def small_cases() -> Iterator[Case]:
         {"B": 32},
         num_warps=1,
     )
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in dtypes:
         wide = "*fp64" if dtype == torch.float64 else "*fp32"
         strides = {f"{t}_{n}": "i32" for t in "zq" for n in ("row", "position", "d")}
         scalars = {"N": "i32", "D": "i32", "inner": "i32"}
@@ -222,6 +222,7 @@ def test_main_shapes(capability: int, tmp_path: Path) -> None:
         next(search_cases(64, torch.float32, True, capability)),
         *tc_cases(10, torch.float32),
         *jacobian_cases(4, torch.float32),
+        *small_cases([torch.float32]),
     ]
     check(cases, capability, tmp_path)
 
@@ -229,6 +230,15 @@ def test_main_shapes(capability: int, tmp_path: Path) -> None:
 def test_hopper_screens_on_its_own_matrix_instructions() -> None:
     case = next(search_cases(64, torch.float32, True, 90))
     assert "wgmma.mma_async" in case.compile(90).asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_operands_are_rounded_to_nearest(capability: int) -> None:
+    """What the certificate's 2^-8 rests on; truncation would err by twice as much."""
+    case = next(search_cases(64, torch.float32, True, capability))
+    conversions = set(re.findall(r"cvt\.[\w.]*bf16\w*\.f32", case.compile(capability).asm["ptx"]))
+    assert conversions
+    assert all(name.startswith("cvt.rn.") for name in conversions), conversions
 
 
 def test_a_spill_is_seen(tmp_path: Path) -> None:
@@ -269,5 +279,5 @@ def test_every_other_kernel(capability: int, tmp_path: Path) -> None:
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
         for case in jacobian_cases(m, dtype)
     ]
-    cases += small_cases()
+    cases += small_cases([torch.float32, torch.bfloat16, torch.float64])
     check(cases, capability, tmp_path)

@@ -13,6 +13,7 @@ from movae_fast import __version__, ops
 from movae_fast.aggregation.registry import AGGREGATORS
 from movae_fast.data import DATASETS
 from movae_fast.models import MODELS
+from movae_fast.ops import extension
 
 # Optional package -> what it is for and the extra that brings it.
 EXTRAS = {
@@ -23,6 +24,8 @@ EXTRAS = {
     "torch_fidelity": ("FID and KID", "metrics"),
     "vector_quantize_pytorch": ("a peer in benchmarks", "bench"),
 }
+# Op -> the op whose search it contains.
+SEARCHES = {"quantize": "nearest_code"}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     if argv and argv[0] not in ("-h", "--help"):
         raise ValueError(f"doctor takes no flags, got {' '.join(argv)}")
     print(__doc__.strip() if argv else "\n".join(report()))
-    return 0 if importlib.util.find_spec("movae_fast._csrc") else 1
+    return 0 if extension.csrc is not None else 1
 
 
 def report() -> list[str]:
@@ -60,15 +63,33 @@ def report() -> list[str]:
 
 
 def op_paths() -> dict[str, str]:
-    """Op -> the implementation that a call takes, by device."""
-    return {name: f"plain torch ({getattr(ops, name).__module__})" for name in ops.__all__}
+    """Op -> the implementation that a call takes, on a CPU and on CUDA."""
+    return {name: _paths(name) for name in ops.__all__}
+
+
+def _paths(op: str) -> str:
+    module = getattr(ops, op).__module__
+    if module == "movae_fast.reference":
+        return f"plain torch ({module})"
+    stem = module.removeprefix("movae_fast.ops.")
+    if extension.csrc is None:
+        on_cpu = "plain torch, because the extension is missing"
+    else:
+        # Loops over rows that have only one path name none.
+        chosen = op == stem and getattr(extension.csrc, f"{SEARCHES.get(stem, stem)}_isa", None)
+        on_cpu = f"C++ ({chosen()})" if chosen else "C++"
+    if _found("triton") and _found(f"movae_fast.kernels.{stem}") and op == stem:
+        on_cuda = "Triton"
+    else:
+        built = extension.csrc is not None and extension.csrc.build_info()["cuda"]
+        on_cuda = "CUDA C++" if built and op == stem else "plain torch"
+    return f"cpu {on_cpu}; cuda {on_cuda}"
 
 
 def _extension() -> list[str]:
-    try:
-        import movae_fast._csrc as _csrc
-    except ImportError as error:
-        return [f"  movae_fast._csrc: not built ({error}); pip install -e . with a C++ compiler"]
+    _csrc = extension.csrc
+    if _csrc is None:
+        return ["  movae_fast._csrc: not built; pip install -e . with a C++ compiler"]
     info = _csrc.build_info()
     features = ", ".join(name for name, has in _csrc.cpu_features().items() if has) or "none"
     cuda = (

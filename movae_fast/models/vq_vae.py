@@ -94,13 +94,10 @@ class VQVAE(VAE):
     def encode(self, x: Tensor) -> tuple[Tensor]:
         return (at_least_float32(self.encoder(x)),)
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder output [B, D, h, w] to codewords [B, D, h, w], index [B, h, w] and counts [K]."""
-        b, d, h, w = z.shape
-        flat = z.detach().permute(0, 2, 3, 1).reshape(-1, d)
-        _, index, _, count, _ = ops.quantize(flat, self.codebook.detach())
-        index = index.view(b, h, w)
-        return self.lookup(index), index, count
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Encoder output [B, D, h, w] to codewords as z, index and squared error [B, h, w], counts [K] and
+        sums [K, D]. Its gradients go to z alone: straight through, and the error's own."""
+        return ops.quantize(z, self.codebook.detach())
 
     def lookup(self, index: Tensor) -> Tensor:
         """Codes [B, h, w] to codewords [B, D, h, w], differentiable in the codebook."""
@@ -108,14 +105,13 @@ class VQVAE(VAE):
 
     def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> VQOutput:
         (z,) = features
-        codewords, index, count = self.quantize(z)
+        codewords, index, error, count, _ = self.quantize(z)
         if self.training:
             self.code_usage.lerp_(count.to(self.code_usage), 0.01)
-        straight_through = z + (codewords - z).detach()
         return VQOutput(
-            preactivation=at_least_float32(self.decode(straight_through)),
-            embedding=nn.functional.mse_loss(codewords, z.detach()),
-            commitment=nn.functional.mse_loss(z, codewords.detach()),
+            preactivation=at_least_float32(self.decode(codewords)),
+            embedding=ops.code_error(z.detach(), self.codebook, index).mean() / self.embedding_dim,
+            commitment=error.mean() / self.embedding_dim,
             codes=index,
             usage=count,
         )

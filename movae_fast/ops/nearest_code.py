@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-import movae_fast._csrc as _csrc
+from movae_fast.ops import extension
+from movae_fast.ops.extension import csrc, index_shape
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -37,6 +38,8 @@ def nearest_code(
     Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
     """
     z, codebook = check_operands("nearest_code", z, codebook)
+    if extension.missing(z):
+        return extension.nearest_code(z, codebook)
     return torch.ops.movae.nearest_code(z, codebook, exact)
 
 
@@ -64,11 +67,6 @@ def check_operands(op: str, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor
     return z.to(dtype), codebook.to(dtype)
 
 
-def index_shape(z: Tensor) -> tuple[int, ...]:
-    """[N] of [N, D]; [B, *spatial] of [B, D, *spatial]."""
-    return (z.shape[0], *z.shape[2:])
-
-
 def is_flat(z: Tensor) -> bool:
     """Whether the spatial dimensions of [B, D, *spatial] can be walked with one stride."""
     sizes, strides = z.shape[2:], z.stride()[2:]
@@ -83,11 +81,11 @@ def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
     data = 0 if z is None else z.data_ptr()
     dtype = DTYPES[shape.dtype]
     if shape.dim() == 2:
-        return _csrc.RowsView(data, dtype, 1, *shape.shape, 0, *shape.stride())
+        return csrc.RowsView(data, dtype, 1, *shape.shape, 0, *shape.stride())
     spatial = shape.shape[2:].numel()
     walked = [s for n, s in zip(shape.shape[2:], shape.stride()[2:], strict=True) if n != 1]
     batch_stride, depth_stride = shape.stride()[:2]
-    return _csrc.RowsView(
+    return csrc.RowsView(
         data,
         dtype,
         shape.shape[0],
@@ -101,7 +99,7 @@ def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
 
 def codebook_view(codebook: Tensor) -> Any:
     """A contiguous [K, D] codebook as csrc's Codebook."""
-    return _csrc.Codebook(codebook.data_ptr(), DTYPES[codebook.dtype], *codebook.shape)
+    return csrc.Codebook(codebook.data_ptr(), DTYPES[codebook.dtype], *codebook.shape)
 
 
 def flat(z: Tensor) -> Tensor:
@@ -115,10 +113,10 @@ def _nearest_code(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
 
 
 def search(z: Tensor, codebook: Tensor, exact: bool = True, isa: str = "") -> Tensor:
-    """The CPU path, by name if `isa` is one of _csrc.nearest_code_isas()."""
+    """The CPU path, by name if `isa` is one of csrc.nearest_code_isas()."""
     index = torch.empty(index_shape(z), dtype=torch.int64)
     z, codebook = flat(z), codebook.contiguous()
-    _csrc.nearest_code(
+    csrc.nearest_code(
         rows_view(z), codebook_view(codebook), index.data_ptr(), exact, isa, torch.get_num_threads()
     )
     return index
@@ -126,12 +124,13 @@ def search(z: Tensor, codebook: Tensor, exact: bool = True, isa: str = "") -> Te
 
 @_nearest_code.register_kernel("cuda")
 def _nearest_code_cuda(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
-    return triton_kernels().nearest_code(z, codebook, exact=exact)
+    return triton_launchers("nearest_code").nearest_code(z, codebook, exact=exact)
 
 
-def triton_kernels() -> Any:
-    """movae_fast.kernels, imported when the first CUDA tensor comes in: Triton is not on every machine."""
-    return importlib.import_module("movae_fast.kernels")
+def triton_launchers(stem: str) -> Any:
+    """A file of movae_fast.kernels, imported when the first CUDA tensor comes in: Triton is not on every
+    machine."""
+    return importlib.import_module(f"movae_fast.kernels.{stem}")
 
 
 @_nearest_code.register_fake

@@ -13,15 +13,15 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-import movae_fast._csrc as _csrc
+from movae_fast.ops import extension
+from movae_fast.ops.extension import as_map, as_rows, csrc, index_shape
 from movae_fast.ops.nearest_code import (
     check_operands,
     codebook_view,
     flat,
-    index_shape,
     is_flat,
     rows_view,
-    triton_kernels,
+    triton_launchers,
 )
 
 Gradient = Literal["straight_through", "rotation", "codebook"]
@@ -58,6 +58,8 @@ def quantize(
     if gradient not in get_args(Gradient):
         raise ValueError(f"quantize: gradient must be one of {get_args(Gradient)}; got {gradient!r}")
     z, codebook = check_operands("quantize", z, codebook)
+    if extension.missing(z):
+        return extension.quantize(z, codebook, gradient)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     return torch.ops.movae.quantize(z, codebook, gradient, deterministic)
 
@@ -81,6 +83,8 @@ def code_error(
         raise ValueError(
             f"code_error: index must be {list(index_shape(z))} for z {list(z.shape)}; got {list(index.shape)}"
         )
+    if extension.missing(z):
+        return extension.code_error(z, codebook, index)
     return torch.ops.movae.code_error(z, codebook, index)
 
 
@@ -99,7 +103,7 @@ def _quantize(
     z_q, index, sq_err, count, code_sum = out = _quantize_fake(z, codebook, gradient, deterministic)
     z, codebook = flat(z), codebook.contiguous()
     written = z_q if is_flat(z_q) else torch.empty_like(z_q, memory_format=torch.contiguous_format)
-    _csrc.quantize(
+    csrc.quantize(
         rows_view(z),
         codebook_view(codebook),
         rows_view(written),
@@ -119,7 +123,7 @@ def _quantize(
 def _quantize_cuda(
     z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return triton_kernels().quantize(z, codebook, deterministic=deterministic)
+    return triton_launchers("quantize").quantize(z, codebook, deterministic=deterministic)
 
 
 @_quantize.register_fake
@@ -140,7 +144,7 @@ def _quantize_fake(
 def _code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     sq_err = _code_error_fake(z, codebook, index)
     z, codebook, index = flat(z), codebook.contiguous(), index.contiguous()
-    _csrc.code_error(
+    csrc.code_error(
         rows_view(z), codebook_view(codebook), index.data_ptr(), sq_err.data_ptr(), torch.get_num_threads()
     )
     return sq_err
@@ -149,7 +153,7 @@ def _code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
 @_code_error.register_kernel("cuda")
 def _code_error_cuda(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     dtype = accumulation_dtype(z)
-    difference = _as_rows(z).to(dtype) - codebook[index.flatten()].to(dtype)
+    difference = as_rows(z).to(dtype) - codebook[index.flatten()].to(dtype)
     return difference.square().sum(1).view(index_shape(z))
 
 
@@ -183,7 +187,7 @@ def _quantize_backward(
         grad_sq_err = grad_sq_err.to(dtype).contiguous()
     written = grad_z if is_flat(grad_z) else torch.empty_like(grad_z, memory_format=torch.contiguous_format)
     sums = torch.empty_like(codebook, dtype=dtype) if want_codebook else None
-    _csrc.quantize_backward(
+    csrc.quantize_backward(
         rows_view(z),
         codebook_view(codebook),
         index.data_ptr(),
@@ -232,8 +236,8 @@ def _quantize_backward_cuda(
         grad_z_q, grad_sq_err, z, codebook, index, gradient, want_z, want_codebook
     )
     dtype = accumulation_dtype(z)
-    rows, code = _as_rows(z).to(dtype), codebook[index.flatten()].to(dtype)
-    through = torch.zeros_like(rows) if grad_z_q is None else _as_rows(grad_z_q).to(dtype)
+    rows, code = as_rows(z).to(dtype), codebook[index.flatten()].to(dtype)
+    through = torch.zeros_like(rows) if grad_z_q is None else as_rows(grad_z_q).to(dtype)
     pull = torch.zeros_like(rows)  # half the gradient of sq_err in z
     if grad_sq_err is not None:
         pull = grad_sq_err.to(dtype).reshape(-1, 1) * (rows - code)
@@ -243,7 +247,7 @@ def _quantize_backward_cuda(
             total += through
         elif gradient == "rotation":
             total += _rotate_back(rows, code, through)
-        grad_z.copy_(_as_channels(total, z))
+        grad_z.copy_(as_map(total, z))
     if want_codebook:
         term = through - 2 * pull if gradient == "codebook" else -2 * pull
         sums = torch.zeros(codebook.shape, dtype=dtype, device=z.device)
@@ -258,16 +262,6 @@ def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
     r = torch.nn.functional.normalize(e + q, dim=1)
     turned = grad - 2 * (grad * r).sum(1, keepdim=True) * r + 2 * (grad * q).sum(1, keepdim=True) * e
     return torch.where((length_z > 0) & (length_code > 0), length_code / length_z * turned, grad)
-
-
-def _as_rows(z: Tensor) -> Tensor:
-    """[B, D, *spatial] as [N, D]."""
-    return z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
-
-
-def _as_channels(rows: Tensor, z: Tensor) -> Tensor:
-    """[N, D] in the shape of z."""
-    return rows if z.dim() == 2 else rows.view(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------

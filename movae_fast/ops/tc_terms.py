@@ -1,19 +1,24 @@
 """Total-correlation terms: `movae::tc_terms`, by C++ on a CPU and by Triton elsewhere."""
 
-from typing import Any
+import os
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from movae_fast import _csrc
-from movae_fast.kernels import tc_terms as kernels
+from movae_fast import reference
+from movae_fast.ops import extension
+from movae_fast.ops.extension import csrc
+from movae_fast.ops.nearest_code import triton_launchers
 from movae_fast.reference import TCEstimator
 
-ISAS = ("auto", "avx512", "avx2", "portable")
 
-# Set by tests to force a path; "auto" takes the widest that this CPU has.
-isa = "auto"
+def isa() -> str:
+    """The instruction set to take: what MOVAE_CPU_ISA names (nearest_code knows two more; they are AVX-512
+    here), "auto" for the widest that this CPU has."""
+    asked = os.environ.get("MOVAE_CPU_ISA", "") or "auto"
+    return "avx512" if asked in ("amx", "avx512_bf16") else asked
 
 
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,9 +36,9 @@ def _cpu(
     z, mu, logvar = z.contiguous(), mu.contiguous(), logvar.contiguous()
     outputs = _outputs(z)
     if batch:
-        run = _csrc.tc_terms_f32 if z.dtype == torch.float32 else _csrc.tc_terms_f64
+        run = csrc.tc_terms_f32 if z.dtype == torch.float32 else csrc.tc_terms_f64
         addresses = [t.data_ptr() for t in (z, mu, logvar, *outputs)]
-        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa)
+        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
     return outputs
 
 
@@ -60,9 +65,9 @@ def _backward_cpu(
     inputs = [t.contiguous() for t in (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)]
     grads = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
     if batch:
-        run = _csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else _csrc.tc_terms_backward_f64
+        run = csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else csrc.tc_terms_backward_f64
         addresses = [t.data_ptr() for t in (*inputs, *grads)]
-        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa)
+        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
     return grads
 
 
@@ -87,9 +92,8 @@ def _tc_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.device.type == "cpu":
         return _cpu(z, mu, logvar, n_data, stratified)
-    return kernels.tc_terms(
-        z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton
-    )
+    launch = triton_launchers("tc_terms").tc_terms
+    return launch(z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton)
 
 
 @triton_op("movae::tc_terms_backward", mutates_args=())
@@ -107,7 +111,8 @@ def _tc_terms_backward(
     tensors = (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)
     if z.device.type == "cpu":
         return _backward_cpu(*tensors, n_data, stratified)
-    return kernels.tc_terms_backward(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
+    launch = triton_launchers("tc_terms").tc_terms_backward
+    return launch(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -123,6 +128,16 @@ def _backward(ctx: Any, grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, *_: Ten
 
 
 _tc_terms.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_tc_terms.register_vmap
+def _tc_terms_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::tc_terms has no vmap rule: each mapped batch is an estimate of its own")
+
+
+@_tc_terms_backward.register_vmap
+def _tc_terms_backward_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("movae::tc_terms_backward has no vmap rule: compute one gradient at a time")
 
 
 def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -> None:
@@ -170,6 +185,8 @@ def tc_terms(
     _check(z, mu, logvar, n_data, estimator)
     dtype = torch.promote_types(torch.promote_types(z.dtype, mu.dtype), logvar.dtype)
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if extension.missing(z):
+        return reference.tc_terms(z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator)
     log_q_z, log_prod_q_z, _, _ = _tc_terms(
         z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator == "mss"
     )

@@ -7,8 +7,10 @@ from torch import Tensor
 from movae_fast import reference
 from movae_fast.kernels import nearest_code as search
 from movae_fast.kernels import quantize as quantizer
+from movae_fast.ops.nearest_code import _nearest_code_cuda
+from movae_fast.ops.quantize import _quantize_cuda
 
-FAMILIES = ["gaussian", "uniform", "duplicates", "subnormal", "1e30", "1e-30", "outlier"]
+FAMILIES = ["gaussian", "uniform", "duplicates", "subnormal", "1e30", "1e-30", "outlier", "midpoints"]
 
 
 def family(name: str, N: int, K: int, D: int) -> tuple[Tensor, Tensor]:
@@ -20,6 +22,11 @@ def family(name: str, N: int, K: int, D: int) -> tuple[Tensor, Tensor]:
         c[K // 2 :] = c[: K - K // 2].clone()
     elif name == "outlier":  # one code so long that a bound made of it would keep every other
         c[K // 3] *= 1e4
+    elif name == "midpoints":  # beside the middle of two bfloat16 numbers: every error the bound's own size
+        aside = (1 + torch.rand(N + K, 1, generator=generator)) * 2.0**-20
+        aside[N + 1 :: 2] *= -1
+        z, c = (1 + 2.0**-8 - aside).expand(-1, D).split([N, K])
+        z, c = z.contiguous(), c.contiguous()
     elif name != "gaussian":
         scale = {"subnormal": 1e-40, "1e30": 1e30, "1e-30": 1e-30}[name]
         z, c = z * scale, c * scale
@@ -39,7 +46,24 @@ def check(z: Tensor, c: Tensor, index: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("N", "K", "D"), [(130, 200, 64), (70, 65, 3), (20, 130, 200)])
+@pytest.mark.parametrize(
+    ("N", "K", "D"),
+    [
+        (70, 130, 64),
+        (40, 90, 1),
+        *(
+            pytest.param(*shape, marks=pytest.mark.slow)
+            for shape in [
+                (70, 65, 3),
+                (40, 200, 16),
+                (40, 90, 63),
+                (140, 300, 65),
+                (20, 130, 256),
+                (10, 2000, 64),
+            ]
+        ),
+    ],
+)
 def test_exact_float32(name: str, N: int, K: int, D: int, device: str) -> None:
     z, c = (t.to(device) for t in family(name, N, K, D))
     check(z, c, search.nearest_code(z, c))
@@ -47,7 +71,7 @@ def test_exact_float32(name: str, N: int, K: int, D: int, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["gaussian", "uniform", "duplicates"])
-@pytest.mark.parametrize("D", [1, 16, 63, 65])
+@pytest.mark.parametrize("D", [1, *(pytest.param(D, marks=pytest.mark.slow) for D in (16, 63, 65))])
 def test_exact_in_every_dtype(dtype: torch.dtype, name: str, D: int, device: str) -> None:
     z, c = (t.to(device, dtype) for t in family(name, 50, 90, D))
     check(z, c, search.nearest_code(z, c))
@@ -127,3 +151,12 @@ def test_quantize(deterministic: bool, dtype: torch.dtype, channel_first: bool, 
     assert torch.equal(count.double(), expected[3])
     bound = 60 * eps * torch.zeros_like(code_sum).index_add_(0, index.flatten(), z.abs())
     assert ((code_sum.double() - expected[4]).abs() <= bound).all()
+
+
+def test_ops_launch_these_kernels(device: str) -> None:
+    z, c = (t.to(device) for t in family("gaussian", 20, 10, 4))
+    assert torch.equal(_nearest_code_cuda(z, c, True), reference.nearest_code(z, c))
+    for ours, truth in zip(
+        _quantize_cuda(z, c, "straight_through", True), reference.quantize(z, c), strict=True
+    ):
+        torch.testing.assert_close(ours, truth)

@@ -21,14 +21,17 @@ def truth(tensors: list[Tensor], stratified: bool, dtype: torch.dtype) -> list[T
     z, mu, logvar, g1, g2 = (t.to(dtype) for t in tensors)
     leaves = [t.requires_grad_() for t in (z, mu, logvar)]
     terms = reference.tc_terms(*leaves, 1000, "mss" if stratified else "mws")
-    return [*terms, *torch.autograd.grad((terms[0] * g1).sum() + (terms[1] * g2).sum(), leaves)]
+    return [
+        *(t.detach() for t in terms),
+        *torch.autograd.grad((terms[0] * g1).sum() + (terms[1] * g2).sum(), leaves),
+    ]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize(("B", "D"), [(2, 1), (5, 3), (33, 10), (17, 65)])
+@pytest.mark.parametrize(("B", "D"), [(2, 1), (5, 3), (17, 10), pytest.param(33, 65, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_matches_float64(B: int, D: int, stratified: bool, dtype: torch.dtype, device: str) -> None:

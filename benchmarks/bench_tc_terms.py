@@ -1,0 +1,73 @@
+"""ops.tc_terms, forward and backward, against the eager formula; on the CPU.
+
+pytest benchmarks/bench_tc_terms.py --benchmark-only --benchmark-group-by=group
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Call, extra_memory, interleaved
+from movae_fast import ops, reference
+
+SHAPES = [(256, 10), (2048, 10)]
+PEERS = ["movae", "movae stratified", "eager", "eager stratified"]
+
+
+def calls(B: int, D: int) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(0)
+    mu, noise, logvar = torch.randn(3, B, D, generator=generator).unbind()
+    leaves = [t.requires_grad_() for t in (mu + noise * (logvar / 2 - 1).exp(), mu, logvar - 2)]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+
+    def step(terms: Callable[..., tuple[Tensor, Tensor]], estimator: str) -> None:
+        log_q_z, log_prod_q_z = terms(*leaves, 50_000, estimator)
+        torch.autograd.grad((log_q_z - log_prod_q_z).mean(), leaves)
+
+    return {
+        "movae": lambda: step(ops.tc_terms, "mws"),
+        "movae stratified": lambda: step(ops.tc_terms, "mss"),
+        "eager": lambda: step(reference.tc_terms, "mws"),
+        "eager stratified": lambda: step(reference.tc_terms, "mss"),
+    }
+
+
+def exponentials_per_ms() -> float:
+    """torch.exp of a buffer that stays in the cache, with this run's threads: the best of ten."""
+    x = torch.randn(2**15)
+    out = torch.empty_like(x)
+    return 2**15 / min(interleaved({"exp": lambda: torch.exp(x, out=out)}, 20)["exp"] for _ in range(10))
+
+
+@pytest.mark.parametrize(("B", "D"), SHAPES)
+@pytest.mark.parametrize("peer", PEERS)
+def test_tc_terms(benchmark: Any, peer: str, B: int, D: int) -> None:
+    benchmark.group = f"tc_terms forward + backward B={B} D={D}"
+    call = calls(B, D)[peer]
+    call()
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
+    benchmark.extra_info["bound_ms"] = 2 * B * B * (D + 1) / exponentials_per_ms()
+    benchmark.extra_info["bound"] = "exponentials, B^2 (D + 1) each way, over torch.exp's rate in this run"
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(call, rounds=5)
+
+
+@pytest.mark.parametrize(("B", "D"), SHAPES)
+def test_ratios(benchmark: Any, B: int, D: int) -> None:
+    """Every peer in turn; the medians, and how many times faster than the eager formula each is."""
+    benchmark.group = f"tc_terms ratios B={B} D={D}"
+    peers = calls(B, D)
+    medians = interleaved(peers, 5)
+    benchmark.extra_info["median_ms"] = medians
+    benchmark.extra_info["times_faster_than_eager"] = {
+        name: medians["eager stratified" if "stratified" in name else "eager"] / ms
+        for name, ms in medians.items()
+    }
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    for name, ms in medians.items():
+        faster = benchmark.extra_info["times_faster_than_eager"][name]
+        print(f"B={B} D={D} {name:18s} {ms:9.2f} ms {faster:6.2f}x eager")
+    benchmark.pedantic(peers["movae"], rounds=3)

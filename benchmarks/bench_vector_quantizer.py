@@ -1,0 +1,74 @@
+"""nn.VectorQuantizer's training step against vector-quantize-pytorch's layer; on the CPU.
+
+pytest benchmarks/bench_vector_quantizer.py --benchmark-only --benchmark-group-by=group
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.measure import Call, extra_memory, interleaved, sgemm_gflops
+from movae_fast.nn import VectorQuantizer
+
+N = 32768  # 32 feature maps of 32 x 32
+SHAPES = [(512, 64), (8192, 64), (1024, 256)]
+# Options of the layer, by name; the same for both.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rotation": {},
+    "straight-through": {"rotation_trick": False},
+    "revival": {"threshold_ema_dead_code": 2},
+}
+
+
+def calls(K: int, D: int, options: dict[str, Any]) -> dict[str, Call]:
+    """Forward with the codebook's update, and the backward of output and loss."""
+    vq = pytest.importorskip("vector_quantize_pytorch")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, D, 32, 32, generator=generator).requires_grad_()
+    upstream = torch.randn(32, D, 32, 32, generator=generator)
+    codes = torch.randn(K, D, generator=generator)
+
+    def step(layer: nn.Module) -> Call:
+        layer.codebook = codes
+
+        def run() -> None:
+            out, _, loss = layer(x)
+            torch.autograd.grad((out * upstream).sum() + loss, x)
+
+        return run
+
+    return {
+        "movae": step(VectorQuantizer(D, K, accept_image_fmap=True, **options)),
+        "vector-quantize-pytorch": step(vq.VectorQuantize(D, K, accept_image_fmap=True, **options)),
+    }
+
+
+@pytest.mark.parametrize(("K", "D"), SHAPES)
+@pytest.mark.parametrize("peer", ["movae", "vector-quantize-pytorch"])
+def test_vector_quantizer(benchmark: Any, peer: str, K: int, D: int) -> None:
+    benchmark.group = f"VectorQuantizer training step N={N} K={K} D={D}"
+    call = calls(K, D, OPTIONS["rotation"])[peer]
+    call()
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
+    benchmark.extra_info["bound_ms"] = 2 * N * K * D / sgemm_gflops() / 1e6
+    benchmark.extra_info["bound"] = "float32 operations of the search over the sgemm rate of this run"
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(call, rounds=3)
+
+
+@pytest.mark.parametrize(("K", "D"), SHAPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_ratios(benchmark: Any, options: str, K: int, D: int) -> None:
+    """Both in turn; the medians, and how many times faster ours is."""
+    benchmark.group = f"VectorQuantizer ratios {options} N={N} K={K} D={D}"
+    peers = calls(K, D, OPTIONS[options])
+    medians = interleaved(peers, 3)
+    ratio = medians["vector-quantize-pytorch"] / medians["movae"]
+    benchmark.extra_info["median_ms"] = medians
+    benchmark.extra_info["times_faster_than_vector_quantize_pytorch"] = ratio
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items())
+    print(f"K={K} D={D} {options:16s} {times}: {ratio:.2f}x")
+    benchmark.pedantic(peers["movae"], rounds=3)

@@ -1,0 +1,86 @@
+"""The compiled part, or what stands in for it: plain torch on a CPU, which says so once."""
+
+import importlib
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from movae_fast import reference
+
+
+def _load() -> Any:
+    try:
+        return importlib.import_module("movae_fast._csrc")
+    except ImportError:
+        return None
+
+
+csrc: Any = _load()
+
+
+def missing(z: Tensor) -> bool:
+    """Whether an op on z has to fall back; the first that does warns."""
+    if csrc is not None or z.device.type != "cpu":
+        return False
+    _warn()
+    return True
+
+
+@cache
+def _warn() -> None:
+    warnings.warn(
+        "movae_fast._csrc is not built: the CPU ops run in plain torch, slower and with more memory. "
+        "Install with a C++ compiler at hand (pip install -e .), then ask `movae doctor`.",
+        stacklevel=4,
+    )
+
+
+def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
+    """ops.nearest_code by the reference in float64, a chunk of rows at a time."""
+    rows = as_rows(z.detach()).double()
+    codebook = codebook.detach().double()
+    (usable,) = codebook.isfinite().all(1).nonzero(as_tuple=True)
+    if len(usable) == 0:
+        return rows.new_zeros(index_shape(z), dtype=torch.int64)
+    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, torch.nan)
+    found = [reference.nearest_code(part, codebook[usable]) for part in rows.split(1024)]
+    index = torch.where(rows.isnan().any(1), 0, usable[torch.cat(found)])
+    return index.view(index_shape(z))
+
+
+def quantize(z: Tensor, codebook: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ops.quantize by the reference; torch differentiates it."""
+    index = nearest_code(z, codebook)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    rows, codes = as_rows(z).to(wide), codebook[index.flatten()].to(wide)
+    if gradient == "straight_through":
+        codes = reference.straight_through(rows, codes)
+    elif gradient == "rotation":
+        codes = reference.rotation_trick(rows, codes)
+    count = torch.bincount(index.flatten(), minlength=len(codebook)).to(wide)
+    code_sum = torch.zeros(codebook.shape, dtype=wide).index_add_(0, index.flatten(), rows.detach())
+    return as_map(codes.to(z.dtype), z), index, code_error(z, codebook, index), count, code_sum
+
+
+def code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    wide = torch.promote_types(z.dtype, torch.float32)
+    error = reference.code_error(as_rows(z).to(wide), codebook.to(wide), index.flatten())
+    return error.view(index_shape(z))
+
+
+def index_shape(z: Tensor) -> tuple[int, ...]:
+    """[N] of [N, D]; [B, *spatial] of [B, D, *spatial]."""
+    return (z.shape[0], *z.shape[2:])
+
+
+def as_rows(z: Tensor) -> Tensor:
+    """[B, D, *spatial] as [N, D]."""
+    return z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+def as_map(rows: Tensor, z: Tensor) -> Tensor:
+    """[N, D] in the shape of z."""
+    return rows if z.dim() == 2 else rows.view(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)

@@ -1,0 +1,84 @@
+"""Without the compiled extension the ops give the same answers, more slowly, and say so."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from movae_fast import ops
+from movae_fast.cli import doctor
+
+
+def results() -> dict[str, Any]:
+    """What every op gives on fixed problems, gradients included."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {}
+    for name, shape in {"rows": (60, 7), "maps": (3, 7, 4, 5)}.items():
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            z = torch.randn(*shape, generator=generator).to(dtype)
+            codebook = torch.randn(20, 7, generator=generator).to(dtype)
+            z.view(shape[0], 7, -1)[1, 3, 0] = torch.nan
+            codebook[4, 2] = torch.inf
+            key = f"{name} {dtype}"
+            found[f"nearest_code {key}"] = ops.nearest_code(z, codebook)
+            codebook[4] = 9
+            for gradient in ("straight_through", "rotation", "codebook"):
+                leaves = [z.nan_to_num(0.5).requires_grad_(), codebook.clone().requires_grad_()]
+                z_q, index, sq_err, count, code_sum = ops.quantize(*leaves, gradient=gradient)
+                upstream = torch.randn(z_q.shape, generator=generator).to(dtype)
+                loss = (z_q * upstream).float().sum() + sq_err.mean() + ops.code_error(*leaves, index).sum()
+                grads = torch.autograd.grad(loss, leaves)
+                values: list[Tensor] = [z_q.detach(), index, sq_err.detach(), count, code_sum, *grads]
+                found[f"quantize {gradient} {key}"] = values
+    found["nothing usable"] = ops.nearest_code(torch.randn(3, 2), torch.full((4, 2), torch.nan))
+    leaves = [t.requires_grad_() for t in torch.randn(3, 30, 6, generator=generator).unbind()]
+    for estimator in ("mws", "mss"):
+        terms = ops.tc_terms(*leaves, 100, estimator)
+        grads = torch.autograd.grad(sum(t.sum() for t in terms), leaves)
+        found[f"tc_terms {estimator}"] = [*(t.detach() for t in terms), *grads]
+    found["doctor"] = doctor.op_paths()
+    return found
+
+
+ALONE = """
+import sys, warnings, torch
+sys.modules["movae_fast._csrc"] = None  # an import that fails
+from tests.test_ops_extension import doctor, results
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = results()
+found["warnings"] = [str(w.message) for w in caught]
+found["status"] = doctor.run([])
+torch.save(found, sys.argv[1])
+"""
+
+
+def test_the_ops_fall_back_to_plain_torch_and_say_so_once(tmp_path: Path) -> None:
+    path = tmp_path / "found.pt"
+    subprocess.run([sys.executable, "-c", ALONE, str(path)], check=True, cwd=Path(__file__).parent.parent)
+    found = torch.load(path)
+    assert len(found.pop("warnings")) == 1
+    assert found.pop("status") == 1
+    paths = found.pop("doctor")
+    assert set(paths) == set(ops.__all__)
+    for op in ("nearest_code", "quantize", "code_error", "tc_terms"):
+        assert "cpu plain torch, because the extension is missing" in paths[op]
+        assert "cpu C++" in doctor.op_paths()[op]
+    expected = results()
+    expected.pop("doctor")
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        if isinstance(values, Tensor):
+            assert torch.equal(found[name], values), name
+            continue
+        for mine, theirs in zip(found[name], values, strict=True):
+            assert mine.dtype == theirs.dtype, name
+            if not mine.is_floating_point():
+                assert torch.equal(mine, theirs), name
+                continue
+            # A gradient is a sum of three terms, each of which torch rounds to the dtype.
+            limit = 8 * torch.finfo(mine.dtype).eps * theirs.double().norm()
+            assert (mine.double() - theirs.double()).norm() <= limit, name
