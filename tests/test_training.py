@@ -13,6 +13,7 @@ import yaml
 from movae_fast.cli import main
 from movae_fast.data import DATASETS
 from movae_fast.training import checkpoint, loop
+from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig, TrainConfig
 from movae_fast.training.logs import TIMING_KEYS, read_lines
 from movae_fast.training.optim import lr_factor
@@ -321,3 +322,58 @@ def test_signals_are_given_back_and_a_second_one_ends_the_process():
     worker.join()
     time.sleep(0)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_compiled_run_compiles_once_through_epochs_evaluation_and_resume(train):
+    before = graph_counters()
+    flags = ("--agg upgrad", "--compile default", "--save_freq 1")
+    folder = train(*flags, "--epochs 3")
+    middle = graph_counters()
+    assert middle["graphs"] - before["graphs"] == 1
+    assert middle["graph_breaks"] == before["graph_breaks"]
+    train(f"--resume {folder}", "--epochs 4")
+    assert graph_counters()["graphs"] - middle["graphs"] <= 1  # a new run's own, or the old one from the cache
+    eager = train("--agg upgrad", "--epochs 4")
+    a, b = read_lines(folder / "metrics.jsonl")[-1], read_lines(eager / "metrics.jsonl")[-1]
+    assert a["test/loss"] == pytest.approx(b["test/loss"], rel=5e-3)  # Adam amplifies rounding
+
+
+@pytest.mark.parametrize(
+    "flags", ["--gramian_every 2", "--gramian_batch 0.5", "--accumulate 2", "--precision bf16"]
+)
+def test_the_step_s_variants_train_and_resume_bit_for_bit(train, flags):
+    through = train("--agg upgrad", flags, "--epochs 3")
+    part = train("--agg upgrad", flags, "--steps 5")  # in the middle of an epoch, and between two Gramians
+    train(f"--resume {part}", "--steps 9")
+    # The line at step 6 has a window that the stop at step 5 cut; every later one is the same.
+    ours, theirs = ([line for line in figures_of(f) if line["step"] > 6] for f in (part, through))
+    assert ours == theirs
+    assert ours
+    assert same_weights(through, part)
+
+
+def test_a_profile_names_the_step_s_regions(train):
+    folder = train("--agg upgrad", "--profile 2", "--epochs 3")
+    trace = json.loads((folder / "trace.json").read_text())
+    names = [event.get("name") for event in trace["traceEvents"]]
+    for region in ("forward and rows", "gramian", "projection", "combine", "optimizer"):
+        assert names.count(region) == 2, region
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--accumulate 3", "--accumulate 3 must divide --batch_size 100"),
+        ("--gramian_batch 0 --agg upgrad", "--gramian_batch 0.0 must be above 0"),
+        ("--gramian_every 2", "need an aggregator that weights rows; sum does not"),
+        ("--gramian_every 2 --agg config", "need an aggregator that weights rows; config does not"),
+        ("--gramian_batch 0.5 --agg upgrad --jacobian all", "leave --jacobian at shared"),
+        ("--gramian_batch 0.5 --agg upgrad --compile default", "runs uncompiled"),
+        ("--precision tf32", "--precision tf32 is CUDA's"),
+        ("--compile fast", "compile"),
+    ],
+)
+def test_settings_of_the_step_that_cannot_work_are_named(train, capsys, flags, said):
+    train(flags, status=2)
+    assert said in capsys.readouterr().err

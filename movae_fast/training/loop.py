@@ -25,7 +25,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     """
     final: dict[str, float] = {}
     with Signals() as signals, Profiler(run) as profiler:
-        while run.epoch < run.epochs:
+        while not run.finished:
             run.model.train()
             for x, _ in run.telemetry.waiting(run.train_loader.epoch(run.epoch, start=run.batch)):
                 bar.compiling(run.gradient)
@@ -93,9 +93,11 @@ def save(run: Run) -> None:
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     """Evaluate, save and draw where it is due; the test figures if there are any."""
     log(run, bar, wait=True)
-    every = run.config.run
-    run.epoch, run.batch = run.epoch + 1, 0
-    due = every.eval_freq > 0 and run.epoch % every.eval_freq == 0
+    every, number = run.config.run, run.epoch + 1
+    whole = run.batch == len(run.train_loader)  # not where --steps ends a run inside an epoch
+    if whole:
+        run.epoch, run.batch = number, 0
+    due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     figures: dict[str, float] = {}
     if due or run.finished:
         run.world.average_buffers(run.model)
@@ -106,7 +108,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         write(run, {"step": run.step, "epoch": run.epoch, **figures})
         names = run.losses.names
         bar.say(
-            f"epoch {run.epoch}/{run.epochs}, step {run.step:,}: test "
+            f"epoch {number}/{run.epochs}, step {run.step:,}: test "
             + "  ".join(f"{name} {figures[f'test/{name}']:.4g}" for name in names)
             + f"  mse {figures['test/mse']:.4g}"
             + (f"  ({bar.figures.split('  ')[-1]})" if "images/s" in bar.figures else "")
@@ -114,11 +116,11 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         if figures["test/loss"] < run.best:
             run.best = figures["test/loss"]
             run.save("best")
-    kept = every.save_freq > 0 and run.epoch % every.save_freq == 0
+    kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
-        run.save(f"epoch_{run.epoch:04d}")
+        run.save(f"epoch_{number:04d}")
     run.save("last")
     if run.draw is not None and run.world.main and (kept or run.finished):
-        run.draw(run, f"epoch_{run.epoch:04d}")
+        run.draw(run, f"epoch_{number:04d}")
     run.telemetry.restart_clock()
     return figures

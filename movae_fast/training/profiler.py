@@ -31,7 +31,7 @@ class Profiler:
         if self.profile is None:
             self.before -= 1
             if self.before <= 0:
-                self.profile = torch.profiler.profile()
+                self.profile = torch.profiler.profile(acc_events=True)
                 self.profile.start()
             return
         self.left -= 1
