@@ -229,9 +229,17 @@ struct Problem {
         team.sync();
     }
 
-    // z for this u on the support that the last problem left (none after empty()).
-    MOVAE_HD void start() {
-        if (fixed >= 0 && side[fixed] < 0) leave(fixed);
+    // The inverse of the present support from A, member by member: for when updates have cost it too many digits.
+    MOVAE_HD void rebuild() {
+        const int members = count;
+        for (int p = team.rank(); p < members; p += team.size()) score[p] = at(p);
+        empty();
+        for (int p = 0; p < members; ++p) enter(static_cast<int>(score[p]));
+        restart();
+    }
+
+    // z for this u on the present support.
+    MOVAE_HD void restart() {
         for (int i = team.rank(); i < ld; i += team.size()) {
             gain[i] = i >= m || i == fixed ? 0 : side[i] < 0 ? 1 : 1 / row(i)[i];
             v[i] = u[i];
@@ -295,6 +303,14 @@ struct Problem {
             store(sums + i, size);
         }
         team.sync();
+    }
+
+    // Whether y is zero on the support, as far as v's own rounding lets it.
+    MOVAE_HD bool converged() const {
+        double excess = 0;
+        for (int p = team.rank(); p < count; p += team.size())
+            excess = larger(excess, magnitude(y[at(p)]) - 8 * kUlp * sums[at(p)]);
+        return !(team.most(excess) > 0);
     }
 
     MOVAE_HD double residual() const {  // the largest |y| on the support
@@ -361,11 +377,14 @@ struct Problem {
             team.sync();
             return true;
         }
-        start();
-        const int patience = 3 * m, limit = 8 * m + 64;
+        if (fixed >= 0 && side[fixed] < 0) leave(fixed);
+        restart();
+        const int patience = 3 * m, limit = 10 * m + 64;
         bool refined = false;
         for (int exchanges = 0;;) {
-            const int k = violation(refined, exchanges >= patience);
+            // After many moves the tableau is not to be trusted: every answer is refined before it is judged.
+            if (exchanges >= patience && !refined) refined = settle();
+            const int k = violation(refined, exchanges >= 2 * patience);
             if (k >= 0 && exchanges < limit) {
                 if (side[k] < 0)
                     leave(k);
@@ -373,16 +392,24 @@ struct Problem {
                     enter(k);
                 ++exchanges;
                 refined = false;
-            } else if (k >= 0 || refined) {
+            } else if (k < 0 && !refined) {
+                refined = settle();
+            } else {
                 for (int i = team.rank(); i < m; i += team.size()) v[i] = larger(v[i], u[i]);
                 team.sync();
                 good = good && k < 0;
-                return k < 0;
-            } else {
-                good = refine();
-                refined = true;
+                return k < 0 && converged();
             }
         }
+    }
+
+    MOVAE_HD bool settle() {
+        good = refine();
+        if (!good) {
+            rebuild();
+            good = refine();
+        }
+        return true;
     }
 
     bool good = true;

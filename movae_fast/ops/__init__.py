@@ -10,6 +10,7 @@ from movae_fast.ops.nearest_code import nearest_code
 from movae_fast.ops.project_weights import project_rows, project_weights
 from movae_fast.ops.quantize import code_error, quantize
 from movae_fast.ops.tc_terms import tc_terms
+from movae_fast.ops.upgrad import upgrad_weights
 
 __all__ = [
     "code_error",
@@ -20,4 +21,5 @@ __all__ = [
     "project_weights",
     "quantize",
     "tc_terms",
+    "upgrad_weights",
 ]

@@ -41,15 +41,14 @@ def project_weights(
         "dualproj" solves one problem with v >= u.
 
     Returns the weights and, on the same device, a status: 0 when all is solved, the number of problems that
-    did not reach their solution (not seen on any Gramian), or -1 for a Gramian with a NaN or an infinity,
+    did not reach their solution (seen only with reg_eps below 1e-8 on rows that all but coincide), or -1 for a Gramian with a NaN or an infinity,
     whose weights are NaN. Nothing is read on the host. Not differentiable; vmap is refused. m is at most 64
     on CUDA.
 
     Raises ValueError (shapes, m = 0, a negative epsilon, mode) or TypeError (dtype).
     """
-    m = _check(gramian, norm_eps, reg_eps)
-    if mode not in get_args(Mode):
-        raise ValueError(f"project_weights: mode must be one of {get_args(Mode)}; got {mode!r}")
+    m = _check(gramian)
+    check_options(norm_eps, reg_eps, mode)
     if pref is None:
         pref = torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
     elif pref.dim() != 1 or pref.shape[0] != m or pref.device != gramian.device:
@@ -68,26 +67,34 @@ def project_rows(
 
     Arguments, status and errors as `project_weights`.
     """
-    m = _check(gramian, norm_eps, reg_eps)
+    m = _check(gramian)
+    check_options(norm_eps, reg_eps, "dualproj")
     if u.dim() == 0 or u.shape[-1] != m or u.device != gramian.device:
         refuse(f"u must be [..., m]; got {list(u.shape)} on {u.device}", gramian)
     return torch.ops.movae.project_weights(gramian, u, norm_eps, reg_eps, False)
 
 
-def _check(gramian: Tensor, norm_eps: float, reg_eps: float) -> int:
+def _check(gramian: Tensor) -> int:
     if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or gramian.shape[0] == 0:
-        refuse("the Gramian must be [m, m] with m >= 1", gramian)
+        raise ValueError(f"project_weights: the Gramian must be [m, m] with m >= 1, got {list(gramian.shape)}")
     if not gramian.is_floating_point():
         raise TypeError(f"project_weights: the Gramian must be floating point, got {str(gramian.dtype)[6:]}")
-    if norm_eps < 0 or reg_eps < 0:
-        raise ValueError(f"project_weights: norm_eps and reg_eps must not be negative: {norm_eps}, {reg_eps}")
     if gramian.shape[0] > MOST_ON_CUDA and gramian.is_cuda:
-        refuse(f"m is at most {MOST_ON_CUDA} on CUDA", gramian)
+        raise ValueError(f"project_weights: m is at most {MOST_ON_CUDA} on CUDA, got {list(gramian.shape)}")
     return gramian.shape[0]
 
 
-def refuse(problem: str, gramian: Tensor) -> NoReturn:
-    raise ValueError(f"project_weights: {problem}; the Gramian is {list(gramian.shape)} on {gramian.device}")
+def check_options(norm_eps: float, reg_eps: float, mode: str) -> None:
+    if norm_eps < 0 or reg_eps < 0:
+        raise ValueError(f"project_weights: norm_eps and reg_eps must be >= 0; got {norm_eps}, {reg_eps}")
+    if mode not in get_args(Mode):
+        raise ValueError(f"project_weights: mode must be one of {get_args(Mode)}; got {mode!r}")
+
+
+def refuse(problem: str, operand: Tensor) -> NoReturn:
+    raise ValueError(
+        f"project_weights: {problem}; the other operand is {list(operand.shape)} on {operand.device}"
+    )
 
 
 library.define(
