@@ -313,12 +313,6 @@ struct Problem {
         return !(team.most(excess) > 0);
     }
 
-    MOVAE_HD double residual() const {  // the largest |y| on the support
-        double left = 0;
-        for (int p = team.rank(); p < count; p += team.size()) left = larger(left, magnitude(y[at(p)]));
-        return team.most(left);
-    }
-
     // v -= A_SS^-1 y on the support, and y with it; how large the change was beside v.
     MOVAE_HD double correct() {
         for (int p = team.rank(); p < up(count); p += team.size()) d[p] = p < count ? -y[at(p)] : 0;
@@ -343,22 +337,15 @@ struct Problem {
         for (int i = team.rank(); i < ld; i += team.size()) v[i] = side[i] < 0 ? z[i] + u[i] : u[i];
         for (int p = team.rank(); p < ld; p += team.size()) g[p] = 0;
         team.sync();
-        double before = 1.7976931348623157e308, first = 0;
-        for (int round = 0; round < 6; ++round) {
+        double before = 1, first = 0;
+        for (int round = 0; round < 12; ++round) {
             multiply();
-            const double left = residual();
-            if (left == 0) break;
-            if (!(left < before)) {  // no better: take the last correction back
-                for (int p = team.rank(); p < count; p += team.size()) v[at(p)] -= g[p];
-                team.sync();
-                multiply();
-                break;
-            }
-            before = left;
             const double change = correct();
             if (round == 0) first = change;
-            // The tableau's relative error, which the correction shows, is the correction's own: 1e-8 of 1e-8 is left.
-            if (change <= 1e-8) break;
+            // A correction's error is to it as it is to the one before (the first: as it is to v).
+            const double ratio = change / before;
+            before = change;
+            if (!(ratio < 0.5) || !(ratio * change > 0.5 * kUlp)) break;
         }
         for (int i = team.rank(); i < ld; i += team.size()) z[i] = side[i] < 0 ? v[i] - u[i] : y[i];
         team.sync();

@@ -84,7 +84,7 @@ def test_equals_quadprog_on_ten_thousand_gramians():
 
 @pytest.mark.parametrize("reg_eps", [1e-4, 1e-6, 1e-8])
 def test_fifty_digits(isa, reg_eps):
-    """The answer is the exact solution rounded, whatever the condition; quadprog loses digits with 1 / reg_eps."""
+    """The answer is the exact one rounded, whatever the condition; quadprog loses digits with 1 / reg_eps."""
     rng = np.random.default_rng(2)
     found = 0
     for t in range(55):

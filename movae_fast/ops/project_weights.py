@@ -40,10 +40,10 @@ def project_weights(
     mode: "upgrad" solves min v' A v subject to v >= u_i e_i for every i and adds up the m solutions;
         "dualproj" solves one problem with v >= u.
 
-    Returns the weights and, on the same device, a status: 0 when all is solved, the number of problems that
-    did not reach their solution (seen only with reg_eps below 1e-8 on rows that all but coincide), or -1 for a Gramian with a NaN or an infinity,
-    whose weights are NaN. Nothing is read on the host. Not differentiable; vmap is refused. m is at most 64
-    on CUDA.
+    Returns the weights and, on the same device, a status: 0 when all is solved, -1 for a Gramian with a NaN or
+    an infinity, whose weights are NaN, else the number of problems that did not reach their solution (seen
+    only with reg_eps below 1e-8 on rows that all but coincide). Nothing is read on the host. Not
+    differentiable; vmap is refused. m is at most 64 on CUDA.
 
     Raises ValueError (shapes, m = 0, a negative epsilon, mode) or TypeError (dtype).
     """
