@@ -59,7 +59,10 @@ PYBIND11_MODULE(_csrc, m) {
     m.doc() = "movae-fast's C++ and CUDA: raw pointers, sizes and a stream come in; no torch headers.";
     m.def("cpu_features", &cpu_features, "Instruction sets this CPU and this kernel allow: name -> bool.");
     m.def("build_info", &build_info, "How this extension was built: compiler, OpenMP version, CUDA or not.");
+    bind_combine(m);
+    bind_gramian(m);
     bind_nearest_code(m);
+    bind_project_weights(m);
     bind_quantize(m);
     bind_tc_terms(m);
 }

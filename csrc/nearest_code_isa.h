@@ -69,6 +69,18 @@ inline uint16_t to_bfloat16(float x) {  // round to nearest even; finite x only
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+inline uint16_t to_half(float value) {  // round to nearest even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    const float magnitude = __builtin_fabsf(value);
+    if (!(magnitude < 65520.0f)) return static_cast<uint16_t>(sign | (value != value ? 0x7e00u : 0x7c00u));
+    if (magnitude < 0x1p-14f)  // subnormal halves are multiples of 2^-24
+        return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_lrintf(magnitude * 0x1p24f)));
+    bits = (bits & 0x7fffffffu) - (112u << 23);
+    return static_cast<uint16_t>(sign | ((bits + 0xfffu + (bits >> 13 & 1u)) >> 13));
+}
+
 inline float from_bfloat16(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float out;

@@ -12,18 +12,6 @@ namespace {
 
 constexpr int kRows = 64;
 
-uint16_t to_half(float value) {  // round to nearest even
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint32_t sign = bits >> 16 & 0x8000u;
-    const float magnitude = std::abs(value);
-    if (!(magnitude < 65520.0f)) return static_cast<uint16_t>(sign | (std::isnan(value) ? 0x7e00u : 0x7c00u));
-    if (magnitude < 0x1p-14f)  // subnormal halves are multiples of 2^-24
-        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrint(magnitude * 0x1p24f)));
-    bits = (bits & 0x7fffffffu) - (112u << 23);
-    return static_cast<uint16_t>(sign | ((bits + 0xfffu + (bits >> 13 & 1u)) >> 13));
-}
-
 inline void store(float* out, double value) { *out = static_cast<float>(value); }
 inline void store(double* out, double value) { *out = value; }
 inline void store(HalfBits* out, double value) { out->bits = to_half(static_cast<float>(value)); }

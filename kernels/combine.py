@@ -1,6 +1,9 @@
 """The weighted sum of a Jacobian's rows, written straight into the flat gradient: _combine_kernel and its
 launcher."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +39,7 @@ def combine(
     rows: torch.Tensor,  # [m, P], columns contiguous
     weights: torch.Tensor,  # [m]
     out: torch.Tensor | None = None,  # [P] contiguous
+    launch: Callable[[Any], Any] = lambda kernel: kernel,  # or torch.library.wrap_triton
 ) -> torch.Tensor:  # [P]
     """weights @ rows in the rows' dtype; half precision is added up in float32."""
     m, P = rows.shape
@@ -46,7 +50,7 @@ def combine(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     B = 2048 // max(1, rows.element_size() // 4)
-    _combine_kernel[(triton.cdiv(P, B),)](
+    launch(_combine_kernel)[(triton.cdiv(P, B),)](
         rows, weights.contiguous(), out, P, rows.stride(0), M=m, UNROLL=m <= 16, B=B, num_warps=8
     )
     return out

@@ -6,6 +6,9 @@ second, small kernel adds the programs' Gramians in order. How many programs the
 alone, so that the result is the same on every run and every device.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -76,8 +79,10 @@ def tile(m: int) -> dict[str, int | bool]:
     return {"PRODUCT": True, "M": M, "B": 16}
 
 
-def gramian(rows: torch.Tensor) -> torch.Tensor:
-    """rows [m, P], any floating dtype, columns contiguous -> [m, m] float64, symmetric to the last bit."""
+def gramian(rows: torch.Tensor, launch: Callable[[Any], Any] = lambda kernel: kernel) -> torch.Tensor:
+    """rows [m, P], any floating dtype, columns contiguous -> [m, m] float64, symmetric to the last bit.
+
+    `launch` is torch.library.wrap_triton where a compiler should see the kernels."""
     m, P = rows.shape
     out = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
     if m == 0 or P == 0:
@@ -87,6 +92,6 @@ def gramian(rows: torch.Tensor) -> torch.Tensor:
     shape = tile(m)
     programs = min(PROGRAMS, triton.cdiv(P, shape["B"]))
     part = torch.empty(programs, m, m, dtype=torch.float64, device=rows.device)
-    _gramian_kernel[(programs,)](rows, part, m, P, rows.stride(0), **shape, num_warps=4)
-    _gramian_sum_kernel[(triton.cdiv(m * m, 32),)](part, out, m * m, programs, B=32, num_warps=1)
+    launch(_gramian_kernel)[(programs,)](rows, part, m, P, rows.stride(0), **shape, num_warps=4)
+    launch(_gramian_sum_kernel)[(triton.cdiv(m * m, 32),)](part, out, m * m, programs, B=32, num_warps=1)
     return out

@@ -14,13 +14,18 @@ from typing import Any
 import torch
 import torchjd.aggregation as jd
 from torch import Tensor, nn
-from torchjd.linalg import QuadprogProjector
 
+from movae_fast import ops
+from movae_fast.aggregation.upgrad import DualProj, UPGrad
 from movae_fast.names import nearest
 
-# A Gramian's trace below this is taken for zero in strict mode, so that no scaling of the losses changes which
-# objectives count: TorchJD's own norm_eps is absolute.
-TINY_TRACE = 1e-300
+
+def _upgrad(pref_vector: Tensor | None = None, cone: Mapping[str, float] | None = None) -> jd.Aggregator:
+    return UPGrad(pref_vector, **(cone or {}))
+
+
+def _dualproj(pref_vector: Tensor | None = None, cone: Mapping[str, float] | None = None) -> jd.Aggregator:
+    return DualProj(pref_vector, **(cone or {}))
 
 
 def _crmogm(weighting: str = "upgrad", alpha: float = 0.9) -> jd.Aggregator:
@@ -62,8 +67,8 @@ def _aligned_mtl_median(pref_vector: Tensor | None = None) -> jd.Aggregator:
 
 AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
     "jd_sum": jd.Sum,
-    "upgrad": jd.UPGrad,
-    "dualproj": jd.DualProj,
+    "upgrad": _upgrad,
+    "dualproj": _dualproj,
     "aligned_mtl": jd.AlignedMTL,
     "aligned_mtl_median": _aligned_mtl_median,
     "cagrad": _cagrad,
@@ -89,7 +94,7 @@ AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
 NEED_TWO_BATCHES = ("modo", "sdmgrad")
 
 # Set by the trainer rather than by a flag: the preference has its own flag, the rest follow from the run.
-_NOT_FLAGS = ("pref_vector", "projector", "n_tasks", "f", "leak")
+_NOT_FLAGS = ("pref_vector", "cone", "n_tasks", "f", "leak")
 
 
 def aggregator_args(name: str) -> list[str]:
@@ -108,9 +113,10 @@ def make_aggregator(
 ) -> jd.Aggregator:
     """The aggregator `name` for m objectives.
 
-    `norm_eps` and `reg_eps` are those of the projection onto the dual cone (UPGrad, DualProj), relative to the
-    Gramian's trace; the defaults are strict, TorchJD's own are 1e-4 both. Raises ValueError for a parameter or
-    a preference that the aggregator does not have, and ImportError's remedy where a solver is missing.
+    `norm_eps` and `reg_eps` are those of the projection onto the dual cone (UPGrad, DualProj), the latter
+    relative to the Gramian's trace; the defaults are strict, TorchJD's own are 1e-4 both. norm_eps is
+    absolute: 0 lets no scaling of the losses change which objectives count. Raises ValueError for a parameter
+    or a preference that the aggregator does not have, and ImportError's remedy where a solver is missing.
     """
     factory = AGGREGATORS[name]
     known = inspect.signature(factory).parameters
@@ -128,8 +134,8 @@ def make_aggregator(
         if len(pref_weights) != m:
             raise ValueError(f"--pref_weights has {len(pref_weights)} values; {m} objectives are aggregated")
         options["pref_vector"] = torch.tensor(pref_weights, dtype=torch.float64)
-    if "projector" in known:
-        options["projector"] = QuadprogProjector(norm_eps=max(norm_eps, TINY_TRACE), reg_eps=reg_eps)
+    if "cone" in known:
+        options["cone"] = {"norm_eps": norm_eps, "reg_eps": reg_eps}
     if "n_tasks" in known:
         options["n_tasks"] = m
     try:
@@ -170,7 +176,7 @@ def aggregate(
         weights = aggregator.weighting(rows)
     else:
         return aggregator(rows), None
-    return weights.to(rows) @ rows, weights
+    return ops.combine(rows, weights), weights
 
 
 def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:

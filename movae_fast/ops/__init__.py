@@ -4,9 +4,22 @@ from movae_fast import ops
 index = ops.nearest_code(z, codebook)
 """
 
+from movae_fast.ops.combine import combine
+from movae_fast.ops.gramian import gramian
 from movae_fast.ops.nearest_code import nearest_code
+from movae_fast.ops.project_weights import project_rows, project_weights
 from movae_fast.ops.quantize import code_error, quantize
 from movae_fast.ops.tc_terms import tc_terms
-from movae_fast.reference import combine, gramian
+from movae_fast.ops.upgrad import upgrad_weights
 
-__all__ = ["code_error", "combine", "gramian", "nearest_code", "quantize", "tc_terms"]
+__all__ = [
+    "code_error",
+    "combine",
+    "gramian",
+    "nearest_code",
+    "project_rows",
+    "project_weights",
+    "quantize",
+    "tc_terms",
+    "upgrad_weights",
+]

@@ -1,0 +1,55 @@
+// Python's door to the Gramian, the projection and the weighted sum.
+#include "bindings.h"
+#include "gramian.h"
+#include "project_weights.h"
+
+namespace py = pybind11;
+using namespace movae;
+
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Rows view(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride) {
+    return {pointer<const void>(rows), static_cast<Dtype>(dtype), m, columns, stride};
+}
+
+void run_gramian(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride, std::uintptr_t out,
+                 const std::string& isa, int threads) {
+    py::gil_scoped_release unlocked;
+    gramian(view(rows, dtype, m, columns, stride), pointer<double>(out), isa, threads);
+}
+
+void run_combine(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride, std::uintptr_t weights,
+                 std::uintptr_t out, const std::string& isa, int threads) {
+    py::gil_scoped_release unlocked;
+    combine(view(rows, dtype, m, columns, stride), pointer<const double>(weights), pointer<void>(out), isa, threads);
+}
+
+void run_project(std::uintptr_t gramian, int m, std::uintptr_t u, int rows, bool sum, double norm_eps, double reg_eps,
+                 std::uintptr_t out, std::uintptr_t status, const std::string& isa, int threads) {
+    py::gil_scoped_release unlocked;
+    Projection p{pointer<const double>(gramian), m,   norm_eps, reg_eps, pointer<const double>(u), rows, false,
+                 pointer<double>(out)};
+    *pointer<int32_t>(status) = sum ? project_sum(p, isa, threads) : project_rows(p, isa, threads);
+}
+
+}  // namespace
+
+void bind_gramian(py::module_& m) {
+    m.def("gramian", &run_gramian, "Address of rows, dtype, m, P, row stride; address of [m, m] float64; isa, threads.");
+}
+
+void bind_combine(py::module_& m) {
+    m.def("combine", &run_combine,
+          "Address of rows, dtype, m, P, row stride; addresses of the weights [m] float64 and of [P]; isa, threads.");
+}
+
+void bind_project_weights(py::module_& m) {
+    m.def("project_weights", &run_project,
+          "Address of the Gramian [m, m] float64, m; address of u [rows, m], rows; or, with `sum`, of the preference [m]; "
+          "norm_eps, reg_eps; addresses of the result and of the int32 status; isa, threads.");
+}

@@ -1,0 +1,122 @@
+#include "project_weights.h"
+
+#include <limits>
+#include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "nearest_code.h"
+
+namespace movae {
+namespace {
+
+constexpr int kRowsTogether = 16;  // rows that start on each other's support
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// GCC 12's own header passes a deliberately undefined register to the unmasked forms.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// The vector types of a namespace never cross a call: everything that takes one is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace portable {
+#define MOVAE_VECTOR_BYTES 16
+#include "project_weights_path.h"
+#undef MOVAE_VECTOR_BYTES
+}
+
+#ifdef __x86_64__
+#define MOVAE_TARGET "avx2,fma"
+#include "target_begin.h"
+namespace avx2 {
+#define MOVAE_VECTOR_BYTES 32
+#include "project_weights_path.h"
+#undef MOVAE_VECTOR_BYTES
+}
+#include "target_end.h"
+
+#define MOVAE_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
+#include "target_begin.h"
+namespace avx512 {
+#define MOVAE_VECTOR_BYTES 64
+#include "project_weights_path.h"
+#undef MOVAE_VECTOR_BYTES
+}
+#include "target_end.h"
+#endif
+
+struct Path {
+    bool (*prepare)(const Projection&, double*);
+    int (*rows)(const Projection&, const double*, int, int, double*);
+};
+
+Path choose(const std::string& name) {
+#ifdef __x86_64__
+    const std::string isa = find_isa(name).exact->name;
+    if (isa == "avx512") return {avx512::prepare, avx512::project_rows};
+    if (isa == "avx2") return {avx2::prepare, avx2::project_rows};
+#endif
+    return {portable::prepare, portable::project_rows};
+}
+
+int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+struct Scratch {
+    explicit Scratch(size_t doubles)
+        : p(static_cast<double*>(::operator new(doubles * sizeof(double), std::align_val_t(64)))) {}
+    ~Scratch() { ::operator delete(p, std::align_val_t(64)); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    double* p;
+};
+
+}  // namespace
+
+int project_rows(Projection p, const std::string& isa, int threads) {
+    const Path path = choose(isa);
+    p.ld = portable::padded(p.m);
+    const size_t matrix = size_t(p.m) * p.ld, each = portable::scratch_size(p.m, p.ld) + p.ld;
+    // Groups are the same for any number of threads, and so are the results, to the last bit.
+    const int groups = (p.rows + kRowsTogether - 1) / kRowsTogether;
+    if (threads > groups) threads = groups;
+    if (p.m < 24 || threads < 1) threads = 1;  // a team of threads costs as much as ten small rows
+    const Scratch scratch(matrix + threads * each);
+    double* A = scratch.p;
+    if (!path.prepare(p, A)) {
+        for (size_t k = 0; k < size_t(p.rows) * p.m; ++k) p.out[k] = kNaN;
+        return -1;
+    }
+    int unfinished = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) reduction(+ : unfinished) if (threads > 1)
+    for (int group = 0; group < groups; ++group) {
+        const int first = group * kRowsTogether, last = first + kRowsTogether < p.rows ? first + kRowsTogether : p.rows;
+        unfinished += path.rows(p, A, first, last, A + matrix + thread_number() * each);
+    }
+    return unfinished;
+}
+
+int project_sum(Projection p, const std::string& isa, int threads) {
+    const Scratch each(size_t(p.m) * p.m);
+    double* out = p.out;
+    p.rows = p.m, p.diagonal = true, p.out = each.p;
+    const int status = project_rows(p, isa, threads);
+    for (int k = 0; k < p.m; ++k) {
+        double sum = 0;
+        for (int r = 0; r < p.m; ++r) sum += each.p[size_t(r) * p.m + k];
+        out[k] = sum;
+    }
+    return status;
+}
+
+}  // namespace movae

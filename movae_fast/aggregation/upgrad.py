@@ -1,0 +1,129 @@
+"""UPGrad and DualProj as TorchJD has them, on the fused ops: usable wherever TorchJD takes an aggregator.
+
+Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization" (https://arxiv.org/abs/2406.16232): the
+update is the weighted sum of the Jacobian's rows that conflicts with none of them. TorchJD computes the
+Gramian in the rows' dtype and solves m quadratic programs one by one on the host. Here the Gramian is float64,
+the projection runs where the rows are, and nothing is read on the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator, Weighting
+from torchjd.linalg import DualConeProjector
+
+from movae_fast import ops
+from movae_fast.ops.project_weights import Mode, check_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedProjector(DualConeProjector):
+    """The projection for TorchJD's own classes: `torchjd.aggregation.UPGrad(projector=FusedProjector())`.
+
+    norm_eps, reg_eps: as `torchjd.linalg.QuadprogProjector` has them; see `ops.project_weights`.
+    """
+
+    norm_eps: float = 1e-4
+    reg_eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_options(self.norm_eps, self.reg_eps, "dualproj")
+
+    def __call__(self, U: Tensor, G: Tensor) -> Tensor:
+        """For each vector u [m] of U [..., m]: the v >= u of least v' A v, in the dtype of G."""
+        projected, _ = ops.project_rows(U, G, norm_eps=self.norm_eps, reg_eps=self.reg_eps)
+        return projected.to(G.dtype)
+
+
+class ProjectionWeighting(Weighting):
+    """The weights of UPGrad or DualProj from a Gramian [m, m], in its dtype."""
+
+    pref_vector: Tensor | None
+
+    def __init__(self, mode: Mode, pref_vector: Tensor | None, norm_eps: float, reg_eps: float) -> None:
+        super().__init__()
+        if pref_vector is not None and pref_vector.dim() != 1:
+            raise ValueError(f"pref_vector must be [m], got {list(pref_vector.shape)}")
+        check_options(norm_eps, reg_eps, mode)
+        self.mode, self.norm_eps, self.reg_eps = mode, norm_eps, reg_eps
+        # A buffer, so that it follows the module to another device; not a part of its state.
+        self.register_buffer("pref_vector", pref_vector, persistent=False)
+
+    def options(self) -> dict[str, Any]:
+        return {"norm_eps": self.norm_eps, "reg_eps": self.reg_eps, "mode": self.mode}
+
+    @torch.no_grad()
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        weights, _ = ops.project_weights(gramian, self.pref_vector, **self.options())
+        return weights.to(gramian.dtype)
+
+
+class RowsWeighting(Weighting):
+    """The same from a Jacobian [m, P], float64, Gramian and projection in one call."""
+
+    def __init__(self, weighting: ProjectionWeighting) -> None:
+        super().__init__()
+        self.weighting = weighting
+
+    @torch.no_grad()
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        inner = self.weighting
+        if (
+            inner._forward_hooks or inner._forward_pre_hooks
+        ):  # somebody wants to see the Gramian's weighting called
+            return inner(ops.gramian(matrix))
+        weights, _, _ = ops.upgrad_weights(matrix, inner.pref_vector, **inner.options())
+        return weights
+
+
+class ProjectionAggregator(GramianWeightedAggregator):
+    """What UPGrad and DualProj have in common: the update [P] of a Jacobian [m, P]."""
+
+    gramian_weighting: ProjectionWeighting
+
+    def __init__(self, weighting: ProjectionWeighting) -> None:
+        # Past GramianWeightedAggregator's own, which computes the Gramian in the rows' dtype.
+        WeightedAggregator.__init__(self, RowsWeighting(weighting))
+        self.gramian_weighting = weighting
+
+    @staticmethod
+    def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
+        return ops.combine(matrix.detach(), weights)
+
+    @property
+    def pref_vector(self) -> Tensor | None:
+        return self.gramian_weighting.pref_vector
+
+    def __repr__(self) -> str:
+        inner = self.gramian_weighting
+        return (
+            f"{type(self).__name__}(pref_vector={inner.pref_vector!r}, norm_eps={inner.norm_eps}, "
+            f"reg_eps={inner.reg_eps})"
+        )
+
+
+class UPGrad(ProjectionAggregator):
+    """Projects each row, weighted by the preference, onto the dual cone of all rows, and adds up.
+
+    pref_vector: [m], on the rows' device; None is 1/m each. A preference of zero or less adds nothing.
+    norm_eps, reg_eps: of the regularised Gramian, relative to its trace (`ops.project_weights`); TorchJD's
+        defaults. norm_eps=0, reg_eps=1e-6 protects rows much shorter than the longest.
+
+    aggregator(jacobian [m, P]) is the update [P] in the Jacobian's dtype; NaN where the Gramian is not finite.
+    """
+
+    def __init__(
+        self, pref_vector: Tensor | None = None, norm_eps: float = 1e-4, reg_eps: float = 1e-4
+    ) -> None:
+        super().__init__(ProjectionWeighting("upgrad", pref_vector, norm_eps, reg_eps))
+
+
+class DualProj(ProjectionAggregator):
+    """Projects the rows' weighted mean onto the dual cone of all rows; parameters as `UPGrad`."""
+
+    def __init__(
+        self, pref_vector: Tensor | None = None, norm_eps: float = 1e-4, reg_eps: float = 1e-4
+    ) -> None:
+        super().__init__(ProjectionWeighting("dualproj", pref_vector, norm_eps, reg_eps))

@@ -1,0 +1,119 @@
+"""From a Jacobian's rows to UPGrad's weights in one launch: `movae::upgrad_weights`."""
+
+import torch
+from torch import Tensor
+
+import movae_fast._csrc as _csrc
+from movae_fast.ops import rows as shared
+from movae_fast.ops.project_weights import MOST_ON_CUDA, Mode, check_options, refuse
+from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view
+
+
+def upgrad_weights(
+    rows: Tensor,  # [m, P]
+    pref: Tensor | None = None,  # [m]
+    *,
+    norm_eps: float = 1e-4,
+    reg_eps: float = 1e-4,
+    mode: Mode = "upgrad",
+) -> tuple[Tensor, Tensor, Tensor]:  # [m] float64, [m, m] float64, [] int32
+    """`gramian` and `project_weights` in one: the weights, the Gramian, the status.
+
+    On CUDA the last block to finish its share of the Gramian adds the shares in order, normalises and, up to
+    m = 16, solves: one launch, and `combine` is the second. Nothing is read on the host, and both can be
+    captured in a CUDA graph. Not differentiable; vmap is refused. Arguments and errors as those of the two.
+    """
+    check_rows("upgrad_weights", rows)
+    m = rows.shape[0]
+    if m == 0:
+        raise ValueError(f"upgrad_weights: rows must be [m, P] with m >= 1, got {list(rows.shape)}")
+    if m > MOST_ON_CUDA and rows.is_cuda:
+        raise ValueError(f"upgrad_weights: m is at most {MOST_ON_CUDA} on CUDA, got rows {list(rows.shape)}")
+    check_options(norm_eps, reg_eps, mode)
+    if pref is None:
+        pref = torch.full((m,), 1 / m, dtype=torch.float64, device=rows.device)
+    elif pref.dim() != 1 or pref.shape[0] != m or pref.device != rows.device:
+        refuse(f"pref must be [m]; got {list(pref.shape)} on {pref.device}", rows)
+    return torch.ops.movae.upgrad_weights(rows, pref, norm_eps, reg_eps, mode == "upgrad")
+
+
+library.define(
+    "upgrad_weights(Tensor rows, Tensor pref, float norm_eps, float reg_eps, bool sum)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(library, "upgrad_weights", "CPU")
+def _upgrad_weights(
+    rows: Tensor, pref: Tensor, norm_eps: float, reg_eps: float, total: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    m, columns = rows.shape
+    rows, stride = row_view(rows)
+    pref = pref.double().contiguous()
+    weights, gramian = torch.empty_like(pref), torch.empty((m, m), dtype=torch.float64)
+    status = torch.empty((), dtype=torch.int32)
+    threads, address = torch.get_num_threads(), gramian.data_ptr()
+    _csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
+    _csrc.project_weights(
+        address,
+        m,
+        pref.data_ptr(),
+        1,
+        total,
+        norm_eps,
+        reg_eps,
+        weights.data_ptr(),
+        status.data_ptr(),
+        shared.isa,
+        threads,
+    )
+    return weights, gramian, status
+
+
+@torch.library.impl(library, "upgrad_weights", "CUDA")
+def _upgrad_weights_cuda(
+    rows: Tensor, pref: Tensor, norm_eps: float, reg_eps: float, total: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not hasattr(_csrc, "upgrad_weights_cuda"):  # three Triton launches would still lack the projection
+        raise RuntimeError("upgrad_weights: built without its CUDA part; set CUDA_HOME and build again")
+    m, columns = rows.shape
+    rows, stride = row_view(rows)
+    pref = pref.double().contiguous()
+    weights = torch.empty_like(pref)
+    gramian = torch.empty((m, m), dtype=torch.float64, device=rows.device)
+    status = torch.empty((), dtype=torch.int32, device=rows.device)
+    with torch.cuda.device(rows.device):
+        scratch = torch.empty(_csrc.upgrad_scratch_cuda(m), dtype=torch.float64, device=rows.device)
+        _csrc.upgrad_weights_cuda(
+            rows.data_ptr(),
+            DTYPES[rows.dtype],
+            m,
+            columns,
+            stride,
+            pref.data_ptr(),
+            total,
+            norm_eps,
+            reg_eps,
+            weights.data_ptr(),
+            gramian.data_ptr(),
+            status.data_ptr(),
+            scratch.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return weights, gramian, status
+
+
+@torch.library.register_fake("movae::upgrad_weights")
+def _upgrad_weights_fake(
+    rows: Tensor, pref: Tensor, norm_eps: float, reg_eps: float, total: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = rows.shape[0]
+    double = torch.float64
+    return (
+        rows.new_empty(m, dtype=double),
+        rows.new_empty((m, m), dtype=double),
+        rows.new_empty((), dtype=torch.int32),
+    )
+
+
+refuse_vmap("upgrad_weights", "call it once a Jacobian")
