@@ -208,7 +208,18 @@ def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
     assert checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["step"] == 3
 
 
-def test_nothing_in_the_loop_reads_the_device(train, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--agg sum",
+        "--agg upgrad",
+        "--agg dualproj --jacobian all --accumulate 2",
+        "--agg upgrad --gramian_every 2",
+        "--agg upgrad --gramian_batch 0.5 --precision bf16",
+        "--agg upgrad --arch vq_vae --num_residual_layers 1 --embedding_dim 4 --num_embeddings 8",
+    ],
+)
+def test_nothing_in_the_loop_reads_the_device(train, monkeypatch, flags):
     """Between log lines no tensor is read on the host: .item(), float() or .cpu() would wait for a GPU."""
     reads = []
     step = {"inside": False}
@@ -240,7 +251,8 @@ def test_nothing_in_the_loop_reads_the_device(train, monkeypatch):
 
     monkeypatch.setattr(GradientStep, "__call__", call)
     monkeypatch.setattr(loop, "log_due", log_due)
-    train("--agg jd_sum", "--optimizer sgd", "--max_grad_norm 1")
+    given = ("--latent_dim null",) if "vq_vae" in flags else ()
+    train(flags, *given, "--optimizer sgd", "--max_grad_norm 1", "--log_every 3")
     assert reads == []
 
 

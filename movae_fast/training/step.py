@@ -271,7 +271,7 @@ class GradientStep:
     def gramian(self) -> Tensor:  # [m, m] float64
         """Gramian of all ranks' rows, each rank contributing its stretch of them."""
         with record_function("gramian"):
-            gramian = self.world.sum_(ops.gramian(self.world.shard(self.rows).contiguous()))
+            gramian = self.world.sum_(ops.gramian(self.world.shard(self.rows)))
             gramian = self.precision.unscaled(gramian)
             if len(self.reached) == self.m:
                 return gramian
@@ -289,8 +289,8 @@ class GradientStep:
                 weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
             with record_function("combine"):
                 used = weights if every else weights[self.reached_index]
-                shard = self.world.shard(self.rows).contiguous()
-                self.world.shard(self.flat.shared_grad).copy_(ops.combine(shard, used.to(shard.dtype)))
+                shard, mine = self.world.shard(self.rows), self.world.shard(self.flat.shared_grad)
+                ops.combine(shard, used, out=mine)
                 self.world.gather_(self.flat.shared_grad)
             self.weights.copy_(weights)
             return weights, *cosines_with_update(gramian, weights, self.rows, None)
