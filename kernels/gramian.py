@@ -44,9 +44,12 @@ def _gramian_kernel(
     if PRODUCT:
         total = tl.zeros([M, M], tl.float64)
         for start in range(first, P, step):
-            column = start + tl.arange(0, B)
-            x = _load(rows_ptr, stride, i[:, None], column[None, :], m, P)
-            total = tl.dot(x, tl.trans(x), total, out_dtype=tl.float64)
+            # One column's outer product at a time: tl.dot does not lower in float64 for rows of bfloat16,
+            # nor for anything on Blackwell. The 16 columns of a step share the cache lines of their rows.
+            for column in range(start, start + B):
+                left = _load(rows_ptr, stride, i[:, None], column, m, P)
+                right = _load(rows_ptr, stride, i[None, :], column, m, P)
+                total += left * right
     else:
         lanes = tl.zeros([M, M, B], tl.float64)
         for start in range(first, P, step):
@@ -71,8 +74,8 @@ def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, B: tl.constexpr):
 
 
 def tile(m: int) -> dict[str, int | bool]:
-    """Up to 8 rows, all products of a stretch of columns in registers; above, matrix products of 16
-    columns."""
+    """Up to 8 rows, all products of a stretch of columns in registers; above, 16 columns at a
+    time."""
     M = triton.next_power_of_2(m)
     if M <= 8:
         return {"PRODUCT": False, "M": M, "B": {1: 1024, 2: 512, 4: 256, 8: 64}[M]}

@@ -309,12 +309,14 @@ def candidates(D: int, exact: bool, capability: int, wide: bool = False) -> list
     """Tiles worth timing, likeliest first; all compile without spills (tests/test_kernels_aot.py).
 
     Up to D = 128 a program holds its vectors for the whole search; above it reads them again with every tile
-    of codes, and addresses of both operands compete for registers. The same from D = 65 on where operands are
-    `wide`, loaded as float64 or multiplied as TF32.
+    of codes, and addresses of both operands compete for registers. So it does from D = 33 on where operands
+    are `wide`, loaded as float64 or multiplied as TF32.
     """
-    held = 64 if exact and wide else 128
+    held = 32 if exact and wide else 128
     depth = max(16, triton.next_power_of_2(D)) if held >= D else 32
-    if held < D or (exact and wide):
+    if exact and wide:
+        tiles = [(64, 64, 2, 8, 2)]
+    elif held < D:
         tiles = [(64, 64, 2, 8, 3)] if exact else [(64, 64, 1, 8, 3)]
     elif not exact:
         tiles = [(128, 64, 1, 8, 3), (64, 64, 1, 8, 3)]

@@ -42,7 +42,7 @@ def test_interpreted(file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["nearest_code.py", "tc_terms.py"])
+@pytest.mark.parametrize("file", FILES)
 def test_interpreted_at_more_shapes(file: str) -> None:
     run(file, "slow", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 

@@ -7,7 +7,10 @@ from movae_fast import reference
 from movae_fast.kernels import combine as combine_kernel
 from movae_fast.kernels import gramian as gramian_kernel
 
-SHAPES = [(1, 1), (2, 1000), (3, 257), (4, 5000), (8, 100), (9, 77), (20, 300), (64, 33)]
+SHAPES = [
+    *[(1, 1), (2, 1000), (3, 257), (8, 100), (9, 77)],
+    *(pytest.param(m, P, marks=pytest.mark.slow) for m, P in [(4, 5000), (20, 300), (64, 33)]),
+]
 
 
 @pytest.mark.parametrize(("m", "P"), SHAPES)
