@@ -2,6 +2,9 @@
 #include "bindings.h"
 #include "gramian.h"
 #include "project_weights.h"
+#ifdef MOVAE_WITH_CUDA
+#include "upgrad.h"
+#endif
 
 namespace py = pybind11;
 using namespace movae;
@@ -52,4 +55,27 @@ void bind_project_weights(py::module_& m) {
     m.def("project_weights", &run_project,
           "Address of the Gramian [m, m] float64, m; address of u [rows, m], rows; or, with `sum`, of the preference [m]; "
           "norm_eps, reg_eps; addresses of the result and of the int32 status; isa, threads.");
+#ifdef MOVAE_WITH_CUDA
+    m.def("project_scratch_cuda", &project_scratch, "Doubles of scratch for m, rows.");
+    m.def(
+        "project_weights_cuda",
+        [](std::uintptr_t gramian, int m, std::uintptr_t u, int rows, bool sum, double norm_eps, double reg_eps,
+           std::uintptr_t out, std::uintptr_t status, std::uintptr_t scratch, std::uintptr_t stream) {
+            project_weights_cuda(pointer<const double>(gramian), m, pointer<const double>(u), rows, sum, norm_eps, reg_eps,
+                                 pointer<double>(out), pointer<int32_t>(status), pointer<double>(scratch),
+                                 pointer<void>(stream));
+        },
+        "As project_weights, with device addresses, scratch and a stream.");
+    m.def("upgrad_scratch_cuda", &upgrad_scratch, "Doubles of scratch for m.");
+    m.def(
+        "upgrad_weights_cuda",
+        [](std::uintptr_t rows, int dtype, int m, int64_t columns, int64_t stride, std::uintptr_t pref, bool sum,
+           double norm_eps, double reg_eps, std::uintptr_t weights, std::uintptr_t gramian, std::uintptr_t status,
+           std::uintptr_t scratch, std::uintptr_t stream) {
+            upgrad_weights_cuda(pointer<const void>(rows), dtype, m, columns, stride, pointer<const double>(pref), sum,
+                                norm_eps, reg_eps, pointer<double>(weights), pointer<double>(gramian),
+                                pointer<int32_t>(status), pointer<double>(scratch), pointer<void>(stream));
+        },
+        "Device addresses of rows [m, P], of the preference [m] and of the results, scratch and a stream.");
+#endif
 }
