@@ -237,7 +237,7 @@ __device__ __forceinline__ void share_of(const Jacobian& J, int m, double* part,
 }
 
 template <int kClass>
-__global__ void __launch_bounds__(kThreads) upgrad_kernel(Jacobian J, double* parts, double* gramian, Task task, int* counter) {
+__global__ void __launch_bounds__(kThreads, 1) upgrad_kernel(Jacobian J, double* parts, double* gramian, Task task, int* counter) {
     extern __shared__ double shared[];
     const int m = task.m, entries = m * m;
     double* part = parts + static_cast<long>(blockIdx.x) * entries;

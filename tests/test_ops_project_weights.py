@@ -123,7 +123,7 @@ def test_unregularised_singular_gramians():
 
 def test_every_cpu_path_and_number_of_threads_agree(monkeypatch):
     rng = np.random.default_rng(5)
-    G = torch.tensor(gramian(rng, "gaussian", 40))
+    G = torch.tensor(gramian(rng, "gaussian", 80))
     answers = []
     for isa in ISAS:
         monkeypatch.setattr(shared, "isa", isa)
