@@ -2,6 +2,9 @@
 #include "bindings.h"
 #include "gramian.h"
 #include "project_weights.h"
+
+#include <vector>
+
 #ifdef MOVAE_WITH_CUDA
 #include "upgrad.h"
 #endif
@@ -35,7 +38,9 @@ void run_combine(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int
 void run_project(std::uintptr_t gramian, int m, std::uintptr_t u, int rows, bool sum, double norm_eps, double reg_eps,
                  std::uintptr_t out, std::uintptr_t status, const std::string& isa, int threads) {
     py::gil_scoped_release unlocked;
-    Projection p{pointer<const double>(gramian), m,   norm_eps, reg_eps, pointer<const double>(u), rows, false,
+    std::vector<double> mean;
+    if (u == 0) mean.assign(m, 1.0 / m);
+    Projection p{pointer<const double>(gramian), m,   norm_eps, reg_eps, u ? pointer<const double>(u) : mean.data(), rows, false,
                  pointer<double>(out)};
     *pointer<int32_t>(status) = sum ? project_sum(p, isa, threads) : project_rows(p, isa, threads);
 }
@@ -53,7 +58,7 @@ void bind_combine(py::module_& m) {
 
 void bind_project_weights(py::module_& m) {
     m.def("project_weights", &run_project,
-          "Address of the Gramian [m, m] float64, m; address of u [rows, m], rows; or, with `sum`, of the preference [m]; "
+          "Address of the Gramian [m, m] float64, m; address of u [rows, m], rows; or, with `sum`, of the preference [m]; 0 is 1/m each; "
           "norm_eps, reg_eps; addresses of the result and of the int32 status; isa, threads.");
 #ifdef MOVAE_WITH_CUDA
     m.def("project_scratch_cuda", &project_scratch, "Doubles of scratch for m, rows.");

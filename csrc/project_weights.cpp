@@ -16,7 +16,7 @@
 namespace movae {
 namespace {
 
-constexpr int kRowsTogether = 16;  // rows that start on each other's support
+constexpr int kRowsTogether = 64;  // rows that start on each other's support
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // GCC 12's own header passes a deliberately undefined register to the unmasked forms.

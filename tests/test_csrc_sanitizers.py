@@ -28,7 +28,8 @@ def test_descent_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path
     if compiler is None:
         pytest.skip("no C++ compiler")
     driver = tmp_path / "driver"
-    options = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    options = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined"]
+    options.append("-fno-sanitize-recover=all")
     subprocess.run([compiler, *options, *map(str, DESCENT), "-o", str(driver)], check=True)
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     run = subprocess.run([str(driver)], capture_output=True, text=True, env=env, check=False)

@@ -237,8 +237,8 @@ def test_opcheck():
     J = torch.randn(3, 8)
     for G in (J @ J.T, (J @ J.T).double()):
         for total in (True, False):
-            pref = torch.rand(3, dtype=torch.float64)
-            torch.library.opcheck(torch.ops.movae.project_weights, (G, pref, 1e-4, 1e-4, total))
+            for pref in (torch.rand(3, dtype=torch.float64), None):
+                torch.library.opcheck(torch.ops.movae.project_weights, (G, pref, 1e-4, 1e-4, total))
     torch.library.opcheck(torch.ops.movae.upgrad_weights, (J, torch.rand(3), 0.0, 1e-6, True))
 
 
