@@ -3,6 +3,12 @@
 #include "gramian.h"
 #include "project_weights.h"
 
+#include <vector>
+
+#ifdef MOVAE_WITH_CUDA
+#include "upgrad.h"
+#endif
+
 namespace py = pybind11;
 using namespace movae;
 
@@ -32,7 +38,9 @@ void run_combine(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int
 void run_project(std::uintptr_t gramian, int m, std::uintptr_t u, int rows, bool sum, double norm_eps, double reg_eps,
                  std::uintptr_t out, std::uintptr_t status, const std::string& isa, int threads) {
     py::gil_scoped_release unlocked;
-    Projection p{pointer<const double>(gramian), m,   norm_eps, reg_eps, pointer<const double>(u), rows, false,
+    std::vector<double> mean;
+    if (u == 0) mean.assign(m, 1.0 / m);
+    Projection p{pointer<const double>(gramian), m,   norm_eps, reg_eps, u ? pointer<const double>(u) : mean.data(), rows, false,
                  pointer<double>(out)};
     *pointer<int32_t>(status) = sum ? project_sum(p, isa, threads) : project_rows(p, isa, threads);
 }
@@ -50,6 +58,29 @@ void bind_combine(py::module_& m) {
 
 void bind_project_weights(py::module_& m) {
     m.def("project_weights", &run_project,
-          "Address of the Gramian [m, m] float64, m; address of u [rows, m], rows; or, with `sum`, of the preference [m]; "
+          "Address of the Gramian [m, m] float64, m; address of u [rows, m], rows; or, with `sum`, of the preference [m]; 0 is 1/m each; "
           "norm_eps, reg_eps; addresses of the result and of the int32 status; isa, threads.");
+#ifdef MOVAE_WITH_CUDA
+    m.def("project_scratch_cuda", &project_scratch, "Doubles of scratch for m, rows.");
+    m.def(
+        "project_weights_cuda",
+        [](std::uintptr_t gramian, int m, std::uintptr_t u, int rows, bool sum, double norm_eps, double reg_eps,
+           std::uintptr_t out, std::uintptr_t status, std::uintptr_t scratch, std::uintptr_t stream) {
+            project_weights_cuda(pointer<const double>(gramian), m, pointer<const double>(u), rows, sum, norm_eps, reg_eps,
+                                 pointer<double>(out), pointer<int32_t>(status), pointer<double>(scratch),
+                                 pointer<void>(stream));
+        },
+        "As project_weights, with device addresses, scratch and a stream.");
+    m.def("upgrad_scratch_cuda", &upgrad_scratch, "Doubles of scratch for m.");
+    m.def(
+        "upgrad_weights_cuda",
+        [](std::uintptr_t rows, int dtype, int m, int64_t columns, int64_t stride, std::uintptr_t pref, bool sum,
+           double norm_eps, double reg_eps, std::uintptr_t weights, std::uintptr_t gramian, std::uintptr_t status,
+           std::uintptr_t scratch, std::uintptr_t stream) {
+            upgrad_weights_cuda(pointer<const void>(rows), dtype, m, columns, stride, pointer<const double>(pref), sum,
+                                norm_eps, reg_eps, pointer<double>(weights), pointer<double>(gramian),
+                                pointer<int32_t>(status), pointer<double>(scratch), pointer<void>(stream));
+        },
+        "Device addresses of rows [m, P], of the preference [m] and of the results, scratch and a stream.");
+#endif
 }

@@ -327,6 +327,7 @@ struct Problem {
         team.sync();
         spread(g);
         for (int i = team.rank(); i < ld; i += team.size()) y[i] += h[i];
+        team.sync();
         const double change = largest(g), most = largest(v);
         return change / most;
     }

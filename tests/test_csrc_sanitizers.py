@@ -13,6 +13,30 @@ SOURCES = [
 ]
 
 
+DESCENT = [
+    *sorted(path for path in (ROOT / "csrc").glob("nearest_code_*.cpp")),
+    ROOT / "csrc/gramian.cpp",
+    ROOT / "csrc/project_weights.cpp",
+    ROOT / "tests/csrc/descent_driver.cpp",
+]
+
+
+@pytest.mark.slow
+def test_descent_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    """The Gramian, the projection and the weighted sum on every path of this CPU, in exact buffers."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    driver = tmp_path / "driver"
+    options = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined"]
+    options.append("-fno-sanitize-recover=all")
+    subprocess.run([compiler, *options, *map(str, DESCENT), "-o", str(driver)], check=True)
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    run = subprocess.run([str(driver)], capture_output=True, text=True, env=env, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "\n0 failures" in run.stdout
+
+
 @pytest.mark.slow
 def test_search_and_quantize_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """Every path of this CPU, and AMX's with its instructions written out, on odd shapes in exact buffers."""

@@ -123,7 +123,7 @@ def test_unregularised_singular_gramians():
 
 def test_every_cpu_path_and_number_of_threads_agree(monkeypatch):
     rng = np.random.default_rng(5)
-    G = torch.tensor(gramian(rng, "gaussian", 40))
+    G = torch.tensor(gramian(rng, "gaussian", 80))
     answers = []
     for isa in ISAS:
         monkeypatch.setattr(shared, "isa", isa)
@@ -237,8 +237,8 @@ def test_opcheck():
     J = torch.randn(3, 8)
     for G in (J @ J.T, (J @ J.T).double()):
         for total in (True, False):
-            pref = torch.rand(3, dtype=torch.float64)
-            torch.library.opcheck(torch.ops.movae.project_weights, (G, pref, 1e-4, 1e-4, total))
+            for pref in (torch.rand(3, dtype=torch.float64), None):
+                torch.library.opcheck(torch.ops.movae.project_weights, (G, pref, 1e-4, 1e-4, total))
     torch.library.opcheck(torch.ops.movae.upgrad_weights, (J, torch.rand(3), 0.0, 1e-6, True))
 
 

@@ -49,9 +49,7 @@ def project_weights(
     """
     m = _check(gramian)
     check_options(norm_eps, reg_eps, mode)
-    if pref is None:
-        pref = torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
-    elif pref.dim() != 1 or pref.shape[0] != m or pref.device != gramian.device:
+    if pref is not None and (pref.dim() != 1 or pref.shape[0] != m or pref.device != gramian.device):
         refuse(f"pref must be [m]; got {list(pref.shape)} on {pref.device}", gramian)
     return torch.ops.movae.project_weights(gramian, pref, norm_eps, reg_eps, mode == "upgrad")
 
@@ -98,22 +96,24 @@ def refuse(problem: str, operand: Tensor) -> NoReturn:
 
 
 library.define(
-    "project_weights(Tensor gramian, Tensor u, float norm_eps, float reg_eps, bool sum) -> (Tensor, Tensor)"
+    "project_weights(Tensor gramian, Tensor? u, float norm_eps, float reg_eps, bool sum) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.impl(library, "project_weights", "CPU")
 def _project_weights(
-    gramian: Tensor, u: Tensor, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor]:
-    gramian, u = gramian.double().contiguous(), u.double().contiguous()
-    out, status = torch.empty_like(u), torch.empty((), dtype=torch.int32)
     m = gramian.shape[0]
+    gramian = gramian.double().contiguous()
+    u = None if u is None else u.double().contiguous()
+    out = torch.empty(m, dtype=torch.float64) if u is None else torch.empty_like(u)
+    status = torch.empty((), dtype=torch.int32)
     _csrc.project_weights(
         gramian.data_ptr(),
         m,
-        u.data_ptr(),
-        u.numel() // m,
+        0 if u is None else u.data_ptr(),  # the mean: to make it would cost as much as a small projection
+        out.numel() // m,
         total,
         norm_eps,
         reg_eps,
@@ -127,11 +127,13 @@ def _project_weights(
 
 @torch.library.impl(library, "project_weights", "CUDA")
 def _project_weights_cuda(
-    gramian: Tensor, u: Tensor, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor]:
+    m = gramian.shape[0]
+    if u is None:
+        u = torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
     gramian, u = gramian.double().contiguous(), u.double().contiguous()
     out, status = torch.empty_like(u), torch.empty((), dtype=torch.int32, device=u.device)
-    m = gramian.shape[0]
     if not hasattr(_csrc, "project_weights_cuda"):
         raise RuntimeError("project_weights: built without its CUDA part; set CUDA_HOME and build again")
     scratch = torch.empty(_csrc.project_scratch_cuda(m, u.numel() // m), dtype=torch.float64, device=u.device)
@@ -154,9 +156,10 @@ def _project_weights_cuda(
 
 @torch.library.register_fake("movae::project_weights")
 def _project_weights_fake(
-    gramian: Tensor, u: Tensor, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape, dtype=torch.float64), u.new_empty((), dtype=torch.int32)
+    shape = gramian.shape[:1] if u is None else u.shape
+    return gramian.new_empty(shape, dtype=torch.float64), gramian.new_empty((), dtype=torch.int32)
 
 
 refuse_vmap("project_weights", "project_rows takes many vectors of one Gramian")

@@ -30,34 +30,32 @@ def upgrad_weights(
     if m > MOST_ON_CUDA and rows.is_cuda:
         raise ValueError(f"upgrad_weights: m is at most {MOST_ON_CUDA} on CUDA, got rows {list(rows.shape)}")
     check_options(norm_eps, reg_eps, mode)
-    if pref is None:
-        pref = torch.full((m,), 1 / m, dtype=torch.float64, device=rows.device)
-    elif pref.dim() != 1 or pref.shape[0] != m or pref.device != rows.device:
+    if pref is not None and (pref.dim() != 1 or pref.shape[0] != m or pref.device != rows.device):
         refuse(f"pref must be [m]; got {list(pref.shape)} on {pref.device}", rows)
     return torch.ops.movae.upgrad_weights(rows, pref, norm_eps, reg_eps, mode == "upgrad")
 
 
 library.define(
-    "upgrad_weights(Tensor rows, Tensor pref, float norm_eps, float reg_eps, bool sum)"
+    "upgrad_weights(Tensor rows, Tensor? pref, float norm_eps, float reg_eps, bool sum)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(library, "upgrad_weights", "CPU")
 def _upgrad_weights(
-    rows: Tensor, pref: Tensor, norm_eps: float, reg_eps: float, total: bool
+    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, columns = rows.shape
     rows, stride = row_view(rows)
-    pref = pref.double().contiguous()
-    weights, gramian = torch.empty_like(pref), torch.empty((m, m), dtype=torch.float64)
+    pref = None if pref is None else pref.double().contiguous()
+    weights, gramian = torch.empty(m, dtype=torch.float64), torch.empty((m, m), dtype=torch.float64)
     status = torch.empty((), dtype=torch.int32)
     threads, address = torch.get_num_threads(), gramian.data_ptr()
     _csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
     _csrc.project_weights(
         address,
         m,
-        pref.data_ptr(),
+        0 if pref is None else pref.data_ptr(),
         1,
         total,
         norm_eps,
@@ -72,12 +70,14 @@ def _upgrad_weights(
 
 @torch.library.impl(library, "upgrad_weights", "CUDA")
 def _upgrad_weights_cuda(
-    rows: Tensor, pref: Tensor, norm_eps: float, reg_eps: float, total: bool
+    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not hasattr(_csrc, "upgrad_weights_cuda"):  # three Triton launches would still lack the projection
         raise RuntimeError("upgrad_weights: built without its CUDA part; set CUDA_HOME and build again")
     m, columns = rows.shape
     rows, stride = row_view(rows)
+    if pref is None:
+        pref = torch.full((m,), 1 / m, dtype=torch.float64, device=rows.device)
     pref = pref.double().contiguous()
     weights = torch.empty_like(pref)
     gramian = torch.empty((m, m), dtype=torch.float64, device=rows.device)
@@ -105,7 +105,7 @@ def _upgrad_weights_cuda(
 
 @torch.library.register_fake("movae::upgrad_weights")
 def _upgrad_weights_fake(
-    rows: Tensor, pref: Tensor, norm_eps: float, reg_eps: float, total: bool
+    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = rows.shape[0]
     double = torch.float64

@@ -1,0 +1,123 @@
+// Runs the Gramian, the projection and the weighted sum over odd shapes, dtypes and paths, in buffers of exactly the size
+// they need, and checks the answers. Meant for the sanitizers.
+#include "../../csrc/gramian.h"
+#include "../../csrc/project_weights.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+using namespace movae;
+
+namespace {
+
+int failures = 0;
+std::mt19937 generator(0);
+
+void expect(bool ok, const char* what, int64_t m, int64_t columns, const std::string& isa) {
+    if (ok) return;
+    ++failures;
+    std::printf("%s: m=%d columns=%d isa=%s\n", what, int(m), int(columns), isa.c_str());
+}
+
+// Small integers: exact in every dtype, and so are their products' sums.
+void rows_of(int64_t m, int64_t columns, Dtype dtype, const std::string& isa) {
+    const int64_t n = m * columns, size = item_size(dtype);
+    std::unique_ptr<unsigned char[]> bytes(new unsigned char[n * size]), out(new unsigned char[columns * size]);
+    std::vector<double> values(n), weights(m);
+    for (int64_t k = 0; k < n; ++k) {
+        values[k] = int(generator() % 5) - 2;
+        const float single = float(values[k]);
+        const uint16_t bfloat = to_bfloat16(single), half = to_half(single);
+        std::memcpy(bytes.get() + k * size,
+                    dtype == Dtype::kFloat64   ? static_cast<const void*>(&values[k])
+                    : dtype == Dtype::kFloat32 ? static_cast<const void*>(&single)
+                    : dtype == Dtype::kFloat16 ? static_cast<const void*>(&half)
+                                               : static_cast<const void*>(&bfloat),
+                    size);
+    }
+    for (double& w : weights) w = int(generator() % 3) - 1;
+    const Rows rows = {bytes.get(), dtype, m, columns, columns};
+    std::unique_ptr<double[]> G(new double[m * m]);
+    for (int threads : {1, 2}) {
+        gramian(rows, G.get(), isa, threads);
+        bool exact = true;
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t j = 0; j < m; ++j) {
+                double sum = 0;
+                for (int64_t k = 0; k < columns; ++k) sum += values[i * columns + k] * values[j * columns + k];
+                exact = exact && G[i * m + j] == sum;
+            }
+        expect(exact, "gramian", m, columns, isa);
+        combine(rows, weights.data(), out.get(), isa, threads);
+        exact = true;
+        for (int64_t k = 0; k < columns; ++k) {
+            double sum = 0;
+            for (int64_t i = 0; i < m; ++i) sum += weights[i] * values[i * columns + k];
+            unsigned char wanted[8];
+            const float single = float(sum);
+            const uint16_t bfloat = to_bfloat16(single), half = to_half(single);
+            std::memcpy(wanted, dtype == Dtype::kFloat64   ? static_cast<const void*>(&sum)
+                                : dtype == Dtype::kFloat32 ? static_cast<const void*>(&single)
+                                : dtype == Dtype::kFloat16 ? static_cast<const void*>(&half)
+                                                           : static_cast<const void*>(&bfloat), size);
+            // A negative zero is a zero.
+            exact = exact && (sum == 0 || std::memcmp(wanted, out.get() + k * size, size) == 0);
+        }
+        expect(exact, "combine", m, columns, isa);
+    }
+}
+
+void projection_of(int m, int rank, const std::string& isa) {
+    std::normal_distribution<double> normal;
+    std::vector<double> J(m * rank);
+    std::unique_ptr<double[]> G(new double[m * m]), u(new double[3 * m]), v(new double[3 * m]), w(new double[m]);
+    for (double& x : J) x = normal(generator);
+    for (int i = 0; i < m; ++i)
+        for (int j = 0; j < m; ++j) {
+            G[i * m + j] = 0;
+            for (int k = 0; k < rank; ++k) G[i * m + j] += J[i * rank + k] * J[j * rank + k];
+        }
+    for (int k = 0; k < 3 * m; ++k) u[k] = normal(generator);
+    double trace = 0;
+    for (int i = 0; i < m; ++i) trace += G[i * m + i];
+    for (int threads : {1, 2}) {
+        int status = project_rows({G.get(), m, 0, 1e-6, u.get(), 3, false, v.get()}, isa, threads);
+        for (int r = 0; r < 3; ++r)
+            for (int i = 0; i < m; ++i) {
+                double y = 1e-6 * v[r * m + i];
+                for (int j = 0; j < m; ++j) y += G[i * m + j] / trace * v[r * m + j];
+                const double residual = std::fmin(v[r * m + i] - u[r * m + i], y);
+                if (!(std::fabs(residual) < 1e-9)) status = 99;
+            }
+        expect(status == 0, "project_rows", m, rank, isa);
+        status = project_sum({G.get(), m, 0, 1e-6, u.get(), 1, true, w.get()}, isa, threads);
+        for (int k = 0; k < m; ++k)
+            if (!std::isfinite(w[k])) status = 99;
+        expect(status == 0, "project_sum", m, rank, isa);
+        G[m * m - 1] = NAN;
+        expect(project_sum({G.get(), m, 0, 1e-6, u.get(), 1, true, w.get()}, isa, threads) == -1, "NaN", m, rank, isa);
+        G[m * m - 1] = 0;
+        for (int k = 0; k < rank; ++k) G[m * m - 1] += J[(m - 1) * rank + k] * J[(m - 1) * rank + k];
+    }
+}
+
+}  // namespace
+
+int main() {
+    for (const std::string& isa : available_isas()) {
+        if (isa != "avx512" && isa != "avx2" && isa != "portable") continue;
+        std::printf("%s\n", isa.c_str());
+        for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBfloat16, Dtype::kFloat16})
+            for (int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 17})
+                for (int64_t columns : {0, 1, 7, 64, 65, 1031, 40000})
+                    if (m * columns < 200000) rows_of(m, columns, dtype, isa);
+        for (int m : {1, 2, 3, 5, 8, 9, 31, 64, 70})
+            for (int rank : {1, (m + 1) / 2, 2 * m}) projection_of(m, rank, isa);
+    }
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}

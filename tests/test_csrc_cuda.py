@@ -1,0 +1,31 @@
+"""The CUDA sources compile for Ampere, Hopper and Blackwell without a GPU and without spilling registers."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = 48 * 1024  # what a block gets without asking; up to 16 rows ask for less
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_no_spills(capability: int, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    architecture = f"-gencode=arch=compute_{capability},code=sm_{capability}"
+    options = ["-O3", "-std=c++17", "--fmad=true", "-Xptxas", "-v", "-c"]
+    command = [nvcc, *options, architecture, str(ROOT / "csrc/upgrad.cu"), "-o", str(tmp_path / "upgrad.o")]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr[-3000:]
+    kernels = re.findall(r"Compiling entry function '(\w+)'", said.stderr)
+    assert sum("upgrad_kernel" in name for name in kernels) == 3
+    assert sum("project_kernel" in name for name in kernels) == 1
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill", said.stderr)]
+    assert len(spills) >= 2 * len(kernels)
+    assert not any(spills), said.stderr
+    assert all(int(used) < SHARED for used in re.findall(r"(\d+) bytes smem", said.stderr))
