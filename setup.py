@@ -67,8 +67,14 @@ class Build(build_ext):
             print(" ".join(command), file=sys.stderr)
             subprocess.run(command, check=True)
             ext.extra_objects.append(str(target))
-        toolkit = Path(os.path.realpath(nvcc)).parent.parent
-        ext.library_dirs += [str(toolkit / "lib64"), str(toolkit / "targets" / "x86_64-linux" / "lib")]
+        # nvcc may be a script that calls another: it says itself where its toolkit is.
+        said = subprocess.run(
+            [nvcc, "--dryrun", sources[0]], capture_output=True, text=True, check=False
+        ).stderr
+        top = [line.split("TOP=")[1].strip() for line in said.splitlines() if "TOP=" in line]
+        toolkit = Path(top[0]) if top else Path(os.path.realpath(nvcc)).parent.parent
+        folders = [toolkit / "lib64", toolkit / "lib", toolkit / "targets" / "x86_64-linux" / "lib"]
+        ext.library_dirs += [str(folder) for folder in folders if folder.is_dir()]
         # The static runtime shares the primary context with torch's, and needs no libcudart at run time.
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         ext.define_macros.append(("MOVAE_WITH_CUDA", "1"))

@@ -10,6 +10,9 @@ import movae_fast._csrc as _csrc
 from movae_fast.ops import rows as shared
 from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view, triton_kernels
 
+# Bytes of a result that the allocator takes from the system each time rather than from what it has.
+LARGE = 8 << 20
+
 
 def combine(
     rows: Tensor,  # [m, P]
@@ -67,6 +70,8 @@ library.define("combine_backward(Tensor grad, Tensor rows, Tensor weights) -> (T
 @torch.library.impl(library, "combine_cpu", "CPU")
 def _combine_cpu(rows: Tensor, weights: Tensor) -> Tensor:
     out = torch.empty(rows.shape[1], dtype=rows.dtype)
+    if out.nbytes >= LARGE:
+        _csrc.prefer_huge_pages(out.data_ptr(), out.nbytes)
     _combine_out(rows, weights, out)
     return out
 
