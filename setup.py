@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 CSRC = Path("csrc")
@@ -50,6 +50,7 @@ class Build(build_ext):
             target = build / (Path(source).stem + ".cu.o")
             command = [
                 nvcc,
+                "--threads=0",  # the architectures side by side
                 "-O3",
                 "-std=c++17",
                 "-lineinfo",
@@ -80,6 +81,7 @@ class Build(build_ext):
         ext.define_macros.append(("MOVAE_WITH_CUDA", "1"))
 
 
+ParallelCompile("MOVAE_BUILD_JOBS").install()  # as many source files at once as there are cores
 setup(
     ext_modules=[
         Pybind11Extension(
