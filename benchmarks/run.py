@@ -66,6 +66,8 @@ def table(result: dict[str, Any]) -> str:
     for group in dict.fromkeys(row["group"] for row in result["rows"]):
         members = [row for row in result["rows"] if row["group"] == group]
         extra = [k for k in dict.fromkeys(k for row in members for k in row) if k not in FIXED]
+        compared = [k for k in extra if any(isinstance(row.get(k), dict) for row in members)]
+        extra = [k for k in extra if k not in compared]
         head = ["name", "p20 ms", "p50 ms", "p80 ms", *extra]
         stamp = f"{members[0]['date']}, commit {members[0]['commit'][:10]}"
         lines += ["", f"## {group}", "", stamp, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -73,7 +75,23 @@ def table(result: dict[str, Any]) -> str:
             times = [f"{row[k]:.4g}" for k in ("p20_ms", "p50_ms", "p80_ms")]
             values = [_show(row.get(k)) for k in extra]
             lines.append(f"| {' | '.join([row['name'], *times, *values])} |")
+        for row in members:
+            lines += comparison({k: row[k] for k in compared if row.get(k)})
     return "\n".join(lines) + "\n"
+
+
+def comparison(columns: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of peers that were interleaved in one test: one line a peer, one column a figure."""
+    flat: dict[str, dict[str, Any]] = {}
+    for column, values in columns.items():
+        for peer, value in values.items():
+            cells = value if isinstance(value, dict) else {column: value}
+            flat.setdefault(peer, {}).update(cells)
+    if not flat:
+        return []
+    head = list(dict.fromkeys(k for cells in flat.values() for k in cells))
+    lines = ["", f"| interleaved | {' | '.join(head)} |", f"|{'---|' * (len(head) + 1)}"]
+    return lines + [f"| {peer} | {' | '.join(_show(c.get(k)) for k in head)} |" for peer, c in flat.items()]
 
 
 # Columns that every table has, or that are the same all over it.

@@ -39,6 +39,12 @@ def results() -> dict[str, Any]:
         terms = ops.tc_terms(*leaves, 100, estimator)
         grads = torch.autograd.grad(sum(t.sum() for t in terms), leaves)
         found[f"tc_terms {estimator}"] = [*(t.detach() for t in terms), *grads]
+    rows = torch.randn(5, 40, generator=generator)
+    rows[1] = -rows[0] + 0.1 * rows[1]
+    found["gramian"], found["combine"] = ops.gramian(rows), ops.combine(rows, torch.arange(5.0))
+    for mode in ("upgrad", "dualproj"):
+        found[f"project_weights {mode}"] = ops.project_weights(found["gramian"], mode=mode)
+    found["upgrad_weights"] = ops.upgrad_weights(rows)
     found["doctor"] = doctor.op_paths()
     return found
 
@@ -64,21 +70,24 @@ def test_the_ops_fall_back_to_plain_torch_and_say_so_once(tmp_path: Path) -> Non
     assert found.pop("status") == 1
     paths = found.pop("doctor")
     assert set(paths) == set(ops.__all__)
-    for op in ("nearest_code", "quantize", "code_error", "tc_terms"):
+    for op in ops.__all__:
         assert "cpu plain torch, because the extension is missing" in paths[op]
         assert "cpu C++" in doctor.op_paths()[op]
     expected = results()
     expected.pop("doctor")
     assert set(found) == set(expected)
     for name, values in expected.items():
-        if isinstance(values, Tensor):
+        if isinstance(values, Tensor) and name not in ("gramian", "combine"):
             assert torch.equal(found[name], values), name
             continue
-        for mine, theirs in zip(found[name], values, strict=True):
+        values, peers = ([v] if isinstance(v, Tensor) else v for v in (values, found[name]))
+        for mine, theirs in zip(peers, values, strict=True):
             assert mine.dtype == theirs.dtype, name
             if not mine.is_floating_point():
                 assert torch.equal(mine, theirs), name
                 continue
             # A gradient is a sum of three terms, each of which torch rounds to the dtype.
-            limit = 8 * torch.finfo(mine.dtype).eps * theirs.double().norm()
+            # The projection's condition number is at most 1 / reg_eps.
+            factor = 8e4 if "weights" in name else 8
+            limit = factor * torch.finfo(mine.dtype).eps * theirs.double().norm()
             assert (mine.double() - theirs.double()).norm() <= limit, name

@@ -26,6 +26,8 @@ EXTRAS = {
 }
 # Op -> the op whose search it contains.
 SEARCHES = {"quantize": "nearest_code"}
+# Ops that are CUDA C++ on CUDA, and nothing without it.
+BY_NVCC = ("project_rows", "project_weights", "upgrad_weights")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -78,11 +80,13 @@ def _paths(op: str) -> str:
         # Loops over rows that have only one path name none.
         chosen = op == stem and getattr(extension.csrc, f"{SEARCHES.get(stem, stem)}_isa", None)
         on_cpu = f"C++ ({chosen()})" if chosen else "C++"
-    if _found("triton") and _found(f"movae_fast.kernels.{stem}") and op == stem:
+    if op in BY_NVCC:
+        built = extension.csrc is not None and extension.csrc.build_info()["cuda"]
+        on_cuda = "CUDA C++" if built else "none: the extension was built without nvcc"
+    elif _found("triton") and _found(f"movae_fast.kernels.{stem}") and op == stem:
         on_cuda = "Triton"
     else:
-        built = extension.csrc is not None and extension.csrc.build_info()["cuda"]
-        on_cuda = "CUDA C++" if built and op == stem else "plain torch"
+        on_cuda = "plain torch"
     return f"cpu {on_cpu}; cuda {on_cuda}"
 
 

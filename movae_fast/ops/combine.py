@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-import movae_fast._csrc as _csrc
+from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
+from movae_fast.ops.extension import csrc
 from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view, triton_kernels
 
 # Bytes of a result that the allocator takes from the system each time rather than from what it has.
@@ -70,18 +71,21 @@ library.define("combine_backward(Tensor grad, Tensor rows, Tensor weights) -> (T
 @torch.library.impl(library, "combine_cpu", "CPU")
 def _combine_cpu(rows: Tensor, weights: Tensor) -> Tensor:
     out = torch.empty(rows.shape[1], dtype=rows.dtype)
-    if out.nbytes >= LARGE:
-        _csrc.prefer_huge_pages(out.data_ptr(), out.nbytes)
+    if out.nbytes >= LARGE and csrc is not None:
+        csrc.prefer_huge_pages(out.data_ptr(), out.nbytes)
     _combine_out(rows, weights, out)
     return out
 
 
 @torch.library.impl(library, "combine_out", "CPU")
 def _combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    if extension.missing(rows):
+        out.copy_(extension.combine(rows, weights))
+        return
     m, columns = rows.shape
     rows, stride = row_view(rows)
     weights = weights.double().contiguous()
-    _csrc.combine(
+    csrc.combine(
         rows.data_ptr(),
         DTYPES[rows.dtype],
         m,

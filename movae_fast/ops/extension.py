@@ -5,6 +5,7 @@ import warnings
 from functools import cache
 from typing import Any
 
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -69,6 +70,37 @@ def code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
     wide = torch.promote_types(z.dtype, torch.float32)
     error = reference.code_error(as_rows(z).to(wide), codebook.to(wide), index.flatten())
     return error.view(index_shape(z))
+
+
+def combine(rows: Tensor, weights: Tensor) -> Tensor:
+    """ops.combine: added up in float32 at least, rounded once."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return (weights.to(wide) @ rows.to(wide)).to(rows.dtype)
+
+
+def project_weights(
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+) -> tuple[Tensor, Tensor]:
+    """ops.project_weights by non-negative least squares (Lawson and Hanson 1974), a problem at a time.
+
+    With A = R'R and v = u + w: min |R w + R u| subject to w >= 0.
+    """
+    m = len(gramian)
+    gramian = gramian.double()
+    u = torch.full((m,), 1 / m, dtype=torch.float64) if u is None else u.double()
+    trace = gramian.trace()
+    if not gramian.isfinite().all():
+        return torch.full_like(u, torch.nan), torch.tensor(-1, dtype=torch.int32)
+    scaled = gramian / trace if trace > 0 and trace >= norm_eps else torch.zeros_like(gramian)
+    values, vectors = torch.linalg.eigh(scaled)
+    root = (values.clamp_min(0) + reg_eps).sqrt()[:, None] * vectors.T
+    problems = torch.diag(u.clamp_min(0)) if total else u.reshape(-1, m)
+    solutions = []
+    for problem in problems:
+        w, _ = scipy.optimize.nnls(root.numpy(), -(root @ problem).numpy())
+        solutions.append(problem + torch.from_numpy(w))
+    found = torch.stack(solutions)
+    return found.sum(0) if total else found.view(u.shape), torch.tensor(0, dtype=torch.int32)
 
 
 def index_shape(z: Tensor) -> tuple[int, ...]:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-import movae_fast._csrc as _csrc
+from movae_fast import reference
+from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
+from movae_fast.ops.extension import csrc
 from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view, triton_kernels
 
 
@@ -36,10 +38,12 @@ library.define("gramian_backward(Tensor grad, Tensor rows) -> Tensor")
 
 @torch.library.impl(library, "gramian_cpu", "CPU")
 def _gramian_cpu(rows: Tensor) -> Tensor:
+    if extension.missing(rows):
+        return reference.gramian(rows)
     m, columns = rows.shape
     rows, stride = row_view(rows)
     out = torch.empty((m, m), dtype=torch.float64)
-    _csrc.gramian(
+    csrc.gramian(
         rows.data_ptr(),
         DTYPES[rows.dtype],
         m,

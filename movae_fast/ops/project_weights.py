@@ -10,8 +10,9 @@ from typing import Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-import movae_fast._csrc as _csrc
+from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
+from movae_fast.ops.extension import csrc
 from movae_fast.ops.rows import library, refuse_vmap
 
 Mode = Literal["upgrad", "dualproj"]
@@ -109,7 +110,9 @@ def _project_weights(
     u = None if u is None else u.double().contiguous()
     out = torch.empty(m, dtype=torch.float64) if u is None else torch.empty_like(u)
     status = torch.empty((), dtype=torch.int32)
-    _csrc.project_weights(
+    if extension.missing(gramian):
+        return extension.project_weights(gramian, u, norm_eps, reg_eps, total)
+    csrc.project_weights(
         gramian.data_ptr(),
         m,
         0 if u is None else u.data_ptr(),  # the mean: to make it would cost as much as a small projection
@@ -134,11 +137,11 @@ def _project_weights_cuda(
         u = torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
     gramian, u = gramian.double().contiguous(), u.double().contiguous()
     out, status = torch.empty_like(u), torch.empty((), dtype=torch.int32, device=u.device)
-    if not hasattr(_csrc, "project_weights_cuda"):
+    if not hasattr(csrc, "project_weights_cuda"):
         raise RuntimeError("project_weights: built without its CUDA part; set CUDA_HOME and build again")
-    scratch = torch.empty(_csrc.project_scratch_cuda(m, u.numel() // m), dtype=torch.float64, device=u.device)
+    scratch = torch.empty(csrc.project_scratch_cuda(m, u.numel() // m), dtype=torch.float64, device=u.device)
     with torch.cuda.device(u.device):
-        _csrc.project_weights_cuda(
+        csrc.project_weights_cuda(
             gramian.data_ptr(),
             m,
             u.data_ptr(),

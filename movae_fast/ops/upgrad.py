@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-import movae_fast._csrc as _csrc
+from movae_fast import reference
+from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
+from movae_fast.ops.extension import csrc
 from movae_fast.ops.project_weights import MOST_ON_CUDA, Mode, check_options, refuse
 from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view
 
@@ -45,14 +47,18 @@ library.define(
 def _upgrad_weights(
     rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if extension.missing(rows):
+        gramian = reference.gramian(rows)
+        weights, status = extension.project_weights(gramian, pref, norm_eps, reg_eps, total)
+        return weights, gramian, status
     m, columns = rows.shape
     rows, stride = row_view(rows)
     pref = None if pref is None else pref.double().contiguous()
     weights, gramian = torch.empty(m, dtype=torch.float64), torch.empty((m, m), dtype=torch.float64)
     status = torch.empty((), dtype=torch.int32)
     threads, address = torch.get_num_threads(), gramian.data_ptr()
-    _csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
-    _csrc.project_weights(
+    csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
+    csrc.project_weights(
         address,
         m,
         0 if pref is None else pref.data_ptr(),
@@ -72,7 +78,7 @@ def _upgrad_weights(
 def _upgrad_weights_cuda(
     rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not hasattr(_csrc, "upgrad_weights_cuda"):  # three Triton launches would still lack the projection
+    if not hasattr(csrc, "upgrad_weights_cuda"):  # three Triton launches would still lack the projection
         raise RuntimeError("upgrad_weights: built without its CUDA part; set CUDA_HOME and build again")
     m, columns = rows.shape
     rows, stride = row_view(rows)
@@ -83,8 +89,8 @@ def _upgrad_weights_cuda(
     gramian = torch.empty((m, m), dtype=torch.float64, device=rows.device)
     status = torch.empty((), dtype=torch.int32, device=rows.device)
     with torch.cuda.device(rows.device):
-        scratch = torch.empty(_csrc.upgrad_scratch_cuda(m), dtype=torch.float64, device=rows.device)
-        _csrc.upgrad_weights_cuda(
+        scratch = torch.empty(csrc.upgrad_scratch_cuda(m), dtype=torch.float64, device=rows.device)
+        csrc.upgrad_weights_cuda(
             rows.data_ptr(),
             DTYPES[rows.dtype],
             m,
