@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <unistd.h>
 #ifdef __linux__
+#include <malloc.h>
 #include <sys/syscall.h>
 #endif
 
@@ -39,6 +40,17 @@ py::dict cpu_features() {
     return features;
 }
 
+// A step allocates and frees the same few hundred MB; by default glibc hands large blocks back to the kernel
+// each time, and the next step faults them in again, page by page.
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+    constexpr int kLargestThreshold = 32 << 20;  // the most that glibc takes
+    return mallopt(M_MMAP_THRESHOLD, kLargestThreshold) && mallopt(M_TRIM_THRESHOLD, 0x7fffffff);
+#else
+    return false;
+#endif
+}
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = __VERSION__;
@@ -58,6 +70,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_csrc, m) {
     m.doc() = "movae-fast's C++ and CUDA: raw pointers, sizes and a stream come in; no torch headers.";
     m.def("cpu_features", &cpu_features, "Instruction sets this CPU and this kernel allow: name -> bool.");
+    m.def("keep_freed_memory", &keep_freed_memory,
+          "Let this process keep memory that it freed for its next allocations; whether the C library can.");
     m.def("build_info", &build_info, "How this extension was built: compiler, OpenMP version, CUDA or not.");
     bind_combine(m);
     bind_gramian(m);

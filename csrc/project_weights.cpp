@@ -16,7 +16,7 @@
 namespace movae {
 namespace {
 
-constexpr int kRowsTogether = 64;  // rows that start on each other's support
+constexpr int kRowsTogether = 32;  // rows that start on each other's support
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // GCC 12's own header passes a deliberately undefined register to the unmasked forms.
@@ -91,7 +91,7 @@ int project_rows(Projection p, const std::string& isa, int threads) {
     // Groups are the same for any number of threads, and so are the results, to the last bit.
     const int groups = (p.rows + kRowsTogether - 1) / kRowsTogether;
     if (threads > groups) threads = groups;
-    if (int64_t(p.m) * p.m * p.rows <= int64_t(64) * 64 * 64 || threads < 1) threads = 1;  // not worth waking another
+    if (int64_t(p.m) * p.m * p.rows <= int64_t(40) * 40 * 40 || threads < 1) threads = 1;  // not worth waking another
     const Scratch scratch(matrix + threads * each);
     double* A = scratch.p;
     if (!path.prepare(p, A)) {

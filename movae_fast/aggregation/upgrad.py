@@ -70,12 +70,14 @@ class RowsWeighting(Weighting):
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         inner = self.weighting
-        if (
-            inner._forward_hooks or inner._forward_pre_hooks
-        ):  # somebody wants to see the Gramian's weighting called
+        if hooked(inner):  # somebody wants to see the Gramian's weighting called
             return inner(ops.gramian(matrix))
         weights, _, _ = ops.upgrad_weights(matrix, inner.pref_vector, **inner.options())
         return weights
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class ProjectionAggregator(GramianWeightedAggregator):
@@ -87,6 +89,17 @@ class ProjectionAggregator(GramianWeightedAggregator):
         # Past GramianWeightedAggregator's own, which computes the Gramian in the rows' dtype.
         WeightedAggregator.__init__(self, RowsWeighting(weighting))
         self.gramian_weighting = weighting
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        inner = self.gramian_weighting
+        if hooked(self.weighting) or hooked(inner):
+            return super().forward(matrix)
+        # Straight to the ops: the modules' calls would take a quarter of the time of a small Jacobian.
+        matrix = matrix.detach()
+        weights, _, _ = ops.upgrad_weights(
+            matrix, inner.pref_vector, norm_eps=inner.norm_eps, reg_eps=inner.reg_eps, mode=inner.mode
+        )
+        return ops.combine(matrix, weights)
 
     @staticmethod
     def _combine(matrix: Tensor, weights: Tensor) -> Tensor:

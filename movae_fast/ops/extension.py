@@ -22,6 +22,15 @@ def _load() -> Any:
 csrc: Any = _load()
 
 
+def keep_freed_memory() -> None:
+    """Spare a training process the page faults of memory that it frees and allocates again at every step.
+
+    It changes the allocator of the whole process, so it is the trainer's to call, not an import's.
+    """
+    if csrc is not None:
+        csrc.keep_freed_memory()
+
+
 def missing(z: Tensor) -> bool:
     """Whether an op on z has to fall back; the first that does warns."""
     if csrc is not None or z.device.type != "cpu":

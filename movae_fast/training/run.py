@@ -21,6 +21,7 @@ from movae_fast.data import LOADERS, Loader, ReadOptions, Subset, choose_loader
 from movae_fast.models import VAE, build_model, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
+from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import TrainConfig, resolve_device
@@ -207,6 +208,8 @@ def new_model(config: TrainConfig) -> VAE:
 
 def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     """Everything of a run but its folder and logs, at position zero."""
+    if device.type == "cpu":
+        keep_freed_memory()
     seed = config.run.seed or 0
     random.seed(seed)
     np.random.seed(seed)
