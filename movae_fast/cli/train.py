@@ -202,9 +202,11 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
         if f"test/{key}" in figures:
             table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
     console.print(table)
-    below = 1 - figures["test/mse"] / figures["test/mse_mean_image"]
+    mean = figures["test/mse_mean_image"]  # 0 where all images are alike
+    below = (
+        f"reconstruction error {1 - figures['test/mse'] / mean:.1%} below the mean image's; " if mean else ""
+    )
     console.print(
-        f"reconstruction error {below:.1%} below the mean image's; {seconds:.0f} s; "
-        f"pictures in {work.folder / 'figures'}",
+        f"{below}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
         highlight=False,
     )

@@ -103,8 +103,8 @@ class ResidentLoader(Loader):
 
     def __init__(self, source: Any, batch_size: int, device: torch.device, **options: Any) -> None:
         super().__init__(source, batch_size, device, **options)
-        if hasattr(source, "images"):
-            source.images, source.labels = source.images.to(device), source.labels.to(device)
+        if hasattr(source, "to"):
+            source.to(device)
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         rows = rows.to(self.device)
@@ -151,25 +151,6 @@ class _Items(torch.utils.data.Dataset):
             images, labels = self.source.gather(torch.tensor([i]))
             return images[0], labels[0]
         return self.source[i]
-
-
-class Subset:
-    """Evenly spaced `n` rows of a source, in order."""
-
-    def __init__(self, source: Any, n: int) -> None:
-        self.source = source
-        self.rows = torch.linspace(0, len(source) - 1, n).round().long()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] of the subset to images and labels, wherever the source keeps them."""
-        rows = self.rows.to(rows.device)[rows]
-        if hasattr(self.source, "gather"):
-            return self.source.gather(rows)
-        items = [self.source[int(i)] for i in rows]
-        return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
 
 LOADERS = {"resident": ResidentLoader, "torch": TorchLoader}
