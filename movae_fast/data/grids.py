@@ -90,7 +90,7 @@ class GridImages:
     def __init__(self, path: Path, grid: Grid, rows: Tensor, options: ReadOptions) -> None:
         self.path, self.grid, self.rows = path, grid, rows
         self.size, self.mode = options.image_size, options.resize
-        self.files = [path]
+        self.files, self.note = [path], ""
         self._images: Tensor | None = None  # [N or len(rows), H, W(, 3)] as in the file
         self._at = rows  # where in _images
 
@@ -216,10 +216,9 @@ class IdentImages(ImageFiles):
         """Rows [B] to factor values [B, 10] float32; they are continuous."""
         return self.latents[rows.cpu()]
 
-    def leave_out(self, bad: dict[int, str]) -> None:
-        keep = torch.tensor([i for i in range(len(self.files)) if i not in bad], dtype=torch.long)
-        self.latents = self.latents[keep]
-        super().leave_out(bad)
+    def keep(self, rows: list[int]) -> None:
+        self.latents = self.latents[torch.tensor(rows, dtype=torch.long)]
+        super().keep(rows)
 
 
 def read_ident3d(options: ReadOptions) -> IdentImages:

@@ -66,7 +66,8 @@ class ImageFiles(torch.utils.data.Dataset):
         self.files, self.box, self.size, self.channels = list(files), box, options.image_size, channels
         self.mode = mode
         self.labels = list(labels) if labels is not None else [0] * len(self.files)
-        self.skipped: list[str] = []  # what `keep` left out, with the reason
+        self.skipped: list[str] = []  # what was left out, with the reason
+        self.note = ""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,9 +79,13 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def leave_out(self, bad: dict[int, str]) -> None:
         """Drop the rows of `bad`, row -> why."""
-        self.skipped += [f"{self.files[i]}: {why}" for i, why in bad.items()]
-        self.files = [f for i, f in enumerate(self.files) if i not in bad]
-        self.labels = [y for i, y in enumerate(self.labels) if i not in bad]
+        self.skipped = [f"{self.files[i]}: {why}" for i, why in bad.items()]
+        self.keep([i for i in range(len(self.files)) if i not in bad])
+
+    def keep(self, rows: list[int]) -> None:
+        """Have these rows alone, in this order."""
+        self.files = [self.files[i] for i in rows]
+        self.labels = [self.labels[i] for i in rows]
 
 
 def central_square(height: int, width: int) -> Box:
@@ -98,6 +103,10 @@ class Subset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def on_host(self) -> bool:
+        return getattr(self.source, "on_host", False)
+
     def to(self, device: torch.device) -> None:
         """Move the rows that are left, not the set that they were taken from."""
         if isinstance(self.source, Images):
@@ -112,6 +121,17 @@ class Subset:
         if hasattr(self.source, "gather"):
             return self.source.gather(rows)
         return stack(self.source[int(i)] for i in rows)
+
+
+def limited(source: Any, n: int) -> Any:
+    """The source itself, or evenly spaced `n` rows of it where it has more (0: all)."""
+    if not 0 < n < len(source):
+        return source
+    subset = Subset(source, n)
+    if not isinstance(source, ImageFiles):
+        return subset
+    source.keep(subset.rows.tolist())
+    return source
 
 
 def stack(items: Iterator[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

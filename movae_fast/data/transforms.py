@@ -37,10 +37,10 @@ def resize(images: Tensor, size: int, mode: str = "auto") -> Tensor:
 
 def finish(images: Tensor, flip: Tensor | None, normalize: bool) -> Tensor:
     """uint8 [B, C, S, S] to float32 in [0, 1], or [-1, 1] with `normalize`; rows of `flip` mirrored."""
-    x = images.to(torch.float32) / 255
-    if flip is not None:
-        x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    return x * 2 - 1 if normalize else x
+    if flip is not None:  # on bytes: a quarter of the memory that floats would move
+        images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    x = images.to(torch.float32).div_(255)
+    return x.mul_(2).sub_(1) if normalize else x
 
 
 def to_unit(x: Tensor, normalize: bool) -> Tensor:
