@@ -1,9 +1,9 @@
 """Images a second of every loader beside torch's DataLoader, with the CPU time and the memory that they take.
 
 pytest benchmarks/bench_loader.py --benchmark-only -s
-JPEGs of 178x218 become 64x64 (CelebA's crop), or arrays of 32x32 are shuffled; batches of 128 arrive as float32 on
-the device. MOVAE_BENCH_SCENES names a folder that keeps the rendered JPEGs, MOVAE_BENCH_IMAGES says how many are
-used. The peak is of the whole tree of processes, a page that they share counted once.
+JPEGs of 178x218 become 64x64 (CelebA's crop), or arrays of 32x32 are shuffled; batches of 128 arrive as float32
+on the device. MOVAE_BENCH_SCENES names a folder that keeps the rendered JPEGs, MOVAE_BENCH_IMAGES says how many
+are used. The peak is of the whole tree of processes, a page that they share counted once.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ JPEG: dict[str, Callable[[Path], Loader]] = {
 }
 
 
+def workers(source: ImageFiles, number: int) -> Loader:
+    return make_loader("torch", source, BATCH, DEVICE, num_workers=number, train=True)
+
+
 def filled(loader: Loader) -> Loader:
     for _ in loader.epoch(0):
         pass
@@ -136,12 +140,12 @@ def test_data_wait_share_of_training(benchmark: Any, scenes: Path, tmp_path: Pat
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
     command = (
-        f"train --dataset folder --data_dir {scenes} --image_size 64 --arch vae --agg upgrad --loader {loader}"
+        f"train --dataset folder --data_dir {scenes} --arch vae --agg upgrad --loader {loader} --steps 30 "
     )
     command += (
-        " --num_workers 2 --batch_size 64 --log_every 10 --eval_freq 0 --limit_train 4000 --limit_test 64"
+        "--image_size 64 --num_workers 2 --batch_size 64 --log_every 10 --eval_freq 0 --limit_train 4000 "
     )
-    command += f" --steps 30 --num_samples 1 --exp_dir {tmp_path / 'run'} --seed 0"
+    command += f"--limit_test 64 --num_samples 1 --exp_dir {tmp_path / 'run'} --seed 0"
     benchmark.group = "data-wait share of a training step, vae 64x64, batch 64"
     benchmark.pedantic(lambda: main(command.split()), rounds=1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -152,8 +156,8 @@ def test_data_wait_share_of_training(benchmark: Any, scenes: Path, tmp_path: Pat
 
 
 def measure(benchmark: Any, group: str, loader: Loader, epochs: int) -> None:
-    """Time `epochs` epochs after ten batches of another; keep images/s, CPU seconds a 1,000 images, peak MiB."""
-    for _, _batch in zip(range(10), loader.epoch(99), strict=False):
+    """Time `epochs` epochs after two batches of another; keep images/s, CPU time and peak memory."""
+    for _, _batch in zip(range(2), loader.epoch(99), strict=False):
         pass
     gc.collect()
     numbers = iter(range(epochs))
@@ -184,7 +188,7 @@ def cpu_seconds() -> float:
 
 
 class PeakMemory:
-    """Peak proportional set size of this process and its children, sampled ten times a second (Linux)."""
+    """Peak proportional set size of this process and its children, sampled five times a second (Linux)."""
 
     def __enter__(self) -> PeakMemory:
         self.mib, self.stop = 0.0, threading.Event()
@@ -197,8 +201,10 @@ class PeakMemory:
         self.thread.join()
 
     def watch(self) -> None:
-        while not self.stop.wait(0.1):
+        while True:
             self.mib = max(self.mib, sum(map(proportional_kib, [os.getpid(), *children()])) / 1024)
+            if self.stop.wait(0.2):
+                break
 
 
 def children() -> list[int]:

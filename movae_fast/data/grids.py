@@ -105,7 +105,10 @@ class GridImages:
 
     def to(self, device: torch.device) -> None:
         if device.type != "cpu":
-            self._images, self._at = self.images[self.rows].to(device), torch.arange(len(self.rows))
+            self._images, self._at = (
+                self.images.index_select(0, self.rows).to(device),
+                torch.arange(len(self.rows)),
+            )
             self._at = self._at.to(device)
 
     def factors(self, rows: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class GridImages:
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] to images [B, C, S, S] uint8 and shapes [B]."""
-        images = self.images[self._at[rows.to(self._at.device)]]
+        images = self.images.index_select(0, self._at[rows.to(self._at.device)])
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
         shape = next(i for i, name in enumerate(self.grid.names) if name.endswith("shape"))
         labels = self.factors(rows)[:, shape].to(images.device)

