@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,22 @@ def test_celeba_images_that_are_not_there_are_counted_and_named(tmp_path, monkey
     (folder / "000003.jpg").unlink()
     message = refused("celeba", tmp_path)
     assert "2 of 8 train images are missing, as 000002.jpg" in message
+
+
+def test_celeba_is_read_from_the_archive_as_downloaded(tmp_path, monkeypatch):
+    datafiles.celeba(tmp_path, monkeypatch)
+    base = tmp_path / "celeba"
+    expected = read("celeba", tmp_path)[3][0]
+    shutil.make_archive(str(base / "img_align_celeba"), "zip", base, "img_align_celeba")
+    shutil.rmtree(base / "img_align_celeba")
+    archive = base / "img_align_celeba.zip"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"img_align_celeba\.zip cannot be unpacked \(.*\): fetch it again"):
+        read("celeba", tmp_path)
+    assert not list(base.glob("*.part"))
+    archive.write_bytes(whole)
+    assert torch.equal(read("celeba", tmp_path)[3][0], expected)
 
 
 def test_a_celeba_image_cut_short_is_named(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import struct
 from collections import deque
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 from movae_fast.data.decode import MAX_PIXELS, ORIENTATION, decode
 from movae_fast.data.loaders import Loader
 from movae_fast.data.sources import ImageFiles, central_square
+from movae_fast.data.survey import processors
 
 
 def available() -> bool:
@@ -60,7 +60,7 @@ class DaliLoader(Loader):
             raise ValueError(
                 f"--loader dali resamples: --resize {source.mode} is for --loader torch or resident"
             )
-        self.num_threads = num_threads or min(8, os.cpu_count() or 1)
+        self.num_threads = num_threads or processors()
         self.prefetch = prefetch
         self.labels = torch.tensor(source.labels)
         self._idle: list[tuple[Any, _Feed]] = []  # pipelines that wait for their next epoch

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +80,7 @@ def _svhn(options: ReadOptions) -> Source:
 def _celeba(options: ReadOptions) -> Source:
     folder = next((f for f in ("celeba", "CelebA") if (options.root / f).is_dir()), "celeba")
     reader = type("CelebA", (tv.CelebA,), {"base_folder": folder})
+    unpack(options.root / folder / "img_align_celeba.zip", options.root / folder / "img_align_celeba")
     celeba = _torchvision("celeba", reader, options, split=options.split, target_type="attr")
     # torchvision looks for the folder of images only; one that is missing should not end a run hours later.
     images = options.root / folder / "img_align_celeba"
@@ -196,6 +200,22 @@ def _files(
         raise _missing(name, options, f"No {options.split} image was found.")
     mode = "bilinear" if options.resize == "auto" else options.resize
     return ImageFiles(files, options, None, mode, labels, channels)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack `folder` from the archive beside it, where it is not there yet; all of it or nothing."""
+    if folder.exists() or not archive.is_file():
+        return
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(part)  # checks every file's CRC
+        (part / folder.name).rename(folder)
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        if not folder.exists():  # another process may have been faster
+            raise ValueError(f"{archive} cannot be unpacked ({first_line(error)}): fetch it again") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _images_below(root: Path) -> list[Path]:

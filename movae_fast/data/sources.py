@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.decode import Box, decode
+from movae_fast.data.survey import in_threads
 from movae_fast.data.transforms import resize
 
 
@@ -121,7 +122,7 @@ class Subset:
         rows = self.rows.to(rows.device)[rows]
         if hasattr(self.source, "gather"):
             return self.source.gather(rows)
-        return stack(self.source[int(i)] for i in rows)
+        return stack(in_threads(self.source.__getitem__, rows.tolist()))
 
 
 def limited(source: Any, n: int) -> Any:

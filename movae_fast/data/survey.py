@@ -58,9 +58,14 @@ def unreadable(files: Sequence[Path], channels: int) -> dict[int, str]:
 def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
     """work(item) of each, in order, on as many threads as there are processors; few are in flight at once."""
     left = iter(items)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         while part := list(islice(left, 256)):
             yield from pool.map(work, part)
+
+
+def processors() -> int:
+    """Threads to decode with: this process's part of the processors, at most 8."""
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _cache_folder() -> Path:
