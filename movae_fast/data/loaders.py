@@ -187,11 +187,15 @@ class TorchLoader(Loader):
             # The workers' base seed would otherwise be drawn from training's own random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
+        batches = iter(loader)
         try:
-            for images, labels in loader:
+            for images, labels in batches:
                 yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
                 at += len(images)
         except ValueError as error:  # a worker's comes with its traceback as text
+            # The error's own traceback keeps the workers alive until the garbage collector finds it.
+            if stop := getattr(batches, "_shutdown_workers", None):
+                stop()
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
