@@ -54,6 +54,19 @@ def test_images_are_torchvisions(files, mode, box):
     assert float(shifted.min()) > 2  # a crop one pixel off would not pass
 
 
+@pytest.mark.gpu
+def test_the_gpus_images_are_the_cpus(files):
+    pytest.importorskip("nvidia.dali")
+    loaders = [
+        DaliLoader(source(files), 32, torch.device(d), train=True, seed=5, flip=True) for d in ("cpu", "cuda")
+    ]
+    for number in range(2):
+        for (x, y), (x2, y2) in zip(*(loader.epoch(number) for loader in loaders), strict=True):
+            assert x2.device.type == y2.device.type == "cuda"
+            assert torch.equal(y, y2.cpu())
+            assert float((x - x2.cpu()).abs().mean((1, 2, 3)).max()) * 255 <= 2
+
+
 def test_order_labels_and_mirroring_are_the_other_loaders(files):
     a, b = make(files, flip=True), TorchLoader(source(files), 8, CPU, train=True, seed=5, flip=True)
     for number in (0, 3):

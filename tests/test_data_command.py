@@ -84,6 +84,19 @@ def test_a_prepared_set_is_the_set(pictures, movae, decoder):
     assert "current" in prepare(movae, pictures, decoder=decoder)
 
 
+@pytest.mark.gpu
+def test_a_prepared_set_that_fits_lies_on_the_gpu(pictures, movae):
+    prepare(movae, pictures)
+    loaders = [
+        make_loader("resident", split(pictures), 2, torch.device(d), train=True, flip=True)
+        for d in ("cpu", "cuda")
+    ]
+    assert loaders[1].source.images.device.type == "cuda"
+    for (x, y), (x2, y2) in zip(*(loader.epoch(1) for loader in loaders), strict=True):
+        assert torch.equal(x, x2.cpu())
+        assert torch.equal(y, y2.cpu())
+
+
 def test_training_maps_what_is_prepared(pictures, movae, train, capsys, monkeypatch):
     prepare(movae, pictures)
     monkeypatch.setattr("movae_fast.data.sources.decode", None)

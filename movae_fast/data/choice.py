@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from movae_fast.data import dali
 from movae_fast.data.loaders import Loader, ResidentLoader, TorchLoader, set_bytes
+from movae_fast.data.machine import RESIDENT_SHARE, free_memory
 from movae_fast.data.sources import ImageFiles
 
 LOADERS: dict[str, type[Loader]] = {
@@ -19,7 +18,9 @@ LOADERS: dict[str, type[Loader]] = {
 }
 
 
-def choose_loader(name: str, source: Any, device: torch.device, share: float = 0.4) -> tuple[str, str]:
+def choose_loader(
+    name: str, source: Any, device: torch.device, share: float = RESIDENT_SHARE
+) -> tuple[str, str]:
     """The loader that `auto` means, and why in a few words.
 
     Resident where images lie in memory (or are mapped, or rendered) or their decoded set takes at most `share`
@@ -53,16 +54,3 @@ def make_loader(
     elif kind == "dali":
         options |= {"num_threads": num_workers, "prefetch": prefetch}
     return LOADERS[kind](source, batch_size, device, **options)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may take on the device: free ones, shared with its siblings on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
-    lines = dict(line.split(":", 1) for line in text.splitlines())
-    free = int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024
-    limit, used = (Path("/sys/fs/cgroup", f"memory.{part}") for part in ("max", "current"))
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from movae_fast.data.decode import MAX_PIXELS, ORIENTATION, decode
 from movae_fast.data.loaders import Loader
+from movae_fast.data.machine import processors
 from movae_fast.data.sources import ImageFiles, central_square
-from movae_fast.data.survey import processors
 
 
 def available() -> bool:
@@ -63,6 +63,7 @@ class DaliLoader(Loader):
         self.num_threads = num_threads or processors()
         self.prefetch = prefetch
         self.labels = torch.tensor(source.labels)
+        self._stream: torch.cuda.Stream | None = None
         self._idle: list[tuple[Any, _Feed]] = []  # pipelines that wait for their next epoch
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -139,8 +140,15 @@ class DaliLoader(Loader):
             return torch.from_dlpack(tensor).permute(0, 3, 1, 2)
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        images = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
-        feed_ndarray(tensor, images, cuda_stream=torch.cuda.current_stream(self.device))
+        # DALI's buffer is its own again at the next run, so the copy must have ended before: on a stream beside
+        # the training step's, whose end is not waited for.
+        stream = self._stream = self._stream or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            images = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
+            feed_ndarray(tensor, images, cuda_stream=stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(stream)
+        images.record_stream(current)
         return images.permute(0, 3, 1, 2)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from movae_fast.data.machine import in_threads
 from movae_fast.data.sources import ImageFiles, stack
-from movae_fast.data.survey import in_threads
 from movae_fast.data.transforms import finish
 
 

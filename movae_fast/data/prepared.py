@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.grids import GridImages
+from movae_fast.data.machine import RESIDENT_SHARE, free_memory, in_threads
 from movae_fast.data.sets import DatasetInfo, Source
 from movae_fast.data.sources import ImageFiles, ReadOptions
-from movae_fast.data.survey import in_threads, list_hash, unreadable
+from movae_fast.data.survey import list_hash, unreadable
 
 FORMAT = "movae uint8 images 1"
 CHUNK = 1024  # images between two durable states of a preparation
 
 
 class Prepared:
-    """An image source that maps a prepared file; its rows are indexed on the host."""
+    """An image source that maps a prepared file; rows are indexed on the host, or on a GPU where it fits."""
 
     on_host = True
+    images: np.ndarray | Tensor
 
     def __init__(self, path: Path, header: dict[str, Any], source: Any = None) -> None:
         if hasattr(source, "factors") and not header["skipped"]:
@@ -44,8 +46,21 @@ class Prepared:
         return len(self.images)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] on the host to images [B, C, S, S] uint8 and labels [B]."""
+        """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
+        if isinstance(self.images, Tensor):
+            return self.images.index_select(0, rows), self.labels[rows]
         return torch.from_numpy(self.images[rows.numpy()]), self.labels[rows]
+
+    def to(self, device: torch.device) -> None:
+        """Copy the set to a GPU that has room for it; on a CPU it stays mapped."""
+        mapped = self.images
+        if device.type == "cpu" or isinstance(mapped, Tensor):
+            return
+        if mapped.nbytes <= RESIDENT_SHARE * free_memory(device):
+            self.images = torch.empty(mapped.shape, dtype=torch.uint8, device=device)
+            for at in range(0, len(mapped), CHUNK):
+                self.images[at : at + CHUNK] = torch.from_numpy(mapped[at : at + CHUNK].copy())
+            self.labels, self.on_host = self.labels.to(device), False
 
 
 def prepared_path(name: str, options: ReadOptions) -> Path:

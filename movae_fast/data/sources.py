@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.decode import Box, decode
-from movae_fast.data.survey import in_threads
+from movae_fast.data.machine import in_threads
 from movae_fast.data.transforms import resize
 
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from movae_fast.data.decode import decode
-
-T = TypeVar("T")
-U = TypeVar("U")
+from movae_fast.data.machine import in_threads
 
 
 def list_hash(files: Sequence[Path]) -> str:
@@ -53,19 +48,6 @@ def unreadable(files: Sequence[Path], channels: int) -> dict[int, str]:
     except OSError:
         pass  # a home that cannot be written costs time, not the run
     return bad
-
-
-def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """work(item) of each, in order, on as many threads as there are processors; few are in flight at once."""
-    left = iter(items)
-    with ThreadPoolExecutor(processors()) as pool:
-        while part := list(islice(left, 256)):
-            yield from pool.map(work, part)
-
-
-def processors() -> int:
-    """Threads to decode with: this process's part of the processors, at most 8."""
-    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _cache_folder() -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from movae_fast.data.survey import in_threads
+from movae_fast.data.machine import in_threads
 
 WIDTH, HEIGHT = 178, 218
 PER_FOLDER = 10_000
