@@ -55,6 +55,7 @@ def test_images_are_torchvisions(files, mode, box):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_gpus_images_are_the_cpus(files):
     pytest.importorskip("nvidia.dali")
     loaders = [

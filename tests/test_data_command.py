@@ -85,6 +85,7 @@ def test_a_prepared_set_is_the_set(pictures, movae, decoder):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_prepared_set_that_fits_lies_on_the_gpu(pictures, movae):
     prepare(movae, pictures)
     loaders = [
@@ -216,6 +217,21 @@ def test_a_prepared_set_needs_its_original_files_no_more(pictures, movae):
     for path in [*pictures.glob("train/*"), *pictures.glob("test/*")]:
         path.unlink()
     assert len(split(pictures)) == 7
+
+
+def test_a_list_of_files_is_a_set(pictures, movae):
+    names = [f"train/{i}.jpg" for i in (5, 1, 3)] * 3 + ["test/0.jpg"]
+    path = pictures / "mine.txt"
+    path.write_text("\n".join(names) + "\n\n")
+    train, test = split(path), split(path, "test")
+    assert [f.name for f in train.files] == ["5.jpg", "1.jpg", "3.jpg"] * 3
+    assert [f.parent.name for f in test.files] == ["test"]
+    prepare(movae, path)
+    assert isinstance(split(path), Prepared)
+    assert not isinstance(split(pictures), Prepared)
+    path.write_text("train/5.jpg\nelsewhere.jpg\n")
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 listed files are missing, as .*elsewhere\.jpg"):
+        DATASETS["folder"].read(options(path))
 
 
 def test_grids_are_prepared_with_their_factors(tmp_path, monkeypatch, movae):

@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
 def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str], ReadOptions]]:
     """The dataset that is meant (a folder is the dataset `folder`) and the options of its splits."""
     root = Path(config.data_dir).expanduser()
-    if Path(target).expanduser().is_dir() and target not in DATASETS:
+    if Path(target).expanduser().exists() and target not in DATASETS:
         info, root = DATASETS["folder"], Path(target).expanduser()
     else:
         info = DATASETS[pick("dataset", target, DATASETS)]

@@ -64,8 +64,11 @@ class Prepared:
 
 
 def prepared_path(name: str, options: ReadOptions) -> Path:
+    root = options.root
+    if root.is_file():  # a list of files
+        name, root = f"{name}-{root.stem}", root.parent
     stem = f"{name}-{options.split}-{options.image_size}-{options.crop}-{options.resize}"
-    return options.root / "prepared" / f"{stem}.u8"
+    return root / "prepared" / f"{stem}.u8"
 
 
 def open_split(info: DatasetInfo, options: ReadOptions, on_bad_image: str = "error") -> Any:

@@ -95,7 +95,12 @@ def _celeba(options: ReadOptions) -> Source:
 
 
 def _folder(options: ReadOptions) -> Source:
-    """Every image below data_dir: its train/ and test/ where they are, else every tenth file for testing."""
+    """Every image below data_dir: its train/ and test/ where they are, else every tenth file for testing.
+
+    Where data_dir is a text file, the images that it lists instead, one a line, relative to its folder.
+    """
+    if options.root.is_file():
+        return _file_list(options)
     if (options.root / "train").is_dir() and (options.root / "test").is_dir():
         files = _images_below(options.root / options.split)
     else:
@@ -200,6 +205,23 @@ def _files(
         raise _missing(name, options, f"No {options.split} image was found.")
     mode = "bilinear" if options.resize == "auto" else options.resize
     return ImageFiles(files, options, None, mode, labels, channels)
+
+
+def _file_list(options: ReadOptions) -> ImageFiles:
+    try:
+        lines = options.root.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"--data_dir {options.root} is no list of files: one path a line, or a folder"
+        ) from None
+    every = [options.root.parent / line.strip() for line in lines if line.strip()]
+    absent = [f for f in every if not f.is_file()]
+    if absent:
+        raise _missing(
+            "folder", options, f"({len(absent)} of {len(every)} listed files are missing, as {absent[0]})"
+        )
+    files = [f for i, f in enumerate(every) if (i % 10 == 9) == (options.split == "test")]
+    return _files("folder", files, options)
 
 
 def unpack(archive: Path, folder: Path) -> None:
