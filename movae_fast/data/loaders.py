@@ -12,7 +12,10 @@ out of it; another epoch's shuffle leaves out others. Evaluation counts every im
 
 from __future__ import annotations
 
+import gc
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +133,21 @@ class ResidentLoader(Loader):
             source.to(device)
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        rows = rows if getattr(self.source, "on_host", False) else rows.to(self.device)
-        for at in range(start * self.batch_size, len(rows), self.batch_size):
-            images, labels = self.source.gather(rows[at : at + self.batch_size])
-            yield at, (images.to(self.device), labels.to(self.device))
+        starts = range(start * self.batch_size, len(rows), self.batch_size)
+        if not getattr(self.source, "on_host", False):
+            rows = rows.to(self.device)
+            for at in starts:
+                yield at, self.source.gather(rows[at : at + self.batch_size])
+            return
+        # What is decoded or read from a mapped file is so while the step before is computed.
+        with ThreadPoolExecutor(1) as ahead:
+            parts = rows[starts.start :].split(self.batch_size) if starts else ()
+            coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            for i, at in enumerate(starts):
+                while len(coming) < 2 and i + len(coming) < len(starts):
+                    coming.append(ahead.submit(self.source.gather, parts[i + len(coming)]))
+                images, labels = coming.popleft().result()
+                yield at, (images.to(self.device), labels.to(self.device))
 
 
 class DecodedFiles:
@@ -186,6 +200,7 @@ class TorchLoader(Loader):
             pin_memory=self.device.type == "cuda",
             # The workers' base seed would otherwise be drawn from training's own random state.
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_keep_inherited,
         )
         batches = iter(loader)
         try:
@@ -197,6 +212,11 @@ class TorchLoader(Loader):
             if stop := getattr(batches, "_shutdown_workers", None):
                 stop()
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def _keep_inherited(_: int) -> None:
+    """In a worker: what the parent left to its collector (the threads of a pipeline, say) is not ours to end."""
+    gc.freeze()
 
 
 class _Items(torch.utils.data.Dataset):
