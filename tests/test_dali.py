@@ -1,6 +1,7 @@
 """The DALI loader: its images against torchvision's, its order against the other loaders'."""
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,18 @@ def test_what_dali_cannot_do_is_said(files):
         DaliLoader(torch.zeros(100), 8, CPU, train=True)
     with pytest.raises(ValueError, match="--resize pad is for --loader torch"):
         DaliLoader(source(files, "pad"), 8, CPU, train=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_worker_leaves_its_parents_pipelines_alone(files):
+    loader = make(files)
+    next(iter(loader.epoch(0)))
+    loader._idle[0][0].circle = loader._idle  # garbage that only the collector finds
+    del loader
+    pid = os.fork()
+    if pid == 0:
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    gc.collect()

@@ -7,11 +7,14 @@ through `decode` first and reaches DALI as raw pixels: one meaning, and one erro
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
+import os
 import struct
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -103,6 +106,8 @@ class DaliLoader(Loader):
     def _build(self) -> tuple[Any, _Feed]:
         from nvidia.dali import Pipeline, fn, types
 
+        _keep_pipelines_from_children()
+
         cuda = self.device.type == "cuda"
         feed = _Feed(self.source, self.batch_size, kept=self.prefetch + 2)
         pipe = Pipeline(
@@ -150,6 +155,12 @@ class DaliLoader(Loader):
         current.wait_stream(stream)
         images.record_stream(current)
         return images.permute(0, 3, 1, 2)
+
+
+@cache
+def _keep_pipelines_from_children() -> None:
+    """A forked worker crashes if it collects a pipeline that it inherited: the threads are its parent's."""
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 class _Feed:

@@ -12,7 +12,6 @@ out of it; another epoch's shuffle leaves out others. Evaluation counts every im
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,7 +199,6 @@ class TorchLoader(Loader):
             pin_memory=self.device.type == "cuda",
             # The workers' base seed would otherwise be drawn from training's own random state.
             generator=torch.Generator().manual_seed(self.seed),
-            worker_init_fn=_keep_inherited,
         )
         batches = iter(loader)
         try:
@@ -212,11 +210,6 @@ class TorchLoader(Loader):
             if stop := getattr(batches, "_shutdown_workers", None):
                 stop()
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-
-
-def _keep_inherited(_: int) -> None:
-    """In a worker: what the parent left to its collector (the threads of a pipeline, say) is not ours to end."""
-    gc.freeze()
 
 
 class _Items(torch.utils.data.Dataset):
