@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,7 @@ def test_a_forked_worker_leaves_its_parents_pipelines_alone(files):
     del loader
     pid = os.fork()
     if pid == 0:
+        signal.alarm(20)  # it may hang as well as crash
         gc.collect()
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
