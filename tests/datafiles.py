@@ -3,14 +3,19 @@
 Each writer puts its files where torchvision looks below `root`; the checks themselves stay as they are.
 """
 
+import dataclasses
 import hashlib
 import pickle
 from pathlib import Path
 
+import h5py
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets as tv
+
+from movae_fast.data.grids import GRIDS
+from movae_fast.data.sets import BINARY_MNIST
 
 N_TRAIN, N_TEST = 8, 4
 CIFAR10_BATCH = 2  # images in each of the five training files
@@ -121,6 +126,125 @@ def celeba(root, patch, folder="celeba"):
     patch.setattr(tv.CelebA, "file_list", listed)
 
 
+def binary_mnist(root, patch):
+    folder = root / "binary_mnist"
+    folder.mkdir(parents=True)
+    for split, n in (("train", N_TRAIN), ("test", N_TEST)):
+        rows = (pixels(n, 28, 28) % 2).reshape(n, 784)
+        text = "".join(" ".join(map(str, row)) + "\n" for row in rows)
+        (folder / f"binarized_mnist_{split}.amat").write_text(text)
+        patch.setitem(BINARY_MNIST, split, dataclasses.replace(BINARY_MNIST[split], size=len(text)))
+
+
+def omniglot(root, patch):
+    folder = root / "omniglot"
+    folder.mkdir(parents=True)
+    tables = {}
+    for prefix, n in (("", N_TRAIN), ("test", N_TEST)):
+        # Columns are images, each with its columns one after another, as Matlab keeps them.
+        tables[f"{prefix}data"] = pixels(n, 28, 28).transpose(0, 2, 1).reshape(n, 784).T / 255
+        tables[f"{prefix}target"] = np.eye(50)[:, [49 - i for i in range(n)]]
+    savemat(folder / "chardata.mat", tables)
+
+
+def omniglot_105(root, patch):
+    folder = root / "omniglot-py"
+    sums = {}
+    for part, n in (("images_background", N_TRAIN), ("images_evaluation", N_TEST)):
+        for i in range(n):
+            drawings = folder / part / f"Alphabet{i % 2}" / f"character{i % 4:02d}"
+            drawings.mkdir(parents=True, exist_ok=True)
+            drawing = Image.fromarray(pixels(n, 105, 105)[i] > 127)
+            drawing.save(drawings / f"{i % 4:04d}_{i:02d}.png")
+        archive = folder / f"{part}.zip"
+        archive.write_bytes(f"the archive of {part}".encode())
+        sums[part] = md5(archive)
+    patch.setattr(tv.Omniglot, "zips_md5", sums)
+
+
+def photo(path, seed=0, size=(40, 30)):
+    """A colour JPEG, smooth as photographs are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, format="JPEG", quality=90)
+
+
+def flowers102(root, patch):
+    folder = root / "flowers-102"
+    total = N_TRAIN + N_TEST
+    for i in range(1, total + 1):
+        photo(folder / "jpg" / f"image_{i:05d}.jpg", i)
+    savemat(folder / "imagelabels.mat", {"labels": np.arange(1, total + 1)})
+    ids = np.arange(1, total + 1)
+    savemat(folder / "setid.mat", {"trnid": ids[:N_TRAIN], "valid": ids[:1], "tstid": ids[N_TRAIN:]})
+    sums = dict(tv.Flowers102._file_dict)
+    for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat")):
+        sums[key] = (name, md5(folder / name))
+    patch.setattr(tv.Flowers102, "_file_dict", sums)
+
+
+def dtd(root, patch):
+    folder = root / "dtd" / "dtd"
+    (folder / "labels").mkdir(parents=True)
+    for split, n in (("train", N_TRAIN), ("test", N_TEST)):
+        names = [f"{kind}/{kind}_{split}_{i}.jpg" for kind in ("banded", "woven") for i in range(n // 2)]
+        for i, name in enumerate(names):
+            photo(folder / "images" / name, i)
+        (folder / "labels" / f"{split}1.txt").write_text("\n".join(names) + "\n")
+
+
+def imagenet(root, patch):
+    for part, n in (("train", N_TRAIN), ("val", N_TEST)):
+        for i in range(n):
+            photo(root / "imagenet" / part / f"n0000000{i // 2}" / f"n0000000{i // 2}_{i}.JPEG", i)
+
+
+def ident3d(root, patch):
+    for split, n in (("train", N_TRAIN), ("test", N_TEST)):
+        folder = root / "3dident" / split
+        (folder / "images").mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(pixels(n, 224, 224, 3)[i]).save(folder / "images" / f"{i}.png")
+        np.save(folder / "raw_latents.npy", np.arange(n)[:, None] + 0.5 * np.arange(10))
+
+
+# Grids of factors small enough for a test, in place of the sets' own.
+TINY_GRIDS = {
+    "dsprites": (1, 3, 2, 2, 1, 2),
+    "shapes3d": (2, 1, 2, 1, 2, 3),
+    "mpi3d_toy": (2, 3, 1, 2, 1, 1, 2),
+    "mpi3d_realistic": (2, 3, 1, 2, 1, 1, 2),
+    "mpi3d_real": (2, 3, 1, 2, 1, 1, 2),
+}
+GRID_SIZE = 24
+
+
+def grid_images(name):
+    """What the file of a tiny grid holds: zeros and ones in dsprites, else grey levels."""
+    if name == "dsprites":
+        return pixels(GRID_SIZE, 64, 64) % 2
+    return pixels(GRID_SIZE, 64, 64, 3)
+
+
+def write_grid(path, grid, images):
+    if path.suffix == ".h5":
+        with h5py.File(path, "w") as file:
+            file.create_dataset("images", data=images)
+            file.create_dataset("labels", data=np.zeros((len(images), len(grid.sizes))))
+    else:
+        np.savez_compressed(path, **{grid.member: images, "latents_classes": np.zeros((len(images), 6), int)})
+
+
+def grid(name):
+    def write(root, patch):
+        root.mkdir(parents=True, exist_ok=True)
+        tiny = dataclasses.replace(GRIDS[name], sizes=TINY_GRIDS[name])
+        patch.setitem(GRIDS, name, tiny)
+        write_grid(root / tiny.filename, tiny, grid_images(name))
+
+    return write
+
+
 WRITERS = {
     "mnist": mnist,
     "fashion_mnist": fashion_mnist,
@@ -128,9 +252,18 @@ WRITERS = {
     "cifar100": cifar100,
     "svhn": svhn,
     "celeba": celeba,
+    "binary_mnist": binary_mnist,
+    "omniglot": omniglot,
+    "omniglot_105": omniglot_105,
+    "flowers102": flowers102,
+    "dtd": dtd,
+    "imagenet": imagenet,
+    "ident3d": ident3d,
+    **{name: grid(name) for name in TINY_GRIDS},
 }
 # What a split of the tiny sets holds: (training images, test images).
 SIZES = dict.fromkeys(WRITERS, (N_TRAIN, N_TEST)) | {"cifar10": (5 * CIFAR10_BATCH, N_TEST)}
+SIZES |= dict.fromkeys(TINY_GRIDS, (GRID_SIZE - GRID_SIZE // 10, GRID_SIZE // 10))
 
 
 def write_all(root: Path, patch) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `movae train|sample|reconstruct|generate|doctor`."""
+"""The command line: `movae train|sample|reconstruct|generate|data|doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "pictures from a trained model: sample, interpolate, traverse, reconstruct, visualize_latent",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
+    "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
 }
 

@@ -26,7 +26,16 @@ DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objecti
 # What a resumed run may change without ceasing to be the same run.
 RESUMABLE = {
     *(f.name for f in dataclasses.fields(RunConfig)),
-    *("data_dir", "download", "loader", "num_workers", "eval_batch_size", "limit_test"),
+    *(
+        "data_dir",
+        "download",
+        "loader",
+        "resident_share",
+        "num_workers",
+        "prefetch",
+        "eval_batch_size",
+        "limit_test",
+    ),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
 } - {"seed", "log_every"}
 # torch-vae's own defaults, for its own spelling of the flags.
@@ -175,16 +184,30 @@ def describe(work: Run, console: Console) -> None:
     compiled = ", compiled" if work.gradient.by_sum.mode != "off" else ""
     images = f"{processes}{config.data.batch_size}"
     loader = type(work.train_loader).__name__.removesuffix("Loader").lower()
+    why = f" ({work.train_loader.why})" if work.train_loader.why else ""
     for line in (
         f"{config.model.arch} ({size:,} parameters) on {config.data.dataset} {shape}, "
         f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
         f"objectives: {weights}; aggregator {config.objective.agg}"
         + (f" over the {config.objective.jacobian} Jacobian" if config.aggregated else ""),
         f"{work.total_steps:,} steps of {images} on {work.device}, {config.run.precision}{compiled}; "
-        f"{loader} loader; seed {config.run.seed}",
+        f"{loader} loader{why}; seed {config.run.seed}",
+        *notes(work),
         f"run: {work.folder}" + (f", continued at step {work.step:,}" if work.step else ""),
     ):
         console.print(line, highlight=False, markup=False)
+
+
+def notes(work: Run) -> list[str]:
+    """What is worth knowing about the splits' files: prepared, out of date, left out."""
+    lines = []
+    for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
+        if loader.note:
+            lines.append(f"{split} images: {loader.note}")
+        if left := loader.left_out:
+            shown = "; ".join(left[:3]) + ("; …" if len(left) > 3 else "")
+            lines.append(f"--on_bad_image skip: {len(left)} {split} images left out: {shown}")
+    return lines
 
 
 def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:
@@ -202,9 +225,11 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
         if f"test/{key}" in figures:
             table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
     console.print(table)
-    below = 1 - figures["test/mse"] / figures["test/mse_mean_image"]
+    mean = figures["test/mse_mean_image"]  # 0 where all images are alike
+    below = (
+        f"reconstruction error {1 - figures['test/mse'] / mean:.1%} below the mean image's; " if mean else ""
+    )
     console.print(
-        f"reconstruction error {below:.1%} below the mean image's; {seconds:.0f} s; "
-        f"pictures in {work.folder / 'figures'}",
+        f"{below}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
         highlight=False,
     )

@@ -1,19 +1,29 @@
 """Datasets by name and the loaders that feed them to a model."""
 
-from movae_fast.data.loaders import LOADERS, Loader, ResidentLoader, Subset, TorchLoader, choose_loader
-from movae_fast.data.sets import DATASETS, DatasetInfo, Images, ReadOptions
+from movae_fast.data.choice import LOADERS, choose_loader, make_loader
+from movae_fast.data.dali import DaliLoader
+from movae_fast.data.loaders import Loader, ResidentLoader, TorchLoader
+from movae_fast.data.prepared import Prepared, open_split
+from movae_fast.data.sets import DATASETS, DatasetInfo
+from movae_fast.data.sources import ImageFiles, Images, ReadOptions, Subset, limited
 from movae_fast.data.transforms import to_unit
 
 __all__ = [
     "DATASETS",
     "LOADERS",
+    "DaliLoader",
     "DatasetInfo",
+    "ImageFiles",
     "Images",
     "Loader",
+    "Prepared",
     "ReadOptions",
     "ResidentLoader",
     "Subset",
     "TorchLoader",
     "choose_loader",
+    "limited",
+    "make_loader",
+    "open_split",
     "to_unit",
 ]

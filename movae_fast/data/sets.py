@@ -1,85 +1,27 @@
-"""The datasets: a record each, and a reader of its original files.
-
-A reader returns an image source for a split: something with `__len__` and `gather(rows) -> (uint8 images
-[B, C, S, S], labels [B])`, or, where files must be decoded, a torch Dataset of (uint8 image, label).
-"""
+"""The datasets: a record each, and a reader of its original files. What a reader returns is in `sources.py`."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from torchvision import datasets as tv
 
-from movae_fast.data import sprites
-from movae_fast.data.transforms import CELEBA_CROPS, resize
+from movae_fast.data import grids, sprites
+from movae_fast.data.decode import IMAGE_SUFFIXES
+from movae_fast.data.fetch import Remote, fetch
+from movae_fast.data.sources import ImageFiles, Images, ReadOptions, first_line, in_memory, missing
+from movae_fast.data.transforms import CELEBA_CROPS
 
-Box = tuple[int, int, int, int]  # top, left, height, width in pixels
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What a reader needs to know: where, which split, what to make of an image."""
-
-    root: Path
-    split: str  # "train" | "test"
-    image_size: int
-    download: bool
-    device: torch.device
-    crop: str = "center148"
-    resize: str = "auto"
-    antialias: bool = False
-
-
-class Images:
-    """An image source in memory: uint8 [N, C, S, S] and labels [N] int64, wherever they lie."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
-        return self.images[rows], self.labels[rows]
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files, cropped to `box` (or to the central square) and resized as they are read; label 0."""
-
-    def __init__(self, files: Sequence[Path], options: ReadOptions, box: Box | None, mode: str) -> None:
-        self.files, self.box, self.mode, self.size = list(files), box, mode, options.image_size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        try:
-            with Image.open(self.files[i]) as file:
-                pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.files[i]} is not a readable image ({error}); mend or remove it") from None
-        side = min(pixels.shape[1:])
-        top, left, height, width = self.box or (
-            (pixels.shape[1] - side) // 2,
-            (pixels.shape[2] - side) // 2,
-            side,
-            side,
-        )
-        return resize(pixels[:, top : top + height, left : left + width], self.size, self.mode), 0
-
-
-Source = sprites.Sprites | Images | ImageFiles
+Source = sprites.Sprites | Images | ImageFiles | grids.GridImages
 
 
 @dataclass(frozen=True)
@@ -97,15 +39,11 @@ class DatasetInfo:
     flip: bool = False  # mirror images at random while training
     classes: int = 10
     factor_names: tuple[str, ...] = ()
-    factor_sizes: tuple[int, ...] = ()
+    factor_sizes: tuple[int, ...] = ()  # numbers of values; empty where factors are continuous
 
 
 def _missing(name: str, options: ReadOptions, error: Exception | str) -> FileNotFoundError:
-    how = "" if options.download else " (--download false: nothing was fetched)"
-    return FileNotFoundError(
-        f"--dataset {name}: not found or damaged in --data_dir {options.root}{how}; wanted there: "
-        f"{DATASETS[name].files}. {error}"
-    )
+    return missing(name, DATASETS[name].files, options, error)
 
 
 def _torchvision(name: str, cls: type, options: ReadOptions, **kwargs: Any) -> Any:
@@ -117,25 +55,11 @@ def _torchvision(name: str, cls: type, options: ReadOptions, **kwargs: Any) -> A
             return cls(options.root, download=False, **kwargs)
         except Exception as on_disk:  # idx files are checked by assertions, .mat files by scipy's own errors
             if not options.download:
-                raise _missing(name, options, f"({_first_line(on_disk)})") from None
+                raise _missing(name, options, f"({first_line(on_disk)})") from None
         try:
             return cls(options.root, download=True, **kwargs)
         except Exception as error:
-            raise _missing(name, options, f"Downloading them failed: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
-    pixels = torch.as_tensor(np.asarray(images))
-    if pixels.dim() == 3:  # [N, H, W]
-        pixels = pixels[:, None]
-    elif pixels.shape[-1] == 3:  # [N, H, W, 3]
-        pixels = pixels.permute(0, 3, 1, 2)
-    pixels = resize(pixels.contiguous(), options.image_size, options.resize)
-    return Images(pixels, torch.as_tensor(np.asarray(labels)).long())
+            raise _missing(name, options, f"Downloading them failed: {first_line(error)}") from None
 
 
 def _train_or_test(name: str, cls: type) -> Callable[[ReadOptions], Source]:
@@ -143,19 +67,20 @@ def _train_or_test(name: str, cls: type) -> Callable[[ReadOptions], Source]:
         data = _torchvision(name, cls, options, train=options.split == "train")
         if len(data.data) != len(data.targets):
             raise _missing(name, options, f"({len(data.data)} images and {len(data.targets)} labels)")
-        return _in_memory(data.data, data.targets, options)
+        return in_memory(data.data, data.targets, options)
 
     return read
 
 
 def _svhn(options: ReadOptions) -> Source:
     data = _torchvision("svhn", tv.SVHN, options, split=options.split)
-    return _in_memory(np.ascontiguousarray(data.data.transpose(0, 2, 3, 1)), data.labels, options)
+    return in_memory(np.ascontiguousarray(data.data.transpose(0, 2, 3, 1)), data.labels, options)
 
 
 def _celeba(options: ReadOptions) -> Source:
     folder = next((f for f in ("celeba", "CelebA") if (options.root / f).is_dir()), "celeba")
     reader = type("CelebA", (tv.CelebA,), {"base_folder": folder})
+    unpack(options.root / folder / "img_align_celeba.zip", options.root / folder / "img_align_celeba")
     celeba = _torchvision("celeba", reader, options, split=options.split, target_type="attr")
     # torchvision looks for the folder of images only; one that is missing should not end a run hours later.
     images = options.root / folder / "img_align_celeba"
@@ -170,19 +95,153 @@ def _celeba(options: ReadOptions) -> Source:
 
 
 def _folder(options: ReadOptions) -> Source:
-    """Every image below data_dir: its train/ and test/ where they are, else every tenth file for testing."""
+    """Every image below data_dir: its train/ and test/ where they are, else every tenth file for testing.
 
-    def images(root: Path) -> list[Path]:
-        return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-
+    Where data_dir is a text file, the images that it lists instead, one a line, relative to its folder.
+    """
+    if options.root.is_file():
+        return _file_list(options)
     if (options.root / "train").is_dir() and (options.root / "test").is_dir():
-        files = images(options.root / options.split)
+        files = _images_below(options.root / options.split)
     else:
         test = options.split == "test"
-        files = [p for i, p in enumerate(images(options.root)) if (i % 10 == 9) == test]
+        files = [p for i, p in enumerate(_images_below(options.root)) if (i % 10 == 9) == test]
+    return _files("folder", files, options)
+
+
+def _binary_mnist(options: ReadOptions) -> Source:
+    """Larochelle's fixed binarisation: 50,000 lines of 784 zeros and ones (its validation part is left out)."""
+    filename = f"binarized_mnist_{options.split}.amat"
+    path = next((p for d in ("binary_mnist", ".") if (p := options.root / d / filename).is_file()), None)
+    if path is None and options.download:
+        path = options.root / "binary_mnist" / filename
+        try:
+            fetch(BINARY_MNIST[options.split], path)
+        except OSError as error:
+            raise _missing("binary_mnist", options, f"Downloading failed: {first_line(error)}") from None
+    if path is None:
+        raise _missing("binary_mnist", options, "")
+    # A line is 784 digits with a blank or the line's end after each: no need to parse numbers.
+    data, size = np.fromfile(path, np.uint8), BINARY_MNIST[options.split].size
+    pixels = data[::2] - ord("0") if len(data) else data
+    if len(data) != size or pixels.max() > 1:
+        lines = f"{size // (2 * 784):,} lines of 784 zeros and ones, separated by single blanks"
+        found = f"({path.name} of {len(data):,} bytes: expected {lines}, {size:,} bytes)"
+        raise _missing("binary_mnist", options, found)
+    images = 255 * pixels.reshape(-1, 28, 28)
+    return in_memory(images, np.zeros(len(images), np.int64), options)
+
+
+def _omniglot(options: ReadOptions) -> Source:
+    """The 28x28 split of Burda et al. (IWAE), in chardata.mat; labels are alphabets."""
+    from scipy.io import loadmat
+
+    path = next((p for d in ("omniglot", ".") if (p := options.root / d / "chardata.mat").is_file()), None)
+    if path is None:
+        raise _missing("omniglot", options, "It is not downloaded by this program." * options.download)
+    data, target = ("data", "target") if options.split == "train" else ("testdata", "testtarget")
+    try:
+        tables = loadmat(path)
+        pixels, alphabets = tables[data], tables[target]
+    except Exception as error:  # scipy's readers have errors of many kinds
+        raise _missing("omniglot", options, f"({path.name}: {first_line(error)})") from None
+    n = pixels.shape[-1]
+    if pixels.shape != (784, n) or alphabets.shape != (50, n):
+        found = (
+            f"({data} {list(pixels.shape)} and {target} {list(alphabets.shape)}, expected [784, N] and [50, N])"
+        )
+        raise _missing("omniglot", options, found)
+    # Columns are images, written by Matlab: the first index of an image varies fastest.
+    images = (pixels.T.reshape(n, 28, 28).transpose(0, 2, 1) * 255).round().astype(np.uint8)
+    return in_memory(images, alphabets.argmax(0), options)
+
+
+def _omniglot_105(options: ReadOptions) -> Source:
+    """The original drawings: background alphabets for training, evaluation alphabets for testing."""
+    data = _torchvision("omniglot_105", tv.Omniglot, options, background=options.split == "train")
+    folder = Path(data.target_folder)
+    drawings = [(folder / data._characters[y] / name, y) for name, y in data._flat_character_images]
+    files, labels = [f for f, _ in drawings], [y for _, y in drawings]
+    return _files("omniglot_105", files, options, labels, channels=1)
+
+
+def _listed(name: str, cls: type) -> Callable[[ReadOptions], Source]:
+    """A torchvision dataset that lists image files; training on `train`, testing on `test`."""
+
+    def read(options: ReadOptions) -> Source:
+        data = _torchvision(name, cls, options, split=options.split)
+        files = [Path(f) for f in data._image_files]
+        absent = [f for f in files if not f.is_file()]
+        if absent:
+            found = f"({len(absent)} of {len(files)} {options.split} images are missing, as {absent[0].name})"
+            raise _missing(name, options, found)
+        return _files(name, files, options, [int(y) for y in data._labels])
+
+    return read
+
+
+def _imagenet(options: ReadOptions) -> Source:
+    """Class folders: imagenet/train/n01440764/*.JPEG and imagenet/val/…, classes in the folders' order."""
+    parts = ("train",) if options.split == "train" else ("val", "test")
+    folders = [options.root / d / part for d in ("imagenet", "ImageNet", ".") for part in parts]
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise _missing("imagenet", options, "It is never downloaded.")
+    classes = sorted(d for d in folder.iterdir() if d.is_dir())
+    files, labels = [], []
+    for label, one in enumerate(classes):
+        found = _images_below(one)
+        files += found
+        labels += [label] * len(found)
     if not files:
-        raise _missing("folder", options, f"No {options.split} image was found.")
-    return ImageFiles(files, options, None, "bilinear" if options.resize == "auto" else options.resize)
+        raise _missing("imagenet", options, f"({folder} has no class folders with images)")
+    return _files("imagenet", files, options, labels)
+
+
+def _files(
+    name: str, files: list[Path], options: ReadOptions, labels: list[int] | None = None, channels: int = 3
+) -> ImageFiles:
+    if not files:
+        raise _missing(name, options, f"No {options.split} image was found.")
+    mode = "bilinear" if options.resize == "auto" else options.resize
+    return ImageFiles(files, options, None, mode, labels, channels)
+
+
+def _file_list(options: ReadOptions) -> ImageFiles:
+    try:
+        lines = options.root.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"--data_dir {options.root} is no list of files: one path a line, or a folder"
+        ) from None
+    every = [options.root.parent / line.strip() for line in lines if line.strip()]
+    absent = [f for f in every if not f.is_file()]
+    if absent:
+        raise _missing(
+            "folder", options, f"({len(absent)} of {len(every)} listed files are missing, as {absent[0]})"
+        )
+    files = [f for i, f in enumerate(every) if (i % 10 == 9) == (options.split == "test")]
+    return _files("folder", files, options)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack `folder` from the archive beside it, where it is not there yet; all of it or nothing."""
+    if folder.exists() or not archive.is_file():
+        return
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(part)  # checks every file's CRC
+        (part / folder.name).rename(folder)
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
+        if not folder.exists():  # another process may have been faster
+            raise ValueError(f"{archive} cannot be unpacked ({first_line(error)}): fetch it again") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _images_below(root: Path) -> list[Path]:
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _sprites(options: ReadOptions) -> Source:
@@ -197,9 +256,22 @@ def _digits(options: ReadOptions) -> Source:
     order = np.random.RandomState(0).permutation(len(digits.images))
     rows = order[-297:] if options.split == "test" else order[:-297]
     pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
-    return _in_memory(pixels, digits.target[rows], options)
+    return in_memory(pixels, digits.target[rows], options)
 
 
+_TORONTO = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+BINARY_MNIST = {
+    "train": Remote(
+        f"{_TORONTO}binarized_mnist_train.amat",
+        78_400_000,
+        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+    ),
+    "test": Remote(
+        f"{_TORONTO}binarized_mnist_test.amat",
+        15_680_000,
+        "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+    ),
+}
 _GZ = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 _CELEBA = (
     "celeba/img_align_celeba.zip or celeba/img_align_celeba/*.jpg, celeba/list_eval_partition.txt, "
@@ -274,5 +346,102 @@ DATASETS: dict[str, DatasetInfo] = {
             classes=1,
         ),
         DatasetInfo("celeba", 3, 178, 64, 162_770, 19_962, _celeba, _CELEBA, flip=True, classes=1),
+        DatasetInfo(
+            "binary_mnist",
+            1,
+            28,
+            32,
+            50_000,
+            10_000,
+            _binary_mnist,
+            "binary_mnist/binarized_mnist_train.amat, binary_mnist/binarized_mnist_test.amat, from " + _TORONTO,
+            classes=1,
+        ),
+        DatasetInfo(
+            "omniglot",
+            1,
+            28,
+            32,
+            24_345,
+            8_070,
+            _omniglot,
+            "omniglot/chardata.mat from https://github.com/yburda/iwae (datasets/OMNIGLOT)",
+            classes=50,
+        ),
+        DatasetInfo(
+            "omniglot_105",
+            1,
+            105,
+            64,
+            19_280,
+            13_180,
+            _omniglot_105,
+            "omniglot-py/images_background.zip, omniglot-py/images_evaluation.zip, both also unpacked there",
+            classes=964,
+        ),
+        DatasetInfo(
+            "flowers102",
+            3,
+            500,
+            64,
+            1_020,
+            6_149,
+            _listed("flowers102", tv.Flowers102),
+            "flowers-102/jpg/*.jpg, flowers-102/imagelabels.mat, flowers-102/setid.mat",
+            flip=True,
+            classes=102,
+        ),
+        DatasetInfo(
+            "dtd",
+            3,
+            300,
+            64,
+            1_880,
+            1_880,
+            _listed("dtd", tv.DTD),
+            "dtd/dtd/images/*/*.jpg, dtd/dtd/labels/*.txt (dtd-r1.0.1.tar.gz unpacked in dtd)",
+            flip=True,
+            classes=47,
+        ),
+        DatasetInfo(
+            "imagenet",
+            3,
+            469,
+            64,
+            1_281_167,
+            50_000,
+            _imagenet,
+            "imagenet/train/CLASS/*.JPEG and imagenet/val/CLASS/*.JPEG, from https://image-net.org",
+            flip=True,
+            classes=1000,
+        ),
+        DatasetInfo(
+            "ident3d",
+            3,
+            224,
+            64,
+            250_000,
+            25_000,
+            grids.read_ident3d,
+            grids.IDENT3D_FILES,
+            classes=1,
+            factor_names=grids.IDENT3D_NAMES,
+        ),
+        *(
+            DatasetInfo(
+                name,
+                3 if len(grid.image) == 3 else 1,
+                64,
+                64,
+                grid.size - grids.N_TEST,
+                grids.N_TEST,
+                grids.grid_reader(name),
+                grid.files,
+                classes=grid.sizes[next(i for i, n in enumerate(grid.names) if n.endswith("shape"))],
+                factor_names=grid.names,
+                factor_sizes=grid.sizes,
+            )
+            for name, grid in grids.GRIDS.items()
+        ),
     )
 }

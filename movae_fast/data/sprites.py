@@ -83,6 +83,10 @@ class Sprites:
     def __len__(self) -> int:
         return len(self.index)
 
+    def factors(self, rows: Tensor) -> Tensor:
+        """Rows [B] of this split to factor values [B, 5] int64."""
+        return factors_of(self.index[rows.to(self.index.device)])
+
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] of this split to images [B, 1, S, S] uint8 and shapes [B]."""
         factors = factors_of(self.index[rows])

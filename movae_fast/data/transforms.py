@@ -37,10 +37,13 @@ def resize(images: Tensor, size: int, mode: str = "auto") -> Tensor:
 
 def finish(images: Tensor, flip: Tensor | None, normalize: bool) -> Tensor:
     """uint8 [B, C, S, S] to float32 in [0, 1], or [-1, 1] with `normalize`; rows of `flip` mirrored."""
-    x = images.to(torch.float32) / 255
     if flip is not None:
-        x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    return x * 2 - 1 if normalize else x
+        # On bytes, a quarter of what floats would move; picking whole images is several times faster than
+        # torch.where, which picks bytes.
+        rows = torch.arange(len(images), device=images.device)
+        images = torch.cat([images, images.flip(3)]).index_select(0, rows + len(images) * flip)
+    x = images.to(torch.float32).div_(255)
+    return x.mul_(2).sub_(1) if normalize else x
 
 
 def to_unit(x: Tensor, normalize: bool) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES, weights_rows
 from movae_fast.data import DATASETS, DatasetInfo
+from movae_fast.data.dali import require as require_dali
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.models import MODELS, VAE
 from movae_fast.names import pick
@@ -28,13 +29,18 @@ class DataConfig:
 
     Args:
         dataset: Name of the dataset; dashes and case do not matter (`movae doctor` lists them).
-        data_dir: Folder that holds (or receives) the original files.
+        data_dir: Folder that holds (or receives) the original files; for `folder` also a text file of paths.
         image_size: Side of the square images in pixels; the default is the dataset's own.
         resize: How images reach that side: zero padding, resampling, or padding where 4 pixels are missing.
         crop: CelebA's crop before resizing: centre 148 (MO-VAE), centre 140, 128 around the face, or none.
         download: Fetch missing files through torchvision.
-        loader: `resident` keeps the set on the device as uint8, `torch` streams it through worker processes.
-        num_workers: Worker processes of the `torch` loader.
+        loader: `resident` keeps the set on the device as uint8, `dali` decodes image files with DALI, `torch`
+            with worker processes; `auto` is resident where the set fits.
+        resident_share: Share of the device's free memory that `auto` lets a set of image files take.
+        num_workers: Worker processes of the `torch` loader, decoding threads of `dali` (0: a processor each).
+        prefetch: Batches that `dali` works ahead.
+        on_bad_image: What an image file that cannot be read does: stop the run, or stay out of it (all files
+            are read once before the first run to find out).
         batch_size: Images a step and process.
         eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
@@ -50,8 +56,11 @@ class DataConfig:
     resize: Literal["auto", "pad", "bilinear", "bicubic"] = "auto"
     crop: Literal["center148", "center140", "stylegan", "none"] = "center148"
     download: bool = True
-    loader: Literal["auto", "resident", "torch"] = "auto"
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    resident_share: float = 0.4
     num_workers: int = 0
+    prefetch: int = 2
+    on_bad_image: Literal["error", "skip"] = "error"
     batch_size: int = 128
     eval_batch_size: int | None = None
     normalize: bool = False
@@ -349,6 +358,11 @@ def validate(config: TrainConfig) -> None:
     if data.image_size is None:
         data.image_size = config.info.default_size
     assert data.crop in CELEBA_CROPS
+    if data.loader == "dali":
+        require_dali()
+    if not 0 <= data.resident_share <= 1:
+        raise ValueError(f"--resident_share {data.resident_share} must be from 0 to 1")
+    _at_least(1, prefetch=data.prefetch)
     _at_least(1, batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, image_size=data.image_size)
     _at_least(1, epochs=run.epochs, log_every=run.log_every, num_samples=run.num_samples)
     _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)

@@ -16,8 +16,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
-from movae_fast.data import LOADERS, Loader, ReadOptions, Subset, choose_loader
+from movae_fast.data import Loader, ReadOptions
 from movae_fast.models import VAE, build_model, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
@@ -145,6 +146,8 @@ def setup(config: TrainConfig) -> Run:
         run.folder = make_folder(config)
         write_config(run.folder, config)
         run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=None)
+        if left := left_out(run):
+            run.logs.write({"step": 0, **left})
     run.folder = Path(str(world.share(str(run.folder))))
     return run
 
@@ -288,7 +291,8 @@ def make_loader(
     world = world or World()
     data, info = config.data, config.info
     train = split == "train"
-    source: Any = info.read(
+    source = datasets.open_split(
+        info,
         ReadOptions(
             root=Path(data.data_dir).expanduser(),
             split=split,
@@ -298,12 +302,11 @@ def make_loader(
             crop=data.crop,
             resize=data.resize,
             antialias=data.antialias,
-        )
+        ),
+        data.on_bad_image,
     )
-    kind = choose_loader(data.loader, source)
-    limit = data.limit_train if train else data.limit_test
-    if 0 < limit < len(source):
-        source = Subset(source, limit)
+    source = datasets.limited(source, data.limit_train if train else data.limit_test)
+    kind, why = datasets.choose_loader(data.loader, source, device, data.resident_share)
     options: dict[str, Any] = {
         "train": train and not in_order,
         "seed": config.run.seed or 0,
@@ -312,10 +315,18 @@ def make_loader(
         "rank": world.rank,
         "world": world.size,
     }
-    if kind == "torch":
-        options["num_workers"] = data.num_workers
     size = data.batch_size if train else data.eval_batch_size or data.batch_size
-    return LOADERS[kind](source, size, device, **options)
+    workers = {"num_workers": data.num_workers, "prefetch": data.prefetch}
+    loader = datasets.make_loader(kind, source, size, device, **workers, **options)
+    loader.why = why
+    return loader
+
+
+def left_out(run: Run) -> dict[str, int]:
+    """How many unreadable images each split does without, where there are any."""
+    loaders = {"train": run.train_loader, "test": run.test_loader}
+    counts = {f"data/left_out_{split}": len(loader.left_out) for split, loader in loaders.items()}
+    return counts if any(counts.values()) else {}
 
 
 def make_folder(config: TrainConfig) -> Path:

@@ -1,0 +1,220 @@
+"""Images a second of every loader beside torch's DataLoader, with the CPU time and the memory that they take.
+
+pytest benchmarks/bench_loader.py --benchmark-only -s
+JPEGs of 178x218 become 64x64 (CelebA's crop), or arrays of 32x32 are shuffled; batches of 128 arrive as float32
+on the device. MOVAE_BENCH_SCENES names a folder that keeps the rendered JPEGs, MOVAE_BENCH_IMAGES says how many
+are used. The peak is of the whole tree of processes, a page that they share counted once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from movae_fast.cli import main
+from movae_fast.data import DATASETS, ImageFiles, Images, ReadOptions, dali, make_loader
+from movae_fast.data.loaders import Loader
+from movae_fast.data.prepared import open_split, prepare
+from movae_fast.data.synthetic import synthetic_jpeg
+from movae_fast.data.transforms import CELEBA_CROPS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+N = int(os.environ.get("MOVAE_BENCH_IMAGES", "20000"))
+BATCH, SIZE = 128, 64
+BOX = CELEBA_CROPS["center148"]
+
+
+class TorchvisionDecode(ImageFiles):
+    """The same files through torchvision's own JPEG decoder."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        pixels = decode_jpeg(read_file(str(self.files[i])), ImageReadMode.RGB)
+        top, left, height, width = self.box or (0, 0, *pixels.shape[1:])
+        part = pixels[:, top : top + height, left : left + width]
+        return TF.resize(part, [self.size, self.size], InterpolationMode.BICUBIC, antialias=True), 0
+
+
+@pytest.fixture(scope="session")
+def scenes() -> Iterator[Path]:
+    """A folder of N JPEGs whose pages are in memory, so that no loader waits for the disk."""
+    kept = os.environ.get("MOVAE_BENCH_SCENES")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(kept or temporary)
+        synthetic_jpeg(folder, N)
+        for path in folder.rglob("*.jpg"):
+            path.read_bytes()
+        yield folder
+
+
+def options(folder: Path) -> ReadOptions:
+    return ReadOptions(folder, "train", SIZE, False, DEVICE, resize="bicubic")
+
+
+def files(folder: Path, kind: type[ImageFiles] = ImageFiles) -> ImageFiles:
+    return kind(sorted(folder.rglob("*.jpg"))[:N], options(folder), BOX, "bicubic")
+
+
+def mapped(folder: Path) -> Any:
+    """The prepared file of the folder's training split; made at the first call, which is not measured."""
+    info = DATASETS["folder"]
+    opened = options(folder)
+    prepare(info, opened, decoder="dali" if dali.available() else "pillow")
+    return open_split(info, opened)
+
+
+JPEG: dict[str, Callable[[Path], Loader]] = {
+    "dali": lambda f: make_loader("dali", files(f), BATCH, DEVICE, train=True),
+    "resident, first epoch": lambda f: make_loader("resident", files(f), BATCH, DEVICE, train=True),
+    "resident, later epochs": lambda f: filled(make_loader("resident", files(f), BATCH, DEVICE, train=True)),
+    "prepared memmap": lambda f: make_loader("resident", mapped(f), BATCH, DEVICE, train=True),
+    "DataLoader, PIL, 1 worker": lambda f: make_loader(
+        "torch", files(f), BATCH, DEVICE, num_workers=1, train=True
+    ),
+    "DataLoader, PIL, 2 workers": lambda f: make_loader(
+        "torch", files(f), BATCH, DEVICE, num_workers=2, train=True
+    ),
+    "DataLoader, torchvision, 1 worker": lambda f: make_loader(
+        "torch", files(f, TorchvisionDecode), BATCH, DEVICE, num_workers=1, train=True
+    ),
+    "DataLoader, torchvision, 2 workers": lambda f: make_loader(
+        "torch", files(f, TorchvisionDecode), BATCH, DEVICE, num_workers=2, train=True
+    ),
+}
+
+
+def workers(source: ImageFiles, number: int) -> Loader:
+    return make_loader("torch", source, BATCH, DEVICE, num_workers=number, train=True)
+
+
+def filled(loader: Loader) -> Loader:
+    for _ in loader.epoch(0):
+        pass
+    return loader
+
+
+@pytest.mark.parametrize("name", JPEG)
+def test_jpeg_178x218_to_64x64(benchmark: Any, scenes: Path, name: str) -> None:
+    if name == "dali":
+        pytest.importorskip("nvidia.dali")
+    # An epoch of what decodes takes seconds; of what does not, so little that one says nothing.
+    measure(benchmark, f"JPEG 178x218 to 64x64, {N:,} images", JPEG[name](scenes), epochs=epochs(name))
+
+
+def epochs(name: str) -> int:
+    return 5 if name in ("prepared memmap", "resident, later epochs") else 1
+
+
+def arrays() -> Images:
+    """As many images as Fashion-MNIST has, padded to 32x32 as the trainer does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60_000, 1, 32, 32), dtype=np.uint8)
+    return Images(torch.from_numpy(pixels), torch.zeros(60_000, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["resident", "DataLoader, 1 worker", "DataLoader, 2 workers"])
+def test_arrays_32x32(benchmark: Any, name: str) -> None:
+    workers = int(name.split()[1]) if name != "resident" else 0
+    kind = "torch" if workers else "resident"
+    loader = make_loader(kind, arrays(), BATCH, DEVICE, num_workers=workers, train=True)
+    measure(benchmark, "arrays 1x32x32, 60,000 images", loader, epochs=1 if workers else 5)
+
+
+@pytest.mark.parametrize("loader", ["dali", "resident", "torch"])
+def test_data_wait_share_of_training(benchmark: Any, scenes: Path, tmp_path: Path, loader: str) -> None:
+    """vae at 64x64 on the JPEGs: what of a step is waiting for images, the first log line left out."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    command = (
+        f"train --dataset folder --data_dir {scenes} --arch vae --agg upgrad --loader {loader} --steps 30 "
+    )
+    command += (
+        "--image_size 64 --num_workers 2 --batch_size 64 --log_every 10 --eval_freq 0 --limit_train 4000 "
+    )
+    command += f"--limit_test 64 --num_samples 1 --exp_dir {tmp_path / 'run'} --seed 0"
+    benchmark.group = "data-wait share of a training step, vae 64x64, batch 64"
+    benchmark.pedantic(lambda: main(command.split()), rounds=1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "train/data_wait_share" in line][1:]
+    benchmark.extra_info["data-wait share"] = float(np.mean([v["train/data_wait_share"] for v in trained]))
+    benchmark.extra_info["ms a step"] = float(np.mean([v["train/step_ms_p50"] for v in trained]))
+    print(loader, dict(benchmark.extra_info))
+
+
+def measure(benchmark: Any, group: str, loader: Loader, epochs: int) -> None:
+    """Time `epochs` epochs after two batches of another; keep images/s, CPU time and peak memory."""
+    for _, _batch in zip(range(2), loader.epoch(99), strict=False):
+        pass
+    gc.collect()
+    numbers = iter(range(epochs))
+    seen = 0
+
+    def epoch() -> None:
+        nonlocal seen
+        for images, _ in loader.epoch(next(numbers)):
+            seen += len(images)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    with PeakMemory() as peak:
+        before, start = cpu_seconds(), time.perf_counter()
+        benchmark.pedantic(epoch, rounds=epochs)
+        seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
+    benchmark.group = group
+    benchmark.extra_info["images/s"] = seen / seconds
+    benchmark.extra_info["CPU s per 1,000"] = 1000 * cpu / seen
+    benchmark.extra_info["peak MiB"] = peak.mib
+    print({k: round(v, 4) for k, v in benchmark.extra_info.items()})
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of the children that ended."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+class PeakMemory:
+    """Peak proportional set size of this process and its children, sampled five times a second (Linux)."""
+
+    def __enter__(self) -> PeakMemory:
+        self.mib, self.stop = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        while True:
+            self.mib = max(self.mib, sum(map(proportional_kib, [os.getpid(), *children()])) / 1024)
+            if self.stop.wait(0.2):
+                break
+
+
+def children() -> list[int]:
+    tasks = Path(f"/proc/{os.getpid()}/task")
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
+def proportional_kib(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:  # it has just ended
+        return 0
+    return int(text.split("Pss:")[1].split()[0])

@@ -1,0 +1,209 @@
+"""`movae data list|verify|prepare|synthetic_jpeg`: what is known, what is there, decoding once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from movae_fast.cli import parsing
+from movae_fast.data import DATASETS, DatasetInfo, ImageFiles, ReadOptions, dali
+from movae_fast.data.prepared import checksum, prepare, prepared_path, read_header
+from movae_fast.data.survey import unreadable
+from movae_fast.data.synthetic import synthetic_jpeg
+from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.names import nearest, pick
+
+USAGE = """usage: movae data COMMAND [NAME] [flags]
+
+  list                     the datasets: size, splits, factors, and which are in --data_dir
+  verify NAME              read the original files and the prepared ones, and check them
+  prepare NAME|FOLDER      decode once into a file of uint8 that later runs map
+  synthetic_jpeg FOLDER    write --n JPEGs of rendered scenes, for benchmarks
+
+movae data COMMAND --help lists a command's flags."""
+
+
+@dataclasses.dataclass
+class DataCommand:
+    """Where and how.
+
+    Args:
+        data_dir: Folder that holds the original files.
+        image_size: Side of the square images in pixels; the default is the dataset's own.
+        resize: How images reach that side, as in `movae train`.
+        crop: CelebA's crop, as in `movae train`.
+        split: The split to prepare.
+        on_bad_image: What an image file that cannot be read does: stop, or stay out.
+        decoder: Who decodes; `auto` is DALI where it is installed.
+        download: Fetch missing files, where this program can.
+        n: Number of images that synthetic_jpeg writes.
+    """
+
+    data_dir: str = "data"
+    image_size: int | None = None
+    resize: Literal["auto", "pad", "bilinear", "bicubic"] = "auto"
+    crop: Literal["center148", "center140", "stylegan", "none"] = "center148"
+    split: Literal["both", "train", "test"] = "both"
+    on_bad_image: Literal["error", "skip"] = "error"
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    download: bool = False
+    n: int = 1000
+
+
+def run(argv: Sequence[str]) -> int:
+    """One of the four commands; the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise ValueError(f"{command}: unknown{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
+    target = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    kinds = parsing.flag_types([DataCommand])
+    parser = parsing.build_parser(f"data {command}", [DataCommand], USAGE.splitlines()[0])
+    config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
+    if (target is None) != (command == "list"):
+        raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
+    return COMMANDS[command](target, config, Console())
+
+
+def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str], ReadOptions]]:
+    """The dataset that is meant (a folder is the dataset `folder`) and the options of its splits."""
+    root = Path(config.data_dir).expanduser()
+    if Path(target).expanduser().exists() and target not in DATASETS:
+        info, root = DATASETS["folder"], Path(target).expanduser()
+    else:
+        info = DATASETS[pick("dataset", target, DATASETS)]
+    size = config.image_size or info.default_size
+    if size < 1:
+        raise ValueError(f"--image_size {size} must be at least 1")
+    assert config.crop in CELEBA_CROPS
+
+    def options(split: str) -> ReadOptions:
+        cpu = torch.device("cpu")
+        return ReadOptions(root, split, size, config.download, cpu, config.crop, config.resize)
+
+    return info, options
+
+
+def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
+    table = Table(title=f"datasets; --data_dir {config.data_dir}")
+    for column in ("name", "images", "training", "test", "factors", "there"):
+        table.add_column(column, justify="right" if column in ("training", "test") else "left")
+    for info in DATASETS.values():
+        factors = [
+            f"{name} {size}" if size else name
+            for name, size in zip(
+                info.factor_names, info.factor_sizes or [0] * len(info.factor_names), strict=True
+            )
+        ]
+        table.add_row(
+            info.name,
+            "any" if info.name == "folder" else f"{info.channels}x{info.native_size}x{info.native_size}",
+            f"{info.n_train:,}" if info.n_train else "",
+            f"{info.n_test:,}" if info.n_test else "",
+            ", ".join(factors),
+            there(info, config),
+        )
+    console.print(table)
+    return 0
+
+
+def there(info: DatasetInfo, config: DataCommand) -> str:
+    """Whether a set's first file is in data_dir, and which of its splits are prepared."""
+    if info.files.startswith("nothing"):
+        return "built in"
+    root = Path(config.data_dir).expanduser()
+    prepared = sorted(
+        p.stem.removeprefix(f"{info.name}-") for p in (root / "prepared").glob(f"{info.name}-*.u8")
+    )
+    if info.name == "folder":
+        return ", ".join(prepared)
+    words = (w.strip(",{}()") for w in info.files.replace("{", "").split())
+    found = any((root / w.split("*")[0].split("CLASS")[0]).exists() for w in words if "/" in w or "." in w)
+    parts = (["files"] if found else []) + [f"prepared {p}" for p in prepared]
+    return ", ".join(parts)
+
+
+def verify(target: str | None, config: DataCommand, console: Console) -> int:
+    """Read every split's originals, decode every image file, compare every prepared file's checksum."""
+    info, options = chosen(str(target), config)
+    status = 0
+    for split in splits(config):
+        source: Any = info.read(options(split))
+        line = f"{info.name} {split}: {len(source):,} images"
+        expected = info.n_train if split == "train" else info.n_test
+        if expected and len(source) != expected:
+            line += f", the published set has {expected:,}"
+            status = 1
+        if isinstance(source, ImageFiles):
+            bad = unreadable(source.files, source.channels)
+            line += f", {len(bad)} unreadable"
+            for row, why in bad.items():
+                console.print(f"{source.files[row]}: {why}", highlight=False, markup=False, soft_wrap=True)
+            status = status or int(bool(bad))
+        elif hasattr(source, "gather"):
+            source.gather(torch.tensor([0, len(source) - 1]))  # reads a set that is loaded at its first use
+        path = prepared_path(info.name, options(split))
+        header = read_header(path)
+        if header is not None:
+            whole = checksum(path) == header["checksum"]
+            line += f"; {path.name} {'has its checksum' if whole else 'is damaged: its checksum differs'}"
+            status = status or int(not whole)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return status
+
+
+def prepare_splits(target: str | None, config: DataCommand, console: Console) -> int:
+    info, options = chosen(str(target), config)
+    if config.decoder == "dali":
+        dali.require()
+    decoder = "dali" if config.decoder != "pillow" and dali.available() and config.resize != "pad" else "pillow"
+    for split in splits(config):
+        with bar(console, f"{info.name} {split}") as progress:
+            path, how = prepare(info, options(split), config.on_bad_image, decoder, progress)
+        header = read_header(path)
+        assert header is not None
+        n, size = header["shape"][0], path.stat().st_size / 1e6
+        console.print(f"{path}: {how}, {n:,} images, {size:,.1f} MB", highlight=False, soft_wrap=True)
+        for name in header["skipped"]:
+            console.print(f"left out: {name}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def write_scenes(target: str | None, config: DataCommand, console: Console) -> int:
+    if config.n < 1:
+        raise ValueError(f"--n {config.n} must be at least 1")
+    with bar(console, "scenes") as progress:
+        synthetic_jpeg(Path(str(target)).expanduser(), config.n, progress)
+    console.print(f"{target}: {config.n:,} JPEGs of 178x218", highlight=False)
+    return 0
+
+
+def splits(config: DataCommand) -> tuple[str, ...]:
+    return ("train", "test") if config.split == "both" else (config.split,)
+
+
+@contextmanager
+def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; gives what to call with (done, total)."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+COMMANDS: dict[str, Callable[[str | None, DataCommand, Console], int]] = {
+    "list": list_sets,
+    "verify": verify,
+    "prepare": prepare_splits,
+    "synthetic_jpeg": write_scenes,
+}

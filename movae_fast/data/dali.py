@@ -1,0 +1,249 @@
+"""The `dali` loader: files are read here; DALI decodes, crops and resizes them, on a GPU or on a CPU's threads.
+
+The order is the plan that all loaders share, batch by batch, so shards and resuming are theirs too. DALI
+decodes what every decoder reads alike: whole 8-bit JPEGs and PNGs, upright, grey or RGB. Any other file goes
+through `decode` first and reaches DALI as raw pixels: one meaning, and one error, for each loader.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import io
+import os
+import struct
+from collections import deque
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from movae_fast.data.decode import MAX_PIXELS, ORIENTATION, decode
+from movae_fast.data.loaders import Loader
+from movae_fast.data.machine import processors
+from movae_fast.data.sources import ImageFiles, central_square
+
+
+def available() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def require() -> None:
+    """Raise ValueError if DALI is not installed."""
+    if not available():
+        raise ValueError(
+            "--loader dali needs DALI: pip install 'movae-fast[dali]', or use --loader torch or resident"
+        )
+
+
+class DaliLoader(Loader):
+    """Image files through a DALI pipeline with `num_threads` decoding threads, `prefetch` batches ahead."""
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        device: torch.device,
+        num_threads: int = 0,
+        prefetch: int = 2,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, batch_size, device, **options)
+        require()
+        if not isinstance(source, ImageFiles):
+            raise ValueError("--loader dali decodes image files; this dataset has none: use --loader resident")
+        if source.mode not in ("bilinear", "bicubic"):
+            raise ValueError(
+                f"--loader dali resamples: --resize {source.mode} is for --loader torch or resident"
+            )
+        self.num_threads = num_threads or processors()
+        self.prefetch = prefetch
+        self.labels = torch.tensor(source.labels)
+        self._stream: torch.cuda.Stream | None = None
+        self._idle: list[tuple[Any, _Feed]] = []  # pipelines that wait for their next epoch
+
+    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """As in Loader; on a CPU a batch is DALI's own buffer, valid until the next one is asked for."""
+        pipe, feed = self._idle.pop() if self._idle else self._build()
+        at = start * self.batch_size
+        feed.begin(rows[at:].tolist())
+        try:
+            while (out := self._run(pipe, feed)) is not None:
+                images = self._to_torch(out)
+                labels = self.labels[rows[at : at + len(images)]]
+                yield at, (images, labels.to(self.device, non_blocking=True))
+                at += len(images)
+        except GeneratorExit:
+            # Left in mid-epoch: what was read ahead must not be the next epoch's first batches.
+            feed.begin([])
+            while self._run(pipe, feed) is not None:
+                pass
+            raise
+        finally:
+            if feed.ended:
+                pipe.reset()
+                self._idle.append((pipe, feed))
+
+    def _run(self, pipe: Any, feed: _Feed) -> Any:
+        """The pipeline's next batch, None at the end of the epoch."""
+        try:
+            (out,) = pipe.run()
+        except StopIteration:
+            feed.ended = True
+            return None
+        except RuntimeError:
+            feed.blame()
+            raise
+        return out
+
+    def _build(self) -> tuple[Any, _Feed]:
+        from nvidia.dali import Pipeline, fn, types
+
+        _keep_pipelines_from_children()
+
+        cuda = self.device.type == "cuda"
+        feed = _Feed(self.source, self.batch_size, kept=self.prefetch + 2)
+        pipe = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=self.num_threads,
+            device_id=(self.device.index or 0) if cuda else None,
+            prefetch_queue_depth=self.prefetch,
+        )
+        with pipe:
+            data, anchor, shape = fn.external_source(source=feed, num_outputs=3, batch=True)
+            images = fn.decoders.image_slice(
+                data,
+                anchor,
+                shape,
+                device="mixed" if cuda else "cpu",
+                output_type=types.RGB if self.source.channels == 3 else types.GRAY,
+                normalized_anchor=False,
+                normalized_shape=False,
+                axis_names="HW",
+            )
+            cubic = self.source.mode == "bicubic"
+            images = fn.resize(
+                images,
+                size=[self.source.size, self.source.size],
+                interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
+                antialias=True,
+            )
+            pipe.set_outputs(images)
+        pipe.build()
+        return pipe, feed
+
+    def _to_torch(self, out: Any) -> Tensor:  # uint8 [B, C, S, S], channels last
+        tensor = out.as_tensor()
+        if self.device.type != "cuda":
+            return torch.from_dlpack(tensor).permute(0, 3, 1, 2)
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        # DALI's buffer is its own again at the next run, so the copy must have ended before: on a stream beside
+        # the training step's, whose end is not waited for.
+        stream = self._stream = self._stream or torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            images = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
+            feed_ndarray(tensor, images, cuda_stream=stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(stream)
+        images.record_stream(current)
+        return images.permute(0, 3, 1, 2)
+
+
+@cache
+def _keep_pipelines_from_children() -> None:
+    """A forked worker crashes if it collects a pipeline that it inherited: the threads are its parent's."""
+    os.register_at_fork(after_in_child=gc.freeze)
+
+
+class _Feed:
+    """What the pipeline calls for its next batch: encoded files, and where the crop lies in each."""
+
+    def __init__(self, source: ImageFiles, batch_size: int, kept: int) -> None:
+        self.source, self.batch_size = source, batch_size
+        self.rows: list[int] = []
+        self.recent: deque[list[int]] = deque(maxlen=kept)  # batches that may be in the pipeline
+        self.error: Exception | None = None
+        self.ended = False
+
+    def begin(self, rows: list[int]) -> None:
+        self.rows, self.at, self.ended = rows, 0, False
+
+    def __call__(self) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        part = self.rows[self.at : self.at + self.batch_size]
+        if not part:
+            raise StopIteration
+        self.at += len(part)
+        self.recent.append(part)
+        try:
+            data, anchors, shapes = zip(*(self.read(i) for i in part), strict=True)
+        except ValueError as error:
+            self.error = error  # DALI passes on its message alone
+            raise
+        return list(data), list(anchors), list(shapes)
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """File i as bytes that DALI decodes, and the crop's corner and extent in it."""
+        path, channels = self.source.files[i], self.source.channels
+        try:
+            data = path.read_bytes()
+        except OSError:
+            data = b""  # `decode` says what is wrong
+        size = plain_size(data)
+        if size is None:
+            pixels = decode(path, channels, data if data else None)
+            size = pixels.shape[:2]
+            data = b"P%d %d %d 255\n" % (6 if channels == 3 else 5, size[1], size[0]) + pixels.tobytes()
+        top, left, height, width = self.source.box or central_square(*size)
+        height, width = min(height, size[0] - top), min(width, size[1] - left)
+        return (
+            np.frombuffer(data, np.uint8),
+            np.array((top, left), np.int32),
+            np.array((height, width), np.int32),
+        )
+
+    def blame(self) -> None:
+        """After a failure: raise the ValueError of the file that caused it, if one did."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error from None
+        for i in (i for part in self.recent for i in part):
+            decode(self.source.files[i], self.source.channels)
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a whole, upright, 8-bit grey or RGB JPEG or PNG; None for all else."""
+    size = None
+    if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
+        size = _jpeg_size(data)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND" and len(data) > 45:
+        height, width = struct.unpack(">II", data[16:24])[::-1]
+        plain = data[24] == 8 and data[25] in (0, 2) and data.find(b"eXIf") < 0
+        size = (height, width) if plain else None
+    return size if size is not None and 0 < size[0] * size[1] <= MAX_PIXELS else None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
+            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            return (height, width) if precision == 8 and components in (1, 3) else None
+        if 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return None
+        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
+            with Image.open(io.BytesIO(data)) as file:
+                if file.getexif().get(ORIENTATION, 1) != 1:
+                    return None
+        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15] == 0:
+            return None  # stored as RGB or CMYK without a colour transform
+        at += 2 + length
+    return None

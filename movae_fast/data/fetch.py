@@ -1,0 +1,51 @@
+"""Downloads that torchvision does not do: restartable, and checked before they count."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file that can be fetched: its address, size in bytes and SHA-256."""
+
+    url: str
+    size: int
+    sha256: str
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(CHUNK):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def fetch(remote: Remote, path: Path) -> None:
+    """Download to `path`, continuing what an earlier attempt left. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = part.stat().st_size if part.exists() else 0
+    if done > remote.size:
+        part.unlink()
+        done = 0
+    if done < remote.size:
+        request = urllib.request.Request(remote.url, headers={"Range": f"bytes={done}-"} if done else {})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            # A server that knows no ranges sends the whole file again.
+            mode = "ab" if answer.status == 206 else "wb"
+            with part.open(mode) as file:
+                while chunk := answer.read(CHUNK):
+                    file.write(chunk)
+    if part.stat().st_size != remote.size:
+        raise OSError(f"{part} has {part.stat().st_size:,} bytes of {remote.size:,}; run again to continue")
+    if (found := sha256(part)) != remote.sha256:
+        part.unlink()
+        raise OSError(f"{remote.url}: SHA-256 is {found}, expected {remote.sha256}; the download was removed")
+    part.replace(path)

@@ -1,0 +1,42 @@
+"""What this machine has to spare for data: processors and memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+RESIDENT_SHARE = 0.4  # of free memory, what a set may take unless told otherwise
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """work(item) of each, in order, on as many threads as there are processors; few are in flight at once."""
+    left = iter(items)
+    with ThreadPoolExecutor(processors()) as pool:
+        while part := list(islice(left, 256)):
+            yield from pool.map(work, part)
+
+
+def processors() -> int:
+    """Threads to decode with: this process's part of the processors, at most 8."""
+    return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may take on the device: free ones, shared with its siblings on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    free = int(lines.get("MemAvailable", "0 kB").split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup", f"memory.{part}") for part in ("max", "current"))
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
