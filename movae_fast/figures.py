@@ -122,6 +122,35 @@ def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
     return _save(figure, path)
 
 
+def evaluation_figure(
+    path: Path,
+    rates: Sequence[float] | None,  # [D] nats
+    mutual: np.ndarray | None,  # [D, F] share of each factor's entropy
+    factors: Sequence[str],
+) -> Path:
+    """Each latent's rate, and what share of each factor's entropy each latent holds, as a heat map."""
+    plt = pyplot()
+    panels = (rates is not None) + (mutual is not None)
+    count = len(rates) if rates is not None else len(mutual) if mutual is not None else 0
+    size = (5 * panels, max(3.0, 0.28 * count + 1.5))
+    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
+    if rates is not None:
+        axis = axes[0][0]
+        axis.barh(range(count), rates)
+        axis.set(title="rate of each latent (nats)", ylabel="latent", ylim=(count - 0.5, -0.5))
+    if mutual is not None:
+        axis = axes[0][-1]
+        picture = axis.imshow(mutual, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        axis.set(title="I(latent; factor) / H(factor)", ylabel="latent")
+        axis.set_xticks(range(len(factors)), factors, rotation=30, ha="right")
+        if mutual.size <= 400:
+            for (j, k), value in np.ndenumerate(mutual):
+                colour = "white" if value < 0.6 else "black"
+                axis.text(k, j, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(picture, ax=axis)
+    return _save(figure, path)
+
+
 def pyplot() -> Any:
     """matplotlib without a screen."""
     import matplotlib
