@@ -6,6 +6,7 @@ exists is whole.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 PAD = 2  # pixels between images
+LABEL = 13  # height of a label
 LEAST_SIDE = 64  # small images are enlarged to about this side, by whole factors
 
 
@@ -42,6 +45,21 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
         top, left = PAD + i // columns * (height + PAD), PAD + i % columns * (width + PAD)
         picture[top : top + height, left : left + width] = pixels[i]
     return picture
+
+
+def labelled_grid(images: Tensor, labels: Sequence[str], columns: int) -> np.ndarray:
+    """[N, C, H, W] to one picture uint8 [h, w, 3], row by row, each image under its label."""
+    pixels = to_pixels(images)
+    _, height, width, _ = pixels.shape
+    rows = math.ceil(len(pixels) / columns)
+    step = (height + LABEL + PAD, width + PAD)
+    canvas = Image.new("RGB", (columns * step[1] + PAD, rows * step[0] + PAD), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        top, left = PAD + i // columns * step[0], PAD + i % columns * step[1]
+        pen.text((left, top), label, fill="black")
+        canvas.paste(Image.fromarray(image), (left, top + LABEL))
+    return np.asarray(canvas)
 
 
 def write_png(path: Path, picture: np.ndarray) -> Path:
@@ -102,6 +120,28 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title="cosine of update with gradient", xlabel="step", ylim=(-1.05, 1.05))
         axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def ladder_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
+    """The KL of each rung over training, and below it alpha, with a line where a stage begins."""
+    plt = pyplot()
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    lines = [line for line in lines if "train/alpha" in line]
+    steps = [line["step"] for line in lines]
+    for name in names:
+        if name.startswith("kl_"):
+            upper.plot(steps, [line[f"train/{name}"] for line in lines], label=f"rung {name[3:]}", linewidth=1)
+    lower.plot(steps, [line["train/alpha"] for line in lines], color="black", linewidth=1)
+    for before, line in itertools.pairwise(lines):
+        if line["train/stage"] != before["train/stage"]:
+            for axis in (upper, lower):
+                axis.axvline(before["step"], color="grey", linewidth=0.8, linestyle=":")
+    upper.set(ylabel="KL (nats)", title="rate of each rung")
+    upper.legend(frameon=False)
+    lower.set(ylabel="alpha", xlabel="step", ylim=(-0.05, 1.05))
     return _save(figure, path)
 
 
