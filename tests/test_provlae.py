@@ -16,7 +16,9 @@ from movae_fast.models import build_model
 from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint, loop
 from movae_fast.training.compiled import graph_counters
+from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.logs import read_lines
+from movae_fast.training.optim import make_optimizer
 from movae_fast.training.progression import Cycles, Progression, forget
 from movae_fast.training.step import GradientStep
 
@@ -232,23 +234,26 @@ def test_annealing_and_capacity_leave_the_pre_kl_alone():
     assert float(losses.capacity_now) == 10.0
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_an_optimizer_that_forgets_steps_like_a_new_one(kind):
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"])
+def test_an_optimizer_that_forgets_steps_like_a_new_one(name):
+    def new(p):
+        return make_optimizer(OptimizerConfig(name, lr=0.1, weight_decay=0.01), [p])
+
     def steps(optimizer, p, n):
         for k in range(n):
             p.grad = torch.full_like(p, k + 1.0)
             optimizer.step()
 
-    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    used = kind([a], lr=0.1, **options)
+    used = new(a)
     steps(used, a, 5)
     with torch.no_grad():
         a.fill_(1)
     forget(used)
     steps(used, a, 3)
-    steps(kind([b], lr=0.1, **options), b, 3)
+    steps(new(b), b, 3)
     assert torch.equal(a, b)
+    assert not torch.equal(a, torch.ones(3))
 
 
 def state_of(folder, name="last"):
@@ -270,6 +275,22 @@ def test_all_stages_one_after_another(train):
     assert not torch.equal(
         state_of(folder, "stage_1")["model"]["out.weight"], state_of(folder, "stage_2")["model"]["out.weight"]
     )
+
+
+@pytest.mark.parametrize("name", ["lamb", "diffgrad", "madgrad"])
+def test_other_optimizers_train_every_stage_and_resume(train, name):
+    flags = (FLAGS, f"--optim {name}", "--lr 0.003", "--betas 0.8 0.99", "--eps 1e-5")
+    through = train(*flags, "--compile_mode off", "--on_cudnn_benchmark False")
+    part = train(*flags, "--compile_mode off", "--checkpoint_every 7")
+    kept = state_of(part)
+    assert checkpoint.digest(kept["model"]) == checkpoint.digest(state_of(through)["model"])
+    assert all(bool(v.isfinite().all()) for v in kept["model"].values())
+    # Continue stage 2's checkpoint as a run of its own.
+    last = part / "checkpoints" / "last.pt"
+    last.write_bytes((part / "checkpoints" / "stage_2.pt").read_bytes())
+    train(f"--resume {part}")
+    for section in ("model", "optimizer"):
+        assert checkpoint.digest(state_of(part)[section]) == checkpoint.digest(kept[section]), section
 
 
 @pytest.mark.parametrize("agg", ["sum", "upgrad"])
@@ -313,6 +334,8 @@ def test_stages_trained_one_by_one(train, capsys):
         ("--mode visualize", "--mode visualize draws a checkpoint"),
         ("--num_ladders 4", "--num_ladders 4: images of side 32 allow at most 3"),
         ("--batch_size 1", "normalises over the batch"),
+        ("--betas 0.9", "give two numbers"),
+        ("--eps 1e-8 --optim sgd", "--eps does not apply to sgd"),
         ("--chn_num 3", "--chn_num 3: sprites has 1"),
         ("--ratio 0", "--ratio 0.0 must be above 0"),
         ("--coff -1", "--coff -1.0 must be zero or more"),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
 from movae_fast.training.compiled import CompileMode
 from movae_fast.training.precision import PrecisionName
+
+FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
 
 
 @dataclass
@@ -196,10 +199,12 @@ class OptimizerConfig:
     """Optimizer and schedule.
 
     Args:
-        optimizer: Optimizer.
+        optimizer: Optimizer; lamb, diffgrad and madgrad need the extra `optimizers`.
         lr: Learning rate.
-        weight_decay: Weight decay (decoupled in adamw).
-        momentum: SGD's momentum.
+        weight_decay: Weight decay (decoupled in adamw, lamb, diffgrad).
+        momentum: Momentum of sgd and madgrad.
+        betas: Decay of the moments in adam, adamw, lamb and diffgrad.
+        eps: What keeps a division from zero; the default is the optimizer's own (not sgd).
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
         scheduler: Learning-rate schedule after the warm-up, stepped every step.
         scheduler_lr_min: Learning rate at the end of cosine.
@@ -208,10 +213,12 @@ class OptimizerConfig:
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float | None = None
     max_grad_norm: float = 0.0
     scheduler: Literal["none", "cosine", "multi_step"] = "none"
     scheduler_lr_min: float = 0.0
@@ -231,6 +238,7 @@ class RunConfig:
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
         precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
         compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU.
+        on_cudnn_benchmark: Let cuDNN try its algorithms for the shapes that it meets (CUDA).
         accumulate: Split each batch into this many parts, one after the other, to save memory.
         sync_batchnorm: BatchNorm over all processes' images rather than each one's own.
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
@@ -252,6 +260,7 @@ class RunConfig:
     device: str = "auto"
     precision: PrecisionName = "fp32"
     compile: CompileMode = "auto"
+    on_cudnn_benchmark: bool = True
     accumulate: int = 1
     sync_batchnorm: bool = False
     profile: int = 0
@@ -433,6 +442,7 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(
                 f"--{name} {value} must be {'positive' if name == 'lr' else 'zero or more'} and finite"
             )
+    check_optimizer(config.optimizer)
     if config.optimizer.scheduler == "multi_step" and not config.optimizer.scheduler_milestones:
         raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
     if objective.recons_reduction == "scaled_sum" and objective.recons_dist != "gaussian":
@@ -458,6 +468,19 @@ def validate(config: TrainConfig) -> None:
         raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
     if run.export is not None and Path(run.export).exists():
         raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """What `validate` asks of the optimizer's parameters."""
+    name, betas, eps = optimizer.optimizer, optimizer.betas, optimizer.eps
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"--betas {betas}: give two numbers from 0 to below 1")
+    if eps is not None and not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"--eps {eps} must be positive and finite")
+    if eps is not None and name == "sgd":
+        raise ValueError("--eps does not apply to sgd")
+    if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError(f"--optimizer {name} needs pytorch-optimizer: pip install 'movae-fast[optimizers]'")
 
 
 def check_ladder(config: TrainConfig) -> None:

@@ -226,6 +226,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = config.run.on_cudnn_benchmark
     # Built before any data is read: a size that does not fit is said at once.
     model = new_model(config).to(device)
     # The layout that convolutions are fastest in, on CUDA's tensor cores and on a CPU alike.
