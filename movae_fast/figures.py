@@ -191,6 +191,31 @@ def evaluation_figure(
     return _save(figure, path)
 
 
+def sweep_figure(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Each objective over the trials and against each parameter; the best trials (or Pareto front) in red."""
+    plt = pyplot()
+    parameters = list(dict.fromkeys(p for row in rows for p in row["params"]))
+    pairs = len(names) == 2
+    columns = 1 + pairs + len(parameters)
+    size = (3 * columns, 2.8 * max(len(names), 1))
+    figure, axes = plt.subplots(max(len(names), 1), columns, figsize=size, squeeze=False, layout="constrained")
+    for k, name in enumerate(names):
+        xs: list[tuple[str, list[Any]]] = [("trial", [row["number"] for row in rows])]
+        if pairs:
+            xs.append((names[1 - k], [row["values"][1 - k] for row in rows]))
+        xs += [(p, [row["params"].get(p, math.nan) for row in rows]) for p in parameters]
+        for axis, (label, values) in zip(axes[k], xs, strict=True):
+            for best, colour in ((False, "tab:blue"), (True, "tab:red")):
+                points = [(x, r["values"][k]) for x, r in zip(values, rows, strict=True) if r["best"] is best]
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
+            axis.set(xlabel=label, ylabel=name)
+            low = min((x for x in values if x > 0), default=0)
+            if label in parameters and low > 0 and min(values) > 0 and max(values) / low > 20:
+                axis.set_xscale("log")
+    return _save(figure, path)
+
+
 def pyplot() -> Any:
     """matplotlib without a screen."""
     import matplotlib
