@@ -177,7 +177,7 @@ def test_evaluate_a_codebook(train):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--metrics mig", "--metrics mig needs data with known factors; digits has none"),
+        ("--metrics mig", "--metrics mig needs data with known discrete factors; digits has none"),
         ("--metrics migg", "--metrics migg: unknown; did you mean"),
         ("--metrics ,", "--metrics is empty"),
         ("--samples 5", "--samples 5 must be at least 100"),

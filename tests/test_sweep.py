@@ -157,7 +157,7 @@ def test_twelve_trials_with_two_parallel_workers(sweep, tmp_path):
         ({"search": {"betta": {"low": 1, "high": 2}}}, "betta is no flag (did you mean beta"),
         ({"search": {"beta": {"low": 2, "high": 1}}}, "low 2 must be a number below high 1"),
         ({"search": {"beta": {"choices": []}}}, "choices are a list"),
-        ({"objectives": {"mig": "maximize"}}, "mig needs data with known factors; digits has none"),
+        ({"objectives": {"mig": "maximize"}}, "mig needs data with known discrete factors; digits has none"),
         ({"objectives": {"migg": "maximize"}}, "migg is unknown"),
         ({"objectives": {"mig": "max"}}, "valid: minimize, maximize"),
         ({"flags": FLAGS | {"image_size": 15}, "trials": 0}, "must be at least 1"),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from movae_fast.cli import parsing
 from movae_fast.cli.sample import free
-from movae_fast.data import Loader, Subset
+from movae_fast.data import Loader
 from movae_fast.figures import evaluation_figure
 from movae_fast.metrics import METRICS, NEED_TEST_CODES, Codes
 from movae_fast.models import VAE, GaussianVAE
@@ -108,7 +108,8 @@ def run(argv: Sequence[str]) -> int:
 def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str]:
     """The metrics to compute, in order. Raises ValueError for one that the model or the data do not have."""
     info, arch = trained.info, trained.model.arch
-    codes, factors = isinstance(model, GaussianVAE), bool(info.factor_names)
+    # Continuous factors have names and no sizes.
+    codes, factors = isinstance(model, GaussianVAE), bool(info.factor_sizes)
     valid = [*ON_IMAGES, *METRICS]
     if config.iw and not codes:
         raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has a codebook")
@@ -120,7 +121,8 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
         if name not in valid:
             raise ValueError(f"--metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
         if name in METRICS and not factors:
-            raise ValueError(f"--metrics {name} needs data with known factors; {info.name} has none")
+            has = "continuous ones" if info.factor_names else "none"
+            raise ValueError(f"--metrics {name} needs data with known discrete factors; {info.name} has {has}")
         if not applies(name, codes, factors):
             raise ValueError(f"--metrics {name} needs a model with latents; {arch} has a codebook")
     if not names:
@@ -167,8 +169,8 @@ def measure(
             report.figures |= figures
         if config.iw:
             n = min(config.iw_images, len(loader.source))
-            few = type(loader)(Subset(loader.source, n), 64, device, train=False, normalize=loader.normalize)
-            bound = bounds.importance_weighted_bound(model, few.epoch(), dist, config.iw, config.seed)
+            rows = torch.arange(n) * len(loader.source) // n
+            bound = bounds.importance_weighted_bound(model, loader.take(rows), dist, config.iw, config.seed)
             report.figures[f"iw_bound_{config.iw}"] = bound
     if "images" in names:
         report.figures |= bounds.image_quality(model, loader.epoch(), loader.normalize, device)
@@ -181,6 +183,10 @@ def read_codes(
 ) -> Codes:
     """Posteriors and factors of images drawn without replacement from the training split by the seed."""
     loader: Loader = make_loader(trained, device, "train", in_order=True)
+    if not hasattr(loader.source, "factors"):
+        raise ValueError(
+            f"{trained.data.dataset}: this copy of the data has lost its factors; use the original files"
+        )
     n, extra = config.samples, config.samples // 2 if test else 0
     if n + extra > len(loader.source):
         raise ValueError(
@@ -190,7 +196,7 @@ def read_codes(
     rows = torch.randperm(len(loader.source), generator=generator)[: n + extra]
     parts = [model.encode(x) for x, _ in loader.take(rows)]
     mu, logvar = (torch.cat([p[i] for p in parts]) for i in (0, 1))
-    return Codes(mu, logvar, loader.source.factors(rows.to(device)), n, config.seed)
+    return Codes(mu, logvar, loader.source.factors(rows.to(device)).to(device), n, config.seed)
 
 
 def table(trained: TrainConfig, report: Report) -> Table:

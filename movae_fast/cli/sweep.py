@@ -168,8 +168,10 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     config = TrainConfig.from_flat(fixed | first)
     validate(config)
     factors = [n for n in spec.objectives if FIGURES.get(n) in METRICS]
-    if factors and not config.info.factor_names:
-        raise ValueError(f"objectives: {factors[0]} needs data with known factors; {config.info.name} has none")
+    if factors and not config.info.factor_sizes:
+        raise ValueError(
+            f"objectives: {factors[0]} needs data with known discrete factors; {config.info.name} has none"
+        )
     workers, trials = flags.workers or spec.workers, flags.trials or spec.trials
     for name, value in (("trials", trials), ("workers", workers), ("samples", spec.samples)):
         if value < 1:
