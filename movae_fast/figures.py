@@ -6,6 +6,7 @@ exists is whole.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 PAD = 2  # pixels between images
+LABEL = 13  # height of a label
 LEAST_SIDE = 64  # small images are enlarged to about this side, by whole factors
 
 
@@ -42,6 +45,21 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
         top, left = PAD + i // columns * (height + PAD), PAD + i % columns * (width + PAD)
         picture[top : top + height, left : left + width] = pixels[i]
     return picture
+
+
+def labelled_grid(images: Tensor, labels: Sequence[str], columns: int) -> np.ndarray:
+    """[N, C, H, W] to one picture uint8 [h, w, 3], row by row, each image under its label."""
+    pixels = to_pixels(images)
+    _, height, width, _ = pixels.shape
+    rows = math.ceil(len(pixels) / columns)
+    step = (height + LABEL + PAD, width + PAD)
+    canvas = Image.new("RGB", (columns * step[1] + PAD, rows * step[0] + PAD), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        top, left = PAD + i // columns * step[0], PAD + i % columns * step[1]
+        pen.text((left, top), label, fill="black")
+        canvas.paste(Image.fromarray(image), (left, top + LABEL))
+    return np.asarray(canvas)
 
 
 def write_png(path: Path, picture: np.ndarray) -> Path:
@@ -105,6 +123,28 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
     return _save(figure, path)
 
 
+def ladder_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
+    """The KL of each rung over training, and below it alpha, with a line where a stage begins."""
+    plt = pyplot()
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    lines = [line for line in lines if "train/alpha" in line]
+    steps = [line["step"] for line in lines]
+    for name in names:
+        if name.startswith("kl_"):
+            upper.plot(steps, [line[f"train/{name}"] for line in lines], label=f"rung {name[3:]}", linewidth=1)
+    lower.plot(steps, [line["train/alpha"] for line in lines], color="black", linewidth=1)
+    for before, line in itertools.pairwise(lines):
+        if line["train/stage"] != before["train/stage"]:
+            for axis in (upper, lower):
+                axis.axvline(before["step"], color="grey", linewidth=0.8, linestyle=":")
+    upper.set(ylabel="KL (nats)", title="rate of each rung")
+    upper.legend(frameon=False)
+    lower.set(ylabel="alpha", xlabel="step", ylim=(-0.05, 1.05))
+    return _save(figure, path)
+
+
 def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
     """Posterior means [N, 2] coloured by label [N]."""
     plt = pyplot()
@@ -119,6 +159,60 @@ def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="z0", ylabel="z1", aspect="equal")
     if len(np.unique(classes)) <= 20:
         axis.legend(loc="upper right", markerscale=3, frameon=False)
+    return _save(figure, path)
+
+
+def evaluation_figure(
+    path: Path,
+    rates: Sequence[float] | None,  # [D] nats
+    mutual: np.ndarray | None,  # [D, F] share of each factor's entropy
+    factors: Sequence[str],
+) -> Path:
+    """Each latent's rate, and what share of each factor's entropy each latent holds, as a heat map."""
+    plt = pyplot()
+    panels = (rates is not None) + (mutual is not None)
+    count = len(rates) if rates is not None else len(mutual) if mutual is not None else 0
+    size = (5 * panels, max(3.0, 0.28 * count + 1.5))
+    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
+    if rates is not None:
+        axis = axes[0][0]
+        axis.barh(range(count), rates)
+        axis.set(title="rate of each latent (nats)", ylabel="latent", ylim=(count - 0.5, -0.5))
+    if mutual is not None:
+        axis = axes[0][-1]
+        picture = axis.imshow(mutual, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        axis.set(title="I(latent; factor) / H(factor)", ylabel="latent")
+        axis.set_xticks(range(len(factors)), factors, rotation=30, ha="right")
+        if mutual.size <= 400:
+            for (j, k), value in np.ndenumerate(mutual):
+                colour = "white" if value < 0.6 else "black"
+                axis.text(k, j, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(picture, ax=axis)
+    return _save(figure, path)
+
+
+def sweep_figure(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Each objective over the trials and against each parameter; the best trials (or Pareto front) in red."""
+    plt = pyplot()
+    parameters = list(dict.fromkeys(p for row in rows for p in row["params"]))
+    pairs = len(names) == 2
+    columns = 1 + pairs + len(parameters)
+    size = (3 * columns, 2.8 * max(len(names), 1))
+    figure, axes = plt.subplots(max(len(names), 1), columns, figsize=size, squeeze=False, layout="constrained")
+    for k, name in enumerate(names):
+        xs: list[tuple[str, list[Any]]] = [("trial", [row["number"] for row in rows])]
+        if pairs:
+            xs.append((names[1 - k], [row["values"][1 - k] for row in rows]))
+        xs += [(p, [row["params"].get(p, math.nan) for row in rows]) for p in parameters]
+        for axis, (label, values) in zip(axes[k], xs, strict=True):
+            for best, colour in ((False, "tab:blue"), (True, "tab:red")):
+                points = [(x, r["values"][k]) for x, r in zip(values, rows, strict=True) if r["best"] is best]
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
+            axis.set(xlabel=label, ylabel=name)
+            low = min((x for x in values if x > 0), default=0)
+            if label in parameters and low > 0 and min(values) > 0 and max(values) / low > 20:
+                axis.set_xscale("log")
     return _save(figure, path)
 
 

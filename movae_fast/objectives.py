@@ -5,7 +5,7 @@ by its weight before aggregation.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from movae_fast import ops
-from movae_fast.models import VAE, GaussianOutput, VQOutput
+from movae_fast.models import VAE, GaussianOutput, ProVLAE, VQOutput
 from movae_fast.names import nearest
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
@@ -52,6 +52,21 @@ def kl_standard_normal(
 ) -> Tensor:  # []
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
     return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+
+
+def rung_kls(
+    mu: Tensor,  # [B, L * D]
+    logvar: Tensor,  # [B, L * D]
+    rungs: int,
+    reduction: ReconsReduction = "sum",
+) -> tuple[Tensor, ...]:  # L scalars
+    """KL(N(mu, exp(logvar)) || N(0, I)) of each rung in nats: summed over its latents, mean over the batch.
+
+    With "mean" it is averaged over the latents as well, as the reconstruction is over pixels.
+    """
+    pairs = zip(mu.chunk(rungs, 1), logvar.chunk(rungs, 1), strict=True)
+    divisor = mu.shape[1] // rungs if reduction == "mean" else 1
+    return tuple(kl_standard_normal(m, v) / divisor for m, v in pairs)
 
 
 def tc_decomposition(
@@ -104,6 +119,8 @@ class LossVector:
         n_data: int,
         tc_estimator: TCEstimator = "mss",
         anneal_steps: int = 0,
+        kl_factor: Callable[[int], float] | None = None,
+        capacity: tuple[float, int] | None = None,
     ) -> None:
         self.names = model.objectives
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)
@@ -113,6 +130,19 @@ class LossVector:
         # What the dimension-wise KL's weight is multiplied by climbs from 1 / anneal_steps to 1.
         self.annealed = torch.tensor([name == "dwkl" for name in self.names], device=model.device)
         self.anneal_steps = max(anneal_steps, 1)
+        self.rungs = model.num_ladders if isinstance(model, ProVLAE) else 0
+        self.full = self.weights.clone()  # the weights where every rung is active
+        # KLs of active latents: their weight may be annealed, and they may be asked to reach a capacity.
+        self.live = torch.tensor([name.startswith("kl") for name in self.names], device=model.device)
+        self.kl_factor = kl_factor
+        # Capacity in nats (its greatest, and the steps to get there), as it is at the current step.
+        self.capacity = capacity
+        self.capacity_now = torch.zeros((), device=model.device)
+
+    def set_active_rungs(self, active: Tensor, pre_kl: float) -> None:
+        """Give the KL of each rung that is not `active` [L] the weight pre_kl; in place, on the device."""
+        self.live[1:].copy_(active)
+        self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
     def __call__(self, out: GaussianOutput | VQOutput, x: Tensor) -> tuple[Tensor, ...]:
         """The m objectives, unweighted scalars.
@@ -124,16 +154,31 @@ class LossVector:
             return rec, out.embedding, out.commitment
         if "tc" in self.names:
             return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
-        kl = kl_standard_normal(out.mu, out.logvar)
+        if self.rungs:
+            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction)
+            return rec, *(self.towards_capacity(kl, i + 1) for i, kl in enumerate(kls))
+        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar), 1)
         if "mmd" in self.names:
             assert out.prior is not None
             return rec, kl, mmd(out.prior, out.z)
         return rec, kl
 
+    def towards_capacity(self, kl: Tensor, objective: int) -> Tensor:
+        """|KL - C| with the current capacity C (Burgess et al. 2018), where the objective is live."""
+        if self.capacity is None:
+            return kl
+        return torch.where(self.live[objective], (kl - self.capacity_now).abs(), kl)
+
     def weights_at(self, step: int) -> Tensor:  # [m]
-        """The weights at 0-based `step`, annealing included."""
+        """The weights at 0-based `step`, annealing included; the capacity moves to that step too."""
         rate = min((step + 1) / self.anneal_steps, 1.0)
-        return torch.where(self.annealed, self.weights * rate, self.weights)
+        weights = torch.where(self.annealed, self.weights * rate, self.weights)
+        if self.kl_factor is not None:
+            weights = torch.where(self.live, weights * self.kl_factor(step), weights)
+        if self.capacity is not None:
+            most, steps = self.capacity
+            self.capacity_now.fill_(min(most, most * step / steps))
+        return weights
 
 
 def resolve_weights(
@@ -141,20 +186,22 @@ def resolve_weights(
     image_shape: tuple[int, int, int],
     given: Sequence[float] | Mapping[str, float] | None,
     beta: float | None = None,
-    defaults: Sequence[float] | None = None,
+    defaults: Mapping[str, float] | None = None,
 ) -> list[float]:
     """The objectives' weights in order, from a list, from names, from `beta`, or the model's defaults.
 
     Raises ValueError that lists the objectives in order for a wrong number, an unknown name, or a weight that
     is negative or not finite.
     """
-    names = model.objectives
+    defaults = defaults or model.weighted_objectives({}, image_shape)
+    names, weights = list(defaults), list(defaults.values())
     order = ", ".join(names)
-    weights = list(defaults or model.default_weights(image_shape))
     if beta is not None and given is not None:
         raise ValueError(f"--beta and --loss_weights both set the weight of {model.beta_objective}; give one")
     if beta is not None:
-        weights[names.index(model.beta_objective)] = beta
+        for i, name in enumerate(names):
+            if name.partition("_")[0] == model.beta_objective:  # kl, or the kl_1, kl_2, … of a ladder
+                weights[i] = beta
     if isinstance(given, Mapping):
         for name, value in given.items():
             if name not in names:

@@ -125,6 +125,21 @@ def test_the_all_jacobian_and_a_codebook_on_two_ranks(tmp_path):
         assert distance(two, one) < 1e-5
 
 
+def test_a_ladders_stages_on_two_ranks(tmp_path):
+    flags = ["--dataset", "sprites", "--image_size", "32", "--arch", "provlae", "--mode", "seq_train"]
+    flags += ["--hidden_dims", "null", "--hidden_dim", "4", "--fc_dim", "8", "--latent_dim", "2"]
+    flags += ["--num_ladders", "2", "--recons_dist", "bernoulli", "--steps", "6", "--fade_in_duration", "4"]
+    flags += ["--lr", "0.00001", "--beta", "1"]
+    one = run(tmp_path / "one", *flags, "--batch_size", "32")
+    two = run(tmp_path / "two", *flags, "--batch_size", "16", "--sync_batchnorm", "true", ranks=2)
+    assert distance(two, one) < 1e-5
+    for a, b in zip(read_lines(two / "metrics.jsonl"), read_lines(one / "metrics.jsonl"), strict=True):
+        assert a.get("train/alpha") == b.get("train/alpha")
+        for key in ("train/reconstruction", "train/kl_1", "train/kl_2", "test/loss"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
 WATCHED = """
 import sys, torch
 from movae_fast.training import loop

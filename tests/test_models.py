@@ -121,6 +121,8 @@ SMALL = {
     "mmd_vae": {"dim": 8, "latent_dim": 4},
     "torch_vae": {"max_filters": 8, "latent_dim": 4},
     "dcgan_vae": {"max_filters": 8, "latent_dim": 4},
+    "provlae": {"latent_dim": 2, "num_ladders": 2, "hidden_dim": 4, "fc_dim": 8},
+    "vlae": {"latent_dim": 2, "num_ladders": 1, "hidden_dim": 4, "fc_dim": 8},
 }
 
 

@@ -33,6 +33,7 @@ ALIASES = {
     "wd": "weight_decay",
     "aggregator": "agg",
     "optim": "optimizer",
+    "compile_mode": "compile",
     "normalize_inputs": "normalize",
     "num_vis_samples": "num_samples",
     "train.n_samples": "num_samples",

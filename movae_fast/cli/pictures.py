@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from movae_fast.cli.ladder import draw_traversals
 from movae_fast.data import to_unit
-from movae_fast.figures import grid, loss_curves, pairs, write_png
+from movae_fast.figures import grid, ladder_curves, loss_curves, pairs, write_png
+from movae_fast.models import ProVLAE
 from movae_fast.training.logs import read_lines
 from movae_fast.training.run import Run
 
@@ -22,8 +24,15 @@ def draw_run(run: Run, tag: str) -> None:
     write_png(folder / f"samples_{tag}.png", grid(to_unit(run.model.sample(n, noise), normalize)))
     picture = pairs(to_unit(x, normalize), to_unit(run.model.reconstruct(x), normalize))
     write_png(folder / f"reconstructions_{tag}.png", picture)
+    lines = read_lines(run.folder / "metrics.jsonl")
+    if isinstance(run.model, ProVLAE):
+        write_png(folder / f"input_{tag}.png", grid(to_unit(x[:1], normalize)))
+        gif, sheet = (folder / f"traversal_{tag}.{kind}" for kind in ("gif", "png"))
+        draw_traversals(run.model, x[:1], normalize, gif, sheet)
+        if run.progression is not None:
+            ladder_curves(folder / "ladder.png", lines, run.losses.names)
     run.model.train(was_training)
-    loss_curves(folder / "loss_curves.png", read_lines(run.folder / "metrics.jsonl"), run.losses.names)
+    loss_curves(folder / "loss_curves.png", lines, run.losses.names)
 
 
 def _first(run: Run, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

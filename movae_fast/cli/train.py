@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
+from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
 from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
 from movae_fast.training.loop import fit
@@ -67,6 +68,8 @@ def run(argv: Sequence[str]) -> int:
     else:
         config = TrainConfig.from_flat(flags(parser, argv, words, kinds, console))
         validate(config)
+        if config.ladder.mode == "visualize":
+            return visualize(config, console)
         work = setup(config)
     return train(work, console)
 
@@ -110,7 +113,8 @@ def continued(
     """The saved configuration with what a resumed run may change."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
     values = parsing.parse(parser, words, known)
-    changed = [k for k, v in known.items() if k not in RESUMABLE and values[k] != v]
+    kept = {"epochs", "steps"} if known["arch"] == "provlae" else set()  # they are its stages' lengths
+    changed = [k for k, v in known.items() if (k not in RESUMABLE or k in kept) and values[k] != v]
     if changed:
         was = ", ".join(f"--{k} {known[k]}" for k in changed)
         raise ValueError(
@@ -190,6 +194,7 @@ def describe(work: Run, console: Console) -> None:
         f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
         f"objectives: {weights}; aggregator {config.objective.agg}"
         + (f" over the {config.objective.jacobian} Jacobian" if config.aggregated else ""),
+        *stage_line(work),
         f"{work.total_steps:,} steps of {images} on {work.device}, {config.run.precision}{compiled}; "
         f"{loader} loader{why}; seed {config.run.seed}",
         *notes(work),
@@ -208,6 +213,15 @@ def notes(work: Run) -> list[str]:
             shown = "; ".join(left[:3]) + ("; …" if len(left) > 3 else "")
             lines.append(f"--on_bad_image skip: {len(left)} {split} images left out: {shown}")
     return lines
+
+
+def stage_line(work: Run) -> list[str]:
+    """The stages of a progressive model."""
+    stages = work.progression
+    if stages is None:
+        return []
+    fade = f", each new rung fading in over {stages.fade_in:,}" if stages.fade_in else ""
+    return [f"stages {stages.first} to {stages.last} of {stages.steps:,} steps{fade}; pre-KL {stages.pre_kl:g}"]
 
 
 def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, VQOutput
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
+from movae_fast.models.provlae import VLAE, ProVLAE
 from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
 from movae_fast.models.vae import BetaTCVAE, ConvVAE
 from movae_fast.models.vq_vae import VQVAE
@@ -18,9 +19,20 @@ MODELS: dict[str, type[VAE]] = {
     "mmd_vae": MMDVAE,
     "torch_vae": TorchVAE,
     "dcgan_vae": DCGANVAE,
+    "provlae": ProVLAE,
+    "vlae": VLAE,
 }
 
-__all__ = ["MODELS", "VAE", "GaussianOutput", "GaussianVAE", "VQOutput", "build_model", "model_options"]
+__all__ = [
+    "MODELS",
+    "VAE",
+    "GaussianOutput",
+    "GaussianVAE",
+    "ProVLAE",
+    "VQOutput",
+    "build_model",
+    "model_options",
+]
 
 
 def model_options(arch: str) -> list[str]:

@@ -6,6 +6,7 @@ aggregated gradient), `forward_features` everything after them, whose parameters
 features, and only from there on does each one cost a backward pass of its own.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class VAE(nn.Module):
     the reconstruction's defaults; they implement `encode`, `decode` and `forward_features`.
     """
 
-    objectives: ClassVar[tuple[str, ...]] = ("reconstruction", "kl")
+    objectives: tuple[str, ...] = ("reconstruction", "kl")
     # The objective whose weight `beta` is.
     beta_objective: ClassVar[str] = "kl"
     recons_reduction: ClassVar[str] = "mean"
@@ -60,6 +61,13 @@ class VAE(nn.Module):
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
         """Weights of `objectives`, in their order, as published with the network."""
         raise NotImplementedError
+
+    @classmethod
+    def weighted_objectives(
+        cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]
+    ) -> dict[str, float]:
+        """Objectives in order with their default weights, for a model built with `options` (None: default)."""
+        return dict(zip(cls.objectives, cls.default_weights(image_shape), strict=True))
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [B, C, S, S] to features: (mu, logvar) [B, D] each, or (encoder output [B, D, h, w],)."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
 from movae_fast.training.compiled import CompileMode
 from movae_fast.training.precision import PrecisionName
+
+FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
 
 
 @dataclass
@@ -48,6 +51,7 @@ class DataConfig:
         antialias: Smooth the edges of `sprites`, which are black and white like dSprites' otherwise.
         limit_train: Use this many evenly spaced training images; 0 means all.
         limit_test: Use this many evenly spaced test images; 0 means all.
+        chn_num: If given, the channels that the dataset's images must have (1 grey, 3 RGB).
     """
 
     dataset: str = "cifar10"
@@ -68,6 +72,7 @@ class DataConfig:
     antialias: bool = False
     limit_train: int = 0
     limit_test: int = 0
+    chn_num: int | None = None
 
 
 @dataclass
@@ -76,7 +81,8 @@ class ModelConfig:
 
     Args:
         arch: Name of the model.
-        latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128).
+        latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128), or of
+            latents a rung (provlae, vlae: 3).
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256).
         layer_norm: Normalisation in vae (batch) and vq_vae (none).
@@ -87,6 +93,9 @@ class ModelConfig:
         dim: Base channels (cnn_vae, mmd_vae: 64).
         dim_mults: Multiples of dim, one a stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
+        num_ladders: Rungs of the ladder (provlae, vlae: 3).
+        hidden_dim: Channels of the convolutions (provlae, vlae: 32).
+        fc_dim: Width of the linear layers (provlae, vlae: 256).
     """
 
     arch: str = "vae"
@@ -100,6 +109,9 @@ class ModelConfig:
     dim: int | None = None
     dim_mults: list[int] | None = None
     with_bn: bool | None = None
+    num_ladders: int | None = None
+    hidden_dim: int | None = None
+    fc_dim: int | None = None
 
 
 @dataclass
@@ -150,14 +162,58 @@ class ObjectiveConfig:
 
 
 @dataclass
+class LadderConfig:
+    """Stages of provlae, and schedules of the KL.
+
+    Args:
+        mode: `seq_train` all stages, `epochs` (or `steps`) each; `indep_train` stage `train_seq` alone, from
+            its predecessor's checkpoint; `visualize` a checkpoint's latents.
+        train_seq: The stage of indep_train; stage s has the s most abstract rungs.
+        init_from: Run or checkpoint to start from (indep_train) or to draw (visualize).
+        fade_in_duration: Steps over which a stage's new rung fades in; 0 adds it at once.
+        coff: Weight of the KL of rungs that are not active yet.
+        pre_kl: Whether those have a KL at all.
+        use_kl_annealing: Anneal the KL's weight in cycles.
+        kl_annealing_mode: How the weight rises in a cycle.
+        cycle_period: Cycles a stage.
+        max_kl_weight: Factor on the KL's weight at the end of a cycle's rise.
+        min_kl_weight: Factor at its start.
+        ratio: The part of a cycle in which the factor rises.
+        use_capacity_increase: Pull each KL towards a growing capacity, weight gamma, instead of towards 0.
+        gamma: Weight of the distance between KL and capacity.
+        max_capacity: Greatest capacity in nats.
+        capacity_max_iter: Steps until it is reached.
+    """
+
+    mode: Literal["seq_train", "indep_train", "visualize"] = "seq_train"
+    train_seq: int = 1
+    init_from: str | None = None
+    fade_in_duration: int = 5000
+    coff: float = 0.5
+    pre_kl: bool = True
+    use_kl_annealing: bool = False
+    kl_annealing_mode: Literal["linear", "sigmoid", "cosine"] = "linear"
+    cycle_period: int = 4
+    max_kl_weight: float = 1.0
+    min_kl_weight: float = 0.1
+    ratio: float = 1.0
+    use_capacity_increase: bool = False
+    gamma: float = 1000.0
+    max_capacity: float = 25.0
+    capacity_max_iter: int = 100_000
+
+
+@dataclass
 class OptimizerConfig:
     """Optimizer and schedule.
 
     Args:
-        optimizer: Optimizer.
+        optimizer: Optimizer; lamb, diffgrad and madgrad need the extra `optimizers`.
         lr: Learning rate.
-        weight_decay: Weight decay (decoupled in adamw).
-        momentum: SGD's momentum.
+        weight_decay: Weight decay (decoupled in adamw, lamb, diffgrad).
+        momentum: Momentum of sgd and madgrad.
+        betas: Decay of the moments in adam, adamw, lamb and diffgrad.
+        eps: What keeps a division from zero; the default is the optimizer's own (not sgd).
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
         scheduler: Learning-rate schedule after the warm-up, stepped every step.
         scheduler_lr_min: Learning rate at the end of cosine.
@@ -166,10 +222,12 @@ class OptimizerConfig:
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float | None = None
     max_grad_norm: float = 0.0
     scheduler: Literal["none", "cosine", "multi_step"] = "none"
     scheduler_lr_min: float = 0.0
@@ -183,12 +241,13 @@ class RunConfig:
     """The run.
 
     Args:
-        epochs: Passes over the training set.
-        steps: Stop after this many steps instead; 0 means by epochs.
+        epochs: Passes over the training set (a stage, where training has stages).
+        steps: Stop (a stage) after this many steps instead; 0 means by epochs.
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
         precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
         compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU.
+        on_cudnn_benchmark: Let cuDNN try its algorithms for the shapes that it meets (CUDA).
         accumulate: Split each batch into this many parts, one after the other, to save memory.
         sync_batchnorm: BatchNorm over all processes' images rather than each one's own.
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
@@ -210,6 +269,7 @@ class RunConfig:
     device: str = "auto"
     precision: PrecisionName = "fp32"
     compile: CompileMode = "auto"
+    on_cudnn_benchmark: bool = True
     accumulate: int = 1
     sync_batchnorm: bool = False
     profile: int = 0
@@ -251,6 +311,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -306,15 +367,16 @@ class TrainConfig:
     def weights(self) -> list[float]:
         """The objectives' weights in order."""
         o = self.objective
-        names = self.model_class.objectives
-        defaults = list(self.model_class.default_weights(self.image_shape))
-        if "mmd" in names:
-            defaults[names.index("kl")] *= 1 - o.mmd_alpha
-            defaults[names.index("mmd")] *= o.mmd_alpha + o.mmd_lambda - 1
+        defaults = self.model_class.weighted_objectives(vars(self.model), self.image_shape)
+        if "mmd" in defaults:
+            defaults["kl"] *= 1 - o.mmd_alpha
+            defaults["mmd"] *= o.mmd_alpha + o.mmd_lambda - 1
+        if self.ladder.use_capacity_increase:
+            defaults |= {name: self.ladder.gamma for name in defaults if name.startswith("kl")}
         if o.coef_kl is not None:
-            if "kl" not in names or o.beta is not None or o.loss_weights is not None:
+            if "kl" not in defaults or o.beta is not None or o.loss_weights is not None:
                 raise ValueError("--coef_kl scales the default weight of kl: give it alone, to a model with kl")
-            defaults[names.index("kl")] *= o.coef_kl
+            defaults["kl"] *= o.coef_kl
         return resolve_weights(self.model_class, self.image_shape, o.loss_weights, o.beta, defaults)
 
 
@@ -322,6 +384,7 @@ SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "model": ModelConfig,
     "objective": ObjectiveConfig,
+    "ladder": LadderConfig,
     "optimizer": OptimizerConfig,
     "run": RunConfig,
     "wandb": WandbConfig,
@@ -363,6 +426,8 @@ def validate(config: TrainConfig) -> None:
     if not 0 <= data.resident_share <= 1:
         raise ValueError(f"--resident_share {data.resident_share} must be from 0 to 1")
     _at_least(1, prefetch=data.prefetch)
+    if data.chn_num not in (None, config.info.channels):
+        raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
     _at_least(1, batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, image_size=data.image_size)
     _at_least(1, epochs=run.epochs, log_every=run.log_every, num_samples=run.num_samples)
     _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)
@@ -391,6 +456,7 @@ def validate(config: TrainConfig) -> None:
             raise ValueError(
                 f"--{name} {value} must be {'positive' if name == 'lr' else 'zero or more'} and finite"
             )
+    check_optimizer(config.optimizer)
     if config.optimizer.scheduler == "multi_step" and not config.optimizer.scheduler_milestones:
         raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
     if objective.recons_reduction == "scaled_sum" and objective.recons_dist != "gaussian":
@@ -406,6 +472,7 @@ def validate(config: TrainConfig) -> None:
         raise ValueError("--normalize gives images in [-1, 1], which a sigmoid output cannot reach; use tanh")
     if not config.aggregated and (objective.agg_args or objective.pref_weights):
         raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
+    check_ladder(config)
     weights = config.weights()
     if "tc" in config.model_class.objectives and data.batch_size < 2:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
@@ -415,6 +482,56 @@ def validate(config: TrainConfig) -> None:
         raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
     if run.export is not None and Path(run.export).exists():
         raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """What `validate` asks of the optimizer's parameters."""
+    name, betas, eps = optimizer.optimizer, optimizer.betas, optimizer.eps
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"--betas {betas}: give two numbers from 0 to below 1")
+    if eps is not None and not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"--eps {eps} must be positive and finite")
+    if eps is not None and name == "sgd":
+        raise ValueError("--eps does not apply to sgd")
+    if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError(f"--optimizer {name} needs pytorch-optimizer: pip install 'movae-fast[optimizers]'")
+
+
+def check_ladder(config: TrainConfig) -> None:
+    """What `validate` asks of the ladder's settings."""
+    ladder, arch = config.ladder, config.model.arch
+    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
+    stages = len(names) - 1
+    progressive = getattr(config.model_class, "progressive", False)
+    if not progressive and (ladder.mode != "seq_train" or ladder.train_seq != 1 or ladder.init_from):
+        raise ValueError(f"--mode, --train_seq and --init_from are for provlae; {arch} has no stages")
+    if progressive and not 1 <= ladder.train_seq <= stages:
+        raise ValueError(f"--train_seq {ladder.train_seq}: a ladder of {stages} rungs has stages 1 to {stages}")
+    if ladder.mode == "indep_train" and ladder.train_seq > 1 and ladder.init_from is None:
+        raise ValueError(
+            f"--mode indep_train --train_seq {ladder.train_seq} starts from stage {ladder.train_seq - 1}: "
+            "name its run or checkpoint, --init_from PATH"
+        )
+    if ladder.mode == "seq_train" and ladder.train_seq != 1:
+        raise ValueError("--train_seq is the stage of --mode indep_train; seq_train runs all of them")
+    if ladder.mode == "visualize" and ladder.init_from is None:
+        raise ValueError("--mode visualize draws a checkpoint: name it or its run, --init_from PATH")
+    _at_least(0, fade_in_duration=ladder.fade_in_duration)
+    _at_least(1, cycle_period=ladder.cycle_period, capacity_max_iter=ladder.capacity_max_iter)
+    for name in ("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"):
+        value = getattr(ladder, name)
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"--{name} {value} must be zero or more and finite")
+    if not 0 < ladder.ratio <= 1:
+        raise ValueError(f"--ratio {ladder.ratio} must be above 0 and at most 1")
+    if (ladder.use_kl_annealing or ladder.use_capacity_increase) and not any(n.startswith("kl") for n in names):
+        raise ValueError(f"--use_kl_annealing and --use_capacity_increase need a KL; {arch} has none")
+    if ladder.use_capacity_increase and (config.objective.beta is not None or config.objective.loss_weights):
+        raise ValueError(
+            "--use_capacity_increase weighs the KL by --gamma; leave out --beta and --loss_weights"
+        )
+    if hasattr(config.model_class, "progressive") and config.data.batch_size // config.run.accumulate < 2:
+        raise ValueError(f"--batch_size: {arch} normalises over the batch; give at least 2 images at a time")
 
 
 def _at_least(least: int, **values: int | None) -> None:

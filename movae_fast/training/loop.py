@@ -28,13 +28,14 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
         while not run.finished:
             run.model.train()
             for x, _ in run.telemetry.waiting(run.train_loader.epoch(run.epoch, start=run.batch)):
+                run.begin_step()
                 bar.compiling(run.gradient)
                 record = run.gradient(x, run.step, run.noise(len(x)), diagnose=log_due(run, 1))
                 update(run)
                 run.telemetry.record(record, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
                 profiler.step()
-                if log_due(run):
+                if log_due(run) or stage_ends(run):
                     run.telemetry.close(position(run), run.world)
                 log(run, bar)
                 bar.step()
@@ -43,6 +44,8 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                     raise Interrupted(signum)
                 if run.config.run.checkpoint_every and run.step % run.config.run.checkpoint_every == 0:
                     save(run)
+                if stage_ends(run):
+                    end_stage(run, bar)
                 if run.finished:
                     break
             final = end_epoch(run, bar) or final
@@ -69,7 +72,26 @@ def log_due(run: Run, ahead: int = 0) -> bool:
 
 
 def position(run: Run) -> dict[str, Any]:
-    return {"step": run.step, "epoch": run.epoch, "train/lr": run.optimizer.param_groups[0]["lr"]}
+    line = {"step": run.step, "epoch": run.epoch, "train/lr": run.optimizer.param_groups[0]["lr"]}
+    if run.progression is not None:
+        last = run.step - 1
+        line |= {"train/stage": run.progression.stage(last), "train/alpha": run.progression.alpha(last)}
+    return line
+
+
+def stage_ends(run: Run) -> bool:
+    return run.progression is not None and run.progression.ends(run.step)
+
+
+def end_stage(run: Run, bar: Bar) -> None:
+    """Keep the stage's checkpoint and draw its pictures."""
+    assert run.progression is not None
+    stage = run.progression.stage(run.step - 1)
+    log(run, bar, wait=True)
+    run.save(f"stage_{stage}")
+    if run.draw is not None and run.world.main:
+        run.draw(run, f"stage_{stage}")
+    run.telemetry.restart_clock()
 
 
 def log(run: Run, bar: Bar, wait: bool = False) -> None:

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from movae_fast.training.config import OptimizerConfig
+from movae_fast.training.config import FROM_EXTRA, OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over `parameters`: one fused kernel, no host reads."""
+    """The optimizer that the configuration names, over `parameters`: torch's as one fused kernel."""
     lr, decay = config.lr, config.weight_decay
+    options: dict[str, Any] = {"lr": lr, "weight_decay": decay}
+    if config.eps is not None:
+        options["eps"] = config.eps
+    if config.optimizer != "sgd" and config.optimizer != "madgrad":
+        options["betas"] = (config.betas[0], config.betas[1])
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=decay, fused=True)
+        return torch.optim.Adam(parameters, fused=True, **options)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    if config.optimizer in FROM_EXTRA:
+        import pytorch_optimizer
+
+        if config.optimizer == "madgrad":
+            return pytorch_optimizer.MADGRAD(parameters, momentum=config.momentum, **options)
+        kinds = {"lamb": pytorch_optimizer.Lamb, "diffgrad": pytorch_optimizer.DiffGrad}
+        return kinds[config.optimizer](parameters, **options)
     return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
 
 

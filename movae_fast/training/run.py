@@ -19,7 +19,7 @@ from torch import Tensor
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
 from movae_fast.data import Loader, ReadOptions
-from movae_fast.models import VAE, build_model, model_options
+from movae_fast.models import VAE, ProVLAE, build_model, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
@@ -29,6 +29,7 @@ from movae_fast.training.config import TrainConfig, resolve_device
 from movae_fast.training.logs import Logs, require_wandb
 from movae_fast.training.optim import lr_factor, make_optimizer
 from movae_fast.training.precision import Precision
+from movae_fast.training.progression import Cycles, Progression, forget
 from movae_fast.training.step import GradientStep
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.world import World, connect
@@ -51,6 +52,7 @@ class Run:
     telemetry: Telemetry
     total_steps: int
     world: World = field(default_factory=World)
+    progression: Progression | None = None  # the stages of a progressive model
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
@@ -66,6 +68,19 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.step >= self.total_steps
+
+    def begin_step(self) -> None:
+        """Bring a progressive model to the stage and alpha of the step to come.
+
+        A stage begins with a new optimizer's state and a new best; the weights carry over.
+        """
+        if self.progression is None:
+            return
+        if self.progression.starts(self.step):
+            forget(self.optimizer)
+            self.best = math.inf
+        assert isinstance(self.model, ProVLAE)
+        self.progression.apply(self.step, self.model, self.losses)
 
     def noise(self, n: int) -> Tensor:
         """The forward pass's noise for this rank's n images: its slice of one draw for the global batch."""
@@ -217,10 +232,12 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = config.run.on_cudnn_benchmark
     # Built before any data is read: a size that does not fit is said at once.
     model = new_model(config).to(device)
     # The layout that convolutions are fastest in, on CUDA's tensor cores and on a CPU alike.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start_from(config, model)
     if config.run.sync_batchnorm and world.size > 1:
         convert_sync_batchnorm(model)
     weights = config.weights()
@@ -233,6 +250,20 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         ).to(device)
     train_loader = make_loader(config, device, "train", world)
     test_loader = make_loader(config, device, "test", world)
+    per_epoch = len(train_loader)
+    steps = config.run.steps or config.run.epochs * per_epoch  # a stage, where there are stages
+    progression, total = stages(config, model, steps), steps
+    if progression is not None:
+        total = steps * (progression.last - progression.first + 1)
+    ladder = config.ladder
+    cycles = Cycles(
+        ladder.kl_annealing_mode,
+        steps,
+        ladder.cycle_period,
+        ladder.min_kl_weight,
+        ladder.max_kl_weight,
+        ladder.ratio,
+    )
     losses = LossVector(
         model,
         weights,
@@ -241,6 +272,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         n_data=len(train_loader.source),
         tc_estimator=config.objective.tc_estimator,
         anneal_steps=config.objective.anneal_steps,
+        kl_factor=cycles if ladder.use_kl_annealing else None,
+        capacity=(ladder.max_capacity, ladder.capacity_max_iter) if ladder.use_capacity_increase else None,
     )
     mode = resolve_mode(config.run.compile, device)
     if config.objective.gramian_batch < 1:
@@ -259,9 +292,10 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         gramian_batch=config.objective.gramian_batch,
     )
     optimizer = make_optimizer(config.optimizer, model.parameters())
-    per_epoch = len(train_loader)
-    total = config.run.steps or config.run.epochs * per_epoch
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.optimizer, total, per_epoch))
+    factor = lr_factor(config.optimizer, steps, per_epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, factor if total == steps else lambda step: factor(step % steps)
+    )
     codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
@@ -277,7 +311,34 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
         total_steps=total,
         world=world,
+        progression=progression,
     )
+
+
+def stages(config: TrainConfig, model: VAE, steps: int) -> Progression | None:
+    """The stages of `steps` steps each that the configuration asks of a progressive model."""
+    if not (isinstance(model, ProVLAE) and model.progressive):
+        return None
+    ladder = config.ladder
+    alone = ladder.mode == "indep_train"
+    first, last = (ladder.train_seq, ladder.train_seq) if alone else (1, model.num_ladders)
+    return Progression(first, last, steps, ladder.fade_in_duration, ladder.coff if ladder.pre_kl else 0.0)
+
+
+def start_from(config: TrainConfig, model: VAE) -> None:
+    """The weights of the previous stage, for indep_train."""
+    ladder = config.ladder
+    if ladder.mode != "indep_train" or ladder.train_seq == 1:
+        return
+    assert ladder.init_from is not None
+    assert isinstance(model, ProVLAE)
+    path = checkpoint.find(Path(ladder.init_from))
+    checkpoint.load_model(model, checkpoint.load(path)["model"], path)
+    if int(model.stage) != ladder.train_seq - 1:
+        raise ValueError(
+            f"--init_from {path} is of stage {int(model.stage)}; stage {ladder.train_seq} starts from stage "
+            f"{ladder.train_seq - 1}"
+        )
 
 
 def make_loader(

@@ -1,0 +1,77 @@
+"""Pictures of a ladder: what each latent of each rung does to an image, and the rungs' KLs over training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from movae_fast.cli.sample import free
+from movae_fast.data import to_unit
+from movae_fast.figures import labelled_grid, write_gif, write_png
+from movae_fast.models import ProVLAE
+from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.run import load_model, make_loader
+
+REACH, FRAMES, SECONDS = 2.5, 10, 0.2  # prior standard deviations; pictures a traversal; 5 a second
+
+
+@torch.no_grad()
+def traversals(model: ProVLAE, x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Values [FRAMES] and images [L, latent_dim, FRAMES, C, S, S] in [0, 1], the most abstract rung first.
+
+    Around the posterior mean of one image x [1, C, S, S]: each latent alone takes each value.
+    """
+    mean, _ = model.encode(x)
+    values = torch.linspace(-REACH, REACH, FRAMES, device=mean.device)
+    z = mean.expand(model.latent_dim, FRAMES, -1).clone()
+    latent = torch.arange(model.latent_dim, device=mean.device)
+    z[latent, :, latent] = values
+    images = torch.cat([model.to_image(model.decode(part)) for part in z.flatten(0, 1).split(256)])
+    images = to_unit(images.float(), normalize)
+    return values, images.unflatten(0, (model.num_ladders, model.z_dim, FRAMES)).flip(0)
+
+
+def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet: Path) -> list[Path]:
+    """Of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns, and a contact sheet."""
+    values, images = traversals(model, x, normalize)
+    rungs = range(model.num_ladders, 0, -1)
+    names = [f"L{rung} z{dim + 1}" for rung in rungs for dim in range(model.z_dim)]
+    cells = images.flatten(0, 1)  # [L * latent_dim, FRAMES, C, S, S]
+    frames = [
+        labelled_grid(cells[:, k], [f"{name} {value:+.1f}" for name in names], model.z_dim)
+        for k, value in enumerate(values.tolist())
+    ]
+    labels = [f"{name} {value:+.1f}" for name in names for value in values.tolist()]
+    return [
+        write_gif(gif, frames, SECONDS),
+        write_png(sheet, labelled_grid(cells.flatten(0, 1), labels, FRAMES)),
+    ]
+
+
+def visualize(config: TrainConfig, console: Console) -> int:
+    """`movae train --mode visualize`: the traversals of a checkpoint, in figures/ of its run."""
+    assert config.ladder.init_from is not None
+    path, device = Path(config.ladder.init_from), resolve_device(config.run.device)
+    trained, model = load_model(path, device)
+    if not isinstance(model, ProVLAE):
+        raise ValueError(f"--init_from {path} holds a {trained.model.arch}, which is no ladder")
+    trained.data.data_dir, trained.data.download = config.data.data_dir, config.data.download
+    trained.data.batch_size = trained.data.eval_batch_size = 1
+    trained.run.device = config.run.device
+    x, _ = next(iter(make_loader(trained, device, "test").epoch()))
+    folder = Path(config.run.exp_dir) if config.run.exp_dir else figures_folder(path)
+    stage = int(model.stage)
+    gif, sheet = (free(folder, f"traversal_stage_{stage}.{kind}") for kind in ("gif", "png"))
+    for made in draw_traversals(model, x, trained.data.normalize, gif, sheet):
+        console.print(str(made), highlight=False, soft_wrap=True)
+    return 0
+
+
+def figures_folder(path: Path) -> Path:
+    """figures/ of the run that `path`, its folder or one of its checkpoints, belongs to."""
+    if path.is_dir():
+        return path / "figures"
+    return (path.parent.parent if path.parent.name == "checkpoints" else path.parent) / "figures"

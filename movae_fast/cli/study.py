@@ -1,0 +1,262 @@
+"""A study: its trials, what each one runs, and how several processes share them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from movae_fast.cli.evaluate import EvaluateConfig, measure
+from movae_fast.training.config import TrainConfig, validate
+from movae_fast.training.loop import fit
+from movae_fast.training.progress import Bar
+from movae_fast.training.run import setup
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass
+class Report:
+    """Complete trials: number, params, values, and whether one is the best or on the Pareto front."""
+
+    names: list[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass
+class Study:
+    """An Optuna study of training runs in `folder`."""
+
+    name: str
+    folder: Path
+    storage: str | None
+    search: dict[str, dict[str, Any]]
+    objectives: dict[str, str]
+    metrics: dict[str, str]  # objective -> metric of `movae evaluate`
+    fixed: dict[str, Any]
+    trials: int
+    workers: int
+    samples: int
+    prune: bool
+    seed: int
+
+    def create(self) -> None:
+        """Make the folder and the study, or find them. Raises ValueError for a study of other objectives."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        study = self.open()
+        asked = {"search": self.search, "objectives": self.objectives, "flags": self.fixed}
+        known = study.user_attrs.get("asked", asked)
+        differ = [name for name, value in asked.items() if known[name] != value]
+        if differ:
+            raise ValueError(
+                f"--sweep_dir {self.folder} holds a study with other {' and '.join(differ)}; name a new folder"
+            )
+        study.set_user_attr("asked", asked)
+
+    def open(self, seed: int = 0) -> optuna.Study:
+        """The study in its storage."""
+        try:
+            import optuna
+        except ImportError:
+            raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'") from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        where: Any = self.storage
+        if where is None or "://" not in where:
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+
+            where = JournalStorage(JournalFileBackend(str(where or self.folder / "study.journal")))
+        known = {s.study_name: s for s in optuna.get_all_study_summaries(where)}
+        if self.name in known and len(known[self.name].directions) != len(self.objectives):
+            raise ValueError(
+                f"--sweep_dir {self.folder} holds a study with other objectives; name a new folder"
+            )
+        pruner = optuna.pruners.MedianPruner() if self.pruned else optuna.pruners.NopPruner()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna says that parallel sampling is an experimental feature
+            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.workers > 1)
+            return optuna.create_study(
+                study_name=self.name,
+                storage=where,
+                sampler=sampler,
+                pruner=pruner,
+                directions=list(self.objectives.values()),
+                load_if_exists=True,
+            )
+
+    @property
+    def pruned(self) -> bool:
+        """Whether trials may be cut short: one objective, that evaluations during training report."""
+        return self.prune and len(self.objectives) == 1 and not self.metrics
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Only one process of this machine at a time: counting trials and asking for one belong together."""
+        with open(self.folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def counted(self, study: optuna.Study) -> int:
+        """Trials that are done or under way; one that was interrupted or waits does not count."""
+        from optuna.trial import TrialState
+
+        started = [t for t in study.trials if t.state != TrialState.WAITING]
+        return sum(not t.user_attrs.get("interrupted", False) for t in started)
+
+    def left(self) -> int:
+        return max(0, self.trials - self.counted(self.open()))
+
+    def revive(self) -> None:
+        """Put the parameters of this machine's interrupted trials back in the queue."""
+        import optuna
+
+        study = self.open()
+        for trial in study.trials:
+            mine = trial.user_attrs.get("host") == socket.gethostname()
+            if trial.state == optuna.trial.TrialState.RUNNING and mine and not alive(trial.user_attrs["pid"]):
+                storage = study._storage
+                storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+
+    def work(self, worker: int) -> int:
+        """Run trials until the study has all of them; the exit status."""
+        import optuna
+
+        done = self.counted(self.open())
+        study = self.open(self.seed + 1000 * worker + done)
+        while True:
+            with self.alone():
+                if self.counted(study) >= self.trials:
+                    return 0
+                trial = study.ask()
+                trial.set_user_attr("host", socket.gethostname())
+                trial.set_user_attr("pid", os.getpid())
+            try:
+                values = self.trial(trial)
+            except optuna.TrialPruned:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                print(f"trial {trial.number} pruned", flush=True)
+                continue
+            except Exception as error:
+                # A trial that fails is a result; the sweep goes on, and says so at its end if all of them do.
+                trial.set_user_attr("error", f"{type(error).__name__}: {first_line(error)}")
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                print(f"trial {trial.number} failed: {first_line(error)}", flush=True)
+                continue
+            study.tell(trial, values)
+            shown = "  ".join(f"{n} {v:.4g}" for n, v in zip(self.objectives, values, strict=True))
+            print(f"trial {trial.number}: {shown}", flush=True)
+
+    def trial(self, trial: optuna.Trial) -> list[float]:
+        """Train once with the trial's flags; the objectives' values."""
+        flags = self.fixed | {name: suggest(trial, name, space) for name, space in self.search.items()}
+        number = trial.number
+        tail = next(
+            s for s in ("", *(f"-{i}" for i in range(2, 99))) if not self.run_folder(number, s).exists()
+        )
+        config = TrainConfig.from_flat(flags | {"exp_dir": str(self.run_folder(number, tail))})
+        validate(config)
+        run = setup(config)
+        assert run.logs is not None
+        watched = next(iter(self.objectives)) if self.pruned else None
+        logs = Reporting(run.logs, trial, watched, run.total_steps)
+        run.logs = logs  # type: ignore[assignment]
+        try:
+            with Bar(run, Console(quiet=True)) as bar:
+                figures = fit(run, bar)
+        finally:
+            logs.close()
+        if self.metrics:
+            run.model.eval()
+            run.config.data.limit_train = 0
+            wanted = EvaluateConfig("", samples=self.samples, seed=config.run.seed or 0)
+            names = list(dict.fromkeys(self.metrics.values()))
+            figures = figures | measure(wanted, run.config, run.model, names, run.device).figures
+        missing = [name for name in self.objectives if name not in figures]
+        if missing:
+            raise ValueError(f"objective {missing[0]}: this run has {', '.join(figures)}")
+        return [figures[name] for name in self.objectives]
+
+    def run_folder(self, number: int, tail: str = "") -> Path:
+        return self.folder / "trials" / f"{number:04d}{tail}"
+
+    def write(self, found: Report) -> Path:
+        """results.json: every complete trial; made anew from the study each time."""
+        path = self.folder / "results.json"
+        record = {"objectives": self.objectives, "trials": found.rows}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+
+class Reporting:
+    """A run's logs that also tell the trial the objective's value at each evaluation."""
+
+    def __init__(self, logs: Any, trial: optuna.Trial, objective: str | None, steps: int) -> None:
+        self.logs, self.trial, self.objective, self.steps = logs, trial, objective, steps
+
+    def write(self, line: dict[str, Any]) -> None:
+        import optuna
+
+        self.logs.write(line)
+        if self.objective is not None and self.objective in line:
+            self.trial.report(line[self.objective], line["step"])
+            # At the last step there is nothing left to save.
+            if line["step"] < self.steps and self.trial.should_prune():
+                raise optuna.TrialPruned
+
+    def close(self) -> None:
+        self.logs.close()
+
+
+def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
+    """One flag's value; a range between whole numbers is of whole numbers."""
+    if "choices" in space:
+        # Optuna's own choices are scalars; ours may be lists.
+        return space["choices"][trial.suggest_int(f"{name} (choice)", 0, len(space["choices"]) - 1)]
+    low, high, log = space["low"], space["high"], bool(space.get("log", False))
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high, step=space.get("step", 1), log=log)
+    return trial.suggest_float(name, low, high, step=space.get("step"), log=log)
+
+
+def report(study: Study) -> Report:
+    """What the study has found."""
+    import optuna
+
+    opened = study.open()
+    complete = [t for t in opened.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    best = {t.number for t in (opened.best_trials if complete else [])}
+    rows = [
+        {"number": t.number, "params": t.params, "values": t.values, "best": t.number in best} for t in complete
+    ]
+    errors = [t.user_attrs["error"] for t in opened.trials if "error" in t.user_attrs]
+    return Report(list(study.objectives), rows, errors[0] if errors else "no trial was run")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

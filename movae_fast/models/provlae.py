@@ -1,0 +1,173 @@
+"""The ladder VAEs: `provlae`, whose rungs join one stage at a time, and `vlae`, with all of them at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from movae_fast.models.base import Activation, GaussianVAE, at_least_float32
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU()
+    )
+
+
+def _linear(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU())
+
+
+def resize(x: Tensor, side: int) -> Tensor:
+    """Images to another side, bilinear with aligned corners; as they are if it is theirs."""
+    if x.shape[-1] == side:
+        return x
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
+
+
+class ProVLAE(GaussianVAE):
+    """Progressive ladder VAE (Li et al. 2020) for any image size: `num_ladders` rungs of `latent_dim` latents.
+
+    Images are resized to the next power of two. Encoder block i (Conv 4/2/1) gives h_i; rung i (Conv 4/2/1,
+    Linear fc_dim, Linear) reads its latents from h_i, so later rungs are more abstract. Generators turn each
+    rung's latents into a map of that rung's size, joined from the most abstract one up.
+
+    Latents [B, L * latent_dim] have rung 1, the least abstract, first. Objectives: reconstruction and the KL of
+    each rung, kl_1 ... kl_L, in nats (averaged over latents too with `--recons_reduction mean`).
+
+    At stage s the s most abstract rungs are active. What the newest one reads and what its generator gives are
+    multiplied by alpha; generators of rungs not yet active by 0. Both are buffers: a stage is data, so nothing
+    is rebuilt or compiled anew where it changes. A model that was never told its stage has all rungs active.
+    """
+
+    progressive = True
+    recons_reduction = "sum"
+    active: Tensor  # [L] 1 where a rung is active
+    fading: Tensor  # [L] 1 where a rung fades in
+    alpha: Tensor  # []
+    stage: Tensor  # [] int64
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation = "sigmoid",
+        latent_dim: int = 3,
+        num_ladders: int = 3,
+        hidden_dim: int = 32,
+        fc_dim: int = 256,
+    ) -> None:
+        super().__init__(image_shape, activation)
+        channels, size, _ = image_shape
+        self.target = 1 << (size - 1).bit_length()
+        most = int(math.log2(self.target)) - 2
+        if num_ladders > most:
+            raise ValueError(
+                f"--num_ladders {num_ladders}: images of side {size} allow at most {max(most, 0)}, "
+                "a rung for each halving down to 4"
+            )
+        self.num_ladders, self.z_dim, self.latent_dim = num_ladders, latent_dim, num_ladders * latent_dim
+        self.objectives = self._names(num_ladders)
+        self.sides = [self.target >> (i + 2) for i in range(num_ladders)]
+        widths = [channels] + [hidden_dim] * num_ladders
+        self.blocks = nn.ModuleList(_conv(widths[i], hidden_dim, 4, 2) for i in range(num_ladders))
+        self.rungs = nn.ModuleList(
+            nn.Sequential(
+                _conv(hidden_dim, hidden_dim, 4, 2), nn.Flatten(), _linear(hidden_dim * side**2, fc_dim)
+            )
+            for side in self.sides
+        )
+        self.heads = nn.ModuleList(nn.Linear(fc_dim, 2 * latent_dim) for _ in self.sides)
+        self.generators = nn.ModuleList(
+            nn.Sequential(
+                _linear(latent_dim, fc_dim),
+                _linear(fc_dim, hidden_dim * side**2),
+                nn.Unflatten(1, (hidden_dim, side, side)),
+            )
+            for side in self.sides
+        )
+        self.joins = nn.ModuleList(_conv(2 * hidden_dim, hidden_dim, 3, 1) for _ in self.sides[:-1])
+        # One doubling behind each join; without a join, and after the last one, up to the images' side.
+        self.ups = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3, 1) for _ in self.sides[:-1])
+        side = 2 * self.sides[0] if num_ladders > 1 else self.sides[0]
+        doublings = int(math.log2(self.target // side))
+        self.finish = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3, 1) for _ in range(doublings))
+        self.out = nn.Conv2d(hidden_dim, channels, 3, padding=1)
+        self.register_buffer("active", torch.ones(num_ladders))
+        self.register_buffer("fading", torch.zeros(num_ladders))
+        self.register_buffer("alpha", torch.ones(()))
+        self.register_buffer("stage", torch.tensor(num_ladders))
+
+    @staticmethod
+    def _names(num_ladders: int) -> tuple[str, ...]:
+        return ("reconstruction", *(f"kl_{i + 1}" for i in range(num_ladders)))
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return tuple(cls.weighted_objectives({}, image_shape).values())
+
+    @classmethod
+    def weighted_objectives(
+        cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]
+    ) -> dict[str, float]:
+        names = cls._names(options.get("num_ladders") or 3)
+        return dict.fromkeys(names, 8.0) | {"reconstruction": 1.0}
+
+    @torch.no_grad()
+    def set_stage(self, stage: int, alpha: float = 1.0) -> None:
+        """Make the `stage` most abstract rungs active, the newest with weight alpha (the first never fades)."""
+        if not 1 <= stage <= self.num_ladders:
+            raise ValueError(f"stage {stage}: the ladder has stages 1 to {self.num_ladders}")
+        newest = self.num_ladders - stage
+        rung = torch.arange(self.num_ladders, device=self.active.device)
+        self.active.copy_(rung >= newest)
+        self.fading.copy_((rung == newest) & (stage > 1))
+        self.alpha.fill_(alpha)
+        self.stage.fill_(stage)
+
+    def fade(self) -> Tensor:  # [L]
+        """alpha for the rung that fades in, 1 for the others."""
+        return 1 + self.fading * (self.alpha - 1)
+
+    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+        parts = (self.generators, self.joins, self.ups, self.finish, self.out)
+        return {"reconstruction": [p for part in parts for p in part.parameters()]}
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images to (mu, logvar) [B, L * latent_dim], rung 1 first."""
+        h, fade = resize(x, self.target), self.fade()
+        found = []
+        for i, (block, rung, head) in enumerate(zip(self.blocks, self.rungs, self.heads, strict=True)):
+            h = block(h)
+            read = rung(h * fade[i].to(h.dtype))
+            with torch.autocast(h.device.type, enabled=False):  # bfloat16 would round the posterior
+                found.append(head(at_least_float32(read)).chunk(2, dim=1))
+        mu, logvar = (torch.cat([pair[k] for pair in found], dim=1) for k in (0, 1))
+        return mu, logvar.clamp(max=3)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [B, L * latent_dim] to the images' preactivation."""
+        gate = self.active * self.fade()
+        maps = []
+        for i, (generator, part) in enumerate(zip(self.generators, z.chunk(self.num_ladders, 1), strict=True)):
+            made = generator(part)
+            maps.append(made * gate[i].to(made.dtype))
+        x = maps[-1]
+        for i in reversed(range(self.num_ladders - 1)):
+            if x.shape[-1] != self.sides[i]:
+                x = F.interpolate(x, size=(self.sides[i], self.sides[i]), mode="nearest")
+            x = self.joins[i](torch.cat([x, maps[i]], dim=1))
+            x = self.ups[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        for block in self.finish:
+            x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return resize(self.out(x), self.image_shape[1])
+
+
+class VLAE(ProVLAE):
+    """`vlae`: the same ladder with all rungs from the start (Zhao et al. 2017)."""
+
+    progressive = False

@@ -1,0 +1,199 @@
+"""`movae evaluate`: its figures against closed forms, its files, its refusals."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from movae_fast.cli import main
+from movae_fast.data.sprites import SIZE, Sprites, factors_of, index_of
+from movae_fast.models.base import GaussianVAE
+from movae_fast.training import bounds
+from movae_fast.training.bounds import importance_weighted_bound
+
+pytestmark = pytest.mark.filterwarnings("ignore:Importing `spectral_angle_mapper`:FutureWarning")
+
+
+class Linear(GaussianVAE):
+    """p(x|z) = N(Wz, 1/2), q(z|x) = N(Ax, diag s): every figure has a closed form."""
+
+    def __init__(self, a, w, logvar):
+        super().__init__((1, 2, 2), "none")
+        self.latent_dim = len(a)
+        self.a, self.w, self.lv = nn.Parameter(a), nn.Parameter(w), nn.Parameter(logvar)
+
+    def encode(self, x):
+        mu = x.flatten(1) @ self.a.T
+        return mu, self.lv.expand_as(mu)
+
+    def decode(self, z):
+        return (z @ self.w.T).view(-1, 1, 2, 2)
+
+
+def exact(w):
+    """The posterior of the linear model: covariance (1 + 2 W'W)^-1, mean 2 cov W'x."""
+    cov = torch.linalg.inv(torch.eye(w.shape[1]) + 2 * w.T @ w)
+    return 2 * cov @ w.T, cov
+
+
+def evidence(x, w):
+    """log N(x; 0, WW' + 1/2)."""
+    covariance = w @ w.T + 0.5 * torch.eye(len(w))
+    normal = torch.distributions.MultivariateNormal(torch.zeros(len(w)).double(), covariance.double())
+    return float(normal.log_prob(x.flatten(1).double()).mean())
+
+
+def test_bounds_of_the_true_posterior_are_the_evidence():
+    # Orthogonal columns make the posterior's covariance diagonal, so this q is exact and every weight is p(x).
+    w = torch.linalg.qr(torch.randn(4, 2)).Q * torch.tensor([1.0, 0.5])
+    a, cov = exact(w)
+    model = Linear(a, w, cov.diagonal().log()).eval()
+    x = torch.randn(50, 1, 2, 2)
+    truth = evidence(x, w)
+    bound = importance_weighted_bound(model, [(x, None)], "gaussian", draws=7, seed=0)
+    assert bound == pytest.approx(truth, abs=1e-5)  # float32 encode and decode
+    # In expectation over z the ELBO is the evidence too; its draws scatter by the posterior's own entropy.
+    figures, rates = bounds.elbo(model, [(x.repeat(200, 1, 1, 1), None)], "gaussian", seed=0)
+    assert figures["elbo"] == pytest.approx(truth, abs=5 * 1.5 / math.sqrt(10_000))
+    assert figures["rate"] == pytest.approx(float(rates.sum()))
+    mu = x.flatten(1) @ a.T
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, cov.diagonal().sqrt().expand_as(mu)),
+        torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu)),
+    )
+    torch.testing.assert_close(rates.float(), kl.mean(0), rtol=1e-5, atol=1e-6)
+    assert figures["active_units"] == 2
+
+
+def test_more_draws_tighten_the_bound_towards_the_evidence():
+    w = torch.linalg.qr(torch.randn(4, 2)).Q
+    a, cov = exact(w)
+    wider = 0.8
+    model = Linear(a, w, cov.diagonal().log() + wider).eval()
+    x = torch.randn(400, 1, 2, 2)
+    truth = evidence(x, w)
+    one, few, many = (
+        importance_weighted_bound(model, [(x, None)], "gaussian", k, seed=0) for k in (1, 10, 3000)
+    )
+    # One draw is the ELBO: below by KL(q || p) = (e^s - 1 - s) / 2 a latent. Its log weights are
+    # (e^s - 1)/2 times chi-squares, with standard deviation (e^s - 1) / sqrt(2) a latent.
+    gap, scatter = math.expm1(wider) - wider, math.expm1(wider) / math.sqrt(400)
+    assert one == pytest.approx(truth - gap, abs=4 * scatter)
+    assert one < few < many
+    # The weights' variance is 0.44: 4 standard errors of 3000 draws, averaged over 400 images.
+    assert many == pytest.approx(truth, abs=4 * math.sqrt(0.44 / 3000 / 400) + 0.44 / 6000)
+
+
+@pytest.mark.parametrize("dist", ["bernoulli", "gaussian", "laplacian"])
+def test_likelihoods_are_normalised(dist):
+    """Their integral over x (or sum over 0 and 1) is one."""
+    pre = torch.tensor(0.3).view(1, 1, 1, 1)
+    if dist == "bernoulli":
+        x, step = torch.tensor([0.0, 1.0]), 1.0
+    else:
+        x = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
+        step = float(x[1] - x[0])
+    x = x.view(-1, 1, 1, 1)
+    total = bounds.log_likelihood(pre.expand(x.shape), x, "none", dist).exp().sum() * step
+    assert float(total) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_inactive_unit_is_not_counted():
+    w = torch.eye(4)[:, :2]
+    model = Linear(torch.stack([torch.eye(4)[0], 0.05 * torch.eye(4)[1]]), w, torch.zeros(2)).eval()
+    figures, _ = bounds.elbo(model, [(torch.randn(4000, 1, 2, 2), None)], "gaussian", seed=0)
+    assert figures["active_units"] == 1  # variances 1 and 0.0025
+
+
+def test_image_quality_by_hand():
+    class Constant(nn.Module):
+        image_shape = (1, 64, 64)
+
+        def reconstruct(self, x):
+            return x.clamp(0, 1) * 0 + 0.5
+
+    x = torch.rand(8, 1, 64, 64)
+    figures = bounds.image_quality(Constant(), [(x[:4], None), (x[4:], None)], False, torch.device("cpu"))
+    mse = float((x - 0.5).square().mean())
+    assert figures["psnr"] == pytest.approx(-10 * math.log10(mse), abs=1e-4)
+    assert figures["ssim"] < 0.1
+    assert figures["ms_ssim_scales"] == 3
+
+    class Same(Constant):
+        def reconstruct(self, x):
+            return x
+
+    figures = bounds.image_quality(Same(), [(x, None)], False, torch.device("cpu"))
+    assert figures["ssim"] == pytest.approx(1, abs=1e-5)
+    assert figures["ms_ssim"] == pytest.approx(1, abs=1e-5)
+
+
+def test_factors_of_a_sprite_are_those_it_was_drawn_with():
+    source = Sprites(torch.randperm(SIZE)[:50], 16, torch.device("cpu"))
+    rows = torch.tensor([3, 1, 40])
+    found = source.factors(rows)
+    assert torch.equal(index_of(found), source.index[rows])
+    assert torch.equal(found[:, 0], source.gather(rows)[1])
+    assert torch.equal(found, factors_of(source.index[rows]))
+
+
+def test_evaluate_leaves_a_table_a_json_and_a_figure(train, capsys):
+    folder = train("--dataset sprites", "--recons_dist bernoulli")
+    command = [
+        *("evaluate", str(folder), "--metrics", "objectives,elbo,images,mig,mig-sup,mig_sampled,jemmig"),
+        *("--samples", "300", "--iw", "5", "--iw_images", "8", "--limit_test", "64", "--device", "cpu"),
+    ]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "mig sampled" in printed
+    record = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    figures = record["figures"]
+    assert {"kl", "mse", "rate", "distortion", "elbo", "iw_bound_5", "psnr", "ssim", "mig", "jemmig"} <= set(
+        figures
+    )
+    assert figures["elbo"] == pytest.approx(-figures["rate"] - figures["distortion"])
+    assert figures["rate"] == pytest.approx(figures["kl"], rel=1e-4)
+    assert np.array(record["mutual_information_share"]).shape == (4, 5)
+    assert record["estimators"]["histogram"] == "histogram, 20 bins"
+    first = (folder / "evaluation" / "metrics.json").read_bytes()
+    assert main(command) == 0
+    again = folder / "evaluation" / "metrics-2.json"
+    assert again.read_bytes() == first == (folder / "evaluation" / "metrics.json").read_bytes()
+    assert (folder / "evaluation" / "metrics-2.png").stat().st_size > 1000
+
+
+def test_evaluate_a_codebook(train):
+    codebook = "--arch vq_vae --embedding_dim 4 --num_embeddings 8 --num_residual_layers 1"
+    folder = train(codebook, "--latent_dim null")
+    assert main(["evaluate", str(folder), "--device", "cpu"]) == 0
+    figures = json.loads((folder / "evaluation" / "metrics.json").read_text())["figures"]
+    assert 1 <= figures["perplexity"] <= 8
+    assert "rate" not in figures
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--metrics mig", "--metrics mig needs data with known discrete factors; digits has none"),
+        ("--metrics migg", "--metrics migg: unknown; did you mean"),
+        ("--metrics ,", "--metrics is empty"),
+        ("--samples 5", "--samples 5 must be at least 100"),
+    ],
+)
+def test_refusals_are_one_line_before_work_starts(train, capsys, flags, message, monkeypatch):
+    folder = train()
+    monkeypatch.setattr("movae_fast.cli.evaluate.make_loader", None)
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert message.split(";")[0] in error
+    assert error.count("\n") == 1
+
+
+def test_too_many_samples(train, capsys):
+    folder = train("--dataset sprites")
+    assert main(["evaluate", str(folder), "--metrics", "sap", "--samples", "600000"]) == 2
+    assert "needs 900000 images (300000 of them to test); there are 727280" in capsys.readouterr().err
