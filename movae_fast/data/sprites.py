@@ -92,10 +92,6 @@ class Sprites:
         factors = factors_of(self.index[rows])
         return render(factors, self.size, self.antialias), factors[:, 0]
 
-    def factors(self, rows: Tensor) -> Tensor:
-        """Rows [B] of this split to their factor values [B, 5] int64."""
-        return factors_of(self.index[rows])
-
 
 def split_index(split: str, test_size: int = 10_000) -> Tensor:
     """Indices of the "train" or the "test" split: one fixed shuffle, its last `test_size` for testing."""
