@@ -18,9 +18,11 @@ $(VENV)/.ready: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install -q -e .
 	touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
+# One installation, not that of .ready and another on top: each compiles the extension.
+$(VENV)/.ready-dev: $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install -q $(PINS)
 	$(BIN)/pip install -q -e '.[dev]'
-	touch $@
+	touch $(VENV)/.ready $@
 
 demo: $(VENV)/.ready
 	$(BIN)/movae train --config demo
