@@ -98,7 +98,8 @@ test_lines.__test__ = False
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path, agg, norm):
     # BatchNorm amplifies rounding: at lr 0.05 two orders of summation are 1e-4 apart after 20 steps.
     flags = ["--agg", agg, "--layer_norm", norm, "--steps", "20"]
-    flags += ["--lr", "0.01" if norm == "batch" else "0.05"]
+    # A log line of several steps: the window's losses are a strided view, which gloo does not see as one.
+    flags += ["--lr", "0.01" if norm == "batch" else "0.05", "--log_every", "3"]
     one = run(tmp_path / "one", *flags, "--batch_size", "64")
     two = run(tmp_path / "two", *flags, "--batch_size", "32", "--sync_batchnorm", "true", ranks=2)
     assert distance(two, one) < 1e-5

@@ -31,9 +31,13 @@ class World:
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place."""
+        """Sum over the ranks, in place; any strides."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            # gloo takes the memory behind a strided view for the view's elements, without a word.
+            whole = tensor.contiguous()
+            dist.all_reduce(whole)
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Pending:
@@ -107,7 +111,7 @@ class World:
 
 
 class Pending:
-    """An exchange under way."""
+    """An exchange under way, of memory that the caller keeps contiguous."""
 
     def __init__(self, work: dist.Work | None) -> None:
         self.work = work
