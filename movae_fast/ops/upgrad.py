@@ -8,7 +8,8 @@ from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import csrc
 from movae_fast.ops.project_weights import MOST_ON_CUDA, Mode, check_options, refuse
-from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view
+from movae_fast.ops.registration import library, refuse_vmap
+from movae_fast.ops.rows import DTYPES, check_rows, row_view
 
 
 def upgrad_weights(
