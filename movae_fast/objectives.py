@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from movae_fast import ops
 from movae_fast.models import VAE, GaussianOutput, ProVLAE, VQOutput
+from movae_fast.models.base import output_image
 from movae_fast.names import nearest
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
@@ -37,7 +38,7 @@ def reconstruction(
     if dist == "bernoulli":
         error = F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
     else:
-        image = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
+        image = output_image(preactivation, activation)
         error = (image - x).square() if dist == "gaussian" else (image - x).abs()
     if reduction == "mean":
         return error.mean()

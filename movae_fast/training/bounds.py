@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from movae_fast.data import to_unit
 from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models.base import output_image
 from movae_fast.objectives import ReconsDist
 from movae_fast.reference import gaussian_log_density
 
@@ -33,7 +34,7 @@ def log_likelihood(
     preactivation, x = preactivation.double(), x.double()
     if dist == "bernoulli":
         return -F.binary_cross_entropy_with_logits(preactivation, x, reduction="none").flatten(1).sum(1)
-    image = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
+    image = output_image(preactivation, activation)
     if dist == "gaussian":
         return -((image - x).square() + 0.5 * math.log(math.pi)).flatten(1).sum(1)
     return -((image - x).abs() + math.log(2)).flatten(1).sum(1)
