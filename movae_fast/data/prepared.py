@@ -23,6 +23,7 @@ from movae_fast.data.machine import RESIDENT_SHARE, free_memory, in_threads
 from movae_fast.data.sets import DatasetInfo, Source
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.data.survey import list_hash, unreadable
+from movae_fast.files import file_digest
 
 FORMAT = "movae uint8 images 1"
 CHUNK = 1024  # images between two durable states of a preparation
@@ -138,11 +139,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
+    return file_digest(path, hashlib.blake2b(digest_size=16))
 
 
 def prepare(
