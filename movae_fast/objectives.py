@@ -52,7 +52,15 @@ def kl_standard_normal(
     logvar: Tensor,  # [B, D]
 ) -> Tensor:  # []
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
-    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+    return kl_of_latents(mu, logvar).sum(1).mean()
+
+
+def kl_of_latents(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+) -> Tensor:  # [B, D]
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent in nats."""
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp())
 
 
 def rung_kls(

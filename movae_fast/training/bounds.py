@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from movae_fast.data import to_unit
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.base import output_image
-from movae_fast.objectives import ReconsDist
+from movae_fast.objectives import ReconsDist, kl_of_latents
 from movae_fast.reference import gaussian_log_density
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: a unit is active if the variance of its mean over data exceeds it
@@ -54,7 +54,7 @@ def elbo(
         noise = torch.randn(mu.shape, generator=generator).to(mu)
         z = mu + torch.exp(0.5 * logvar) * noise
         distortion -= float(log_likelihood(model.decode(z.to(x)), x, model.activation, dist).sum())
-        part = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(0)
+        part = kl_of_latents(mu, logvar).sum(0)
         rates = part if rates is None else rates + part
         means.append(mu)
         count += len(x)
