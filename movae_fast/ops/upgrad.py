@@ -57,6 +57,7 @@ def _upgrad_weights(
     pref = None if pref is None else pref.double().contiguous()
     weights, gramian = torch.empty(m, dtype=torch.float64), torch.empty((m, m), dtype=torch.float64)
     status = torch.empty((), dtype=torch.int32)
+    # Written out: through the two ops' functions a call for a small Jacobian took a tenth longer.
     threads, address = torch.get_num_threads(), gramian.data_ptr()
     csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
     csrc.project_weights(
