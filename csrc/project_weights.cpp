@@ -19,37 +19,8 @@ namespace {
 constexpr int kRowsTogether = 32;  // rows that start on each other's support
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// GCC 12's own header passes a deliberately undefined register to the unmasked forms.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// The vector types of a namespace never cross a call: everything that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-namespace portable {
-#define MOVAE_VECTOR_BYTES 16
-#include "project_weights_path.h"
-#undef MOVAE_VECTOR_BYTES
-}
-
-#ifdef __x86_64__
-#define MOVAE_TARGET "avx2,fma"
-#include "target_begin.h"
-namespace avx2 {
-#define MOVAE_VECTOR_BYTES 32
-#include "project_weights_path.h"
-#undef MOVAE_VECTOR_BYTES
-}
-#include "target_end.h"
-
-#define MOVAE_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
-#include "target_begin.h"
-namespace avx512 {
-#define MOVAE_VECTOR_BYTES 64
-#include "project_weights_path.h"
-#undef MOVAE_VECTOR_BYTES
-}
-#include "target_end.h"
-#endif
+#define MOVAE_KERNEL "project_weights_path.h"
+#include "every_isa.h"
 
 struct Path {
     bool (*prepare)(const Projection&, double*);

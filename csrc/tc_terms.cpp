@@ -48,34 +48,8 @@ template <class T> struct Gradients {
     T *z, *mu, *logvar;               // [B, D], outgoing
 };
 
-// The vector types of a namespace never cross a call: everything that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define MOVAE_VECTOR_BYTES 16
-namespace portable {
-#include "tc_terms_kernel.h"
-}
-#undef MOVAE_VECTOR_BYTES
-
-#ifdef __x86_64__
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define MOVAE_VECTOR_BYTES 32
-namespace avx2 {
-#include "tc_terms_kernel.h"
-}
-#undef MOVAE_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#define MOVAE_VECTOR_BYTES 64
-namespace avx512 {
-#include "tc_terms_kernel.h"
-}
-#undef MOVAE_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
+#define MOVAE_KERNEL "tc_terms_kernel.h"
+#include "every_isa.h"
 
 template <class T> struct Path {
     void (*forward[2])(const Problem<T>&, int64_t, int64_t, T*);
