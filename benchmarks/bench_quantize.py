@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, extra_memory, interleaved, sgemm_gflops
+from benchmarks.measure import Call, interleaved, record, sgemm_gflops
 from movae_fast import ops, reference
 
 N = 32768
@@ -51,13 +51,8 @@ def calls(K: int, D: int) -> dict[str, Call]:
 @pytest.mark.parametrize("peer", PEERS)
 def test_quantize(benchmark: Any, peer: str, K: int, D: int) -> None:
     benchmark.group = f"quantize N={N} K={K} D={D}"
-    call = calls(K, D)[peer]
-    call()
-    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
-    benchmark.extra_info["bound_ms"] = 2 * N * K * D / sgemm_gflops() / 1e6
-    benchmark.extra_info["bound"] = "float32 operations of the search over the sgemm rate of this run"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(call, rounds=5)
+    bound = "float32 operations of the search over the sgemm rate of this run"
+    record(benchmark, calls(K, D)[peer], 2 * N * K * D / sgemm_gflops() / 1e6, bound)
 
 
 @pytest.mark.parametrize(("K", "D"), SHAPES)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,16 @@ def extra_memory(call: Call) -> float:
     before = resident("VmRSS")
     call()
     return (resident("VmHWM") - before) / 1024
+
+
+def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:
+    """Time the call by pytest-benchmark, beside its memory, its threads, and the `bound` on its time."""
+    call()
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
+    benchmark.extra_info["bound_ms"] = bound_ms
+    benchmark.extra_info["bound"] = bound
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(call, rounds=rounds)
 
 
 @cache
