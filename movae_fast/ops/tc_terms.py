@@ -43,9 +43,7 @@ def _cpu(
 
 
 @_cpu.register_fake
-def _cpu_fake(
-    z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cpu_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(z)
 
 
@@ -73,15 +71,7 @@ def _backward_cpu(
 
 @_backward_cpu.register_fake
 def _backward_cpu_fake(
-    grad_log_q_z: Tensor,
-    grad_log_prod_q_z: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    top: Tensor,
-    total: Tensor,
-    n_data: int,
-    stratified: bool,
+    grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, z: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
 
