@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from movae_fast.ops import extension
-from movae_fast.ops.extension import csrc, index_shape
+from movae_fast.ops.extension import DTYPES, csrc, index_shape
 from movae_fast.ops.registration import refuse_vmap, triton_kernels
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def nearest_code(

@@ -1,9 +1,8 @@
 """What the ops on a Jacobian's rows share: the checks and the CPU path's name."""
 
-import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from movae_fast.ops.extension import DTYPES
 
 # Set by tests to force a path on a CPU; "" takes the widest that it has (see ops.nearest_code).
 isa = ""

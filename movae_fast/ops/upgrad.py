@@ -6,10 +6,10 @@ from torch import Tensor
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
-from movae_fast.ops.extension import csrc
+from movae_fast.ops.extension import DTYPES, csrc
 from movae_fast.ops.project_weights import MOST_ON_CUDA, Mode, check_options, refuse
 from movae_fast.ops.registration import library, refuse_vmap
-from movae_fast.ops.rows import DTYPES, check_rows, row_view
+from movae_fast.ops.rows import check_rows, row_view
 
 
 def upgrad_weights(
