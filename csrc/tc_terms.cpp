@@ -107,7 +107,7 @@ template <class T> void prepare(Problem<T>& p, const T* mu, const T* logvar, T* 
 template <class T> Problem<T> problem(uintptr_t z, int64_t batch, int64_t dims, int64_t n_data, bool mss) {
     Problem<T> p{};
     p.batch = batch, p.dims = dims, p.padded = round_up(batch, kPad);
-    p.z = reinterpret_cast<const T*>(z);
+    p.z = pointer<const T>(z);
     const double B = double(batch), N = double(n_data);
     p.log_w = mss ? -std::log(B - 1) : -std::log(N * B);
     p.own = T((B - 1) / N), p.other = T((N - B + 1) / N);
@@ -120,10 +120,10 @@ void forward(uintptr_t z, uintptr_t mu, uintptr_t logvar, uintptr_t log_q_z, uin
     const Path<T> path = choose<T>(isa);
     Problem<T> p = problem<T>(z, batch, dims, n_data, mss);
     const Aligned<T> posteriors(3 * dims * p.padded);
-    prepare(p, reinterpret_cast<const T*>(mu), reinterpret_cast<const T*>(logvar), posteriors.p);
-    p.log_q_z = reinterpret_cast<T*>(log_q_z);
-    p.log_prod_q_z = reinterpret_cast<T*>(log_prod_q_z);
-    p.top = reinterpret_cast<T*>(top), p.total = reinterpret_cast<T*>(total);
+    prepare(p, pointer<const T>(mu), pointer<const T>(logvar), posteriors.p);
+    p.log_q_z = pointer<T>(log_q_z);
+    p.log_prod_q_z = pointer<T>(log_prod_q_z);
+    p.top = pointer<T>(top), p.total = pointer<T>(total);
     const int64_t each = round_up(3 * kForwardBlock * sizeof(T) + 2 * (dims + 1) * sizeof(double), 64);
     const Aligned<char> scratch(each * threads);
     constexpr int64_t kRows = 16;  // small enough to balance, large enough not to share cache lines of the output
@@ -142,10 +142,10 @@ void backward(uintptr_t grad_q, uintptr_t grad_prod, uintptr_t z, uintptr_t mu, 
     const Path<T> path = choose<T>(isa);
     Problem<T> p = problem<T>(z, batch, dims, n_data, mss);
     const Aligned<T> posteriors(3 * dims * p.padded);
-    prepare(p, reinterpret_cast<const T*>(mu), reinterpret_cast<const T*>(logvar), posteriors.p);
-    p.top = reinterpret_cast<T*>(top), p.total = reinterpret_cast<T*>(total);
-    const Gradients<T> g{reinterpret_cast<const T*>(grad_q), reinterpret_cast<const T*>(grad_prod),
-                         reinterpret_cast<T*>(grad_z), reinterpret_cast<T*>(grad_mu), reinterpret_cast<T*>(grad_logvar)};
+    prepare(p, pointer<const T>(mu), pointer<const T>(logvar), posteriors.p);
+    p.top = pointer<T>(top), p.total = pointer<T>(total);
+    const Gradients<T> g{pointer<const T>(grad_q), pointer<const T>(grad_prod), pointer<T>(grad_z), pointer<T>(grad_mu),
+                         pointer<T>(grad_logvar)};
     // Each thread owns a range of posteriors and a private gradient of z, which is summed in thread order at the end.
     const int64_t share = round_up((p.padded + threads - 1) / threads, kPad);
     const int workers = int((p.padded + share - 1) / share);
