@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, interleaved, record, sgemm_gflops
+from benchmarks.measure import Call, interleaved, record, record_ratios, sgemm_gflops
 from movae_fast import _csrc
 from movae_fast.ops.nearest_code import search
 
@@ -92,10 +92,5 @@ def test_ratios(benchmark: Any, K: int, D: int) -> None:
     benchmark.group = f"nearest_code ratios N={N} K={K} D={D}"
     peers = calls(K, D)
     medians = interleaved(peers, 7 if K * D < 10**5 else 5)
-    slowest = medians["cdist + argmin"]
-    benchmark.extra_info["median_ms"] = medians
-    benchmark.extra_info["times_faster_than_cdist"] = {name: slowest / ms for name, ms in medians.items()}
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    for name, ms in medians.items():
-        print(f"K={K} D={D} {name:26s} {ms:9.2f} ms {slowest / ms:6.2f}x cdist")
+    record_ratios(benchmark, f"K={K} D={D}", medians, "cdist", lambda _: "cdist + argmin")
     benchmark.pedantic(peers[PEERS[0]], rounds=3)

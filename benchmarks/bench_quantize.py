@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, interleaved, record, sgemm_gflops
+from benchmarks.measure import Call, interleaved, record, record_ratios, sgemm_gflops
 from movae_fast import ops, reference
 
 N = 32768
@@ -61,12 +61,6 @@ def test_ratios(benchmark: Any, K: int, D: int) -> None:
     benchmark.group = f"quantize ratios N={N} K={K} D={D}"
     peers = calls(K, D)
     medians = interleaved(peers, 5)
-    slowest = medians["vector-quantize-pytorch"]
-    benchmark.extra_info["median_ms"] = medians
-    benchmark.extra_info["times_faster_than_vector_quantize_pytorch"] = {
-        name: slowest / ms for name, ms in medians.items()
-    }
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    for name, ms in medians.items():
-        print(f"K={K} D={D} {name:26s} {ms:9.2f} ms {slowest / ms:6.2f}x vector-quantize-pytorch")
+    peer = "vector-quantize-pytorch"
+    record_ratios(benchmark, f"K={K} D={D}", medians, peer, lambda _: peer)
     benchmark.pedantic(peers["movae"], rounds=3)

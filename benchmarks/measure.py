@@ -48,6 +48,18 @@ def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int 
     benchmark.pedantic(call, rounds=rounds)
 
 
+def record_ratios(
+    benchmark: Any, label: str, medians: Mapping[str, float], than: str, baseline: Callable[[str], str]
+) -> None:
+    """Keep and print each peer's median, and how many times faster it is `than` its `baseline`."""
+    times = {name: medians[baseline(name)] / ms for name, ms in medians.items()}
+    benchmark.extra_info["median_ms"] = dict(medians)
+    benchmark.extra_info[f"times_faster_than_{than.replace('-', '_')}"] = times
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    for name, ms in medians.items():
+        print(f"{label} {name:26s} {ms:9.2f} ms {times[name]:6.2f}x {than}")
+
+
 @cache
 def sgemm_gflops() -> float:
     """float32 matrix product of this run's threads, in 10^9 operations a second: the best of ten."""
