@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, extra_memory, interleaved, sgemm_gflops
+from benchmarks.measure import Call, interleaved, record, record_ratios, sgemm_gflops
 from movae_fast import _csrc
 from movae_fast.ops.nearest_code import search
 
@@ -82,13 +82,8 @@ PEERS = [
 @pytest.mark.parametrize("peer", PEERS)
 def test_nearest_code(benchmark: Any, peer: str, K: int, D: int) -> None:
     benchmark.group = f"nearest_code N={N} K={K} D={D}"
-    call = calls(K, D)[peer]
-    call()
-    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
-    benchmark.extra_info["bound_ms"] = 2 * N * K * D / sgemm_gflops() / 1e6
-    benchmark.extra_info["bound"] = "float32 operations over the sgemm rate of this run"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(call, rounds=5)
+    bound = "float32 operations over the sgemm rate of this run"
+    record(benchmark, calls(K, D)[peer], 2 * N * K * D / sgemm_gflops() / 1e6, bound)
 
 
 @pytest.mark.parametrize(("K", "D"), SHAPES)
@@ -97,10 +92,5 @@ def test_ratios(benchmark: Any, K: int, D: int) -> None:
     benchmark.group = f"nearest_code ratios N={N} K={K} D={D}"
     peers = calls(K, D)
     medians = interleaved(peers, 7 if K * D < 10**5 else 5)
-    slowest = medians["cdist + argmin"]
-    benchmark.extra_info["median_ms"] = medians
-    benchmark.extra_info["times_faster_than_cdist"] = {name: slowest / ms for name, ms in medians.items()}
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    for name, ms in medians.items():
-        print(f"K={K} D={D} {name:26s} {ms:9.2f} ms {slowest / ms:6.2f}x cdist")
+    record_ratios(benchmark, f"K={K} D={D}", medians, "cdist", lambda _: "cdist + argmin")
     benchmark.pedantic(peers[PEERS[0]], rounds=3)

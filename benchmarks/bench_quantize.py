@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, extra_memory, interleaved, sgemm_gflops
+from benchmarks.measure import Call, interleaved, record, record_ratios, sgemm_gflops
 from movae_fast import ops, reference
 
 N = 32768
@@ -51,13 +51,8 @@ def calls(K: int, D: int) -> dict[str, Call]:
 @pytest.mark.parametrize("peer", PEERS)
 def test_quantize(benchmark: Any, peer: str, K: int, D: int) -> None:
     benchmark.group = f"quantize N={N} K={K} D={D}"
-    call = calls(K, D)[peer]
-    call()
-    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
-    benchmark.extra_info["bound_ms"] = 2 * N * K * D / sgemm_gflops() / 1e6
-    benchmark.extra_info["bound"] = "float32 operations of the search over the sgemm rate of this run"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(call, rounds=5)
+    bound = "float32 operations of the search over the sgemm rate of this run"
+    record(benchmark, calls(K, D)[peer], 2 * N * K * D / sgemm_gflops() / 1e6, bound)
 
 
 @pytest.mark.parametrize(("K", "D"), SHAPES)
@@ -66,12 +61,6 @@ def test_ratios(benchmark: Any, K: int, D: int) -> None:
     benchmark.group = f"quantize ratios N={N} K={K} D={D}"
     peers = calls(K, D)
     medians = interleaved(peers, 5)
-    slowest = medians["vector-quantize-pytorch"]
-    benchmark.extra_info["median_ms"] = medians
-    benchmark.extra_info["times_faster_than_vector_quantize_pytorch"] = {
-        name: slowest / ms for name, ms in medians.items()
-    }
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    for name, ms in medians.items():
-        print(f"K={K} D={D} {name:26s} {ms:9.2f} ms {slowest / ms:6.2f}x vector-quantize-pytorch")
+    peer = "vector-quantize-pytorch"
+    record_ratios(benchmark, f"K={K} D={D}", medians, peer, lambda _: peer)
     benchmark.pedantic(peers["movae"], rounds=3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, extra_memory, interleaved
+from benchmarks.measure import Call, interleaved, record, record_ratios
 from movae_fast import ops, reference
 
 SHAPES = [(256, 10), (2048, 10)]
@@ -46,13 +46,8 @@ def exponentials_per_ms() -> float:
 @pytest.mark.parametrize("peer", PEERS)
 def test_tc_terms(benchmark: Any, peer: str, B: int, D: int) -> None:
     benchmark.group = f"tc_terms forward + backward B={B} D={D}"
-    call = calls(B, D)[peer]
-    call()
-    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
-    benchmark.extra_info["bound_ms"] = 2 * B * B * (D + 1) / exponentials_per_ms()
-    benchmark.extra_info["bound"] = "exponentials, B^2 (D + 1) each way, over torch.exp's rate in this run"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(call, rounds=5)
+    bound = "exponentials, B^2 (D + 1) each way, over torch.exp's rate in this run"
+    record(benchmark, calls(B, D)[peer], 2 * B * B * (D + 1) / exponentials_per_ms(), bound)
 
 
 @pytest.mark.parametrize(("B", "D"), SHAPES)
@@ -61,13 +56,5 @@ def test_ratios(benchmark: Any, B: int, D: int) -> None:
     benchmark.group = f"tc_terms ratios B={B} D={D}"
     peers = calls(B, D)
     medians = interleaved(peers, 5)
-    benchmark.extra_info["median_ms"] = medians
-    benchmark.extra_info["times_faster_than_eager"] = {
-        name: medians["eager stratified" if "stratified" in name else "eager"] / ms
-        for name, ms in medians.items()
-    }
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    for name, ms in medians.items():
-        faster = benchmark.extra_info["times_faster_than_eager"][name]
-        print(f"B={B} D={D} {name:18s} {ms:9.2f} ms {faster:6.2f}x eager")
+    record_ratios(benchmark, f"B={B} D={D}", medians, "eager", lambda name: name.replace("movae", "eager"))
     benchmark.pedantic(peers["movae"], rounds=3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import Call, extra_memory, interleaved, sgemm_gflops
+from benchmarks.measure import Call, interleaved, record, sgemm_gflops
 from movae_fast.nn import VectorQuantizer
 
 N = 32768  # 32 feature maps of 32 x 32
@@ -49,13 +49,9 @@ def calls(K: int, D: int, options: dict[str, Any]) -> dict[str, Call]:
 @pytest.mark.parametrize("peer", ["movae", "vector-quantize-pytorch"])
 def test_vector_quantizer(benchmark: Any, peer: str, K: int, D: int) -> None:
     benchmark.group = f"VectorQuantizer training step N={N} K={K} D={D}"
+    bound = "float32 operations of the search over the sgemm rate of this run"
     call = calls(K, D, OPTIONS["rotation"])[peer]
-    call()
-    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
-    benchmark.extra_info["bound_ms"] = 2 * N * K * D / sgemm_gflops() / 1e6
-    benchmark.extra_info["bound"] = "float32 operations of the search over the sgemm rate of this run"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(call, rounds=3)
+    record(benchmark, call, 2 * N * K * D / sgemm_gflops() / 1e6, bound, rounds=3)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,28 @@ def extra_memory(call: Call) -> float:
     before = resident("VmRSS")
     call()
     return (resident("VmHWM") - before) / 1024
+
+
+def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:
+    """Time the call by pytest-benchmark, beside its memory, its threads, and the `bound` on its time."""
+    call()
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
+    benchmark.extra_info["bound_ms"] = bound_ms
+    benchmark.extra_info["bound"] = bound
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(call, rounds=rounds)
+
+
+def record_ratios(
+    benchmark: Any, label: str, medians: Mapping[str, float], than: str, baseline: Callable[[str], str]
+) -> None:
+    """Keep and print each peer's median, and how many times faster it is `than` its `baseline`."""
+    times = {name: medians[baseline(name)] / ms for name, ms in medians.items()}
+    benchmark.extra_info["median_ms"] = dict(medians)
+    benchmark.extra_info[f"times_faster_than_{than.replace('-', '_')}"] = times
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    for name, ms in medians.items():
+        print(f"{label} {name:26s} {ms:9.2f} ms {times[name]:6.2f}x {than}")
 
 
 @cache

@@ -1,7 +1,15 @@
-// What every source file of csrc/ binds into the module: one function a file.
+// What the files that bind into the module share, and what each of them binds: one function a file.
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+// What lies at an address that Python hands over.
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 void bind_combine(pybind11::module_& m);
 void bind_gramian(pybind11::module_& m);

@@ -17,11 +17,6 @@ using namespace movae;
 
 namespace {
 
-template <class T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 Rows view(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride) {
     return {pointer<const void>(rows), static_cast<Dtype>(dtype), m, columns, stride};
 }

@@ -12,13 +12,6 @@
 #include "nearest_code_isa.h"
 #include "nearest_code_pack.h"
 
-// GCC 12's own header passes a deliberately undefined register to the unmasked forms.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// The vector types of a namespace never cross a call: everything that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#pragma GCC diagnostic ignored "-Wignored-attributes"
-
 namespace movae {
 namespace {
 
@@ -28,31 +21,8 @@ constexpr int64_t kColumns = 1024;     // columns that stay in the second-level 
 constexpr int64_t kSumColumns = 4096;  // columns of one piece of the weighted sum
 constexpr int64_t kPastCaches = int64_t(8) << 20;  // bytes of a result that would only drive others out of the cache
 
-namespace portable {
-#define MOVAE_VECTOR_BYTES 16
-#include "gramian_kernel.h"
-#undef MOVAE_VECTOR_BYTES
-}
-
-#ifdef __x86_64__
-#define MOVAE_TARGET "avx2,fma"
-#include "target_begin.h"
-namespace avx2 {
-#define MOVAE_VECTOR_BYTES 32
-#include "gramian_kernel.h"
-#undef MOVAE_VECTOR_BYTES
-}
-#include "target_end.h"
-
-#define MOVAE_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
-#include "target_begin.h"
-namespace avx512 {
-#define MOVAE_VECTOR_BYTES 64
-#include "gramian_kernel.h"
-#undef MOVAE_VECTOR_BYTES
-}
-#include "target_end.h"
-#endif
+#define MOVAE_KERNEL "gramian_kernel.h"
+#include "every_isa.h"
 
 template <class T>
 struct Path {

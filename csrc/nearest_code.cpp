@@ -11,12 +11,12 @@ void bind_nearest_code(py::module_& m) {
     py::class_<RowsView>(m, "RowsView", "Rows of z where they lie: [batch, spatial] rows of depth numbers, strides in elements.")
         .def(py::init([](std::uintptr_t data, int dtype, int64_t batch, int64_t spatial, int64_t depth,
                          int64_t batch_stride, int64_t spatial_stride, int64_t depth_stride) {
-            return RowsView{reinterpret_cast<void*>(data), static_cast<Dtype>(dtype), batch, spatial, depth,
+            return RowsView{pointer<void>(data), static_cast<Dtype>(dtype), batch, spatial, depth,
                             batch_stride, spatial_stride, depth_stride};
         }));
     py::class_<Codebook>(m, "Codebook", "A contiguous [count, depth] codebook.")
         .def(py::init([](std::uintptr_t data, int dtype, int64_t count, int64_t depth) {
-            return Codebook{reinterpret_cast<const void*>(data), static_cast<Dtype>(dtype), count, depth};
+            return Codebook{pointer<const void>(data), static_cast<Dtype>(dtype), count, depth};
         }));
     m.def(
         "nearest_code",
@@ -24,7 +24,7 @@ void bind_nearest_code(py::module_& m) {
            int threads) {
             const Isa path = find_isa(isa);
             py::gil_scoped_release unlocked;
-            nearest_code(z, codebook, reinterpret_cast<int64_t*>(index), exact, path, threads);
+            nearest_code(z, codebook, pointer<int64_t>(index), exact, path, threads);
         },
         py::arg("z"), py::arg("codebook"), py::arg("index"), py::arg("exact"), py::arg("isa"), py::arg("threads"),
         "Writes the index of every row's nearest code. isa: a name of nearest_code_isas(), or '' for the best.");

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <new>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -11,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include "aligned.h"
 #include "nearest_code.h"
 
 namespace movae {
@@ -19,37 +19,8 @@ namespace {
 constexpr int kRowsTogether = 32;  // rows that start on each other's support
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// GCC 12's own header passes a deliberately undefined register to the unmasked forms.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-// The vector types of a namespace never cross a call: everything that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-namespace portable {
-#define MOVAE_VECTOR_BYTES 16
-#include "project_weights_path.h"
-#undef MOVAE_VECTOR_BYTES
-}
-
-#ifdef __x86_64__
-#define MOVAE_TARGET "avx2,fma"
-#include "target_begin.h"
-namespace avx2 {
-#define MOVAE_VECTOR_BYTES 32
-#include "project_weights_path.h"
-#undef MOVAE_VECTOR_BYTES
-}
-#include "target_end.h"
-
-#define MOVAE_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
-#include "target_begin.h"
-namespace avx512 {
-#define MOVAE_VECTOR_BYTES 64
-#include "project_weights_path.h"
-#undef MOVAE_VECTOR_BYTES
-}
-#include "target_end.h"
-#endif
+#define MOVAE_KERNEL "project_weights_path.h"
+#include "every_isa.h"
 
 struct Path {
     bool (*prepare)(const Projection&, double*);
@@ -73,15 +44,6 @@ int thread_number() {
 #endif
 }
 
-struct Scratch {
-    explicit Scratch(size_t doubles)
-        : p(static_cast<double*>(::operator new(doubles * sizeof(double), std::align_val_t(64)))) {}
-    ~Scratch() { ::operator delete(p, std::align_val_t(64)); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    double* p;
-};
-
 }  // namespace
 
 int project_rows(Projection p, const std::string& isa, int threads) {
@@ -92,7 +54,7 @@ int project_rows(Projection p, const std::string& isa, int threads) {
     const int groups = (p.rows + kRowsTogether - 1) / kRowsTogether;
     if (threads > groups) threads = groups;
     if (int64_t(p.m) * p.m * p.rows <= int64_t(40) * 40 * 40 || threads < 1) threads = 1;  // not worth waking another
-    const Scratch scratch(matrix + threads * each);
+    const Aligned<double> scratch(matrix + threads * each);
     double* A = scratch.p;
     if (!path.prepare(p, A)) {
         for (size_t k = 0; k < size_t(p.rows) * p.m; ++k) p.out[k] = kNaN;
@@ -108,7 +70,7 @@ int project_rows(Projection p, const std::string& isa, int threads) {
 }
 
 int project_sum(Projection p, const std::string& isa, int threads) {
-    const Scratch each(size_t(p.m) * p.m);
+    const Aligned<double> each(size_t(p.m) * p.m);
     double* out = p.out;
     p.rows = p.m, p.diagonal = true, p.out = each.p;
     const int status = project_rows(p, isa, threads);

@@ -7,13 +7,6 @@
 namespace py = pybind11;
 using namespace movae;
 
-namespace {
-template <class T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-}  // namespace
-
 void bind_quantize(py::module_& m) {
     m.def(
         "quantize",

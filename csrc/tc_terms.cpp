@@ -9,13 +9,16 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "aligned.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using movae::Aligned;
 
 constexpr int64_t kForwardBlock = 2048;  // posteriors a pass: three rows of them stay in the first-level cache
 constexpr int64_t kBackwardBlock = 256;  // and here 2 D rows of gradients do, for D up to about 16
@@ -48,34 +51,8 @@ template <class T> struct Gradients {
     T *z, *mu, *logvar;               // [B, D], outgoing
 };
 
-// The vector types of a namespace never cross a call: everything that takes one is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-#define MOVAE_VECTOR_BYTES 16
-namespace portable {
-#include "tc_terms_kernel.h"
-}
-#undef MOVAE_VECTOR_BYTES
-
-#ifdef __x86_64__
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define MOVAE_VECTOR_BYTES 32
-namespace avx2 {
-#include "tc_terms_kernel.h"
-}
-#undef MOVAE_VECTOR_BYTES
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")
-#define MOVAE_VECTOR_BYTES 64
-namespace avx512 {
-#include "tc_terms_kernel.h"
-}
-#undef MOVAE_VECTOR_BYTES
-#pragma GCC pop_options
-#endif
+#define MOVAE_KERNEL "tc_terms_kernel.h"
+#include "every_isa.h"
 
 template <class T> struct Path {
     void (*forward[2])(const Problem<T>&, int64_t, int64_t, T*);
@@ -112,14 +89,6 @@ std::string widest() {
     return "portable";
 }
 
-struct Aligned {
-    explicit Aligned(size_t bytes) : p(::operator new(bytes, std::align_val_t(64))) {}
-    ~Aligned() { ::operator delete(p, std::align_val_t(64)); }
-    Aligned(const Aligned&) = delete;
-    Aligned& operator=(const Aligned&) = delete;
-    void* p;
-};
-
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Transposes the posteriors and fills the padding with ones that no sample can come from: log density -inf.
@@ -138,7 +107,7 @@ template <class T> void prepare(Problem<T>& p, const T* mu, const T* logvar, T* 
 template <class T> Problem<T> problem(uintptr_t z, int64_t batch, int64_t dims, int64_t n_data, bool mss) {
     Problem<T> p{};
     p.batch = batch, p.dims = dims, p.padded = round_up(batch, kPad);
-    p.z = reinterpret_cast<const T*>(z);
+    p.z = pointer<const T>(z);
     const double B = double(batch), N = double(n_data);
     p.log_w = mss ? -std::log(B - 1) : -std::log(N * B);
     p.own = T((B - 1) / N), p.other = T((N - B + 1) / N);
@@ -150,17 +119,17 @@ void forward(uintptr_t z, uintptr_t mu, uintptr_t logvar, uintptr_t log_q_z, uin
              uintptr_t total, int64_t batch, int64_t dims, int64_t n_data, bool mss, int threads, const std::string& isa) {
     const Path<T> path = choose<T>(isa);
     Problem<T> p = problem<T>(z, batch, dims, n_data, mss);
-    const Aligned posteriors(3 * dims * p.padded * sizeof(T));
-    prepare(p, reinterpret_cast<const T*>(mu), reinterpret_cast<const T*>(logvar), static_cast<T*>(posteriors.p));
-    p.log_q_z = reinterpret_cast<T*>(log_q_z);
-    p.log_prod_q_z = reinterpret_cast<T*>(log_prod_q_z);
-    p.top = reinterpret_cast<T*>(top), p.total = reinterpret_cast<T*>(total);
+    const Aligned<T> posteriors(3 * dims * p.padded);
+    prepare(p, pointer<const T>(mu), pointer<const T>(logvar), posteriors.p);
+    p.log_q_z = pointer<T>(log_q_z);
+    p.log_prod_q_z = pointer<T>(log_prod_q_z);
+    p.top = pointer<T>(top), p.total = pointer<T>(total);
     const int64_t each = round_up(3 * kForwardBlock * sizeof(T) + 2 * (dims + 1) * sizeof(double), 64);
-    const Aligned scratch(each * threads);
+    const Aligned<char> scratch(each * threads);
     constexpr int64_t kRows = 16;  // small enough to balance, large enough not to share cache lines of the output
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int t = 0; t < threads; ++t) {
-        T* own = reinterpret_cast<T*>(static_cast<char*>(scratch.p) + t * each);
+        T* own = reinterpret_cast<T*>(scratch.p + t * each);
         for (int64_t i = t * kRows; i < batch; i += threads * kRows)
             path.forward[mss](p, i, i + kRows < batch ? i + kRows : batch, own);
     }
@@ -172,23 +141,23 @@ void backward(uintptr_t grad_q, uintptr_t grad_prod, uintptr_t z, uintptr_t mu, 
               int64_t n_data, bool mss, int threads, const std::string& isa) {
     const Path<T> path = choose<T>(isa);
     Problem<T> p = problem<T>(z, batch, dims, n_data, mss);
-    const Aligned posteriors(3 * dims * p.padded * sizeof(T));
-    prepare(p, reinterpret_cast<const T*>(mu), reinterpret_cast<const T*>(logvar), static_cast<T*>(posteriors.p));
-    p.top = reinterpret_cast<T*>(top), p.total = reinterpret_cast<T*>(total);
-    const Gradients<T> g{reinterpret_cast<const T*>(grad_q), reinterpret_cast<const T*>(grad_prod),
-                         reinterpret_cast<T*>(grad_z), reinterpret_cast<T*>(grad_mu), reinterpret_cast<T*>(grad_logvar)};
+    const Aligned<T> posteriors(3 * dims * p.padded);
+    prepare(p, pointer<const T>(mu), pointer<const T>(logvar), posteriors.p);
+    p.top = pointer<T>(top), p.total = pointer<T>(total);
+    const Gradients<T> g{pointer<const T>(grad_q), pointer<const T>(grad_prod), pointer<T>(grad_z), pointer<T>(grad_mu),
+                         pointer<T>(grad_logvar)};
     // Each thread owns a range of posteriors and a private gradient of z, which is summed in thread order at the end.
     const int64_t share = round_up((p.padded + threads - 1) / threads, kPad);
     const int workers = int((p.padded + share - 1) / share);
     const int64_t block = share < kBackwardBlock ? share : kBackwardBlock;
     const int64_t each = round_up(block * (2 + 2 * dims) * sizeof(T) + 2 * block * dims * sizeof(double), 64);
-    const Aligned scratch(each * workers);
-    const Aligned partial(workers * batch * dims * sizeof(double));
-    double* parts = static_cast<double*>(partial.p);
+    const Aligned<char> scratch(each * workers);
+    const Aligned<double> partial(workers * batch * dims);
+    double* parts = partial.p;
     std::memset(parts, 0, workers * batch * dims * sizeof(double));
 #pragma omp parallel for schedule(static) num_threads(workers)
     for (int t = 0; t < workers; ++t) {
-        T* own = reinterpret_cast<T*>(static_cast<char*>(scratch.p) + t * each);
+        T* own = reinterpret_cast<T*>(scratch.p + t * each);
         const int64_t end = (t + 1) * share < p.padded ? (t + 1) * share : p.padded;
         for (int64_t j = t * share; j < end; j += block)
             path.backward[mss](p, g, j, end - j < block ? end - j : block, parts + t * batch * dims, own);

@@ -1,5 +1,4 @@
-// The inner loops of tc_terms for one instruction set. No include guard: tc_terms.cpp includes this file once an
-// instruction set, inside a namespace and under `#pragma GCC target`, with MOVAE_VECTOR_BYTES set to its width.
+// The inner loops of tc_terms for one instruction set, with vectors of MOVAE_VECTOR_BYTES (see every_isa.h).
 // Nothing here may instantiate a std template: one compiled for AVX-512 could be the copy that the linker keeps.
 
 template <class T> struct Simd;

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from movae_fast.files import replacing
 
 PAD = 2  # pixels between images
 LABEL = 13  # height of a label
@@ -74,10 +75,8 @@ def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1) ->
 
 
 def _write(path: Path, data: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(data)
     return path
 
 
@@ -227,9 +226,7 @@ def pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
     pyplot().close(figure)
-    os.replace(temporary, path)
     return path

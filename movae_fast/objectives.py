@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from movae_fast import ops
 from movae_fast.models import VAE, GaussianOutput, ProVLAE, VQOutput
+from movae_fast.models.base import output_image
 from movae_fast.names import nearest
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
@@ -37,7 +38,7 @@ def reconstruction(
     if dist == "bernoulli":
         error = F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
     else:
-        image = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
+        image = output_image(preactivation, activation)
         error = (image - x).square() if dist == "gaussian" else (image - x).abs()
     if reduction == "mean":
         return error.mean()
@@ -51,7 +52,15 @@ def kl_standard_normal(
     logvar: Tensor,  # [B, D]
 ) -> Tensor:  # []
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
-    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+    return kl_of_latents(mu, logvar).sum(1).mean()
+
+
+def kl_of_latents(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+) -> Tensor:  # [B, D]
+    """KL(N(mu, exp(logvar)) || N(0, 1)) of each latent in nats."""
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp())
 
 
 def rung_kls(

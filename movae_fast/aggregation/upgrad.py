@@ -7,7 +7,6 @@ the projection runs where the rows are, and nothing is read on the host.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +50,23 @@ class ProjectionWeighting(Weighting):
         # A buffer, so that it follows the module to another device; not a part of its state.
         self.register_buffer("pref_vector", pref_vector, persistent=False)
 
-    def options(self) -> dict[str, Any]:
-        return {"norm_eps": self.norm_eps, "reg_eps": self.reg_eps, "mode": self.mode}
-
     @torch.no_grad()
     def forward(self, gramian: Tensor, /) -> Tensor:
-        weights, _ = ops.project_weights(gramian, self.pref_vector, **self.options())
+        weights, _ = ops.project_weights(
+            gramian, self.pref_vector, norm_eps=self.norm_eps, reg_eps=self.reg_eps, mode=self.mode
+        )
         return weights.to(gramian.dtype)
+
+    def of_rows(self, matrix: Tensor) -> Tensor:
+        """The weights, float64, from a Jacobian [m, P]: Gramian and projection in one call."""
+        weights, _, _ = ops.upgrad_weights(
+            matrix, self.pref_vector, norm_eps=self.norm_eps, reg_eps=self.reg_eps, mode=self.mode
+        )
+        return weights
 
 
 class RowsWeighting(Weighting):
-    """The same from a Jacobian [m, P], float64, Gramian and projection in one call."""
+    """`ProjectionWeighting.of_rows` as TorchJD's aggregators take it."""
 
     def __init__(self, weighting: ProjectionWeighting) -> None:
         super().__init__()
@@ -72,8 +77,7 @@ class RowsWeighting(Weighting):
         inner = self.weighting
         if hooked(inner):  # somebody wants to see the Gramian's weighting called
             return inner(ops.gramian(matrix))
-        weights, _, _ = ops.upgrad_weights(matrix, inner.pref_vector, **inner.options())
-        return weights
+        return inner.of_rows(matrix)
 
 
 def hooked(module: torch.nn.Module) -> bool:
@@ -96,10 +100,7 @@ class ProjectionAggregator(GramianWeightedAggregator):
             return super().forward(matrix)
         # Straight to the ops: the modules' calls would take a quarter of the time of a small Jacobian.
         matrix = matrix.detach()
-        weights, _, _ = ops.upgrad_weights(
-            matrix, inner.pref_vector, norm_eps=inner.norm_eps, reg_eps=inner.reg_eps, mode=inner.mode
-        )
-        return ops.combine(matrix, weights)
+        return ops.combine(matrix, inner.of_rows(matrix))
 
     @staticmethod
     def _combine(matrix: Tensor, weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from movae_fast.cli.evaluate import EvaluateConfig, measure
+from movae_fast.files import replacing
 from movae_fast.training.config import TrainConfig, validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -196,9 +197,8 @@ class Study:
         """results.json: every complete trial; made anew from the study each time."""
         path = self.folder / "results.json"
         record = {"objectives": self.objectives, "trials": found.rows}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
         return path
 
 

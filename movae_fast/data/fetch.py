@@ -7,7 +7,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-CHUNK = 1 << 20
+from movae_fast.files import CHUNK, file_digest
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,6 @@ class Remote:
     url: str
     size: int
     sha256: str
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(CHUNK):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def fetch(remote: Remote, path: Path) -> None:
@@ -45,7 +37,7 @@ def fetch(remote: Remote, path: Path) -> None:
                     file.write(chunk)
     if part.stat().st_size != remote.size:
         raise OSError(f"{part} has {part.stat().st_size:,} bytes of {remote.size:,}; run again to continue")
-    if (found := sha256(part)) != remote.sha256:
+    if (found := file_digest(part, hashlib.sha256())) != remote.sha256:
         part.unlink()
         raise OSError(f"{remote.url}: SHA-256 is {found}, expected {remote.sha256}; the download was removed")
     part.replace(path)

@@ -23,6 +23,7 @@ from movae_fast.data.machine import RESIDENT_SHARE, free_memory, in_threads
 from movae_fast.data.sets import DatasetInfo, Source
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.data.survey import list_hash, unreadable
+from movae_fast.files import file_digest, replacing, sync
 
 FORMAT = "movae uint8 images 1"
 CHUNK = 1024  # images between two durable states of a preparation
@@ -138,11 +139,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
+    return file_digest(path, hashlib.blake2b(digest_size=16))
 
 
 def prepare(
@@ -182,11 +179,8 @@ def prepare(
         return path, "current"
     done = _write_images(path, header, source, progress)
     labels = path.with_suffix(".labels.npy")
-    part = labels.with_suffix(".part")
-    with part.open("wb") as file:
+    with replacing(labels, durable=True) as file:
         np.save(file, np.asarray(_labels(source), np.int64))
-        _sync(file)
-    part.replace(labels)
     header["checksum"] = checksum(path.with_suffix(".u8.part"))
     # No header stands beside data that are not its own.
     path.with_suffix(".json").unlink(missing_ok=True)
@@ -215,10 +209,10 @@ def _write_images(path: Path, header: dict[str, Any], source: Any, progress: Cal
             at, written = at + len(images), written + len(images)
             progress(at, len(source))
             if written >= CHUNK:
-                _sync(file)
+                sync(file)
                 _write_json(state, {"header": header, "done": at})
                 written = 0
-        _sync(file)
+        sync(file)
         _write_json(state, {"header": header, "done": at})
     return before
 
@@ -247,13 +241,5 @@ def _labels(source: Any) -> Any:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".new")
-    with part.open("w") as file:
-        json.dump(record, file, indent=1)
-        _sync(file)
-    part.replace(path)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    with replacing(path, durable=True) as file:
+        file.write(json.dumps(record, indent=1).encode())

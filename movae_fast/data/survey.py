@@ -10,6 +10,7 @@ from pathlib import Path
 
 from movae_fast.data.decode import decode
 from movae_fast.data.machine import in_threads
+from movae_fast.files import replacing
 
 
 def list_hash(files: Sequence[Path]) -> str:
@@ -41,10 +42,8 @@ def unreadable(files: Sequence[Path], channels: int) -> dict[int, str]:
     answers = in_threads(check, files)
     bad = {row: why for row, why in enumerate(answers) if why is not None}
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(bad))
-        part.replace(cache)
+        with replacing(cache) as file:
+            file.write(json.dumps(bad).encode())
     except OSError:
         pass  # a home that cannot be written costs time, not the run
     return bad

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from movae_fast.data.machine import in_threads
+from movae_fast.files import replacing
 
 WIDTH, HEIGHT = 178, 218
 PER_FOLDER = 10_000
@@ -46,11 +46,8 @@ def synthetic_jpeg(
 
     def write(i: int) -> None:
         if not paths[i].exists():
-            buffer = io.BytesIO()
-            scene(i, width, height).save(buffer, "JPEG", quality=90)
-            part = paths[i].with_suffix(".part")
-            part.write_bytes(buffer.getvalue())
-            part.replace(paths[i])
+            with replacing(paths[i]) as file:
+                scene(i, width, height).save(file, "JPEG", quality=90)
 
     for done, _ in enumerate(in_threads(write, range(n)), 1):
         progress(done, n)

@@ -103,11 +103,7 @@ class VAE(nn.Module):
 
     def to_image(self, preactivation: Tensor) -> Tensor:
         """The output activation: a preactivation to an image in the data's range."""
-        if self.activation == "tanh":
-            return torch.tanh(preactivation)
-        if self.activation == "sigmoid":
-            return torch.sigmoid(preactivation)
-        return preactivation
+        return output_image(preactivation, self.activation)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters before the features, in a fixed order."""
@@ -176,6 +172,11 @@ class GaussianVAE(VAE):
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws [n, D] from the prior."""
         return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
+
+
+def output_image(preactivation: Tensor, activation: str) -> Tensor:
+    """A decoder's preactivation through the output activation called `activation`."""
+    return {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ def _load() -> Any:
 
 csrc: Any = _load()
 
+# As csrc/nearest_code.h numbers them.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
 
 def keep_freed_memory() -> None:
     """Spare a training process the page faults of memory that it frees and allocates again at every step.

@@ -9,8 +9,9 @@ from torch.library import triton_op, wrap_triton
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
-from movae_fast.ops.extension import csrc
-from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view, triton_kernels
+from movae_fast.ops.extension import DTYPES, csrc
+from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
+from movae_fast.ops.rows import check_rows, row_view
 
 
 def gramian(

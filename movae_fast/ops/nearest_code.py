@@ -5,7 +5,6 @@ the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable 
 them; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
 """
 
-import importlib
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from movae_fast.ops import extension
-from movae_fast.ops.extension import csrc, index_shape
-
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+from movae_fast.ops.extension import DTYPES, csrc, index_shape
+from movae_fast.ops.registration import refuse_vmap, triton_kernels
 
 
 def nearest_code(
@@ -124,13 +122,7 @@ def search(z: Tensor, codebook: Tensor, exact: bool = True, isa: str = "") -> Te
 
 @_nearest_code.register_kernel("cuda")
 def _nearest_code_cuda(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
-    return triton_launchers("nearest_code").nearest_code(z, codebook, exact=exact)
-
-
-def triton_launchers(stem: str) -> Any:
-    """A file of movae_fast.kernels, imported when the first CUDA tensor comes in: Triton is not on every
-    machine."""
-    return importlib.import_module(f"movae_fast.kernels.{stem}")
+    return triton_kernels("nearest_code").nearest_code(z, codebook, exact=exact)
 
 
 @_nearest_code.register_fake
@@ -138,6 +130,4 @@ def _nearest_code_fake(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
     return z.new_empty(index_shape(z), dtype=torch.int64)
 
 
-@_nearest_code.register_vmap
-def _nearest_code_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError("movae::nearest_code has no vmap rule: fold the mapped dimension into N")
+refuse_vmap("nearest_code", "fold the mapped dimension into N")

@@ -13,7 +13,7 @@ from torch import Tensor
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import csrc
-from movae_fast.ops.rows import library, refuse_vmap
+from movae_fast.ops.registration import library, refuse_vmap
 
 Mode = Literal["upgrad", "dualproj"]
 

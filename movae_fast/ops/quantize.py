@@ -8,21 +8,15 @@ The two losses of a VQ-VAE as separate objectives, each with the gradient of its
     embedding = ops.code_error(z.detach(), codebook, index)
 """
 
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from movae_fast.ops import extension
 from movae_fast.ops.extension import as_map, as_rows, csrc, index_shape
-from movae_fast.ops.nearest_code import (
-    check_operands,
-    codebook_view,
-    flat,
-    is_flat,
-    rows_view,
-    triton_launchers,
-)
+from movae_fast.ops.nearest_code import check_operands, codebook_view, flat, is_flat, rows_view
+from movae_fast.ops.registration import refuse_vmap, triton_kernels
 
 Gradient = Literal["straight_through", "rotation", "codebook"]
 
@@ -123,7 +117,7 @@ def _quantize(
 def _quantize_cuda(
     z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return triton_launchers("quantize").quantize(z, codebook, deterministic=deterministic)
+    return triton_kernels("quantize").quantize(z, codebook, deterministic=deterministic)
 
 
 @_quantize.register_fake
@@ -311,16 +305,6 @@ _quantize.register_autograd(_differentiate_quantize, setup_context=_save_quantiz
 _code_error.register_autograd(_differentiate_code_error, setup_context=_save_code_error)
 
 
-@_quantize.register_vmap
-def _quantize_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError("movae::quantize has no vmap rule: fold the mapped dimension into N")
-
-
-@_code_error.register_vmap
-def _code_error_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError("movae::code_error has no vmap rule: fold the mapped dimension into N")
-
-
-@_quantize_backward.register_vmap
-def _quantize_backward_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError("movae::quantize_backward has no vmap rule: compute one gradient at a time")
+refuse_vmap("quantize", "fold the mapped dimension into N")
+refuse_vmap("code_error", "fold the mapped dimension into N")
+refuse_vmap("quantize_backward", "compute one gradient at a time")

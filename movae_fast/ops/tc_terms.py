@@ -1,7 +1,7 @@
 """Total-correlation terms: `movae::tc_terms`, by C++ on a CPU and by Triton elsewhere."""
 
 import os
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.library import triton_op, wrap_triton
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops.extension import csrc
-from movae_fast.ops.nearest_code import triton_launchers
+from movae_fast.ops.registration import refuse_vmap, triton_kernels
 from movae_fast.reference import TCEstimator
 
 
@@ -43,9 +43,7 @@ def _cpu(
 
 
 @_cpu.register_fake
-def _cpu_fake(
-    z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cpu_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(z)
 
 
@@ -73,15 +71,7 @@ def _backward_cpu(
 
 @_backward_cpu.register_fake
 def _backward_cpu_fake(
-    grad_log_q_z: Tensor,
-    grad_log_prod_q_z: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    top: Tensor,
-    total: Tensor,
-    n_data: int,
-    stratified: bool,
+    grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, z: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
 
@@ -92,7 +82,7 @@ def _tc_terms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if z.device.type == "cpu":
         return _cpu(z, mu, logvar, n_data, stratified)
-    launch = triton_launchers("tc_terms").tc_terms
+    launch = triton_kernels("tc_terms").tc_terms
     return launch(z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton)
 
 
@@ -111,7 +101,7 @@ def _tc_terms_backward(
     tensors = (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)
     if z.device.type == "cpu":
         return _backward_cpu(*tensors, n_data, stratified)
-    launch = triton_launchers("tc_terms").tc_terms_backward
+    launch = triton_kernels("tc_terms").tc_terms_backward
     return launch(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
 
 
@@ -130,14 +120,8 @@ def _backward(ctx: Any, grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, *_: Ten
 _tc_terms.register_autograd(_backward, setup_context=_setup_context)
 
 
-@_tc_terms.register_vmap
-def _tc_terms_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError("movae::tc_terms has no vmap rule: each mapped batch is an estimate of its own")
-
-
-@_tc_terms_backward.register_vmap
-def _tc_terms_backward_vmap(*_: Any) -> NoReturn:
-    raise NotImplementedError("movae::tc_terms_backward has no vmap rule: compute one gradient at a time")
+refuse_vmap("tc_terms", "each mapped batch is an estimate of its own")
+refuse_vmap("tc_terms_backward", "compute one gradient at a time")
 
 
 def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -> None:

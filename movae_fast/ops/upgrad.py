@@ -6,9 +6,10 @@ from torch import Tensor
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
-from movae_fast.ops.extension import csrc
+from movae_fast.ops.extension import DTYPES, csrc
 from movae_fast.ops.project_weights import MOST_ON_CUDA, Mode, check_options, refuse
-from movae_fast.ops.rows import DTYPES, check_rows, library, refuse_vmap, row_view
+from movae_fast.ops.registration import library, refuse_vmap
+from movae_fast.ops.rows import check_rows, row_view
 
 
 def upgrad_weights(
@@ -56,6 +57,7 @@ def _upgrad_weights(
     pref = None if pref is None else pref.double().contiguous()
     weights, gramian = torch.empty(m, dtype=torch.float64), torch.empty((m, m), dtype=torch.float64)
     status = torch.empty((), dtype=torch.int32)
+    # Written out: through the two ops' functions a call for a small Jacobian took a tenth longer.
     threads, address = torch.get_num_threads(), gramian.data_ptr()
     csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
     csrc.project_weights(

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from movae_fast.data import to_unit
 from movae_fast.models import VAE, GaussianVAE
-from movae_fast.objectives import ReconsDist
+from movae_fast.models.base import output_image
+from movae_fast.objectives import ReconsDist, kl_of_latents
 from movae_fast.reference import gaussian_log_density
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: a unit is active if the variance of its mean over data exceeds it
@@ -33,7 +34,7 @@ def log_likelihood(
     preactivation, x = preactivation.double(), x.double()
     if dist == "bernoulli":
         return -F.binary_cross_entropy_with_logits(preactivation, x, reduction="none").flatten(1).sum(1)
-    image = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
+    image = output_image(preactivation, activation)
     if dist == "gaussian":
         return -((image - x).square() + 0.5 * math.log(math.pi)).flatten(1).sum(1)
     return -((image - x).abs() + math.log(2)).flatten(1).sum(1)
@@ -53,7 +54,7 @@ def elbo(
         noise = torch.randn(mu.shape, generator=generator).to(mu)
         z = mu + torch.exp(0.5 * logvar) * noise
         distortion -= float(log_likelihood(model.decode(z.to(x)), x, model.activation, dist).sum())
-        part = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(0)
+        part = kl_of_latents(mu, logvar).sum(0)
         rates = part if rates is None else rates + part
         means.append(mu)
         count += len(x)

@@ -7,7 +7,6 @@ digest of its contents, and a file whose contents do not match is refused with t
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from movae_fast.files import replacing
 
 FORMAT = "movae-fast checkpoint 1"
 
@@ -55,22 +56,9 @@ def save(path: Path, sections: Mapping[str, Any]) -> None:
 
     Whatever moment the machine dies at, `path` is either the old file or the new one, whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     record = {"format": FORMAT, "digests": {k: digest(v) for k, v in sections.items()}, **sections}
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(record, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path, durable=True) as file:
+        torch.save(record, file)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

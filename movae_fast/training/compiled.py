@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
-MODES = get_args(CompileMode)
 
 
 def resolve_mode(mode: CompileMode, device: torch.device) -> str:
@@ -29,7 +28,7 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], mode: str) -> None:
-        self.function, self.name = function, function.__name__.strip("_").replace("_", " ")
+        self.name = function.__name__.strip("_").replace("_", " ")
         self.mode, self.pending = mode, mode != "off"
         self.call = function
         if mode != "off":

@@ -416,8 +416,6 @@ def validate(config: TrainConfig) -> None:
     if objective.agg in NEED_TWO_BATCHES:
         raise ValueError(f"--agg {objective.agg} needs two independent batches a step; this trainer draws one")
     objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
-    if config.info.channels == 3 and data.image_size is None:
-        data.image_size = config.info.default_size
     if data.image_size is None:
         data.image_size = config.info.default_size
     assert data.crop in CELEBA_CROPS

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import warnings
 from pathlib import Path
 from typing import Any
 
+from movae_fast.files import replacing, sync
 from movae_fast.training.config import WandbConfig
 
 # Not a function of the training state: a resumed run repeats every other figure exactly.
@@ -77,8 +77,7 @@ class Logs:
 
     def close(self) -> None:
         """Flush and close every log."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file)
         self.file.close()
         self.board.close()
         if self.wandb is not None:
@@ -100,6 +99,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def drop_lines_after(path: Path, step: int) -> None:
     """Take back the lines of steps after `step`: the resumed run writes them again, with the same figures."""
     kept = [line for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())

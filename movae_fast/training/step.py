@@ -30,7 +30,7 @@ from movae_fast.objectives import LossVector
 from movae_fast.training.compiled import Compiled
 from movae_fast.training.flat import FlatParameters, write
 from movae_fast.training.precision import Precision
-from movae_fast.training.world import World
+from movae_fast.training.world import Pending, World
 
 
 class StepRecord(NamedTuple):
@@ -107,6 +107,8 @@ class GradientStep:
         self.flat = FlatParameters(shared, own, align=self.world.size)
         self.active = torch.tensor(losses.active, device=model.device)
         self.m = len(losses.active)
+        # A record's values that a step did not compute: made once, for nobody writes into a record.
+        self.unknown = torch.full((len(losses.names),), torch.nan, device=model.device)
         self.reached: list[int] = []  # objectives with a row that is not zero by construction; found at once
         self.rows = self.flat.data.new_zeros(0, self.flat.n_shared)
         self.views: list[list[Tensor]] = []
@@ -170,12 +172,8 @@ class GradientStep:
         with keeping_buffers(self.model), self.precision.autocast():
             few = self.model.encode(x[:n].contiguous(memory_format=torch.channels_last))
         upstream = [[None if g is None else g[:n] for g in row] for row in found.features]
-        self.reach(reaching(upstream))
-        pending = []
-        for j, row in enumerate(shared_rows(few, upstream, self.flat.shared)):
-            write(self.views[j], row)
-            pending.append(self.world.start_scatter(self.rows[j]))
-        for exchange in pending:
+        rows = shared_rows(few, upstream, self.flat.shared)
+        for exchange in self.write_rows(rows, reaching(upstream), add=False, last=True):
             exchange.wait()
         _, cosines, norms = self.aggregate_rows()
         whole = weighted_row(features, found.features, self.weights, self.flat.shared)
@@ -244,22 +242,31 @@ class GradientStep:
 
     def fill_rows(self, parts: Parts, scale: Tensor) -> list[Differentiated]:
         """Rows of the whole batch into `rows`, and the own parameters' gradients; both summed over ranks."""
-        found = []
+        found, pending = [], []
         for k, part in enumerate(parts):
+            last = k == len(parts) - 1
             with record_function("forward and rows"):
                 result = self.by_rows(*part, scale)
             self.flat.write_own(result.own, add=k > 0)
-            if k == len(parts) - 1:
+            if last:
                 pending = [self.world.start_sum(self.flat.own_grad)]
-            self.reach(result.reached)
-            for j, row in enumerate(result.shared):
-                write(self.views[j], row, add=k > 0)
-                if k == len(parts) - 1:
-                    pending.append(self.world.start_scatter(self.rows[j]))
+            pending += self.write_rows(result.shared, result.reached, add=k > 0, last=last)
             found.append(Differentiated(result.losses, result.usage))
         for exchange in pending:
             exchange.wait()
         return found
+
+    def write_rows(
+        self, rows: Iterable[Gradients], reached: Sequence[int], add: bool, last: bool
+    ) -> list[Pending]:
+        """One part's rows into `rows`; the `last` part's set off, each at once, to be summed over ranks."""
+        self.reach(reached)
+        pending = []
+        for j, row in enumerate(rows):
+            write(self.views[j], row, add=add)
+            if last:
+                pending.append(self.world.start_scatter(self.rows[j]))
+        return pending
 
     def reach(self, reached: Sequence[int]) -> None:
         """The buffer of rows, once it is known which objectives have one: at the first step."""
@@ -331,10 +338,10 @@ class GradientStep:
 
     def scatter(self, values: Tensor | None) -> Tensor:
         """Values of the active objectives [a] at their places among all m; NaN elsewhere."""
-        full = torch.full((len(self.losses.names),), torch.nan, device=self.active.device)
-        if values is not None:
-            full.index_copy_(0, self.active, values.detach().to(full))
-        return full
+        if values is None:
+            return self.unknown
+        values = values.detach().to(self.unknown)
+        return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
 
 
 @contextmanager
