@@ -1,5 +1,6 @@
 """The progressive ladder: its layers, its stages, what fades, what resumes."""
 
+import functools
 import json
 import math
 import signal
@@ -275,6 +276,19 @@ def test_all_stages_one_after_another(train):
     assert not torch.equal(
         state_of(folder, "stage_1")["model"]["out.weight"], state_of(folder, "stage_2")["model"]["out.weight"]
     )
+
+
+def test_a_stage_begins_with_weights_of_its_own(train, monkeypatch):
+    found = []
+
+    def counted(self, parts, scale, kind):
+        found.append(kind.__name__)
+        return kind(self, parts, scale)
+
+    for kind in (GradientStep.aggregated, GradientStep.weighted):
+        monkeypatch.setattr(GradientStep, kind.__name__, functools.partialmethod(counted, kind=kind))
+    train(FLAGS, "--agg upgrad", "--gramian_every 2")
+    assert found == ["aggregated", "weighted", "aggregated", "weighted", "aggregated"] * 3
 
 
 @pytest.mark.parametrize("name", ["lamb", "diffgrad", "madgrad"])

@@ -79,6 +79,7 @@ class Run:
         if self.progression.starts(self.step):
             forget(self.optimizer)
             self.best = math.inf
+        self.gradient.first = self.step - self.progression.since(self.step)
         assert isinstance(self.model, ProVLAE)
         self.progression.apply(self.step, self.model, self.losses)
 

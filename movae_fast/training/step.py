@@ -99,6 +99,7 @@ class GradientStep:
         self.world = world or World()
         self.accumulate = accumulate
         self.gramian_every, self.gramian_batch = gramian_every, gramian_batch
+        self.first = 0  # the step that gramian_every counts from: a new stage's losses need new weights
         own = [p for params in model.own_parameters().values() for p in params]
         shared = model.shared_parameters()
         if jacobian == "all":
@@ -130,7 +131,7 @@ class GradientStep:
         scale = self.precision.scale(scale)
         if self.aggregator is None:
             return self.sum(parts, scale, diagnose)
-        if step % self.gramian_every:
+        if (step - self.first) % self.gramian_every:
             return self.weighted(parts, scale)
         if self.gramian_batch < 1:
             return self.weighted_by_part(parts, scale)
