@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torchjd.aggregation import UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
-from benchmarks.measure import Call, extra_memory, interleaved
+from benchmarks.measure import Call, extra_memory, in_process, interleaved
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.jacobian import backward
 from movae_fast.models import MODELS, VAE, build_model
@@ -44,8 +45,6 @@ OURS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "upgrad eager bf16": ("upgrad", "bf16", {}),
     "upgrad compiled bf16": ("upgrad", "bf16", {"compile_mode": "default"}),
 }
-if DEVICE.type == "cpu":
-    keep_freed_memory()  # as `movae train` does, and the peers beside it share the process and so the gain
 COLUMNS = {  # what a ratio is taken over
     "over sum eager": "sum eager",
     "over sum compiled": "sum compiled",
@@ -146,6 +145,13 @@ def keep(benchmark: Any, group: str, peers: dict[str, Call], rounds: int, turns:
     benchmark.pedantic(next(iter(peers.values())), rounds=1)
 
 
+@pytest.fixture(autouse=True)
+def memory_as_in_training() -> None:
+    """The allocator as `movae train` sets it; peers in the same process share the gain."""
+    if DEVICE.type == "cpu":
+        keep_freed_memory()
+
+
 @pytest.mark.parametrize(("size", "batch"), SIZES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_step(benchmark: Any, arch: str, size: int, batch: int) -> None:
@@ -166,6 +172,21 @@ def test_step(benchmark: Any, arch: str, size: int, batch: int) -> None:
         rounds,
         {k: 4 for k in peers if "every 4" in k},
     )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_loops(benchmark: Any, arch: str) -> None:
+    """The step as `movae train` runs it and TorchJD's loop as its users do: each in a process of its own."""
+    batch = "import torch; from benchmarks.bench_step import *; x = torch.rand(128, 3, 32, 32, device=DEVICE)"
+    mine = f"{batch}; keep_freed_memory(); step = ours({arch!r}, 32, x, *OURS[NAME])"
+    theirs = f"{batch}; step = torchjd_loop({arch!r}, 32, x)"
+    with ExitStack() as processes:
+        peers = {
+            name: processes.enter_context(in_process(mine.replace("NAME", repr(name)), "step()"))
+            for name in ("sum eager", "upgrad eager", "upgrad eager bf16")
+        }
+        peers["TorchJD mtl_backward eager"] = processes.enter_context(in_process(theirs, "step()"))
+        keep(benchmark, f"step {arch} 32x32 batch 128, a process each", peers, 15 if arch == "vae" else 7, {})
 
 
 @pytest.mark.parametrize("batch", [32, 128, 512])

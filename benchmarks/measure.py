@@ -1,8 +1,11 @@
 """What the benchmarks share: interleaved medians, peak extra memory, ceilings for the bounds."""
 
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,23 @@ def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
             call()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextmanager
+def in_process(setup: str, call: str) -> Iterator[Call]:
+    """The statement `call`, run in a process of its own that ran `setup` first: its allocator is its own."""
+    code = f"import sys\n{setup}\nfor line in sys.stdin:\n    {call}\n    print('done', flush=True)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, bufsize=1, **pipes) as process:  # type: ignore[call-overload]
+
+        def run() -> None:
+            process.stdin.write("go\n")
+            assert process.stdout.readline() == "done\n", f"the process ended: {setup}"
+
+        try:
+            yield run
+        finally:
+            process.stdin.close()
 
 
 def extra_memory(call: Call) -> float:
