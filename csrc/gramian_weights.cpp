@@ -1,7 +1,6 @@
 // Python's door to the weightings: on the host here, on CUDA in gramian_weights.cu.
 #include "bindings.h"
 
-#include <cmath>
 #include <cstdint>
 #include <vector>
 

@@ -5,6 +5,10 @@
 // next write of the same place, lies a sync. Every loop has a last iteration that depends on m alone.
 #pragma once
 
+#include <math.h>
+
+#include <cstdint>
+
 #ifdef __CUDACC__
 #define MOVAE_HD __host__ __device__ __forceinline__
 #else
@@ -297,6 +301,9 @@ struct NonNegative {
     }
 };
 
+// The larger root of a x^2 - 2 b x + c; NaN if there is none.
+MOVAE_HD double root_of(double a, double b, double c) { return (b + sqrt(b * b - a * c)) / a; }
+
 // Liu et al. 2021, algorithm 1: the update d within c |g0| of the mean g0 whose least inner product with a row is largest.
 //
 // That product is the level l for which the shortest change of g0 that brings every row's product to l has the length
@@ -339,11 +346,11 @@ MOVAE_HD void cagrad(const WeightingTask& task, double* scratch) {
     for (int i = 0; i < m; ++i)
         for (int j = 0; j < m; ++j)
             problem.A[i * m + j] = G[i * m + j] / trace / length[i] / length[j] + (i == j ? ridge : 0);
-    double level = high;
+    double level = high, polished = high;
     for (int round = 0; round < 200; ++round) {
         for (int i = 0; i < m; ++i) problem.r[i] = level / length[i] - b[i];
         problem.solve();
-        double square = 0, pp = 0, pq = 0, qq = 0;
+        double square = 0, pp = 0, pq = 0, qq = 0, rp = 0, rq = 0, sq = 0;
         for (int k = 0; k < problem.count; ++k) {
             const int i = problem.at(k);
             square += problem.r[i] * problem.x[i];
@@ -358,14 +365,21 @@ MOVAE_HD void cagrad(const WeightingTask& task, double* scratch) {
         for (int k = 0; k < problem.count; ++k) {  // x = level p - q on this support, and x' A x = phi^2
             const int i = problem.at(k);
             pp += p[k] / length[i], pq += p[k] * b[i], qq += q[k] * b[i];
+            rp += ridge * p[k] * p[k], rq += ridge * p[k] * q[k], sq += ridge * q[k] * q[k];
         }
-        const double root = pq * pq - pp * (qq - phi * phi);
-        double next = (pq + sqrt(root)) / pp;
+        // The ridge keeps the length growing where a level is out of reach, and is left out of it at the end.
+        polished = root_of(pp - rp, pq - rq, qq - sq - phi * phi);
+        double next = root_of(pp, pq, qq - phi * phi);
         if (next == level) break;
         if (!(next > low && next < high)) next = low + (high - low) / 2;
         if (!(next > low && next < high)) break;
         level = next;
     }
+    if (magnitude(polished - level) <= 1e-6 * magnitude(level))
+        for (int k = 0; k < problem.count; ++k) {
+            const double value = polished * p[k] - q[k];
+            problem.x[problem.at(k)] = value > 0 ? value : 0;
+        }
     double total = 0, square = 0;
     for (int i = 0; i < m; ++i) total += problem.x[i] /= length[i];
     for (int i = 0; i < m; ++i)
