@@ -2,6 +2,9 @@
 
 `LossVector` puts a model's objectives in their documented order and weights them; every objective is multiplied
 by its weight before aggregation.
+
+A batch may hold images that count for nothing: `share` [B] says how often each image counts, 1 on average over
+all processes and parts of a batch, so that their mean is the mean over what counts. None is 1 for every image.
 """
 
 import math
@@ -27,6 +30,7 @@ def reconstruction(
     activation: str,
     dist: ReconsDist = "gaussian",
     reduction: ReconsReduction = "mean",
+    share: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
     """Negative log-likelihood up to constants: BCE (bernoulli), squared error (gaussian), L1 (laplacian).
 
@@ -39,6 +43,8 @@ def reconstruction(
     else:
         image = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
         error = (image - x).square() if dist == "gaussian" else (image - x).abs()
+    if share is not None:
+        error = error * share.to(error)[:, None, None, None]
     if reduction == "mean":
         return error.mean()
     if reduction == "sum":
@@ -49,9 +55,15 @@ def reconstruction(
 def kl_standard_normal(
     mu: Tensor,  # [B, D]
     logvar: Tensor,  # [B, D]
+    share: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
-    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+    return -0.5 * batch_mean((1 + logvar - mu.square() - logvar.exp()).sum(1), share)
+
+
+def batch_mean(values: Tensor, share: Tensor | None) -> Tensor:
+    """The mean of values [B], each counted `share` times."""
+    return values.mean() if share is None else (values * share.to(values)).mean()
 
 
 def rung_kls(
@@ -59,6 +71,7 @@ def rung_kls(
     logvar: Tensor,  # [B, L * D]
     rungs: int,
     reduction: ReconsReduction = "sum",
+    share: Tensor | None = None,  # [B]
 ) -> tuple[Tensor, ...]:  # L scalars
     """KL(N(mu, exp(logvar)) || N(0, I)) of each rung in nats: summed over its latents, mean over the batch.
 
@@ -66,7 +79,7 @@ def rung_kls(
     """
     pairs = zip(mu.chunk(rungs, 1), logvar.chunk(rungs, 1), strict=True)
     divisor = mu.shape[1] // rungs if reduction == "mean" else 1
-    return tuple(kl_standard_normal(m, v) / divisor for m, v in pairs)
+    return tuple(kl_standard_normal(m, v, share) / divisor for m, v in pairs)
 
 
 def tc_decomposition(
@@ -75,20 +88,25 @@ def tc_decomposition(
     logvar: Tensor,  # [B, D]
     n_data: int,
     estimator: TCEstimator = "mss",
+    share: Tensor | None = None,  # [B]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mutual information, total correlation and dimension-wise KL in nats (Chen et al. 2018, eq. 2).
 
-    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator.
+    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator. `share` is
+    that of the terms' means; inside them q(z) is estimated from all B posteriors, whatever they count.
     """
     log_q_zx = gaussian_log_density(z, mu, logvar).sum(1)
     log_p_z = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
     log_q_z, log_prod_q_z = ops.tc_terms(z, mu, logvar, n_data, estimator)
-    return (log_q_zx - log_q_z).mean(), (log_q_z - log_prod_q_z).mean(), (log_prod_q_z - log_p_z).mean()
+    terms = (log_q_zx - log_q_z, log_q_z - log_prod_q_z, log_prod_q_z - log_p_z)
+    information, correlation, dimensions = (batch_mean(term, share) for term in terms)
+    return information, correlation, dimensions
 
 
 def mmd(
     x: Tensor,  # [N, D]
     y: Tensor,  # [M, D]
+    share: Tensor | None = None,  # [N], where N = M
 ) -> Tensor:  # []
     """Squared maximum mean discrepancy (biased V-statistic) of InfoVAE (Zhao et al. 2017).
 
@@ -98,7 +116,12 @@ def mmd(
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         # The difference itself: the expanded square cancels where rows are close, on the diagonal above all.
-        return torch.exp(-(a[:, None] - b[None]).square().sum(2) / a.shape[1] ** 2).mean()
+        values = torch.exp(-(a[:, None] - b[None]).square().sum(2) / a.shape[1] ** 2)
+        if share is None:
+            return values.mean()
+        # The statistic of what counts here, times how much that is of the whole batch.
+        counts = share.to(values)
+        return (values * counts[:, None] * counts).mean() / counts.mean().clamp_min(1e-9)
 
     return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
@@ -144,30 +167,34 @@ class LossVector:
         self.live[1:].copy_(active)
         self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
-    def __call__(self, out: GaussianOutput | VQOutput, x: Tensor) -> tuple[Tensor, ...]:
-        """The m objectives, unweighted scalars.
+    def __call__(
+        self, out: GaussianOutput | VQOutput, x: Tensor, share: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The m objectives of images x, each counted `share` [B] times: unweighted scalars.
 
         They are not stacked: a stack's backward would send zeros through every other objective's graph.
         """
-        rec = reconstruction(out.preactivation, x, self.activation, self.dist, self.reduction)
+        rec = reconstruction(out.preactivation, x, self.activation, self.dist, self.reduction, share)
         if isinstance(out, VQOutput):
-            return rec, out.embedding, out.commitment
+            return rec, batch_mean(out.embedding, share), batch_mean(out.commitment, share)
         if "tc" in self.names:
-            return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
+            terms = tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator, share)
+            return rec, *terms
         if self.rungs:
-            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction)
-            return rec, *(self.towards_capacity(kl, i + 1) for i, kl in enumerate(kls))
-        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar), 1)
+            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction, share)
+            return rec, *(self.towards_capacity(kl, i + 1, share) for i, kl in enumerate(kls))
+        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar, share), 1, share)
         if "mmd" in self.names:
             assert out.prior is not None
-            return rec, kl, mmd(out.prior, out.z)
+            return rec, kl, mmd(out.prior, out.z, share)
         return rec, kl
 
-    def towards_capacity(self, kl: Tensor, objective: int) -> Tensor:
+    def towards_capacity(self, kl: Tensor, objective: int, share: Tensor | None = None) -> Tensor:
         """|KL - C| with the current capacity C (Burgess et al. 2018), where the objective is live."""
         if self.capacity is None:
             return kl
-        return torch.where(self.live[objective], (kl - self.capacity_now).abs(), kl)
+        part = 1 if share is None else share.mean()  # of the whole batch's mean, which has the whole capacity
+        return torch.where(self.live[objective], (kl - part * self.capacity_now).abs(), kl)
 
     def weights_at(self, step: int) -> Tensor:  # [m]
         """The weights at 0-based `step`, annealing included; the capacity moves to that step too."""

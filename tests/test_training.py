@@ -216,6 +216,8 @@ def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
         "--agg dualproj --jacobian all --accumulate 2",
         "--agg upgrad --gramian_every 2",
         "--agg upgrad --gramian_batch 0.5 --precision bf16",
+        "--agg cagrad --last_batch pad --batch_size 110",
+        "--agg pcgrad",
         "--agg upgrad --arch vq_vae --num_residual_layers 1 --embedding_dim 4 --num_embeddings 8",
     ],
 )
