@@ -1,6 +1,8 @@
 """AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad against TorchJD's: the whole call on float32 rows, on the CPU.
 
-pytest benchmarks/bench_aggregators.py --benchmark-only --benchmark-group-by=group
+OMP_NUM_THREADS=1 pytest benchmarks/bench_aggregators.py --benchmark-only --benchmark-group-by=group
+
+One thread: those that TorchJD's CAGrad starts for its solver wait busily beside torch's, to the cost of both.
 """
 
 from typing import Any

@@ -46,8 +46,8 @@ class DataConfig:
             are read once before the first run to find out).
         batch_size: Images a step and process.
         last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
-            up with others that count for nothing (pad); these are seen by BatchNorm, by the counts of codes and by
-            the estimate of q(z) in total correlation alone. Either way all steps have one shape.
+            up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
+            q(z) in total correlation see those. Either way all steps have one shape.
         eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
         flip: Mirror training images at random; the default is the dataset's own.
