@@ -7,11 +7,11 @@ host: under torch.compile and in CUDA graphs, too.
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torchjd.aggregation import CAGradWeighting, GramianWeightedAggregator, WeightedAggregator, Weighting
 
 from movae_fast import ops
+from movae_fast.aggregation.upgrad import hooked
 from movae_fast.ops import extension
 from movae_fast.ops.gramian_weights import Method, check_parameters
 
@@ -30,10 +30,11 @@ class FusedWeighting(Weighting):
         # A buffer, so that it follows the module to another device; not a part of its state.
         self.register_buffer("pref_vector", pref_vector, persistent=False)
 
-    @torch.no_grad()
     def forward(self, gramian: Tensor, /) -> Tensor:
-        weights = ops.gramian_weights(gramian, self.method, self.pref_vector, **self.options)  # type: ignore
-        return weights.to(gramian.dtype)
+        return self.weigh(gramian.detach()).to(gramian.dtype)
+
+    def weigh(self, gramian: Tensor) -> Tensor:  # [m] float64
+        return ops.gramian_weights(gramian, self.method, self.pref_vector, **self.options)  # type: ignore
 
 
 class FusedAggregator(GramianWeightedAggregator):
@@ -49,9 +50,11 @@ class FusedAggregator(GramianWeightedAggregator):
         WeightedAggregator.__init__(self, weighting << ops.gramian)
         self.gramian_weighting = weighting
 
-    @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
-        return super().forward(matrix)
+        matrix = matrix.detach()
+        if hooked(self.weighting) or hooked(self.gramian_weighting):
+            return super().forward(matrix)
+        return ops.combine(matrix, self.gramian_weighting.weigh(ops.gramian(matrix)))
 
     @staticmethod
     def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
