@@ -75,6 +75,7 @@ PYBIND11_MODULE(_csrc, m) {
     m.def("build_info", &build_info, "How this extension was built: compiler, OpenMP version, CUDA or not.");
     bind_combine(m);
     bind_gramian(m);
+    bind_gramian_weights(m);
     bind_nearest_code(m);
     bind_project_weights(m);
     bind_quantize(m);

@@ -13,6 +13,7 @@ T* pointer(std::uintptr_t address) {
 
 void bind_combine(pybind11::module_& m);
 void bind_gramian(pybind11::module_& m);
+void bind_gramian_weights(pybind11::module_& m);
 void bind_nearest_code(pybind11::module_& m);
 void bind_project_weights(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);

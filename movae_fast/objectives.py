@@ -2,6 +2,9 @@
 
 `LossVector` puts a model's objectives in their documented order and weights them; every objective is multiplied
 by its weight before aggregation.
+
+A batch may hold images that count for nothing: `share` [B] says how often each image counts, 1 on average over
+all processes and parts of a batch, so that their mean is the mean over what counts. None is 1 for every image.
 """
 
 import math
@@ -28,6 +31,7 @@ def reconstruction(
     activation: str,
     dist: ReconsDist = "gaussian",
     reduction: ReconsReduction = "mean",
+    share: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
     """Negative log-likelihood up to constants: BCE (bernoulli), squared error (gaussian), L1 (laplacian).
 
@@ -40,6 +44,8 @@ def reconstruction(
     else:
         image = output_image(preactivation, activation)
         error = (image - x).square() if dist == "gaussian" else (image - x).abs()
+    if share is not None:
+        error = error * share.to(error)[:, None, None, None]
     if reduction == "mean":
         return error.mean()
     if reduction == "sum":
@@ -50,14 +56,14 @@ def reconstruction(
 def kl_standard_normal(
     mu: Tensor,  # [B, D]
     logvar: Tensor,  # [B, D]
+    share: Tensor | None = None,  # [B]
     beta: Tensor | None = None,  # [B] or [1]
 ) -> Tensor:  # []
     """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch.
 
     `beta` weights the examples.
     """
-    kl = kl_of_latents(mu, logvar).sum(1)
-    return (kl if beta is None else beta * kl).mean()
+    return batch_mean(kl_of_latents(mu, logvar).sum(1), share, beta)
 
 
 def kl_of_latents(
@@ -68,11 +74,19 @@ def kl_of_latents(
     return -0.5 * (1 + logvar - mu.square() - logvar.exp())
 
 
+def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:
+    """The mean of values [B], each times its factors ([B] or [1]; None is 1)."""
+    for factor in factors:
+        values = values if factor is None else values * factor.to(values)
+    return values.mean()
+
+
 def rung_kls(
     mu: Tensor,  # [B, L * D]
     logvar: Tensor,  # [B, L * D]
     rungs: int,
     reduction: ReconsReduction = "sum",
+    share: Tensor | None = None,  # [B]
     beta: Tensor | None = None,  # [B] or [1]
 ) -> tuple[Tensor, ...]:  # L scalars
     """KL(N(mu, exp(logvar)) || N(0, I)) of each rung in nats: summed over its latents, mean over the batch.
@@ -82,7 +96,7 @@ def rung_kls(
     """
     pairs = zip(mu.chunk(rungs, 1), logvar.chunk(rungs, 1), strict=True)
     divisor = mu.shape[1] // rungs if reduction == "mean" else 1
-    return tuple(kl_standard_normal(m, v, beta) / divisor for m, v in pairs)
+    return tuple(kl_standard_normal(m, v, share, beta) / divisor for m, v in pairs)
 
 
 def tc_decomposition(
@@ -91,24 +105,27 @@ def tc_decomposition(
     logvar: Tensor,  # [B, D]
     n_data: int,
     estimator: TCEstimator = "mss",
+    share: Tensor | None = None,  # [B]
     beta: Tensor | None = None,  # [B] or [1]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mutual information, total correlation and dimension-wise KL in nats (Chen et al. 2018, eq. 2).
 
-    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator. `beta`
+    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator. `share` is
+    that of the terms' means; inside them q(z) is estimated from all B posteriors, whatever they count. `beta`
     weights the examples' total correlation.
     """
     log_q_zx = gaussian_log_density(z, mu, logvar).sum(1)
     log_p_z = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
     log_q_z, log_prod_q_z = ops.tc_terms(z, mu, logvar, n_data, estimator)
-    tc = log_q_z - log_prod_q_z
-    tc = tc if beta is None else beta * tc
-    return (log_q_zx - log_q_z).mean(), tc.mean(), (log_prod_q_z - log_p_z).mean()
+    information = batch_mean(log_q_zx - log_q_z, share)
+    correlation = batch_mean(log_q_z - log_prod_q_z, share, beta)
+    return information, correlation, batch_mean(log_prod_q_z - log_p_z, share)
 
 
 def mmd(
     x: Tensor,  # [N, D]
     y: Tensor,  # [M, D]
+    share: Tensor | None = None,  # [N], where N = M
 ) -> Tensor:  # []
     """Squared maximum mean discrepancy (biased V-statistic) of InfoVAE (Zhao et al. 2017).
 
@@ -118,7 +135,12 @@ def mmd(
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         # The difference itself: the expanded square cancels where rows are close, on the diagonal above all.
-        return torch.exp(-(a[:, None] - b[None]).square().sum(2) / a.shape[1] ** 2).mean()
+        values = torch.exp(-(a[:, None] - b[None]).square().sum(2) / a.shape[1] ** 2)
+        if share is None:
+            return values.mean()
+        # The statistic of what counts here, times how much that is of the whole batch.
+        counts = share.to(values)
+        return (values * counts[:, None] * counts).mean() / counts.mean().clamp_min(1e-9)
 
     return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
@@ -166,30 +188,34 @@ class LossVector:
         self.live[1:].copy_(active)
         self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
-    def __call__(self, out: GaussianOutput | VQOutput, x: Tensor) -> tuple[Tensor, ...]:
-        """The m objectives, unweighted scalars.
+    def __call__(
+        self, out: GaussianOutput | VQOutput, x: Tensor, share: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The m objectives of images x, each counted `share` [B] times: unweighted scalars.
 
         They are not stacked: a stack's backward would send zeros through every other objective's graph.
         """
-        rec = reconstruction(out.preactivation, x, self.activation, self.dist, self.reduction)
+        rec = reconstruction(out.preactivation, x, self.activation, self.dist, self.reduction, share)
         if isinstance(out, VQOutput):
-            return rec, out.embedding, out.commitment
+            return rec, batch_mean(out.embedding, share), batch_mean(out.commitment, share)
         if "tc" in self.names:
-            return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator, out.beta)
+            terms = tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator, share, out.beta)
+            return rec, *terms
         if self.rungs:
-            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction, out.beta)
-            return rec, *(self.towards_capacity(kl, i + 1) for i, kl in enumerate(kls))
-        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar, out.beta), 1)
+            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction, share, out.beta)
+            return rec, *(self.towards_capacity(kl, i + 1, share) for i, kl in enumerate(kls))
+        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar, share, out.beta), 1, share)
         if "mmd" in self.names:
             assert out.prior is not None
-            return rec, kl, mmd(out.prior, out.z)
+            return rec, kl, mmd(out.prior, out.z, share)
         return rec, kl
 
-    def towards_capacity(self, kl: Tensor, objective: int) -> Tensor:
+    def towards_capacity(self, kl: Tensor, objective: int, share: Tensor | None = None) -> Tensor:
         """|KL - C| with the current capacity C (Burgess et al. 2018), where the objective is live."""
         if self.capacity is None:
             return kl
-        return torch.where(self.live[objective], (kl - self.capacity_now).abs(), kl)
+        part = 1 if share is None else share.mean()  # of the whole batch's mean, which has the whole capacity
+        return torch.where(self.live[objective], (kl - part * self.capacity_now).abs(), kl)
 
     def weights_at(self, step: int) -> Tensor:  # [m]
         """The weights at 0-based `step`, annealing included; the capacity moves to that step too."""

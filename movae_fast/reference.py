@@ -62,6 +62,20 @@ def combine(
     return weights.to(rows.dtype) @ rows
 
 
+def pcgrad(
+    gramian: Tensor,  # [m, m]
+    order: Tensor,  # [m, m] int64
+) -> Tensor:  # [m]
+    """Weights of gradient surgery (Yu et al. 2020, algorithm 1); row i meets the others as order[i] says."""
+    weights = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
+    for i, met in enumerate(order.tolist()):
+        for j in met:
+            inner = gramian[j] @ weights[i]
+            if j != i and inner < 0:
+                weights[i, j] -= inner / gramian[j, j]
+    return weights.sum(0)
+
+
 def gaussian_log_density(
     z: Tensor,
     mu: Tensor,

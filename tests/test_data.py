@@ -152,6 +152,41 @@ def test_an_epoch_is_a_shuffle_of_the_set(make):
 
 
 @pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_padded_epoch_counts_every_image_once(make, world):
+    loaders = [make(train=True, seed=5, flip=True, pad=True, rank=rank, world=world) for rank in range(world)]
+    counted, shares = [], []
+    for loader in loaders:
+        batches = list(loader.epoch(2))
+        assert len(batches) == len(loader) == -(-53 // (8 * world))
+        assert {x.shape for x, _ in batches} == {(8, 1, 2, 2)}
+        for k, (_, y) in enumerate(batches):
+            share = loader.share_of(k)
+            counted += y[share > 0].tolist()
+            shares.append((k, share))
+    assert sorted(counted) == list(range(53))
+    for k in range(len(loaders[0])):
+        share = torch.cat([s for j, s in shares if j == k])
+        assert float(share.mean()) == pytest.approx(1, abs=1e-6)
+        assert share.unique().numel() <= 2
+    dropping = make(train=True, seed=5, flip=True, rank=world - 1, world=world)
+    for (x, y), (x2, y2) in zip(dropping.epoch(2), loaders[-1].epoch(2), strict=False):
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+    assert dropping.share_of(0) is None
+
+
+def test_padding_fills_a_batch_that_is_larger_than_the_set():
+    loader = ResidentLoader(source(5), 16, CPU, train=True, pad=True)
+    ((x, y),) = loader.epoch(0)
+    share = loader.share_of(0)
+    assert len(x) == 16
+    assert y.bincount().min() == 3
+    assert sorted(y[share > 0].tolist()) == list(range(5))
+    assert float(share.sum()) == pytest.approx(16)
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
 def test_an_epoch_continues_from_any_batch(make):
     loader = make(train=True, seed=5, flip=True)
     whole = list(loader.epoch(3))

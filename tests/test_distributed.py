@@ -115,6 +115,21 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path, agg, norm):
 
 
 @pytest.mark.slow
+def test_a_padded_last_batch_on_two_ranks(tmp_path):
+    """320 images at 50 a step: of the last step's 50, the second rank has none that counts."""
+    flags = ["--agg", "upgrad", "--layer_norm", "none", "--epochs", "3", "--last_batch", "pad"]
+    one = run(tmp_path / "one", *flags, "--batch_size", "50")
+    two = run(tmp_path / "two", *flags, "--batch_size", "25", ranks=2)
+    assert distance(two, one) < 1e-5
+    lines = [read_lines(folder / "metrics.jsonl") for folder in (two, one)]
+    assert lines[0][-1]["step"] == 21
+    for a, b in zip(*lines, strict=True):
+        for key in ("train/reconstruction", "train/kl", "test/loss"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_the_all_jacobian_and_a_codebook_on_two_ranks(tmp_path):
     for name, flags in {
         "all": ["--jacobian", "all", "--layer_norm", "none"],

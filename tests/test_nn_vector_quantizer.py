@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from movae_fast import ops
 from movae_fast.nn import VectorQuantizer
 from movae_fast.nn.codebook import snapshot
+from tests.host_reads import NoHostRead
 
 ROWS, DIM, CODES, STEPS = 96, 8, 20, 50
 U = 2.0**-24
@@ -330,27 +330,6 @@ def test_more_dead_codes_than_rows_wait_for_their_turn() -> None:
 
 
 # --- promises -----------------------------------------------------------------------------------------------
-
-
-class NoHostRead(TorchDispatchMode):
-    """Refuses what makes a CUDA stream wait for the host: values read, shapes that depend on values."""
-
-    REFUSED = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "_unique2",
-        "unique_dim",
-        "equal",
-        "is_nonzero",
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split("::")[1].split(".")[0]
-        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
-        if name in self.REFUSED or any(m is not None and m.dtype == torch.bool for m in masks):
-            raise AssertionError(f"{func} reads a device value on the host")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("channel_first", [False, True])

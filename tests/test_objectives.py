@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import (
     LossVector,
+    batch_mean,
     kl_standard_normal,
     mmd,
     reconstruction,
     resolve_weights,
+    rung_kls,
     tc_decomposition,
 )
 from movae_fast.reference import gaussian_log_density
@@ -146,3 +148,51 @@ def test_weights_by_order_by_name_and_by_beta():
 def test_bad_weights_are_refused(given, beta, message):
     with pytest.raises(ValueError, match=message):
         resolve_weights(MODELS["vae"], (1, 32, 32), given, beta)
+
+
+def test_images_that_count_nothing_are_not_there():
+    """Six images of eight, at 8/6 each: a mean is that of the six, a sum over the batch that of a full one."""
+    double = {"dtype": torch.float64}
+    pre, x = torch.randn(8, 3, 4, 4, **double), torch.rand(8, 3, 4, 4, **double)
+    mu, logvar, z = torch.randn(3, 8, 6, **double).unbind()
+    share = (torch.arange(8) < 6).double() * (8 / 6)
+    close = torch.testing.assert_close
+    for reduction, factor in (("mean", 1), ("sum", 1), ("scaled_sum", 8 / 6)):
+        for dist in ("gaussian", "laplacian", "bernoulli"):
+            short = reconstruction(pre[:6], x[:6], "sigmoid", dist, reduction)
+            close(reconstruction(pre, x, "sigmoid", dist, reduction, share), factor * short)
+    close(kl_standard_normal(mu, logvar, share), kl_standard_normal(mu[:6], logvar[:6]))
+    for a, b in zip(
+        rung_kls(mu, logvar, 2, "mean", share), rung_kls(mu[:6], logvar[:6], 2, "mean"), strict=True
+    ):
+        close(a, b)
+    close(mmd(mu, z, share), mmd(mu[:6], z[:6]))
+    # Two processes of four images each: the means of what they find.
+    close((mmd(mu[:4], z[:4], share[:4]) * 6 / 4) / 2, mmd(mu[:4], z[:4]))
+    assert float(mmd(mu[6:], z[6:], share[6:])) == 0
+    close((batch_mean(z[:4, 0], share[:4]) + batch_mean(z[4:, 0], share[4:])) / 2, z[:6, 0].mean())
+
+
+def test_terms_of_total_correlation_are_means_of_what_counts_within_the_whole_batch():
+    mu, logvar, z = torch.randn(3, 8, 6, dtype=torch.float64).unbind()
+    share = (torch.arange(8) < 6).double() * (8 / 6)
+    found = tc_decomposition(z, mu, logvar, 1000, "mss", share)
+    alone = torch.eye(8, dtype=torch.float64) * 8
+    each = [tc_decomposition(z, mu, logvar, 1000, "mss", one) for one in alone[:6]]
+    for term, terms in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(term, torch.stack(terms).mean())
+
+
+def test_parts_of_a_capacity_add_up():
+    model = build_model("vae", (1, 16, 16), "tanh", {"hidden_dims": [4, 4], "latent_dim": 3})
+    losses = LossVector(model, [1.0, 1.0], "gaussian", "mean", n_data=8, capacity=(2.0, 1))
+    losses.weights_at(5)
+    out, x = model(torch.rand(8, 1, 16, 16)), torch.rand(8, 1, 16, 16)
+    share = (torch.arange(8) < 6) * (8 / 6)
+
+    def kl(rows, share=None):
+        part = out._replace(**{k: getattr(out, k)[rows] for k in ("preactivation", "mu", "logvar", "z")})
+        return losses(part, x[rows], share)[1]
+
+    parts = [kl(slice(4 * k, 4 * k + 4), share[4 * k : 4 * k + 4]) for k in range(2)]
+    torch.testing.assert_close(sum(parts) / 2, kl(slice(0, 6)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from movae_fast import ops
 from movae_fast.cli import doctor
+from movae_fast.ops.gramian_weights import METHODS
 
 
 def results() -> dict[str, Any]:
@@ -45,6 +46,10 @@ def results() -> dict[str, Any]:
     for mode in ("upgrad", "dualproj"):
         found[f"project_weights {mode}"] = ops.project_weights(found["gramian"], mode=mode)
     found["upgrad_weights"] = ops.upgrad_weights(rows)
+    order = torch.rand(5, 5, generator=generator).argsort(1)
+    for method in METHODS:
+        options = {"order": order} if method == "pcgrad" else {}
+        found[f"gramian_weights {method}"] = ops.gramian_weights(found["gramian"], method, **options)
     found["doctor"] = doctor.op_paths()
     return found
 
@@ -77,7 +82,7 @@ def test_the_ops_fall_back_to_plain_torch_and_say_so_once(tmp_path: Path) -> Non
     expected.pop("doctor")
     assert set(found) == set(expected)
     for name, values in expected.items():
-        if isinstance(values, Tensor) and name not in ("gramian", "combine"):
+        if isinstance(values, Tensor) and not name.startswith(("gramian", "combine")):
             assert torch.equal(found[name], values), name
             continue
         values, peers = ([v] if isinstance(v, Tensor) else v for v in (values, found[name]))
@@ -89,5 +94,7 @@ def test_the_ops_fall_back_to_plain_torch_and_say_so_once(tmp_path: Path) -> Non
             # A gradient is a sum of three terms, each of which torch rounds to the dtype.
             # The projection's condition number is at most 1 / reg_eps.
             factor = 8e4 if "weights" in name else 8
+            if "cagrad" in name:  # CLARABEL stops 1e-8 short of the optimum, which is its root away
+                factor = 1e-3 / torch.finfo(mine.dtype).eps
             limit = factor * torch.finfo(mine.dtype).eps * theirs.double().norm()
             assert (mine.double() - theirs.double()).norm() <= limit, name

@@ -20,13 +20,16 @@ OPTIONS = {
 }
 
 
-def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", **options):
+def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", network=None, **options):
     torch.manual_seed(0)
-    model = build_model(arch, SHAPE, "tanh", OPTIONS[arch]).to(dtype)
+    model = build_model(arch, SHAPE, "tanh", OPTIONS[arch] | (network or {})).to(dtype)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
     losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=10)
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active))
     return GradientStep(model, losses, aggregator, jacobian, **options)
+
+
+WITHOUT_BATCH_NORM = {"vae": {"layer_norm": "none"}, "vq_vae": {}}
 
 
 def images(n=16, dtype=torch.float32):
@@ -34,9 +37,9 @@ def images(n=16, dtype=torch.float32):
     return torch.rand(n, *SHAPE).to(dtype)
 
 
-def gradient(step, x, number=0):
+def gradient(step, x, number=0, share=None):
     torch.manual_seed(2)
-    record = step(x, number, step.model.draw_noise(len(x)))
+    record = step(x, number, step.model.draw_noise(len(x)), share=share)
     return step.flat.grad.clone(), record
 
 
@@ -67,6 +70,25 @@ def test_accumulated_parts_equal_the_batch_without_batch_statistics():
         assert relative(b, a) < 1e-12
         assert relative(record_parts.losses, record.losses) < 1e-12
         assert torch.equal(record_parts.usage, record.usage)
+
+
+@pytest.mark.parametrize("arch", WITHOUT_BATCH_NORM)
+def test_a_padded_batch_is_the_short_one_without_batch_statistics(arch):
+    network, n = WITHOUT_BATCH_NORM[arch], 11
+    x = images(16, torch.float64)
+    share = (torch.arange(16) < n).double() * (16 / n)
+    for options in ({}, {"agg": "sum"}, {"accumulate": 2}, {"gramian_every": 2}):
+        padded, short = (step(arch, dtype=torch.float64, network=network, **options) for _ in range(2))
+        short.accumulate = 1
+        noise = padded.model.draw_noise(16)
+        for number in range(2):
+            record = padded(x, number, noise, share=share)
+            expected = short(x[:n], number, noise[:n])
+            # float64's rounding through some ten layers.
+            assert relative(padded.flat.grad, short.flat.grad) < 1e-12, options
+            assert relative(record.losses, expected.losses) < 1e-12, options
+        whole = padded(x, 1, noise)
+        assert relative(whole.losses, expected.losses) > 1e-4  # what was added would have been seen
 
 
 @pytest.mark.parametrize("jacobian", ["shared", "all"])
@@ -157,10 +179,11 @@ def test_tf32_on_a_cpu_is_refused():
 def test_the_compiled_step_is_the_eager_step_in_one_graph(arch):
     before = graph_counters()
     eager, compiled = step(arch), step(arch, compile_mode="default")
-    for number in range(3):
+    whole, padded = torch.ones(16), (torch.arange(16) < 10) * 1.6
+    for number, share in enumerate((whole, whole, padded)):
         x = images(16) + 0.01 * number
-        a, record = gradient(eager, x, number)
-        b, record_compiled = gradient(compiled, x, number)
+        a, record = gradient(eager, x, number, share)
+        b, record_compiled = gradient(compiled, x, number, share)
         assert relative(b, a) < 1e-5
         assert relative(record_compiled.losses, record.losses) < 1e-5
         compiled.model.eval()  # an evaluation between steps

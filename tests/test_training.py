@@ -216,6 +216,8 @@ def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
         "--agg dualproj --jacobian all --accumulate 2",
         "--agg upgrad --gramian_every 2",
         "--agg upgrad --gramian_batch 0.5 --precision bf16",
+        "--agg cagrad --last_batch pad --batch_size 110",
+        "--agg pcgrad",
         "--agg upgrad --arch vq_vae --num_residual_layers 1 --embedding_dim 4 --num_embeddings 8",
     ],
 )
@@ -371,20 +373,27 @@ def test_signals_are_given_back_and_a_second_one_ends_the_process():
 @pytest.mark.slow
 def test_a_compiled_run_compiles_once_through_epochs_evaluation_and_resume(train):
     before = graph_counters()
-    flags = ("--agg upgrad", "--compile default", "--save_freq 1")
-    folder = train(*flags, "--epochs 3")
+    ragged = ("--agg upgrad", "--batch_size 110", "--last_batch pad")  # 300 images: 80 in the last step
+    folder = train(*ragged, "--compile default", "--save_freq 1", "--epochs 3")
     middle = graph_counters()
     assert middle["graphs"] - before["graphs"] == 1
     assert middle["graph_breaks"] == before["graph_breaks"]
     train(f"--resume {folder}", "--epochs 4")
     assert graph_counters()["graphs"] - middle["graphs"] <= 1  # a new run's own, or the old one from the cache
-    eager = train("--agg upgrad", "--epochs 4")
+    eager = train(*ragged, "--epochs 4")
     a, b = read_lines(folder / "metrics.jsonl")[-1], read_lines(eager / "metrics.jsonl")[-1]
     assert a["test/loss"] == pytest.approx(b["test/loss"], rel=5e-3)  # Adam amplifies rounding
 
 
 @pytest.mark.parametrize(
-    "flags", ["--gramian_every 2", "--gramian_batch 0.5", "--accumulate 2", "--precision bf16"]
+    "flags",
+    [
+        "--gramian_every 2",
+        "--gramian_batch 0.5",
+        "--accumulate 2",
+        "--precision bf16",
+        "--batch_size 110 --last_batch pad",
+    ],
 )
 def test_the_step_s_variants_train_and_resume_bit_for_bit(train, flags):
     through = train("--agg upgrad", flags, "--epochs 3")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from movae_fast import ops
 from movae_fast.aggregation.upgrad import DualProj, UPGrad
+from movae_fast.aggregation.weightings import IMTLG, MGDA, AlignedMTL, CAGrad, PCGrad
 from movae_fast.names import nearest
 
 
@@ -34,7 +35,7 @@ def _crmogm(weighting: str = "upgrad", alpha: float = 0.9) -> jd.Aggregator:
 
 
 def _cagrad(c: float = 0.5, norm_eps: float = 1e-4) -> jd.Aggregator:
-    return jd.CAGrad(c=c, norm_eps=norm_eps)
+    return CAGrad(c=c, norm_eps=norm_eps)
 
 
 def _fairgrad(alpha: float = 2.0, max_iters: int | None = None) -> jd.Aggregator:
@@ -62,14 +63,14 @@ def _constant(weights: Sequence[float]) -> jd.Aggregator:
 
 
 def _aligned_mtl_median(pref_vector: Tensor | None = None) -> jd.Aggregator:
-    return jd.AlignedMTL(pref_vector, scale_mode="median")
+    return AlignedMTL(pref_vector, scale_mode="median")
 
 
 AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
     "jd_sum": jd.Sum,
     "upgrad": _upgrad,
     "dualproj": _dualproj,
-    "aligned_mtl": jd.AlignedMTL,
+    "aligned_mtl": AlignedMTL,
     "aligned_mtl_median": _aligned_mtl_median,
     "cagrad": _cagrad,
     "config": jd.ConFIG,
@@ -79,16 +80,19 @@ AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
     "fairgrad": _fairgrad,
     "graddrop": jd.GradDrop,
     "gradvac": jd.GradVac,
-    "imtl_g": jd.IMTLG,
+    "imtl_g": IMTLG,
     "krum": _krum,
     "mean": jd.Mean,
-    "mgda": jd.MGDA,
+    "mgda": MGDA,
     "nash_mtl": _nash_mtl,
     "pcd": jd.PCD,
-    "pcgrad": jd.PCGrad,
+    "pcgrad": PCGrad,
     "random": jd.Random,
     "trimmed_mean": _trimmed_mean,
 }
+
+# Those that run where the rows are and read nothing on the host; the rest are TorchJD's.
+FUSED = ("upgrad", "dualproj", "aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad")
 
 # TorchJD's weightings that want two independent mini-batches a step: on one, they lose what they are for.
 NEED_TWO_BATCHES = ("modo", "sdmgrad")

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from movae_fast import __version__, ops
-from movae_fast.aggregation.registry import AGGREGATORS
+from movae_fast.aggregation.registry import AGGREGATORS, FUSED
 from movae_fast.data import DATASETS
 from movae_fast.models import MODELS
 from movae_fast.ops import extension
@@ -19,7 +19,7 @@ from movae_fast.ops import extension
 EXTRAS = {
     "wandb": ("logging to Weights & Biases", "wandb"),
     "nvidia.dali": ("decoding images on the GPU", "dali"),
-    "cvxpy": ("the aggregators cagrad and nash_mtl", "solvers"),
+    "cvxpy": ("the aggregator nash_mtl", "solvers"),
     "torchmetrics": ("image metrics", "metrics"),
     "torch_fidelity": ("FID and KID", "metrics"),
     "vector_quantize_pytorch": ("a peer in benchmarks", "bench"),
@@ -27,7 +27,7 @@ EXTRAS = {
 # Op -> the op whose search it contains.
 SEARCHES = {"quantize": "nearest_code"}
 # Ops that are CUDA C++ on CUDA, and nothing without it.
-BY_NVCC = ("project_rows", "project_weights", "upgrad_weights")
+BY_NVCC = ("gramian_weights", "project_rows", "project_weights", "upgrad_weights")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -61,7 +61,11 @@ def report() -> list[str]:
             f"  {module}: " + ("found" if found else f"missing ({purpose}): pip install 'movae-fast[{extra}]'")
         )
     lines += ["", f"models: {', '.join(MODELS)}", f"datasets: {', '.join(DATASETS)}"]
-    return [*lines, f"aggregators: sum, {', '.join(AGGREGATORS)}"]
+    others = [name for name in AGGREGATORS if name not in FUSED]
+    return [
+        *lines,
+        f"aggregators: sum, {', '.join(FUSED)}; by TorchJD {', '.join(others)}",
+    ]
 
 
 def op_paths() -> dict[str, str]:
@@ -82,7 +86,8 @@ def _paths(op: str) -> str:
         on_cpu = f"C++ ({chosen()})" if chosen else "C++"
     if op in BY_NVCC:
         built = extension.csrc is not None and extension.csrc.build_info()["cuda"]
-        on_cuda = "CUDA C++" if built else "none: the extension was built without nvcc"
+        missing = "TorchJD, on the host" if op == "gramian_weights" else "none"
+        on_cuda = "CUDA C++" if built else f"{missing}: the extension was built without nvcc"
     elif _found("triton") and _found(f"movae_fast.kernels.{stem}") and op == stem:
         on_cuda = "Triton"
     else:

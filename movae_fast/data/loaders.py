@@ -7,7 +7,8 @@ data range; labels are int64 [B].
 
 Several processes share the global batches of one: changing their number on resume, with the global batch kept,
 goes on with the same images in the same steps. The last images of an epoch that fill no global batch are left
-out of it; another epoch's shuffle leaves out others. Evaluation counts every image exactly once.
+out of it, and another epoch's shuffle leaves out others; or the batch is filled up (`pad`) with images of the
+same epoch again, which count nothing (`share_of`). Evaluation counts every image exactly once.
 """
 
 from __future__ import annotations
@@ -49,17 +50,22 @@ class Loader:
         normalize: bool = False,
         rank: int = 0,
         world: int = 1,
+        pad: bool = False,
     ) -> None:
         self.source, self.batch_size, self.device = source, batch_size, device
         self.rank, self.world = rank, world
         self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
         self.why = ""  # this loader and not another, for whoever asked for `auto`
-        if train and len(source) < batch_size * world:
+        self.pad = pad and train
+        if train and not pad and len(source) < batch_size * world:
             processes = f" on {world} processes" if world > 1 else ""
             raise ValueError(
                 f"--batch_size {batch_size}{processes} is more than the {len(source)} training images: the "
-                "last, incomplete batch of an epoch is dropped, so an epoch would hold none"
+                "last, incomplete batch of an epoch is dropped, so an epoch would hold none (--last_batch pad "
+                "fills it)"
             )
+        if self.pad:
+            self.shares = torch.ones(batch_size, device=device), self._last_share().to(device)
 
     @property
     def note(self) -> str:
@@ -72,11 +78,30 @@ class Loader:
         return getattr(getattr(self.source, "source", self.source), "skipped", [])
 
     def __len__(self) -> int:
-        """Batches an epoch, of this process: training drops the incomplete last one, evaluation keeps it."""
+        """Batches an epoch, of this process: of the incomplete last one, see above; evaluation keeps it."""
         if self.train:
-            return len(self.source) // (self.batch_size * self.world)
+            return (len(self.source) + self.pad * (self.global_batch - 1)) // self.global_batch
         every = -(-len(self.source) // self.batch_size)
         return len(range(self.rank, every, self.world))
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.world
+
+    def share_of(self, batch: int) -> Tensor | None:
+        """How often each image [B] of an epoch's batch counts, 1 on average over all processes' images.
+
+        None where every batch is of images that count; else images that fill up the last batch count 0.
+        """
+        if not self.pad:
+            return None
+        return self.shares[batch == len(self) - 1]
+
+    def _last_share(self) -> Tensor:
+        first = (len(self) - 1) * self.global_batch + self.rank * self.batch_size
+        real = len(self.source) - (len(self) - 1) * self.global_batch
+        counts = torch.arange(first, first + self.batch_size) < len(self.source)
+        return counts * (self.global_batch / real)
 
     def plan(self, number: int) -> Epoch:
         n = len(self.source)
@@ -92,7 +117,7 @@ class Loader:
         The global batches are those of one process with a batch `world` times as large.
         """
         if self.train:
-            part = torch.arange(len(self) * self.batch_size * self.world)
+            part = torch.arange(len(self) * self.global_batch) % len(plan.rows)
             part = part.view(-1, self.world, self.batch_size)[:, self.rank].reshape(-1)
         else:
             batches = torch.arange(len(plan.rows)).split(self.batch_size)[self.rank :: self.world]

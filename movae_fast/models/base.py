@@ -37,8 +37,8 @@ class VQOutput(NamedTuple):
     """What a model with a codebook returns."""
 
     preactivation: Tensor  # [B, C, H, W]
-    embedding: Tensor  # [] mean squared distance that moves the codebook to the encoder's output
-    commitment: Tensor  # [] the same distance, moving the encoder's output to the codebook
+    embedding: Tensor  # [B] mean squared distance that moves the codebook to the encoder's output
+    commitment: Tensor  # [B] the same distance, moving the encoder's output to the codebook
     codes: Tensor  # [B, h, w] int64
     usage: Tensor  # [K] how often each code was chosen
 

@@ -110,8 +110,8 @@ class VQVAE(VAE):
             self.code_usage.lerp_(count.to(self.code_usage), 0.01)
         return VQOutput(
             preactivation=at_least_float32(self.decode(codewords)),
-            embedding=ops.code_error(z.detach(), self.codebook, index).mean() / self.embedding_dim,
-            commitment=error.mean() / self.embedding_dim,
+            embedding=ops.code_error(z.detach(), self.codebook, index).mean((1, 2)) / self.embedding_dim,
+            commitment=error.mean((1, 2)) / self.embedding_dim,
             codes=index,
             usage=count,
         )

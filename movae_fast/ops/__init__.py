@@ -6,6 +6,7 @@ index = ops.nearest_code(z, codebook)
 
 from movae_fast.ops.combine import combine
 from movae_fast.ops.gramian import gramian
+from movae_fast.ops.gramian_weights import gramian_weights
 from movae_fast.ops.nearest_code import nearest_code
 from movae_fast.ops.project_weights import project_rows, project_weights
 from movae_fast.ops.quantize import code_error, quantize
@@ -16,6 +17,7 @@ __all__ = [
     "code_error",
     "combine",
     "gramian",
+    "gramian_weights",
     "nearest_code",
     "project_rows",
     "project_weights",

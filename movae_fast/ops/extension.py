@@ -115,6 +115,30 @@ def project_weights(
     return found.sum(0) if total else found.view(u.shape), torch.tensor(0, dtype=torch.int32)
 
 
+def gramian_weights(
+    gramian: Tensor, method: str, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
+) -> Tensor:
+    """ops.gramian_weights by TorchJD's own classes, which read values on the host."""
+    import torchjd.aggregation as jd  # the other ops do without TorchJD
+
+    gramian = gramian.double()
+    if not gramian.isfinite().all():
+        return torch.full_like(gramian[0], torch.nan)
+    if method == "pcgrad":
+        assert order is not None
+        return reference.pcgrad(gramian, order)
+    if method == "cagrad":
+        weighting = jd.CAGradWeighting(a, norm_eps=b)
+    elif method == "imtl_g":
+        weighting = jd.IMTLGWeighting()
+    elif method == "mgda":
+        weighting = jd.MGDAWeighting(a, iterations)
+    else:
+        pref = None if pref is None else pref.double()
+        weighting = jd.AlignedMTLWeighting(pref, scale_mode=method.removeprefix("aligned_mtl_"))
+    return weighting(gramian).detach()
+
+
 def index_shape(z: Tensor) -> tuple[int, ...]:
     """[N] of [N, D]; [B, *spatial] of [B, D, *spatial]."""
     return (z.shape[0], *z.shape[2:])

@@ -45,6 +45,9 @@ class DataConfig:
         on_bad_image: What an image file that cannot be read does: stop the run, or stay out of it (all files
             are read once before the first run to find out).
         batch_size: Images a step and process.
+        last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
+            up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
+            q(z) in total correlation see those. Either way all steps have one shape.
         eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
         flip: Mirror training images at random; the default is the dataset's own.
@@ -66,6 +69,7 @@ class DataConfig:
     prefetch: int = 2
     on_bad_image: Literal["error", "skip"] = "error"
     batch_size: int = 128
+    last_batch: Literal["drop", "pad"] = "drop"
     eval_batch_size: int | None = None
     normalize: bool = False
     flip: bool | None = None

@@ -30,7 +30,8 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
             for x, _ in run.telemetry.waiting(run.train_loader.epoch(run.epoch, start=run.batch)):
                 run.begin_step()
                 bar.compiling(run.gradient)
-                record = run.gradient(x, run.step, run.noise(len(x)), diagnose=log_due(run, 1))
+                share = run.train_loader.share_of(run.batch)
+                record = run.gradient(x, run.step, run.noise(len(x)), log_due(run, 1), share)
                 update(run)
                 run.telemetry.record(record, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1

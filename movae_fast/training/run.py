@@ -387,6 +387,7 @@ def make_loader(
         "normalize": data.normalize,
         "rank": world.rank,
         "world": world.size,
+        "pad": data.last_batch == "pad",
     }
     size = data.batch_size if train else data.eval_batch_size or data.batch_size
     workers = {"num_workers": data.num_workers, "prefetch": data.prefetch}

@@ -62,7 +62,8 @@ class Differentiated(NamedTuple):
     reached: Sequence[int] = ()  # the rows' objectives
 
 
-Parts = list[tuple[Tensor, Tensor]]  # (images, noise) to be differentiated one after the other
+# (images, noise, how often each image counts) to be differentiated one after the other
+Parts = list[tuple[Tensor, Tensor, Tensor | None]]
 
 
 class GradientStep:
@@ -119,15 +120,24 @@ class GradientStep:
         self.by_weights = Compiled(self._by_weights, compile_mode)
         self.by_sum = Compiled(self._by_sum, compile_mode)
 
-    def __call__(self, x: Tensor, step: int, noise: Tensor | None = None, diagnose: bool = False) -> StepRecord:
+    def __call__(
+        self,
+        x: Tensor,
+        step: int,
+        noise: Tensor | None = None,
+        diagnose: bool = False,
+        share: Tensor | None = None,
+    ) -> StepRecord:
         """Set every parameter's gradient for this rank's images x [B, C, S, S] of 0-based `step`.
 
-        `noise` [B, …] is the model's (`VAE.draw_noise`); drawn here if it is not given.
+        `noise` [B, …] is the model's (`VAE.draw_noise`); drawn here if it is not given. `share` [B]: how often
+        each image counts, see `objectives`.
         """
         noise = self.model.draw_noise(len(x)) if noise is None else noise
         # Sums over parts and ranks are means of the batch when each part's losses are divided beforehand.
         scale = self.losses.weights_at(step)[self.active] / (self.accumulate * self.world.size)
-        parts = list(zip(x.chunk(self.accumulate), noise.chunk(self.accumulate), strict=True))
+        shares = [None] * self.accumulate if share is None else share.chunk(self.accumulate)
+        parts = list(zip(x.chunk(self.accumulate), noise.chunk(self.accumulate), shares, strict=True))
         scale = self.precision.scale(scale)
         if self.aggregator is None:
             return self.sum(parts, scale, diagnose)
@@ -166,9 +176,9 @@ class GradientStep:
         forward and, a row each, backward with the first images alone. Not compiled: the aggregator decides
         between two backwards of one graph.
         """
-        x, noise = parts[0]
+        x, noise, share = parts[0]
         n = max(2, round(len(x) * self.gramian_batch))
-        features, weighted, losses, usage = self.forward(x, noise, scale)
+        features, weighted, losses, usage = self.forward(x, noise, share, scale)
         found = at_features(weighted, features, self.flat.own)
         with keeping_buffers(self.model), self.precision.autocast():
             self.model.condition(noise[:n])
@@ -199,19 +209,19 @@ class GradientStep:
 
     # Differentiation: functions of tensors, each one region for the compiler.
 
-    def forward(self, x: Tensor, noise: Tensor, scale: Tensor) -> Forward:
+    def forward(self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor) -> Forward:
         x = x.contiguous(memory_format=torch.channels_last)
         self.model.condition(noise)
         with self.precision.autocast():
             features = self.model.encode(x)
             out = self.model.forward_features(features, noise)
-        losses = self.losses(out, x)
+        losses = self.losses(out, x, share)
         weighted = [losses[i] * scale[k].to(losses[i].dtype) for k, i in enumerate(self.losses.active)]
         usage = out.usage if isinstance(out, VQOutput) else x.new_zeros(0)
         return Forward(features, weighted, torch.stack(losses).detach(), usage)
 
-    def _by_rows(self, x: Tensor, noise: Tensor, scale: Tensor) -> Differentiated:
-        features, weighted, losses, usage = self.forward(x, noise, scale)
+    def _by_rows(self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor) -> Differentiated:
+        features, weighted, losses, usage = self.forward(x, noise, share, scale)
         if self.cut:
             found = at_features(weighted, features, self.flat.own)
             own, reached = found.own, reaching(found.features)
@@ -222,8 +232,10 @@ class GradientStep:
         # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the buffer.
         return Differentiated(losses, usage, own, rows if self.by_rows.mode == "off" else list(rows), reached)
 
-    def _by_weights(self, x: Tensor, noise: Tensor, scale: Tensor, weights: Tensor) -> Differentiated:
-        features, weighted, losses, usage = self.forward(x, noise, scale)
+    def _by_weights(
+        self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor, weights: Tensor
+    ) -> Differentiated:
+        features, weighted, losses, usage = self.forward(x, noise, share, scale)
         if self.cut:
             found = at_features(weighted, features, self.flat.own)
             row = weighted_row(features, found.features, weights, self.flat.shared)
@@ -231,8 +243,8 @@ class GradientStep:
         total = torch.stack([loss * w for loss, w in zip(weighted, weights, strict=True)]).sum()
         return Differentiated(losses, usage, [], [self.gradient(total, self.flat.shared)])
 
-    def _by_sum(self, x: Tensor, noise: Tensor, scale: Tensor) -> Differentiated:
-        _, weighted, losses, usage = self.forward(x, noise, scale)
+    def _by_sum(self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor) -> Differentiated:
+        _, weighted, losses, usage = self.forward(x, noise, share, scale)
         found = self.gradient(torch.stack(weighted).sum(), [*self.flat.shared, *self.flat.own])
         n = len(self.flat.shared)
         return Differentiated(losses, usage, found[n:], [found[:n]])

@@ -1,7 +1,10 @@
 // Runs the Gramian, the projection and the weighted sum over odd shapes, dtypes and paths, in buffers of exactly the size
 // they need, and checks the answers. Meant for the sanitizers.
 #include "../../csrc/gramian.h"
+#include "../../csrc/gramian_weights.h"
 #include "../../csrc/project_weights.h"
+
+#include <omp.h>
 
 #include <cmath>
 #include <cstdio>
@@ -105,9 +108,58 @@ void projection_of(int m, int rank, const std::string& isa) {
     }
 }
 
+// One thread alone, and one of four that meet at every sync: a warp in slow motion.
+struct Single {
+    static int rank() { return 0; }
+    static int size() { return 1; }
+    void sync() const {}
+};
+struct Four {
+    int number;
+    int rank() const { return number; }
+    int size() const { return 4; }
+    void sync() const {
+#pragma omp barrier
+    }
+};
+
+// Every weighting, alone and by four, to the last bit the same and finite.
+void weightings_of(int m, int rank, bool zero_row) {
+    std::vector<double> J(m * rank);
+    for (double& x : J) x = int(generator() % 7) - 3;
+    for (int k = 0; k < rank && zero_row; ++k) J[k] = 0;
+    std::unique_ptr<double[]> G(new double[m * m]), pref(new double[m]), out(new double[m]), again(new double[m]);
+    std::unique_ptr<int64_t[]> order(new int64_t[m * m]);
+    for (int i = 0; i < m; ++i) {
+        pref[i] = 1 + i;
+        for (int j = 0; j < m; ++j) {
+            order[i * m + j] = (j + i) % m;
+            G[i * m + j] = 0;
+            for (int k = 0; k < rank; ++k) G[i * m + j] += J[i * rank + k] * J[j * rank + k];
+        }
+    }
+    std::unique_ptr<double[]> scratch(new double[weightings::scratch_size(m)]);
+    for (int method = 0; method < 7; ++method) {
+        const bool aligned = method < 3;
+        WeightingTask task = {static_cast<Method>(method), m, G.get(), aligned ? pref.get() : nullptr, order.get(), 0.5,
+                              1e-4, 20, out.get()};
+        weightings::weigh(Single(), task, scratch.get());
+        task.out = again.get();
+#pragma omp parallel num_threads(4)
+        weightings::weigh(Four{omp_get_thread_num()}, task, scratch.get());
+        bool right = true;
+        for (int i = 0; i < m; ++i) right = right && std::isfinite(out[i]) && out[i] == again[i];
+        expect(right, "weighting", m, rank, std::to_string(method));
+    }
+}
+
 }  // namespace
 
 int main() {
+    for (int m : {1, 2, 3, 4, 7, 9})
+        for (int rank : {1, (m + 1) / 2, 2 * m})
+            for (bool zero_row : {false, true}) weightings_of(m, rank, zero_row);
+
     for (const std::string& isa : available_isas()) {
         if (isa != "avx512" && isa != "avx2" && isa != "portable") continue;
         std::printf("%s\n", isa.c_str());

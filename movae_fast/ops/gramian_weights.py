@@ -1,0 +1,164 @@
+"""Weights of a Jacobian's rows from their Gramian alone: `movae::gramian_weights`, one launch on CUDA.
+
+Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA (Sener & Koltun
+2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation in float64, so it
+runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/gramian_weights.h).
+"""
+
+from typing import Literal, NoReturn, get_args
+
+import torch
+from torch import Tensor
+
+from movae_fast.ops import extension
+from movae_fast.ops.extension import csrc
+from movae_fast.ops.registration import library, refuse_vmap
+
+# In the order of `Method` in csrc/gramian_weights.h.
+Method = Literal[
+    "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse", "cagrad", "imtl_g", "mgda", "pcgrad"
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+def gramian_weights(
+    gramian: Tensor,  # [m, m]
+    method: Method,
+    pref: Tensor | None = None,  # [m]
+    *,
+    order: Tensor | None = None,  # [m, m] int64
+    c: float = 0.5,
+    norm_eps: float = 1e-4,
+    epsilon: float = 1e-3,
+    max_iters: int = 100,
+) -> Tensor:  # [m] float64
+    """The weights w of the update w' J that `method` gives to a Jacobian J.
+
+    gramian: J J', symmetric; float64 as `ops.gramian` makes it, or any floating dtype (float64 is worked in).
+    method:
+        "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse": the rows' singular values made equal to the
+            smallest, the (lower) median or the root mean square of those that are not rounding (eigenvalues of
+            the Gramian above m eps times the largest), weighted by `pref`; None is 1/m each.
+        "cagrad": the update within c |mean| of the rows' mean whose least inner product with a row is largest,
+            exact to rounding. With the Gramian over its trace: 0 where the trace, or the length of the vector
+            of the rows' hull that the optimum is found at, is below norm_eps, and where the mean is rounding.
+        "imtl_g": equal projections on every row's direction, by the pseudoinverse; 0 where the weights before
+            their normalisation add up to less than 1e-12.
+        "mgda": Frank-Wolfe steps to the shortest vector of the rows' hull, until one is shorter than `epsilon`
+            or there were `max_iters`.
+        "pcgrad": each row without its components against the others, which row i meets in the order order[i],
+            a permutation of 0..m-1. None draws the orders on the Gramian's device from torch's generator.
+
+    Returns NaN for a Gramian or a preference with a NaN or an infinity. Nothing is read on the host. Not
+    differentiable; vmap is refused.
+
+    Raises ValueError (shapes, m = 0, parameters, a preference or an order that the method does not take) or
+    TypeError (dtype).
+    """
+    m = _check(gramian)
+    check_parameters(method, c, norm_eps, epsilon, max_iters)
+    if pref is not None:
+        if not method.startswith("aligned_mtl"):
+            raise ValueError(f"gramian_weights: {method} takes no preference")
+        if pref.dim() != 1 or pref.shape[0] != m or pref.device != gramian.device:
+            _refuse(f"pref must be [m]; got {list(pref.shape)} on {pref.device}", gramian)
+    if method == "pcgrad":
+        if order is None:
+            order = torch.rand(m, m, dtype=torch.float64, device=gramian.device).argsort(1)
+        if order.shape != (m, m) or order.dtype != torch.int64 or order.device != gramian.device:
+            _refuse(f"order must be [m, m] int64; got {list(order.shape)} {order.dtype}", gramian)
+    elif order is not None:
+        raise ValueError(f"gramian_weights: {method} takes no order")
+    a, b = (c, norm_eps) if method == "cagrad" else (epsilon, 0.0)
+    return torch.ops.movae.gramian_weights(gramian, METHODS.index(method), pref, order, a, b, max_iters)
+
+
+def check_parameters(
+    method: str, c: float = 0.5, norm_eps: float = 1e-4, epsilon: float = 1e-3, max_iters: int = 100
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"gramian_weights: method must be one of {METHODS}; got {method!r}")
+    if c < 0 or norm_eps < 0:
+        raise ValueError(f"gramian_weights: c and norm_eps must be >= 0; got {c}, {norm_eps}")
+    if epsilon <= 0 or max_iters <= 0:
+        raise ValueError(f"gramian_weights: epsilon and max_iters must be > 0; got {epsilon}, {max_iters}")
+
+
+def _check(gramian: Tensor) -> int:
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or gramian.shape[0] == 0:
+        raise ValueError(f"gramian_weights: the Gramian must be [m, m] with m >= 1, got {list(gramian.shape)}")
+    if not gramian.is_floating_point():
+        raise TypeError(f"gramian_weights: the Gramian must be floating point, got {str(gramian.dtype)[6:]}")
+    return gramian.shape[0]
+
+
+def _refuse(problem: str, gramian: Tensor) -> NoReturn:
+    raise ValueError(f"gramian_weights: {problem}; the Gramian is {list(gramian.shape)} on {gramian.device}")
+
+
+library.define(
+    "gramian_weights(Tensor gramian, int method, Tensor? pref, Tensor? order, float a, float b, int iterations)"
+    " -> Tensor"
+)
+
+
+@torch.library.impl(library, "gramian_weights", "CPU")
+def _gramian_weights(
+    gramian: Tensor, method: int, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
+) -> Tensor:
+    if extension.missing(gramian):
+        return extension.gramian_weights(gramian, METHODS[method], pref, order, a, b, iterations)
+    gramian = gramian.double().contiguous()
+    pref = None if pref is None else pref.double().contiguous()
+    order = None if order is None else order.contiguous()
+    out = gramian.new_empty(len(gramian))
+    csrc.gramian_weights(
+        method,
+        len(gramian),
+        gramian.data_ptr(),
+        0 if pref is None else pref.data_ptr(),
+        0 if order is None else order.data_ptr(),
+        a,
+        b,
+        iterations,
+        out.data_ptr(),
+    )
+    return out
+
+
+@torch.library.impl(library, "gramian_weights", "CUDA")
+def _gramian_weights_cuda(
+    gramian: Tensor, method: int, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
+) -> Tensor:
+    if not hasattr(csrc, "gramian_weights_cuda"):
+        return extension.gramian_weights(gramian, METHODS[method], pref, order, a, b, iterations)
+    gramian = gramian.double().contiguous()
+    pref = None if pref is None else pref.double().contiguous()
+    order = None if order is None else order.contiguous()
+    with torch.cuda.device(gramian.device):
+        out = gramian.new_empty(len(gramian))
+        scratch = gramian.new_empty(csrc.gramian_weights_scratch_cuda(len(gramian)))
+        csrc.gramian_weights_cuda(
+            method,
+            len(gramian),
+            gramian.data_ptr(),
+            0 if pref is None else pref.data_ptr(),
+            0 if order is None else order.data_ptr(),
+            a,
+            b,
+            iterations,
+            out.data_ptr(),
+            scratch.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+@torch.library.register_fake("movae::gramian_weights")
+def _gramian_weights_fake(
+    gramian: Tensor, method: int, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
+) -> Tensor:
+    return gramian.new_empty(gramian.shape[0], dtype=torch.float64)
+
+
+refuse_vmap("gramian_weights", "call it once a Gramian")
