@@ -475,8 +475,9 @@ def test_bfloat16_networks_have_float32_gates_and_near_gradients():
 def compiles_once(arch, agg, backend):
     model = multirate(arch)
     eager, compiled = step(copy.deepcopy(model), agg), step(model, agg, compile_mode="default")
-    for region in (compiled.by_sum, compiled.by_rows):
-        region.call = torch.compile(region.function, fullgraph=True, dynamic=False, backend=backend)
+    regions = {compiled.by_sum: compiled._by_sum, compiled.by_rows: compiled._by_rows}
+    for region, function in regions.items():
+        region.call = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
     before = graph_counters()
     x = torch.rand(8, *SHAPE)
     for k in range(3):
