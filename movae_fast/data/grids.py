@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.data.fetch import Remote, fetch
-from movae_fast.data.sources import ImageFiles, ReadOptions, first_line, missing
+from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.sources import ImageFiles, ReadOptions, missing
 from movae_fast.data.transforms import resize
 
 N_TEST = 10_000

@@ -1,10 +1,12 @@
-"""What this machine has to spare for data: processors and memory."""
+"""What this machine has to spare for data: processors, memory, a place to remember."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -40,3 +42,20 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def remembered(name: str, work: Callable[[], T]) -> T:
+    """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "movae" / f"{name}.json"
+    if cache.is_file():
+        with suppress(ValueError):
+            return json.loads(cache.read_text())
+    answer = work()
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part = cache.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(answer))
+        part.replace(cache)
+    except OSError:
+        pass  # a home that cannot be written costs time, not the run
+    return answer

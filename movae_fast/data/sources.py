@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.decode import Box, decode
+from movae_fast.data.files import File
 from movae_fast.data.machine import in_threads
 from movae_fast.data.transforms import resize
 
@@ -54,11 +55,13 @@ class Images:
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Image files, cropped to `box` (or to the central square) and resized as they are read; labels or 0."""
+    """Image files (or members of tars), cropped to `box` (or to the central square) and resized as they are
+    read; labels or 0.
+    """
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[File],
         options: ReadOptions,
         box: Box | None,
         mode: str,
@@ -159,7 +162,3 @@ def missing(name: str, files: str, options: ReadOptions, error: Exception | str)
         f"--dataset {name}: not found or damaged in --data_dir {options.root}{how}; wanted there: {files}. "
         f"{error}"
     )
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
