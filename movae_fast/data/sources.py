@@ -1,7 +1,8 @@
 """Image sources: where a split's uint8 images come from, in memory or in files.
 
 A source has `__len__` and either `gather(rows) -> (uint8 images [B, C, S, S], labels [B])`, or, where files
-must be decoded, `source[i] -> (uint8 image [C, S, S], label)`. `to(device)`, where there is one, moves it.
+must be decoded, `source[i] -> (uint8 image [C, S, S], label)`. `to(device)`, where there is one, moves it;
+`table(rows)`, where there is one, is what `gather` indexes: all images and labels on that device, or None.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from movae_fast.data.decode import Box, decode
 from movae_fast.data.files import File
 from movae_fast.data.machine import in_threads
-from movae_fast.data.transforms import resize
+from movae_fast.data.transforms import pick, resize
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Images:
     """An image source in memory: uint8 [N, C, S, S] and labels [N] int64, wherever they lie."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+        # As convolutions want them; for three channels on a CPU a batch is then ready 2 to 8 times sooner.
+        self.images, self.labels = images.contiguous(memory_format=torch.channels_last), labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,8 +52,11 @@ class Images:
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
         rows = rows.to(self.images.device)
-        # Copies whole images; indexing by [rows] copies bytes, twenty times slower on a CPU.
-        return self.images.index_select(0, rows), self.labels[rows]
+        return pick(self.images, rows), self.labels[rows]
+
+    def table(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """All images and labels, whichever rows are wanted."""
+        return self.images, self.labels
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -133,6 +138,8 @@ def limited(source: Any, n: int) -> Any:
     if not 0 < n < len(source):
         return source
     subset = Subset(source, n)
+    if isinstance(source, Images):
+        return Images(*source.gather(subset.rows))
     if not isinstance(source, ImageFiles):
         return subset
     source.keep(subset.rows.tolist())
