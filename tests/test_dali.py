@@ -184,11 +184,13 @@ def test_training_by_dali_resumes_with_the_same_figures(tmp_path, monkeypatch, t
         assert torch.equal(value, last[1][name]), name
 
 
-def test_without_dali_the_extra_is_named_before_anything_starts(monkeypatch):
+@pytest.mark.parametrize(("cuda", "extra"), [(None, "dali"), ("13.0", "dali"), ("12.8", "dali-cuda12")])
+def test_without_dali_the_extra_is_named_before_anything_starts(monkeypatch, cuda, extra):
     monkeypatch.setattr(dali, "available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     config = TrainConfig()
     config.data.loader = "dali"
-    with pytest.raises(ValueError, match=r"pip install 'movae-fast\[dali\]'"):
+    with pytest.raises(ValueError, match=rf"pip install 'movae-fast\[{extra}\]'"):
         validate(config)
 
 

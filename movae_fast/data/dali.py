@@ -40,8 +40,9 @@ def available() -> bool:
 def require() -> None:
     """Raise ValueError if DALI is not installed."""
     if not available():
+        extra = "dali-cuda12" if (torch.version.cuda or "13").startswith("12.") else "dali"
         raise ValueError(
-            "--loader dali needs DALI: pip install 'movae-fast[dali]', or use --loader torch or resident"
+            f"--loader dali needs DALI: pip install 'movae-fast[{extra}]', or use --loader torch or resident"
         )
 
 
