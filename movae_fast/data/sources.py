@@ -115,7 +115,7 @@ class Subset:
 
     @property
     def on_host(self) -> bool:
-        return getattr(self.source, "on_host", False)
+        return getattr(self.source, "on_host", not hasattr(self.source, "gather"))
 
     def to(self, device: torch.device) -> None:
         """Move the rows that are left, not the set that they were taken from."""
@@ -124,6 +124,8 @@ class Subset:
             self.rows = torch.arange(len(self.rows))
         if hasattr(self.source, "to"):
             self.source.to(device)
+        if not self.on_host:  # a batch's rows are looked up where they are wanted
+            self.rows = self.rows.to(device)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] of the subset to images and labels, wherever the source keeps them."""
