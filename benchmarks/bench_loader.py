@@ -1,9 +1,10 @@
 """Images a second of every loader beside torch's DataLoader, with the CPU time and the memory that they take.
 
-pytest benchmarks/bench_loader.py --benchmark-only -s
+MOVAE_BENCH_DATA=data python -m benchmarks.run benchmarks/bench_loader.py     (-k share: of a training step)
 JPEGs of 178x218 become 64x64 (CelebA's crop), or arrays of 32x32 are shuffled; batches of 128 arrive as float32
 on the device. MOVAE_BENCH_SCENES names a folder that keeps the rendered JPEGs, MOVAE_BENCH_IMAGES says how many
-are used. The peak is of the whole tree of processes, a page that they share counted once.
+are used, MOVAE_BENCH_DATA where Fashion-MNIST's files are. The peak is of the whole tree of processes, a page
+that they share counted once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gc
 import json
 import os
 import resource
+import tarfile
 import tempfile
 import threading
 import time
@@ -23,7 +25,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import FashionMNIST
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import Compose, Pad, ToTensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -32,10 +37,12 @@ from movae_fast.data import DATASETS, ImageFiles, Images, ReadOptions, dali, mak
 from movae_fast.data.loaders import Loader
 from movae_fast.data.prepared import open_split, prepare
 from movae_fast.data.synthetic import synthetic_jpeg
+from movae_fast.data.tars import images_in
 from movae_fast.data.transforms import CELEBA_CROPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = int(os.environ.get("MOVAE_BENCH_IMAGES", "20000"))
+DATA = Path(os.environ.get("MOVAE_BENCH_DATA", "data"))
 BATCH, SIZE = 128, 64
 BOX = CELEBA_CROPS["center148"]
 
@@ -78,28 +85,33 @@ def mapped(folder: Path) -> Any:
     return open_split(info, opened)
 
 
+def workers(source: Any, number: int) -> Loader:
+    return make_loader("torch", source, BATCH, DEVICE, num_workers=number, train=True)
+
+
+def packed(folder: Path) -> ImageFiles:
+    """The same files in one tar, written once."""
+    path = folder / f"{N}.tar"
+    if not path.exists():
+        with tarfile.open(path.with_suffix(".part"), "w") as tar:
+            for file in files(folder).files:
+                assert isinstance(file, Path)
+                tar.add(file, file.name)
+        path.with_suffix(".part").rename(path)
+    return ImageFiles(images_in([path])[0], options(folder), BOX, "bicubic")
+
+
 JPEG: dict[str, Callable[[Path], Loader]] = {
     "dali": lambda f: make_loader("dali", files(f), BATCH, DEVICE, train=True),
+    "dali, from a tar": lambda f: make_loader("dali", packed(f), BATCH, DEVICE, train=True),
     "resident, first epoch": lambda f: make_loader("resident", files(f), BATCH, DEVICE, train=True),
     "resident, later epochs": lambda f: filled(make_loader("resident", files(f), BATCH, DEVICE, train=True)),
     "prepared memmap": lambda f: make_loader("resident", mapped(f), BATCH, DEVICE, train=True),
-    "DataLoader, PIL, 1 worker": lambda f: make_loader(
-        "torch", files(f), BATCH, DEVICE, num_workers=1, train=True
-    ),
-    "DataLoader, PIL, 2 workers": lambda f: make_loader(
-        "torch", files(f), BATCH, DEVICE, num_workers=2, train=True
-    ),
-    "DataLoader, torchvision, 1 worker": lambda f: make_loader(
-        "torch", files(f, TorchvisionDecode), BATCH, DEVICE, num_workers=1, train=True
-    ),
-    "DataLoader, torchvision, 2 workers": lambda f: make_loader(
-        "torch", files(f, TorchvisionDecode), BATCH, DEVICE, num_workers=2, train=True
-    ),
+    "DataLoader, PIL, 1 worker": lambda f: workers(files(f), 1),
+    "DataLoader, PIL, 2 workers": lambda f: workers(files(f), 2),
+    "DataLoader, torchvision, 1 worker": lambda f: workers(files(f, TorchvisionDecode), 1),
+    "DataLoader, torchvision, 2 workers": lambda f: workers(files(f, TorchvisionDecode), 2),
 }
-
-
-def workers(source: ImageFiles, number: int) -> Loader:
-    return make_loader("torch", source, BATCH, DEVICE, num_workers=number, train=True)
 
 
 def filled(loader: Loader) -> Loader:
@@ -110,7 +122,7 @@ def filled(loader: Loader) -> Loader:
 
 @pytest.mark.parametrize("name", JPEG)
 def test_jpeg_178x218_to_64x64(benchmark: Any, scenes: Path, name: str) -> None:
-    if name == "dali":
+    if name.startswith("dali"):
         pytest.importorskip("nvidia.dali")
     # An epoch of what decodes takes seconds; of what does not, so little that one says nothing.
     measure(benchmark, f"JPEG 178x218 to 64x64, {N:,} images", JPEG[name](scenes), epochs=epochs(name))
@@ -126,32 +138,63 @@ def arrays() -> Images:
     return Images(torch.from_numpy(pixels), torch.zeros(60_000, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["resident", "DataLoader, 1 worker", "DataLoader, 2 workers"])
+class AsTorchvision(Loader):
+    """Fashion-MNIST as torchvision's examples feed it: an item is a PIL image, padded, then a tensor."""
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        transform = Compose([Pad(2), ToTensor()])
+        data = FashionMNIST(DATA, train=True, transform=transform)
+        for images, labels in DataLoader(data, BATCH, shuffle=True, num_workers=2, drop_last=True):
+            yield images.to(DEVICE), labels.to(DEVICE)
+
+
+SMALL: dict[str, Callable[[Images], Loader]] = {
+    "resident": lambda source: make_loader("resident", source, BATCH, DEVICE, train=True),
+    "DataLoader, 1 worker": lambda source: workers(source, 1),
+    "DataLoader, 2 workers": lambda source: workers(source, 2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_arrays_32x32(benchmark: Any, name: str) -> None:
-    workers = int(name.split()[1]) if name != "resident" else 0
-    kind = "torch" if workers else "resident"
-    loader = make_loader(kind, arrays(), BATCH, DEVICE, num_workers=workers, train=True)
-    measure(benchmark, "arrays 1x32x32, 60,000 images", loader, epochs=1 if workers else 5)
+    loader = SMALL[name](arrays())
+    measure(benchmark, "arrays 1x32x32, 60,000 images", loader, epochs=5 if name == "resident" else 1)
 
 
-@pytest.mark.parametrize("loader", ["dali", "resident", "torch"])
+@pytest.mark.parametrize("name", [*SMALL, "torchvision's dataset in a DataLoader, 2 workers"])
+def test_fashion_mnist_at_32x32(benchmark: Any, name: str) -> None:
+    if not (DATA / "FashionMNIST").is_dir():
+        pytest.skip(f"no FashionMNIST in {DATA}: set MOVAE_BENCH_DATA")
+    source = DATASETS["fashion_mnist"].read(ReadOptions(DATA, "train", 32, False, DEVICE))
+    assert isinstance(source, Images)
+    loader = SMALL[name](source) if name in SMALL else AsTorchvision(source, BATCH, DEVICE, train=True)
+    group = f"Fashion-MNIST 1x32x32, {len(source):,} images"
+    measure(benchmark, group, loader, epochs=5 if name == "resident" else 1)
+
+
+@pytest.mark.parametrize("loader", ["dali", "resident", "prepared", "torch"])
 def test_data_wait_share_of_training(benchmark: Any, scenes: Path, tmp_path: Path, loader: str) -> None:
-    """vae at 64x64 on the JPEGs: what of a step is waiting for images, the first log line left out."""
+    """vae at 64x64 on the JPEGs: what of a step is waiting for images, the first log line left out.
+
+    The resident loader's first epoch, in which it decodes; `prepared` maps the prepared file.
+    """
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
+    if loader == "prepared":
+        mapped(scenes)  # bicubic; the others find no prepared file for their resampling
     command = (
-        f"train --dataset folder --data_dir {scenes} --arch vae --agg upgrad --loader {loader} --steps 30 "
+        f"train --dataset folder --data_dir {scenes} --arch vae --agg upgrad --steps 30 --image_size 64 "
+        f"--loader {loader if loader != 'prepared' else 'resident --resize bicubic'} --num_workers 2 "
+        f"--batch_size 64 --log_every 10 --eval_freq 0 --limit_train 4000 --limit_test 64 --num_samples 1 "
+        f"--exp_dir {tmp_path / 'run'} --seed 0"
     )
-    command += (
-        "--image_size 64 --num_workers 2 --batch_size 64 --log_every 10 --eval_freq 0 --limit_train 4000 "
-    )
-    command += f"--limit_test 64 --num_samples 1 --exp_dir {tmp_path / 'run'} --seed 0"
     benchmark.group = "data-wait share of a training step, vae 64x64, batch 64"
     benchmark.pedantic(lambda: main(command.split()), rounds=1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "train/data_wait_share" in line][1:]
     benchmark.extra_info["data-wait share"] = float(np.mean([v["train/data_wait_share"] for v in trained]))
     benchmark.extra_info["ms a step"] = float(np.mean([v["train/step_ms_p50"] for v in trained]))
+    benchmark.extra_info["images/s"] = float(np.mean([v["train/images_per_s"] for v in trained]))
     print(loader, dict(benchmark.extra_info))
 
 

@@ -5,7 +5,9 @@ Each writer puts its files where torchvision looks below `root`; the checks them
 
 import dataclasses
 import hashlib
+import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import h5py
@@ -164,7 +166,8 @@ def omniglot_105(root, patch):
 
 def photo(path, seed=0, size=(40, 30)):
     """A colour JPEG, smooth as photographs are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path, format="JPEG", quality=90)
 
@@ -270,3 +273,27 @@ def write_all(root: Path, patch) -> None:
     """Every set below `root`."""
     for write in WRITERS.values():
         write(root, patch)
+
+
+def shard(path: Path, samples: dict[str, bytes]) -> Path:
+    """A tar of the given files, name -> content, in that order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+def jpeg(seed, size=(40, 30)) -> bytes:
+    """`photo` as bytes."""
+    buffer = io.BytesIO()
+    photo(buffer, seed, size)
+    return buffer.getvalue()
+
+
+def labelled(numbers, label=lambda i: i) -> dict[str, bytes]:
+    """Samples of webdataset: a JPEG each and its class, numbered."""
+    pairs = ((f"{i:04d}.jpg", jpeg(i), f"{i:04d}.cls", b"%d" % label(i)) for i in numbers)
+    return {name: content for a, b, c, d in pairs for name, content in ((a, b), (c, d))}

@@ -121,6 +121,26 @@ def test_evaluation_ends_with_the_incomplete_batch(files):
         assert labels_of(loader) == list(range(53))
 
 
+def test_a_file_that_dali_alone_refuses_is_read_as_the_other_loaders_read_it(files, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for i, path in enumerate(files[:24]):
+        data = path.read_bytes()
+        if i in (5, 17, 18):
+            at = data.index(b"\xff\xda")  # the scan begins; Pillow passes over what stands before it
+            data = data[:at] + b"\0\0\0\0" + data[at:]
+        (folder / path.name).write_bytes(data)
+    mended = sorted(folder.iterdir())
+    loader, plain = make(mended), make(files[:24])
+    for number in (0, 1):
+        pairs = zip(loader.epoch(number), plain.epoch(number), strict=True)
+        assert all(torch.equal(y, y2) and (x - x2).abs().mean() * 255 < 2 for (x, y), (x2, y2) in pairs)
+    assert loader._by_pillow == {5, 17, 18}
+    # Which it is that Pillow decodes does not hang on where an epoch began.
+    whole, rest = ([x.clone() for x, _ in work.epoch(3, start=1)] for work in (loader, make(mended)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, rest, strict=True))
+
+
 def resident_kib():
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
 
@@ -164,11 +184,13 @@ def test_training_by_dali_resumes_with_the_same_figures(tmp_path, monkeypatch, t
         assert torch.equal(value, last[1][name]), name
 
 
-def test_without_dali_the_extra_is_named_before_anything_starts(monkeypatch):
+@pytest.mark.parametrize(("cuda", "extra"), [(None, "dali"), ("13.0", "dali"), ("12.8", "dali-cuda12")])
+def test_without_dali_the_extra_is_named_before_anything_starts(monkeypatch, cuda, extra):
     monkeypatch.setattr(dali, "available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     config = TrainConfig()
     config.data.loader = "dali"
-    with pytest.raises(ValueError, match=r"pip install 'movae-fast\[dali\]'"):
+    with pytest.raises(ValueError, match=rf"pip install 'movae-fast\[{extra}\]'"):
         validate(config)
 
 

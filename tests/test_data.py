@@ -6,8 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from movae_fast.data import DATASETS, Images, ReadOptions, ResidentLoader, Subset, TorchLoader, sprites
-from movae_fast.data.transforms import finish, resize, to_unit
+from movae_fast.data import (
+    DATASETS,
+    Images,
+    ReadOptions,
+    ResidentLoader,
+    Subset,
+    TorchLoader,
+    limited,
+    sprites,
+)
+from movae_fast.data.loaders import compiled_batch_of
+from movae_fast.data.transforms import batch_of, finish, pick, resize, to_unit
 
 CPU = torch.device("cpu")
 
@@ -122,6 +132,88 @@ def test_finish_normalises_and_mirrors():
     assert plain.flatten().tolist() == [0, 1, 1, 0]
     assert finish(images, None, normalize=True).flatten().tolist() == [-1, 1, -1, 1]
     assert torch.equal(to_unit(finish(images, None, True), True), finish(images, None, False))
+
+
+def stored(channels, memory_format=torch.channels_last):
+    images = torch.randint(0, 256, (50, channels, 8, 6), dtype=torch.uint8)
+    return images.contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("flip", [None, torch.arange(20) % 3 == 0])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_region_gives_what_its_parts_give(channels, flip, normalize):
+    rows, labels = torch.randperm(50)[:20], torch.arange(50) * 7
+    for layout in (torch.channels_last, torch.contiguous_format):
+        images = stored(channels, layout)
+        x, y = batch_of(images, labels, rows, flip, normalize)
+        expected = images[rows].double() / 255
+        if flip is not None:
+            expected[flip] = expected[flip].flip(3)
+        expected = expected * 2 - 1 if normalize else expected
+        assert float((x - expected).abs().max()) < 2**-22  # two roundings of float32 below 2
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert y.tolist() == [7 * int(r) for r in rows]
+        assert torch.equal(x, finish(pick(images, rows), flip, normalize))
+        assert pick(images, rows).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.slow
+def test_the_region_is_one_kernel_for_images_and_one_for_labels():
+    from torch._inductor import metrics
+
+    metrics.reset()
+    torch._dynamo.reset()
+    images, rows, flip = stored(3), torch.randperm(50)[:20], torch.arange(20) % 3 == 0
+    x, _ = torch.compile(batch_of, fullgraph=True)(images, torch.arange(50), rows, flip, True)
+    assert metrics.generated_kernel_count == 2
+    assert torch.equal(x, finish(pick(images, rows), flip, True))
+
+
+def test_the_region_is_used_where_the_set_lies_on_the_device(monkeypatch, tmp_path):
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i * 10, i, 0)).save(tmp_path / f"{i:02d}.png")
+    files = DATASETS["folder"].read(options(root=tmp_path, image_size=4))
+    calls = []
+    monkeypatch.setattr(
+        "movae_fast.data.loaders.compiled_batch_of", lambda: lambda *a: calls.append(0) or batch_of(*a)
+    )
+    for made in (lambda: limited(source(), 18), lambda: files):
+        plain, region = (ResidentLoader(made(), 4, CPU, train=True, seed=5, flip=True) for _ in range(2))
+        region.compiled = True
+        for number in (0, 1, 1):  # files are all there after the first epochs
+            for (x, y), (x2, y2) in zip(plain.epoch(number), region.epoch(number), strict=True):
+                assert torch.equal(x, x2)
+                assert torch.equal(y, y2)
+        calls.clear()
+        whole, rest = list(region.epoch(1)), list(region.epoch(1, start=2))
+        assert len(calls) == 4 + 2
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[2:], rest, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_resident_batch_on_a_gpu_waits_for_nothing(channels):
+    images = stored(channels)
+    loaders = [
+        ResidentLoader(Images(images, torch.arange(50)), 16, torch.device(d), train=True, flip=True)
+        for d in ("cpu", "cuda")
+    ]
+    list(loaders[1].epoch(0))  # compiles
+    epochs = [list(loader.epoch(1)) for loader in loaders]
+    batches = loaders[1].epoch(2)
+    next(batches)  # the epoch's order goes to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for (x, y), (x2, y2) in zip(*epochs, strict=True):
+        assert x2.is_contiguous(memory_format=torch.channels_last)
+        assert float((x - x2.cpu()).abs().max()) < 2**-22
+        assert torch.equal(y, y2.cpu())
+    assert compiled_batch_of() is compiled_batch_of()
 
 
 def source(n=53):

@@ -46,11 +46,14 @@ def make_loader(
     *,
     num_workers: int = 0,
     prefetch: int = 2,
+    compiled: bool = True,
     **options: Any,
 ) -> Loader:
-    """The loader called `kind` over `source`, told of `num_workers` and `prefetch` what concerns it."""
+    """The loader called `kind` over `source`, told what concerns it of the options that not all have."""
     if kind == "torch":
         options["num_workers"] = num_workers
     elif kind == "dali":
         options |= {"num_threads": num_workers, "prefetch": prefetch}
+    else:
+        options["compiled"] = compiled
     return LOADERS[kind](source, batch_size, device, **options)

@@ -1,8 +1,9 @@
 """The `dali` loader: files are read here; DALI decodes, crops and resizes them, on a GPU or on a CPU's threads.
 
 The order is the plan that all loaders share, batch by batch, so shards and resuming are theirs too. DALI
-decodes what every decoder reads alike: whole 8-bit JPEGs and PNGs, upright, grey or RGB. Any other file goes
-through `decode` first and reaches DALI as raw pixels: one meaning, and one error, for each loader.
+decodes what every decoder reads alike: whole 8-bit JPEGs and PNGs, upright, grey or RGB. Any other file, and
+one that DALI refuses, goes through `decode` first and reaches DALI as raw pixels: one meaning, and one error,
+for each loader.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import io
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from functools import cache
 from typing import Any
 
@@ -38,8 +40,9 @@ def available() -> bool:
 def require() -> None:
     """Raise ValueError if DALI is not installed."""
     if not available():
+        extra = "dali-cuda12" if (torch.version.cuda or "13").startswith("12.") else "dali"
         raise ValueError(
-            "--loader dali needs DALI: pip install 'movae-fast[dali]', or use --loader torch or resident"
+            f"--loader dali needs DALI: pip install 'movae-fast[{extra}]', or use --loader torch or resident"
         )
 
 
@@ -66,20 +69,27 @@ class DaliLoader(Loader):
         self.num_threads = num_threads or processors()
         self.prefetch = prefetch
         self.labels = torch.tensor(source.labels)
+        self._by_pillow: set[int] = set()  # rows that DALI does not decode
         self._stream: torch.cuda.Stream | None = None
         self._idle: list[tuple[Any, _Feed]] = []  # pipelines that wait for their next epoch
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """As in Loader; on a CPU a batch is DALI's own buffer, valid until the next one is asked for."""
-        pipe, feed = self._idle.pop() if self._idle else self._build()
         at = start * self.batch_size
-        feed.begin(rows[at:].tolist())
+        while at < len(rows):
+            with suppress(_RefusedError), closing(self._decoded(rows[at:].tolist())) as decoded:
+                for images in decoded:
+                    labels = self.labels[rows[at : at + len(images)]]
+                    yield at, (images, labels.to(self.device, non_blocking=True))
+                    at += len(images)
+
+    def _decoded(self, rows: list[int]) -> Generator[Tensor, None, None]:
+        """Batches of uint8 [B, C, S, S]. Raises _RefusedError once it knows how to decode the rest."""
+        pipe, feed = self._idle.pop() if self._idle else self._build(self.batch_size, self.prefetch)
+        feed.begin(rows)
         try:
             while (out := self._run(pipe, feed)) is not None:
-                images = self._to_torch(out)
-                labels = self.labels[rows[at : at + len(images)]]
-                yield at, (images, labels.to(self.device, non_blocking=True))
-                at += len(images)
+                yield self._to_torch(out)
         except GeneratorExit:
             # Left in mid-epoch: what was read ahead must not be the next epoch's first batches.
             feed.begin([])
@@ -100,21 +110,40 @@ class DaliLoader(Loader):
             return None
         except RuntimeError:
             feed.blame()
-            raise
+            refused = self._find_refused([i for part in feed.recent for i in part])
+            if not refused:
+                raise
+            self._by_pillow |= refused
+            raise _RefusedError from None
         return out
 
-    def _build(self) -> tuple[Any, _Feed]:
+    def _find_refused(self, rows: list[int]) -> set[int]:
+        """Which of these files DALI does not decode, though Pillow does: it reads around some damage."""
+        refused = set()
+        while rows:
+            pipe, feed = self._build(1, prefetch=1)
+            feed.begin(rows)
+            try:
+                while rows:
+                    pipe.run()
+                    rows = rows[1:]
+            except RuntimeError:  # after which a pipeline is of no use
+                refused.add(rows[0])
+                rows = rows[1:]
+        return refused - self._by_pillow
+
+    def _build(self, batch_size: int, prefetch: int) -> tuple[Any, _Feed]:
         from nvidia.dali import Pipeline, fn, types
 
         _keep_pipelines_from_children()
 
         cuda = self.device.type == "cuda"
-        feed = _Feed(self.source, self.batch_size, kept=self.prefetch + 2)
+        feed = _Feed(self.source, batch_size, self._by_pillow, kept=prefetch + 2)
         pipe = Pipeline(
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             num_threads=self.num_threads,
             device_id=(self.device.index or 0) if cuda else None,
-            prefetch_queue_depth=self.prefetch,
+            prefetch_queue_depth=prefetch,
         )
         with pipe:
             data, anchor, shape = fn.external_source(source=feed, num_outputs=3, batch=True)
@@ -157,6 +186,10 @@ class DaliLoader(Loader):
         return images.permute(0, 3, 1, 2)
 
 
+class _RefusedError(Exception):
+    """DALI decodes a file of the batch no more; by now it is known which one."""
+
+
 @cache
 def _keep_pipelines_from_children() -> None:
     """A forked worker crashes if it collects a pipeline that it inherited: the threads are its parent's."""
@@ -166,8 +199,8 @@ def _keep_pipelines_from_children() -> None:
 class _Feed:
     """What the pipeline calls for its next batch: encoded files, and where the crop lies in each."""
 
-    def __init__(self, source: ImageFiles, batch_size: int, kept: int) -> None:
-        self.source, self.batch_size = source, batch_size
+    def __init__(self, source: ImageFiles, batch_size: int, by_pillow: set[int], kept: int) -> None:
+        self.source, self.batch_size, self.by_pillow = source, batch_size, by_pillow
         self.rows: list[int] = []
         self.recent: deque[list[int]] = deque(maxlen=kept)  # batches that may be in the pipeline
         self.error: Exception | None = None
@@ -196,7 +229,7 @@ class _Feed:
             data = path.read_bytes()
         except OSError:
             data = b""  # `decode` says what is wrong
-        size = plain_size(data)
+        size = None if i in self.by_pillow else plain_size(data)
         if size is None:
             pixels = decode(path, channels, data if data else None)
             size = pixels.shape[:2]

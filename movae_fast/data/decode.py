@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from movae_fast.data.fetch import first_line
+from movae_fast.data.files import File
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PIXELS = 100_000_000  # what is larger is a mistake or an attack: 300 MB decoded
 
 ORIENTATION = 0x0112  # EXIF's tag
 
 
-def decode(path: Path, channels: int = 3, data: bytes | None = None) -> np.ndarray:
+def decode(path: File, channels: int = 3, data: bytes | None = None) -> np.ndarray:
     """uint8 [H, W, channels] of the image at `path` (or of `data`, its bytes). Raises ValueError naming it."""
     try:
         with warnings.catch_warnings():
             # What is worth a warning to Pillow (a large image, odd metadata) is decided here.
             warnings.simplefilter("ignore")
-            with Image.open(path if data is None else io.BytesIO(data)) as file:
+            with path.open("rb") if data is None else io.BytesIO(data) as stream, Image.open(stream) as file:
                 if file.width * file.height > MAX_PIXELS:
                     raise ValueError(f"{file.width}x{file.height}: more than {MAX_PIXELS:,} pixels")
                 return _pixels(file, channels)
@@ -49,8 +50,11 @@ def _pixels(file: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _reason(error: Exception, path: Path) -> str:
-    if path.exists() and path.stat().st_size == 0:
+def _reason(error: Exception, path: File) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # it cannot be opened
+    if path.stat().st_size == 0:
         return "empty file"
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.replace(f" {str(path)!r}", "").replace(f" {path}", "")
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"  # Pillow adds the address of the stream that it read
+    return first_line(error)

@@ -41,3 +41,7 @@ def fetch(remote: Remote, path: Path) -> None:
         part.unlink()
         raise OSError(f"{remote.url}: SHA-256 is {found}, expected {remote.sha256}; the download was removed")
     part.replace(path)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

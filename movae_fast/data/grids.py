@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.data.fetch import Remote, fetch
-from movae_fast.data.sources import ImageFiles, ReadOptions, first_line, missing
+from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.sources import ImageFiles, ReadOptions, missing
 from movae_fast.data.transforms import resize
 
 N_TEST = 10_000
@@ -93,6 +93,8 @@ class GridImages:
         self.files, self.note = [path], ""
         self._images: Tensor | None = None  # [N or len(rows), H, W(, 3)] as in the file
         self._at = rows  # where in _images
+        shape = next(i for i, name in enumerate(grid.names) if name.endswith("shape"))
+        self._labels = factors_of(rows, grid.sizes)[:, shape]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,11 +107,9 @@ class GridImages:
 
     def to(self, device: torch.device) -> None:
         if device.type != "cpu":
-            self._images, self._at = (
-                self.images.index_select(0, self.rows).to(device),
-                torch.arange(len(self.rows)),
-            )
-            self._at = self._at.to(device)
+            self._images = self.images.index_select(0, self.rows).to(device)
+            self._at = torch.arange(len(self.rows), device=device)
+            self._labels = self._labels.to(device)
 
     def factors(self, rows: Tensor) -> Tensor:
         """Rows [B] of this split to factor values [B, F] int64."""
@@ -117,11 +117,10 @@ class GridImages:
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] to images [B, C, S, S] uint8 and shapes [B]."""
-        images = self.images.index_select(0, self._at[rows.to(self._at.device)])
+        rows = rows.to(self._at.device)
+        images = self.images.index_select(0, self._at[rows])
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-        shape = next(i for i, name in enumerate(self.grid.names) if name.endswith("shape"))
-        labels = self.factors(rows)[:, shape].to(images.device)
-        return resize(images.contiguous() * self.grid.scale, self.size, self.mode), labels
+        return resize(images * self.grid.scale, self.size, self.mode), self._labels[rows]
 
 
 def factors_of(index: Tensor, sizes: tuple[int, ...]) -> Tensor:

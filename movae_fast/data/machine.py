@@ -1,15 +1,19 @@
-"""What this machine has to spare for data: processors and memory."""
+"""What this machine has to spare for data: processors, memory, a place to remember."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from movae_fast.files import replacing
 
 RESIDENT_SHARE = 0.4  # of free memory, what a set may take unless told otherwise
 T = TypeVar("T")
@@ -40,3 +44,16 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def remembered(name: str, work: Callable[[], T]) -> T:
+    """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "movae" / f"{name}.json"
+    if cache.is_file():
+        with suppress(ValueError):
+            return json.loads(cache.read_text())
+    answer = work()
+    # A home that cannot be written costs time, not the run.
+    with suppress(OSError), replacing(cache) as file:
+        file.write(json.dumps(answer).encode())
+    return answer

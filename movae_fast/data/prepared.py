@@ -23,6 +23,7 @@ from movae_fast.data.machine import RESIDENT_SHARE, free_memory, in_threads
 from movae_fast.data.sets import DatasetInfo, Source
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.data.survey import list_hash, unreadable
+from movae_fast.data.transforms import pick
 from movae_fast.files import file_digest, replacing, sync
 
 FORMAT = "movae uint8 images 1"
@@ -49,8 +50,12 @@ class Prepared:
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
         if isinstance(self.images, Tensor):
-            return self.images.index_select(0, rows), self.labels[rows]
+            return pick(self.images, rows), self.labels[rows]
         return torch.from_numpy(self.images[rows.numpy()]), self.labels[rows]
+
+    def table(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """All images and labels where they lie on a GPU."""
+        return (self.images, self.labels) if isinstance(self.images, Tensor) else None
 
     def to(self, device: torch.device) -> None:
         """Copy the set to a GPU that has room for it; on a CPU it stays mapped."""
@@ -58,7 +63,9 @@ class Prepared:
         if device.type == "cpu" or isinstance(mapped, Tensor):
             return
         if mapped.nbytes <= RESIDENT_SHARE * free_memory(device):
-            self.images = torch.empty(mapped.shape, dtype=torch.uint8, device=device)
+            self.images = torch.empty(
+                mapped.shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last
+            )
             for at in range(0, len(mapped), CHUNK):
                 self.images[at : at + CHUNK] = torch.from_numpy(mapped[at : at + CHUNK].copy())
             self.labels, self.on_host = self.labels.to(device), False

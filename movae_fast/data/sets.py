@@ -7,7 +7,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 from torchvision import datasets as tv
 
 from movae_fast.data import grids, sprites
-from movae_fast.data.decode import IMAGE_SUFFIXES
-from movae_fast.data.fetch import Remote, fetch
-from movae_fast.data.sources import ImageFiles, Images, ReadOptions, first_line, in_memory, missing
+from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.files import File, images_below
+from movae_fast.data.sources import ImageFiles, Images, ReadOptions, in_memory, missing
+from movae_fast.data.tars import images_in, is_tar, tars_below
 from movae_fast.data.transforms import CELEBA_CROPS
 
 Source = sprites.Sprites | Images | ImageFiles | grids.GridImages
@@ -95,18 +96,30 @@ def _celeba(options: ReadOptions) -> Source:
 
 
 def _folder(options: ReadOptions) -> Source:
-    """Every image below data_dir: its train/ and test/ where they are, else every tenth file for testing.
+    """Every image below data_dir: its train/ and test/ where they are, else every tenth image for testing.
 
-    Where data_dir is a text file, the images that it lists instead, one a line, relative to its folder.
+    Where no image lies there but tars do, the images in those. Where data_dir is a tar, or a text file that
+    lists images and tars, one a line and relative to its folder: those.
     """
-    if options.root.is_file():
-        return _file_list(options)
-    if (options.root / "train").is_dir() and (options.root / "test").is_dir():
-        files = _images_below(options.root / options.split)
-    else:
-        test = options.split == "test"
-        files = [p for i, p in enumerate(_images_below(options.root)) if (i % 10 == 9) == test]
-    return _files("folder", files, options)
+    root = options.root
+    if root.is_file():
+        listed = [root] if is_tar(root) else _listed_files(options)
+        return _files("folder", *_every_tenth(*images_in(listed), options.split), options)
+    parted = (root / "train").is_dir() and (root / "test").is_dir()
+    below = root / options.split if parted else root
+    found, tars = images_below(below), tars_below(below)
+    files, labels = images_in(found or tars)
+    if not parted:
+        files, labels = _every_tenth(files, labels, options.split)
+    source = _files("folder", files, labels, options)
+    if found and tars:
+        source.note = f"{len(tars)} tars ({tars[0].name}) are left aside: there are image files beside them"
+    return source
+
+
+def _every_tenth(files: list[File], labels: list[int], split: str) -> tuple[list[File], list[int]]:
+    rows = [i for i in range(len(files)) if (i % 10 == 9) == (split == "test")]
+    return [files[i] for i in rows], [labels[i] for i in rows]
 
 
 def _binary_mnist(options: ReadOptions) -> Source:
@@ -162,7 +175,7 @@ def _omniglot_105(options: ReadOptions) -> Source:
     folder = Path(data.target_folder)
     drawings = [(folder / data._characters[y] / name, y) for name, y in data._flat_character_images]
     files, labels = [f for f, _ in drawings], [y for _, y in drawings]
-    return _files("omniglot_105", files, options, labels, channels=1)
+    return _files("omniglot_105", files, labels, options, channels=1)
 
 
 def _listed(name: str, cls: type) -> Callable[[ReadOptions], Source]:
@@ -175,7 +188,7 @@ def _listed(name: str, cls: type) -> Callable[[ReadOptions], Source]:
         if absent:
             found = f"({len(absent)} of {len(files)} {options.split} images are missing, as {absent[0].name})"
             raise _missing(name, options, found)
-        return _files(name, files, options, [int(y) for y in data._labels])
+        return _files(name, files, [int(y) for y in data._labels], options)
 
     return read
 
@@ -190,16 +203,16 @@ def _imagenet(options: ReadOptions) -> Source:
     classes = sorted(d for d in folder.iterdir() if d.is_dir())
     files, labels = [], []
     for label, one in enumerate(classes):
-        found = _images_below(one)
+        found = images_below(one)
         files += found
         labels += [label] * len(found)
     if not files:
         raise _missing("imagenet", options, f"({folder} has no class folders with images)")
-    return _files("imagenet", files, options, labels)
+    return _files("imagenet", files, labels, options)
 
 
 def _files(
-    name: str, files: list[Path], options: ReadOptions, labels: list[int] | None = None, channels: int = 3
+    name: str, files: Sequence[File], labels: list[int], options: ReadOptions, channels: int = 3
 ) -> ImageFiles:
     if not files:
         raise _missing(name, options, f"No {options.split} image was found.")
@@ -207,12 +220,13 @@ def _files(
     return ImageFiles(files, options, None, mode, labels, channels)
 
 
-def _file_list(options: ReadOptions) -> ImageFiles:
+def _listed_files(options: ReadOptions) -> list[Path]:
+    """The files that the text file data_dir names."""
     try:
         lines = options.root.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise ValueError(
-            f"--data_dir {options.root} is no list of files: one path a line, or a folder"
+            f"--data_dir {options.root} is no list of files: one path a line, or a tar, or a folder"
         ) from None
     every = [options.root.parent / line.strip() for line in lines if line.strip()]
     absent = [f for f in every if not f.is_file()]
@@ -220,8 +234,7 @@ def _file_list(options: ReadOptions) -> ImageFiles:
         raise _missing(
             "folder", options, f"({len(absent)} of {len(every)} listed files are missing, as {absent[0]})"
         )
-    files = [f for i, f in enumerate(every) if (i % 10 == 9) == (options.split == "test")]
-    return _files("folder", files, options)
+    return every
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -238,10 +251,6 @@ def unpack(archive: Path, folder: Path) -> None:
             raise ValueError(f"{archive} cannot be unpacked ({first_line(error)}): fetch it again") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _images_below(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _sprites(options: ReadOptions) -> Source:
@@ -341,7 +350,8 @@ DATASETS: dict[str, DatasetInfo] = {
             0,
             0,
             _folder,
-            "your images (png, jpg, webp, bmp), in train/ and test/, or anyhow and every tenth is for testing",
+            "your images (png, jpg, webp, bmp) or tars of them, in train/ and test/, or anyhow and every "
+            "tenth is for testing",
             flip=True,
             classes=1,
         ),

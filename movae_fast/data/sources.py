@@ -1,7 +1,8 @@
 """Image sources: where a split's uint8 images come from, in memory or in files.
 
 A source has `__len__` and either `gather(rows) -> (uint8 images [B, C, S, S], labels [B])`, or, where files
-must be decoded, `source[i] -> (uint8 image [C, S, S], label)`. `to(device)`, where there is one, moves it.
+must be decoded, `source[i] -> (uint8 image [C, S, S], label)`. `to(device)`, where there is one, moves it;
+`table(rows)`, where there is one, is what `gather` indexes: all images and labels on that device, or None.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.decode import Box, decode
+from movae_fast.data.files import File
 from movae_fast.data.machine import in_threads
-from movae_fast.data.transforms import resize
+from movae_fast.data.transforms import pick, resize
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Images:
     """An image source in memory: uint8 [N, C, S, S] and labels [N] int64, wherever they lie."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+        # As convolutions want them; for three channels on a CPU a batch is then ready 2 to 8 times sooner.
+        self.images, self.labels = images.contiguous(memory_format=torch.channels_last), labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,16 +52,21 @@ class Images:
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
         rows = rows.to(self.images.device)
-        # Copies whole images; indexing by [rows] copies bytes, twenty times slower on a CPU.
-        return self.images.index_select(0, rows), self.labels[rows]
+        return pick(self.images, rows), self.labels[rows]
+
+    def table(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """All images and labels, whichever rows are wanted."""
+        return self.images, self.labels
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Image files, cropped to `box` (or to the central square) and resized as they are read; labels or 0."""
+    """Image files (or members of tars), cropped to `box` (or to the central square) and resized as they are
+    read; labels or 0.
+    """
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[File],
         options: ReadOptions,
         box: Box | None,
         mode: str,
@@ -107,7 +115,7 @@ class Subset:
 
     @property
     def on_host(self) -> bool:
-        return getattr(self.source, "on_host", False)
+        return getattr(self.source, "on_host", not hasattr(self.source, "gather"))
 
     def to(self, device: torch.device) -> None:
         """Move the rows that are left, not the set that they were taken from."""
@@ -116,6 +124,8 @@ class Subset:
             self.rows = torch.arange(len(self.rows))
         if hasattr(self.source, "to"):
             self.source.to(device)
+        if not self.on_host:  # a batch's rows are looked up where they are wanted
+            self.rows = self.rows.to(device)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B] of the subset to images and labels, wherever the source keeps them."""
@@ -130,6 +140,8 @@ def limited(source: Any, n: int) -> Any:
     if not 0 < n < len(source):
         return source
     subset = Subset(source, n)
+    if isinstance(source, Images):
+        return Images(*source.gather(subset.rows))
     if not isinstance(source, ImageFiles):
         return subset
     source.keep(subset.rows.tolist())
@@ -159,7 +171,3 @@ def missing(name: str, files: str, options: ReadOptions, error: Exception | str)
         f"--dataset {name}: not found or damaged in --data_dir {options.root}{how}; wanted there: {files}. "
         f"{error}"
     )
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

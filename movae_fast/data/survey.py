@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from movae_fast.data.decode import decode
-from movae_fast.data.machine import in_threads
-from movae_fast.files import replacing
+from movae_fast.data.files import File
+from movae_fast.data.machine import in_threads, remembered
 
 
-def list_hash(files: Sequence[Path]) -> str:
+def list_hash(files: Sequence[File]) -> str:
     """A digest of the files' names, sizes and times of change."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
@@ -26,28 +23,19 @@ def list_hash(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def unreadable(files: Sequence[Path], channels: int) -> dict[int, str]:
+def unreadable(files: Sequence[File], channels: int) -> dict[int, str]:
     """Row -> why, of the files that `decode` refuses."""
-    cache = _cache_folder() / f"unreadable-{list_hash(files)}-{channels}.json"
-    if cache.is_file():
-        return {int(row): why for row, why in json.loads(cache.read_text()).items()}
 
-    def check(path: Path) -> str | None:
+    def check(path: File) -> str | None:
         try:
             decode(path, channels)
         except ValueError as error:
             return str(error).partition(" is not a readable image (")[2].rpartition(");")[0]
         return None
 
-    answers = in_threads(check, files)
-    bad = {row: why for row, why in enumerate(answers) if why is not None}
-    try:
-        with replacing(cache) as file:
-            file.write(json.dumps(bad).encode())
-    except OSError:
-        pass  # a home that cannot be written costs time, not the run
-    return bad
+    def bad() -> dict[int, str]:
+        return {row: why for row, why in enumerate(in_threads(check, files)) if why is not None}
 
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "movae"
+    # JSON's keys are strings.
+    found = remembered(f"unreadable-{list_hash(files)}-{channels}", bad)
+    return {int(row): why for row, why in found.items()}

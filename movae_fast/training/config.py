@@ -32,7 +32,8 @@ class DataConfig:
 
     Args:
         dataset: Name of the dataset; dashes and case do not matter (`movae doctor` lists them).
-        data_dir: Folder that holds (or receives) the original files; for `folder` also a text file of paths.
+        data_dir: Folder that holds (or receives) the original files; for `folder` also a tar of images (.cls
+            files beside them are their classes), or a text file that lists images or tars.
         image_size: Side of the square images in pixels; the default is the dataset's own.
         resize: How images reach that side: zero padding, resampling, or padding where 4 pixels are missing.
         crop: CelebA's crop before resizing: centre 148 (MO-VAE), centre 140, 128 around the face, or none.

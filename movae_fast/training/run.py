@@ -390,8 +390,9 @@ def make_loader(
         "pad": data.last_batch == "pad",
     }
     size = data.batch_size if train else data.eval_batch_size or data.batch_size
-    workers = {"num_workers": data.num_workers, "prefetch": data.prefetch}
-    loader = datasets.make_loader(kind, source, size, device, **workers, **options)
+    options |= {"num_workers": data.num_workers, "prefetch": data.prefetch}
+    options["compiled"] = resolve_mode(config.run.compile, device) != "off"
+    loader = datasets.make_loader(kind, source, size, device, **options)
     loader.why = why
     return loader
 
