@@ -125,6 +125,7 @@ SMALL = {
     "vlae": {"latent_dim": 2, "num_ladders": 1, "hidden_dim": 4, "fc_dim": 8},
     "linear_vae": {"latent_dim": 4},
     "mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
+    "betatc_mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
 }
 
 
