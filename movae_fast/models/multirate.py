@@ -70,7 +70,7 @@ def gate(x: Tensor, kind: GateKind) -> Tensor:
 
     The root's slope grows without bound as its gate closes, and relu would multiply that by 0. Here the root of
     a closed gate is not taken at all; an open one's slope, -e^x / 2g, is finite for every float below 0, as
-    expm1 does not round the gap to 0 there.
+    expm1 does not round the gap to 0 there. Where it does (inductor's on a CPU is exp - 1), the gate is closed.
     """
     if kind == "sigmoid":
         return torch.sigmoid(x)
