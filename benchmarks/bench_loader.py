@@ -213,11 +213,11 @@ def measure(benchmark: Any, group: str, loader: Loader, epochs: int) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
+    benchmark.group = group  # read when the timing begins
     with PeakMemory() as peak:
         before, start = cpu_seconds(), time.perf_counter()
         benchmark.pedantic(epoch, rounds=epochs)
         seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
-    benchmark.group = group
     benchmark.extra_info["images/s"] = seen / seconds
     benchmark.extra_info["CPU s per 1,000"] = 1000 * cpu / seen
     benchmark.extra_info["peak MiB"] = peak.mib
