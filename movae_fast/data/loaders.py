@@ -23,7 +23,7 @@ from torch import Tensor
 
 from movae_fast.data.machine import in_threads
 from movae_fast.data.sources import ImageFiles, stack
-from movae_fast.data.transforms import finish
+from movae_fast.data.transforms import Binarizer, finish
 
 
 @dataclass
@@ -47,10 +47,12 @@ class Loader:
         seed: int = 0,
         flip: bool = False,
         normalize: bool = False,
+        binarizer: Binarizer | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.source, self.batch_size, self.device = source, batch_size, device
+        self.binarizer = binarizer or Binarizer("none", "train" if train else "test", seed)
         self.rank, self.world = rank, world
         self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
         self.why = ""  # this loader and not another, for whoever asked for `auto`
@@ -103,13 +105,16 @@ class Loader:
         """Batches of epoch `number` from batch `start` on."""
         plan = self.share(self.plan(number))
         flip = None if plan.flip is None else plan.flip.to(self.device)
+        rows = plan.rows.to(self.device)
         for at, (images, labels) in self.batches(plan.rows, start):
             part = None if flip is None else flip[at : at + len(images)]
+            images = self.binarizer(images, rows[at : at + len(images)], number if self.train else None)
             yield finish(images, part, self.normalize), labels
 
     def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the given rows [N] of the source, in order, unmirrored."""
-        for _, (images, labels) in self.batches(rows, 0):
+        for at, (images, labels) in self.batches(rows, 0):
+            images = self.binarizer(images, rows[at : at + len(images)], None)
             yield finish(images, None, self.normalize), labels
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
