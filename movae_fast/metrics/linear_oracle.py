@@ -14,6 +14,7 @@ is active where lambda_i > t (Bae et al. 2023, section 3; Lucas et al. 2019 for 
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,12 @@ class LinearOracle:
         # Descending; rounding may leave an eigenvalue of a singular covariance below zero.
         self.values, self.vectors = values.flip(0).clamp_min(0), vectors.flip(1)
 
+    def with_latents(self, k: int) -> LinearOracle:
+        """The same data with another number of latents."""
+        other = copy(self)
+        other.k = k
+        return other
+
     def level(self, beta: float) -> float:
         """The water level: a latent is active where its eigenvalue is above it."""
         if not (math.isfinite(beta) and beta > 0):
@@ -140,6 +147,26 @@ class LinearOracle:
         if math.isinf(beta):
             return self.a * float(self.values.sum()) + self.constant
         return self.point(beta)[1]
+
+    def compare(self, beta: float, rate: float, distortion: float) -> dict[str, float]:
+        """A linear model at `beta` beside the optimum: where it should be, and how far it is off the curve.
+
+        `excess_loss` is its loss above L*; `rate_error` and `distortion_error` are the error of its map from
+        beta to (R, D); `frontier_gap` is its distortion above the least at its own rate (all in nats an image),
+        and `frontier_beta` is the beta that has its rate on the frontier.
+        """
+        best_rate, best_distortion = self.point(beta)
+        best = best_distortion + beta * best_rate
+        return {
+            "oracle_rate": best_rate,
+            "oracle_distortion": best_distortion,
+            "oracle_loss": best,
+            "excess_loss": distortion + beta * rate - best,
+            "rate_error": rate - best_rate,
+            "distortion_error": distortion - best_distortion,
+            "frontier_gap": distortion - self.distortion_at_rate(rate),
+            "frontier_beta": self.beta_at_rate(rate),
+        }
 
 
 def linear_optimum(
