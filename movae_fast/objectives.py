@@ -49,9 +49,14 @@ def reconstruction(
 def kl_standard_normal(
     mu: Tensor,  # [B, D]
     logvar: Tensor,  # [B, D]
+    beta: Tensor | None = None,  # [B] or [1]
 ) -> Tensor:  # []
-    """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
-    return -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+    """KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch.
+
+    `beta` weights the examples.
+    """
+    kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
+    return (kl if beta is None else beta * kl).mean()
 
 
 def rung_kls(
@@ -59,14 +64,16 @@ def rung_kls(
     logvar: Tensor,  # [B, L * D]
     rungs: int,
     reduction: ReconsReduction = "sum",
+    beta: Tensor | None = None,  # [B] or [1]
 ) -> tuple[Tensor, ...]:  # L scalars
     """KL(N(mu, exp(logvar)) || N(0, I)) of each rung in nats: summed over its latents, mean over the batch.
 
-    With "mean" it is averaged over the latents as well, as the reconstruction is over pixels.
+    With "mean" it is averaged over the latents as well, as the reconstruction is over pixels. `beta` weights
+    the examples.
     """
     pairs = zip(mu.chunk(rungs, 1), logvar.chunk(rungs, 1), strict=True)
     divisor = mu.shape[1] // rungs if reduction == "mean" else 1
-    return tuple(kl_standard_normal(m, v) / divisor for m, v in pairs)
+    return tuple(kl_standard_normal(m, v, beta) / divisor for m, v in pairs)
 
 
 def tc_decomposition(
@@ -75,15 +82,19 @@ def tc_decomposition(
     logvar: Tensor,  # [B, D]
     n_data: int,
     estimator: TCEstimator = "mss",
+    beta: Tensor | None = None,  # [B] or [1]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mutual information, total correlation and dimension-wise KL in nats (Chen et al. 2018, eq. 2).
 
-    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator.
+    Their sum is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and whatever the estimator. `beta`
+    weights the examples' total correlation.
     """
     log_q_zx = gaussian_log_density(z, mu, logvar).sum(1)
     log_p_z = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
     log_q_z, log_prod_q_z = ops.tc_terms(z, mu, logvar, n_data, estimator)
-    return (log_q_zx - log_q_z).mean(), (log_q_z - log_prod_q_z).mean(), (log_prod_q_z - log_p_z).mean()
+    tc = log_q_z - log_prod_q_z
+    tc = tc if beta is None else beta * tc
+    return (log_q_zx - log_q_z).mean(), tc.mean(), (log_prod_q_z - log_p_z).mean()
 
 
 def mmd(
@@ -108,6 +119,8 @@ class LossVector:
 
     An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
     a backward pass nor takes its share of an aggregator's preference.
+
+    Of a multi-rate model the kl (tc where there is one) is the mean over examples of beta_i times theirs.
     """
 
     def __init__(
@@ -153,11 +166,11 @@ class LossVector:
         if isinstance(out, VQOutput):
             return rec, out.embedding, out.commitment
         if "tc" in self.names:
-            return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator)
+            return rec, *tc_decomposition(out.z, out.mu, out.logvar, self.n_data, self.tc_estimator, out.beta)
         if self.rungs:
-            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction)
+            kls = rung_kls(out.mu, out.logvar, self.rungs, self.reduction, out.beta)
             return rec, *(self.towards_capacity(kl, i + 1) for i, kl in enumerate(kls))
-        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar), 1)
+        kl = self.towards_capacity(kl_standard_normal(out.mu, out.logvar, out.beta), 1)
         if "mmd" in self.names:
             assert out.prior is not None
             return rec, kl, mmd(out.prior, out.z)

@@ -194,6 +194,7 @@ def describe(work: Run, console: Console) -> None:
         f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
         f"objectives: {weights}; aggregator {config.objective.agg}"
         + (f" over the {config.objective.jacobian} Jacobian" if config.aggregated else ""),
+        *rate_line(config),
         *stage_line(work),
         f"{work.total_steps:,} steps of {images} on {work.device}, {config.run.precision}{compiled}; "
         f"{loader} loader{why}; seed {config.run.seed}",
@@ -222,6 +223,17 @@ def stage_line(work: Run) -> list[str]:
         return []
     fade = f", each new rung fading in over {stages.fade_in:,}" if stages.fade_in else ""
     return [f"stages {stages.first} to {stages.last} of {stages.steps:,} steps{fade}; pre-KL {stages.pre_kl:g}"]
+
+
+def rate_line(config: TrainConfig) -> list[str]:
+    """The betas and gates of a multi-rate model."""
+    rate = config.multirate
+    if not rate.multirate:
+        return []
+    return [
+        f"multi-rate: beta from {rate.beta_min:g} to {rate.beta_max:g}, one per {config.beta_per}; gates "
+        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {rate.gate_decoder} in the decoder"
+    ]
 
 
 def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:

@@ -6,7 +6,10 @@ from typing import Any, get_args
 
 from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, VQOutput
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
+from movae_fast.models.dense_vae import MLPVAE, LinearVAE
+from movae_fast.models.multirate import Gated, Rates, gated_layers, make_multirate
 from movae_fast.models.provlae import VLAE, ProVLAE
+from movae_fast.models.sized_vae import CNNVAE28, CNNVAE32, CNNVAE64, ResNetVAE28, ResNetVAE32, ResNetVAE64
 from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
 from movae_fast.models.vae import BetaTCVAE, ConvVAE
 from movae_fast.models.vq_vae import VQVAE
@@ -21,16 +24,28 @@ MODELS: dict[str, type[VAE]] = {
     "dcgan_vae": DCGANVAE,
     "provlae": ProVLAE,
     "vlae": VLAE,
+    "linear_vae": LinearVAE,
+    "mlp_vae": MLPVAE,
+    "cnn_vae_28": CNNVAE28,
+    "cnn_vae_32": CNNVAE32,
+    "cnn_vae_64": CNNVAE64,
+    "resnet_vae_28": ResNetVAE28,
+    "resnet_vae_32": ResNetVAE32,
+    "resnet_vae_64": ResNetVAE64,
 }
 
 __all__ = [
     "MODELS",
     "VAE",
+    "Gated",
     "GaussianOutput",
     "GaussianVAE",
     "ProVLAE",
+    "Rates",
     "VQOutput",
     "build_model",
+    "gated_layers",
+    "make_multirate",
     "model_options",
 ]
 

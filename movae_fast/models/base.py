@@ -6,11 +6,17 @@ aggregated gradient), `forward_features` everything after them, whose parameters
 features, and only from there on does each one cost a backward pass of its own.
 """
 
+from __future__ import annotations
+
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from movae_fast.models.multirate import Rates
 
 Activation = Literal["tanh", "sigmoid", "none"]
 Norm = Literal["batch", "layer", "none"]
@@ -24,6 +30,7 @@ class GaussianOutput(NamedTuple):
     logvar: Tensor  # [B, D]
     z: Tensor  # [B, D]
     prior: Tensor | None = None  # [B, D] draws from the prior, for objectives that compare with it
+    beta: Tensor | None = None  # [B] or [1] weight of each example's rate, of a multi-rate model
 
 
 class VQOutput(NamedTuple):
@@ -84,12 +91,17 @@ class VAE(nn.Module):
         """
         raise NotImplementedError
 
+    def condition(self, noise: Tensor) -> None:
+        """What the encoder too must know of a batch's `noise` [B, *noise_shape]; to be called before it."""
+
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Any:
+        noise = self.draw_noise(len(x)) if noise is None else noise
+        self.condition(noise)
         return self.forward_features(self.encode(x), noise)
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the standard normal noise that one image's forward pass takes."""
+        """Shape of the noise that one image's forward pass takes: standard normal, and perhaps a beta."""
         return (0,)
 
     def draw_noise(self, n: int) -> Tensor:
@@ -136,6 +148,9 @@ class GaussianVAE(VAE):
 
     Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and
     `decoder` ([B, D] to preactivations).
+
+    Its multi-rate form (`make_multirate`) has `rates`: in training the last column of the noise is an example's
+    log beta; in evaluation all methods compute at the beta of `set_beta`.
     """
 
     latent_dim: int
@@ -143,13 +158,41 @@ class GaussianVAE(VAE):
     mu: nn.Module
     logvar: nn.Module
     decoder: nn.Module
+    rates: Rates | None = None
+
+    def decoder_parts(self) -> tuple[nn.Module, ...]:
+        """The modules after the features, the image's layer last."""
+        return (self.decoder,)
 
     def own_parameters(self) -> dict[str, list[nn.Parameter]]:
-        return {"reconstruction": list(self.decoder.parameters())}
+        return {"reconstruction": [p for part in self.decoder_parts() for p in part.parameters()]}
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        return (self.latent_dim,)
+        return (self.latent_dim + (self.rates is not None),)
+
+    def draw_noise(self, n: int) -> Tensor:
+        noise = super().draw_noise(n)
+        if self.rates is not None:
+            self.rates.draw(noise[:, -1])
+        return noise
+
+    def condition(self, noise: Tensor) -> None:
+        if self.rates is not None and self.training:
+            self.rates.log_beta = noise[:, -1]
+
+    def set_beta(self, beta: float | Tensor) -> None:
+        """The beta that a multi-rate model computes at in evaluation: one, or one an example [B].
+
+        Any positive beta is taken; outside the trained range the gates extrapolate. Raises ValueError for a
+        model with one rate, and for a beta that is not positive and finite.
+        """
+        if self.rates is None:
+            raise ValueError("set_beta: this model has one rate; train it with --multirate")
+        beta = torch.as_tensor(beta, dtype=torch.float64).detach().reshape(-1)
+        if not bool(((beta > 0) & (beta < math.inf)).all()):
+            raise ValueError(f"beta {beta.tolist()} must be positive and finite")
+        self.rates.evaluated = beta.log().to(self.device)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.encoder(x)
@@ -163,8 +206,9 @@ class GaussianVAE(VAE):
     def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> GaussianOutput:
         mu, logvar = features
         noise = self.draw_noise(len(mu)) if noise is None else noise
-        z = mu + torch.exp(0.5 * logvar) * noise
-        return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z)
+        z = mu + torch.exp(0.5 * logvar) * noise[:, : self.latent_dim]
+        beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
+        return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         mu, _ = self.encode(x)

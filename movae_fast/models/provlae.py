@@ -133,9 +133,8 @@ class ProVLAE(GaussianVAE):
         """alpha for the rung that fades in, 1 for the others."""
         return 1 + self.fading * (self.alpha - 1)
 
-    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
-        parts = (self.generators, self.joins, self.ups, self.finish, self.out)
-        return {"reconstruction": [p for part in parts for p in part.parameters()]}
+    def decoder_parts(self) -> tuple[nn.Module, ...]:
+        return self.generators, self.joins, self.ups, self.finish, self.out
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images to (mu, logvar) [B, L * latent_dim], rung 1 first."""

@@ -17,7 +17,7 @@ from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES, weigh
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.dali import require as require_dali
 from movae_fast.data.transforms import CELEBA_CROPS, Binarization
-from movae_fast.models import MODELS, VAE
+from movae_fast.models import MODELS, VAE, Rates
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
 from movae_fast.training.compiled import CompileMode
@@ -86,9 +86,10 @@ class ModelConfig:
     Args:
         arch: Name of the model.
         latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128), or of
-            latents a rung (provlae, vlae: 3).
+            latents a rung (provlae, vlae: 3); linear_vae 32, mlp_vae 10, cnn_vae_28 and resnet_vae_28 32,
+            those of 32 pixels 256, of 64 pixels 64.
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
-            vq_vae: 128 256).
+            vq_vae: 128 256), or widths of the layers (mlp_vae: 1200 1200).
         layer_norm: Normalisation in vae (batch) and vq_vae (none).
         embedding_dim: Dimension of a code (vq_vae: 64).
         num_embeddings: Number of codes (vq_vae: 512).
@@ -100,6 +101,8 @@ class ModelConfig:
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
         hidden_dim: Channels of the convolutions (provlae, vlae: 32).
         fc_dim: Width of the linear layers (provlae, vlae: 256).
+        posterior_cov: linear_vae's posterior covariance, one for all images (shared) or predicted from each.
+        residual_block: Two 3x3 convolutions (author), or pythae's bottleneck (resnet_vae_28/32/64: author).
     """
 
     arch: str = "vae"
@@ -116,6 +119,8 @@ class ModelConfig:
     num_ladders: int | None = None
     hidden_dim: int | None = None
     fc_dim: int | None = None
+    posterior_cov: Literal["shared", "predicted"] | None = None
+    residual_block: Literal["author", "pythae"] | None = None
 
 
 @dataclass
@@ -132,6 +137,8 @@ class ObjectiveConfig:
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
         coef_kl: Multiplies the model's default weight of kl (the collection's beta).
         anneal_steps: Steps over which betatc_vae's dimension-wise KL reaches its weight.
+        kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
+            (monotonic), or in four cycles, rising in the first half of each (cyclic).
         tc_estimator: Estimator of log q(z): stratified (mss) or weighted (mws) minibatch sampling.
         mmd_alpha: mmd_vae's alpha: KL weighs 1 - alpha, MMD alpha + lambda - 1.
         mmd_lambda: mmd_vae's lambda.
@@ -152,6 +159,7 @@ class ObjectiveConfig:
     beta: float | None = None
     coef_kl: float | None = None
     anneal_steps: int = 200
+    kl_annealing: Literal["none", "monotonic", "cyclic"] = "none"
     tc_estimator: Literal["mss", "mws"] = "mss"
     mmd_alpha: float = 1.0
     mmd_lambda: float = 1.0
@@ -163,6 +171,38 @@ class ObjectiveConfig:
     upgrad_reg_eps: float = 1e-6
     gramian_every: int = 1
     gramian_batch: float = 1.0
+
+
+@dataclass
+class MultiRateConfig:
+    """Multi-rate training: one run for all betas of a range.
+
+    The objectives are reconstruction and beta times the KL (betatc_vae: beta times tc), averaged over the betas
+    drawn, weight 1 each unless given. An aggregator sees those averages: it resolves the conflict between them
+    over the whole range, not at each single beta. Evaluation during training is at beta 1, or the range's
+    nearest.
+
+    Args:
+        multirate: Train the model's multi-rate form, whose layers are gated by beta.
+        beta_min: Least beta drawn (log-uniformly).
+        beta_max: Greatest beta drawn.
+        gate_encoder: Gates of the encoder: sigmoid, or sqrt(relu(1 - e^x)).
+        gate_decoder: Gates of the decoder.
+        gate_position: Before a layer's BatchNorm or behind it; layers without one are gated themselves.
+        beta_per: A beta for each example or one for the batch (betatc_vae's default, whose total correlation
+            is estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
+        gate_bias: Added to the initial bias of sqrt gates, a seventh of which start closed; negative opens
+            them.
+    """
+
+    multirate: bool = False
+    beta_min: float = 0.01
+    beta_max: float = 10.0
+    gate_encoder: Literal["sigmoid", "sqrt"] = "sigmoid"
+    gate_decoder: Literal["sqrt", "sigmoid"] = "sqrt"
+    gate_position: Literal["pre_bn", "post_bn"] = "pre_bn"
+    beta_per: Literal["example", "batch"] | None = None
+    gate_bias: float = 0.0
 
 
 @dataclass
@@ -219,11 +259,13 @@ class OptimizerConfig:
         betas: Decay of the moments in adam, adamw, lamb and diffgrad.
         eps: What keeps a division from zero; the default is the optimizer's own (not sgd).
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
-        scheduler: Learning-rate schedule after the warm-up, stepped every step.
+        scheduler: Learning-rate schedule after the warm-up.
+        scheduler_per: Whether the rate, warm-up included, changes every step or every epoch.
         scheduler_lr_min: Learning rate at the end of cosine.
         scheduler_gamma: Factor at each milestone of multi_step.
         scheduler_milestones: Epochs of multi_step's drops.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
+        warmup_epochs: The same in epochs.
     """
 
     optimizer: Literal["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
@@ -234,10 +276,12 @@ class OptimizerConfig:
     eps: float | None = None
     max_grad_norm: float = 0.0
     scheduler: Literal["none", "cosine", "multi_step"] = "none"
+    scheduler_per: Literal["step", "epoch"] = "step"
     scheduler_lr_min: float = 0.0
     scheduler_gamma: float = 0.1
     scheduler_milestones: list[int] = field(default_factory=list)
     warmup_steps: int = 0
+    warmup_epochs: int = 0
 
 
 @dataclass
@@ -315,6 +359,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    multirate: MultiRateConfig = field(default_factory=MultiRateConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -366,12 +411,21 @@ class TrainConfig:
 
     @property
     def reduction(self) -> ReconsReduction:
+        if self.objective.recons_reduction is None and self.multirate.multirate:
+            return "sum"
         return self.objective.recons_reduction or self.model_class.recons_reduction  # type: ignore[return-value]
+
+    @property
+    def beta_per(self) -> Literal["example", "batch"]:
+        """Whether a multi-rate model draws a beta an example or a batch: tc compares a batch's posteriors."""
+        return self.multirate.beta_per or ("batch" if self.model_class.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:
         """The objectives' weights in order."""
         o = self.objective
         defaults = self.model_class.weighted_objectives(vars(self.model), self.image_shape)
+        if self.multirate.multirate:
+            defaults = dict.fromkeys(defaults, 1.0)  # beta is drawn
         if "mmd" in defaults:
             defaults["kl"] *= 1 - o.mmd_alpha
             defaults["mmd"] *= o.mmd_alpha + o.mmd_lambda - 1
@@ -388,6 +442,7 @@ SECTIONS: dict[str, Any] = {
     "data": DataConfig,
     "model": ModelConfig,
     "objective": ObjectiveConfig,
+    "multirate": MultiRateConfig,
     "ladder": LadderConfig,
     "optimizer": OptimizerConfig,
     "run": RunConfig,
@@ -437,6 +492,7 @@ def validate(config: TrainConfig) -> None:
     _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)
     _at_least(0, steps=run.steps, eval_freq=run.eval_freq, save_freq=run.save_freq, seed=run.seed)
     _at_least(0, checkpoint_every=run.checkpoint_every, warmup_steps=config.optimizer.warmup_steps)
+    _at_least(0, warmup_epochs=config.optimizer.warmup_epochs)
     _at_least(1, anneal_steps=objective.anneal_steps, gramian_every=objective.gramian_every)
     _at_least(1, accumulate=run.accumulate)
     _at_least(0, profile=run.profile)
@@ -461,6 +517,8 @@ def validate(config: TrainConfig) -> None:
                 f"--{name} {value} must be {'positive' if name == 'lr' else 'zero or more'} and finite"
             )
     check_optimizer(config.optimizer)
+    if config.optimizer.warmup_epochs and config.optimizer.warmup_steps:
+        raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
     if config.optimizer.scheduler == "multi_step" and not config.optimizer.scheduler_milestones:
         raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
     if objective.recons_reduction == "scaled_sum" and objective.recons_dist != "gaussian":
@@ -477,6 +535,7 @@ def validate(config: TrainConfig) -> None:
     if not config.aggregated and (objective.agg_args or objective.pref_weights):
         raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
     check_ladder(config)
+    check_multirate(config)
     weights = config.weights()
     if "tc" in config.model_class.objectives and data.batch_size < 2:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
@@ -528,14 +587,42 @@ def check_ladder(config: TrainConfig) -> None:
             raise ValueError(f"--{name} {value} must be zero or more and finite")
     if not 0 < ladder.ratio <= 1:
         raise ValueError(f"--ratio {ladder.ratio} must be above 0 and at most 1")
-    if (ladder.use_kl_annealing or ladder.use_capacity_increase) and not any(n.startswith("kl") for n in names):
-        raise ValueError(f"--use_kl_annealing and --use_capacity_increase need a KL; {arch} has none")
+    annealed = config.objective.kl_annealing != "none"
+    if annealed and ladder.use_kl_annealing:
+        raise ValueError("--kl_annealing and --use_kl_annealing both anneal the KL's weight; give one")
+    needs_kl = annealed or ladder.use_kl_annealing or ladder.use_capacity_increase
+    if needs_kl and not any(n.startswith("kl") for n in names):
+        raise ValueError(
+            f"--kl_annealing, --use_kl_annealing and --use_capacity_increase need a KL; {arch} has none"
+        )
     if ladder.use_capacity_increase and (config.objective.beta is not None or config.objective.loss_weights):
         raise ValueError(
             "--use_capacity_increase weighs the KL by --gamma; leave out --beta and --loss_weights"
         )
     if hasattr(config.model_class, "progressive") and config.data.batch_size // config.run.accumulate < 2:
         raise ValueError(f"--batch_size: {arch} normalises over the batch; give at least 2 images at a time")
+
+
+def check_multirate(config: TrainConfig) -> None:
+    """What `validate` asks of the multi-rate settings."""
+    rate, arch, o = config.multirate, config.model.arch, config.objective
+    if not rate.multirate:
+        default = MultiRateConfig()
+        given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
+        if given:
+            raise ValueError(f"--{given[0]} is a setting of multi-rate training: add --multirate")
+        return
+    if config.model_class.beta_objective not in ("kl", "tc"):
+        able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
+        raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
+    Rates(rate.beta_min, rate.beta_max)
+    if not math.isfinite(rate.gate_bias):
+        raise ValueError(f"--gate_bias {rate.gate_bias} must be finite")
+    for name in ("beta", "coef_kl"):
+        if getattr(o, name) is not None:
+            raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")
+    if config.ladder.use_capacity_increase:
+        raise ValueError("--use_capacity_increase replaces beta times the KL: leave it or --multirate out")
 
 
 def _at_least(least: int, **values: int | None) -> None:

@@ -8,6 +8,7 @@ so that distortion + beta * rate is what training minimises.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,8 @@ def one_pass(
     advance: Callable[[int], None],
 ) -> list[Point]:
     """At most `rows` betas in one pass over the images; see `curve_points`."""
-    k, n, sums, done = len(betas), len(noise), None, 0
+    k, n, done = len(betas), len(noise), 0
+    sums: tuple[Tensor, ...] | None = None
     for images, _ in loader.epoch():
         for x in images.split(max(1, rows // k)):
             mu, logvar = encode_at(model, x, betas)  # [K, B, D]
@@ -151,35 +153,33 @@ def nominal_beta(config: TrainConfig) -> float:
 
     Raises ValueError for a model without a rate, and for one whose rate has no weight or several.
     """
-    arch, weights = config.model.arch, config.weights()
-    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
-    named = dict(zip(names, weights, strict=True))
+    if not issubclass(config.model_class, GaussianVAE):
+        raise ValueError(f"{config.model.arch} has a codebook, and no rate to trade for distortion")
+    names = config.model_class.weighted_objectives(vars(config.model), config.image_shape)
+    named = dict(zip(names, config.weights(), strict=True))
     base = config.model_class.beta_objective
     rates = {weight for name, weight in named.items() if name.partition("_")[0] == base}
-    if not issubclass(config.model_class, GaussianVAE):
-        raise ValueError(f"{arch} has a codebook, and no rate to trade for distortion")
-    values = 1
-    for side in config.image_shape:
-        values *= side
-    scale = {"mean": 1 / values, "sum": 1.0, "scaled_sum": 255.0 * config.data.batch_size}[config.reduction]
-    if len(rates) != 1 or not min(rates) > 0 or not named["reconstruction"] > 0:
+    # A ladder's KLs are averages over latents where its reconstruction is one over values.
+    averaged = base not in named and config.reduction == "mean"
+    if averaged or len(rates) != 1 or not min(rates) > 0 or not named["reconstruction"] > 0:
         shown = "  ".join(f"{name} {weight:g}" for name, weight in named.items())
         raise ValueError(f"its weights ({shown}) have no one beta above 0 to stand on a curve for")
+    values = math.prod(config.image_shape)
+    scale = {"mean": 1 / values, "sum": 1.0, "scaled_sum": 255.0 * config.data.batch_size}[config.reduction]
     return min(rates) / (named["reconstruction"] * scale)
 
 
 @torch.no_grad()
 def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
     """The covariance (1/N) of the loader's images in the model's data range, on the CPU."""
-    total = product = None
+    sums: tuple[Tensor, Tensor] | None = None
     for x, _ in loader.epoch():
         flat = x.flatten(1).double()
-        sums = flat.sum(0), flat.T @ flat
-        total, product = sums if total is None else (total + sums[0], product + sums[1])
-    assert total is not None
-    assert product is not None
-    n = len(loader.source)
-    return (product / n - torch.outer(total, total) / n**2).cpu()
+        part = flat.sum(0), flat.T @ flat
+        sums = part if sums is None else (sums[0] + part[0], sums[1] + part[1])
+    assert sums is not None
+    mean = sums[0] / len(loader.source)
+    return (sums[1] / len(loader.source) - torch.outer(mean, mean)).cpu()
 
 
 def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:

@@ -35,14 +35,19 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """0-based step to the factor on `lr`: linear warm-up, then the schedule over the remaining steps."""
-    warmup = config.warmup_steps
+    """0-based step to the factor on `lr`: linear warm-up, then the schedule over the remaining steps.
+
+    With `scheduler_per` "epoch" all steps of an epoch have the factor that its first step has.
+    """
+    warmup = config.warmup_steps or config.warmup_epochs * steps_per_epoch
     least = config.scheduler_lr_min / config.lr
     milestones = [epoch * steps_per_epoch for epoch in config.scheduler_milestones]
+    unit = steps_per_epoch if config.scheduler_per == "epoch" else 1
 
     def factor(step: int) -> float:
+        step -= step % unit
         if step < warmup:
-            return (step + 1) / warmup
+            return min(1.0, (step + unit) / warmup)
         if config.scheduler == "cosine":
             progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
             return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))

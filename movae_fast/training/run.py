@@ -19,7 +19,7 @@ from torch import Tensor
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
 from movae_fast.data import Binarizer, Loader, ReadOptions
-from movae_fast.models import VAE, ProVLAE, build_model, model_options
+from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
@@ -221,7 +221,13 @@ def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
 def new_model(config: TrainConfig) -> VAE:
     """The configuration's model with fresh weights, on the CPU."""
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
-    return build_model(config.model.arch, config.image_shape, config.activation, options)
+    model = build_model(config.model.arch, config.image_shape, config.activation, options)
+    rate = config.multirate
+    if rate.multirate:
+        assert isinstance(model, GaussianVAE)
+        gates = (rate.gate_encoder, rate.gate_decoder, rate.gate_position, config.beta_per, rate.gate_bias)
+        make_multirate(model, rate.beta_min, rate.beta_max, *gates)
+    return model
 
 
 def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
@@ -256,14 +262,6 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     if progression is not None:
         total = steps * (progression.last - progression.first + 1)
     ladder = config.ladder
-    cycles = Cycles(
-        ladder.kl_annealing_mode,
-        steps,
-        ladder.cycle_period,
-        ladder.min_kl_weight,
-        ladder.max_kl_weight,
-        ladder.ratio,
-    )
     losses = LossVector(
         model,
         weights,
@@ -272,7 +270,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         n_data=len(train_loader.source),
         tc_estimator=config.objective.tc_estimator,
         anneal_steps=config.objective.anneal_steps,
-        kl_factor=cycles if ladder.use_kl_annealing else None,
+        kl_factor=kl_factor(config, steps, per_epoch),
         capacity=(ladder.max_capacity, ladder.capacity_max_iter) if ladder.use_capacity_increase else None,
     )
     mode = resolve_mode(config.run.compile, device)
@@ -313,6 +311,19 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         world=world,
         progression=progression,
     )
+
+
+def kl_factor(config: TrainConfig, steps: int, per_epoch: int) -> Callable[[int], float] | None:
+    """The factor on the KL's weight by 0-based step, over a stage of `steps` steps; None for always 1."""
+    ladder, kind = config.ladder, config.objective.kl_annealing
+    if ladder.use_kl_annealing:
+        weights = (ladder.min_kl_weight, ladder.max_kl_weight)
+        return Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
+    if kind == "none":
+        return None
+    cycles, ratio = (1, 0.3) if kind == "monotonic" else (4, 0.5)
+    by_epoch = Cycles("linear", math.ceil(steps / per_epoch), cycles, 0.0, 1.0, ratio)
+    return lambda step: by_epoch(step % steps // per_epoch)
 
 
 def stages(config: TrainConfig, model: VAE, steps: int) -> Progression | None:

@@ -168,6 +168,7 @@ class GradientStep:
         features, weighted, losses, usage = self.forward(x, noise, scale)
         found = at_features(weighted, features, self.flat.own)
         with keeping_buffers(self.model), self.precision.autocast():
+            self.model.condition(noise[:n])
             few = self.model.encode(x[:n].contiguous(memory_format=torch.channels_last))
         upstream = [[None if g is None else g[:n] for g in row] for row in found.features]
         self.reach(reaching(upstream))
@@ -201,6 +202,7 @@ class GradientStep:
 
     def forward(self, x: Tensor, noise: Tensor, scale: Tensor) -> Forward:
         x = x.contiguous(memory_format=torch.channels_last)
+        self.model.condition(noise)
         with self.precision.autocast():
             features = self.model.encode(x)
             out = self.model.forward_features(features, noise)

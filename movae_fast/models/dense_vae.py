@@ -1,0 +1,98 @@
+"""VAEs of linear layers: the linear VAE, whose optimum is known in closed form, and dSprites' MLP."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast.models.base import Activation, GaussianVAE
+
+PosteriorCov = Literal["shared", "predicted"]
+
+
+class SharedLogVariance(nn.Module):
+    """A log-variance a latent that does not depend on the image: [B, …] to [B, D]."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.value.expand(len(h), -1)
+
+
+class LinearVAE(GaussianVAE):
+    """`linear_vae`: two linear layers each way and no nonlinearity (Bae et al. 2023, section 3.2).
+
+    Encoder: image to latent_dim, to the mean; decoder: latent_dim to latent_dim, to the image. Two layers, so
+    that gates between them can take the optimum's form at every beta. The posterior's covariance is diagonal:
+    "shared" by all images, as at the optimum, or "predicted" from the first layer.
+    Objectives: reconstruction (squared error summed over an image, no output activation) and kl, weight 1 each.
+    """
+
+    recons_reduction = "sum"
+    default_activation = "none"
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation = "none",
+        latent_dim: int = 32,
+        posterior_cov: PosteriorCov = "shared",
+    ) -> None:
+        super().__init__(image_shape, activation)
+        self.latent_dim = latent_dim
+        values = math.prod(image_shape)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(values, latent_dim))
+        self.mu = nn.Linear(latent_dim, latent_dim)
+        shared = posterior_cov == "shared"
+        self.logvar = SharedLogVariance(latent_dim) if shared else nn.Linear(latent_dim, latent_dim)
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, latent_dim), nn.Linear(latent_dim, values), nn.Unflatten(1, image_shape)
+        )
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return 1.0, 1.0
+
+
+class MLPVAE(GaussianVAE):
+    """`mlp_vae`: the fully connected network of dSprites (Higgins et al. 2017, widths of Chen et al. 2018).
+
+    Encoder with ReLU through `hidden_dims`, decoder with Tanh back through them and the first once more.
+    Objectives: reconstruction (summed over an image) and kl, weight 1 each; sigmoid output.
+    """
+
+    recons_reduction = "sum"
+    default_activation = "sigmoid"
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation = "sigmoid",
+        latent_dim: int = 10,
+        hidden_dims: Sequence[int] = (1200, 1200),
+    ) -> None:
+        super().__init__(image_shape, activation)
+        self.latent_dim = latent_dim
+        values, top = math.prod(image_shape), hidden_dims[-1]
+        down = [values, *hidden_dims]
+        self.encoder = nn.Sequential(
+            nn.Flatten(), *(m for a, b in itertools.pairwise(down) for m in (nn.Linear(a, b), nn.ReLU()))
+        )
+        self.mu, self.logvar = nn.Linear(top, latent_dim), nn.Linear(top, latent_dim)
+        up = [latent_dim, *reversed(hidden_dims), hidden_dims[0]]
+        self.decoder = nn.Sequential(
+            *(m for a, b in itertools.pairwise(up) for m in (nn.Linear(a, b), nn.Tanh())),
+            nn.Linear(up[-1], values),
+            nn.Unflatten(1, image_shape),
+        )
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return 1.0, 1.0

@@ -1,0 +1,252 @@
+"""Multi-rate VAEs (Bae et al. 2023): one set of weights for every beta of a range.
+
+Each layer's output is multiplied, unit by unit, by a gate that depends on beta (eq. 8): g(n) * (W x + b), n the
+standardised log beta. In training every example (or every batch) has a beta of its own, drawn log-uniformly;
+in evaluation `set_beta` chooses it, so one model is read at any beta.
+
+The loss vector of a multi-rate model is (distortion, beta * rate), its second entry the mean over examples of
+beta_i KL_i. What an aggregator sees are gradients averaged over betas: "no conflict" holds for the averaged
+objectives, that is for the range of betas as a whole and not at each single beta.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast.models.base import GaussianVAE
+from movae_fast.models.dense_vae import SharedLogVariance
+
+GateKind = Literal["sigmoid", "sqrt"]
+GatePosition = Literal["pre_bn", "post_bn"]
+BetaPer = Literal["example", "batch"]
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, SharedLogVariance)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+class Rates:
+    """The range of beta of a multi-rate model, and the log betas that its gates are at.
+
+    One instance serves a model and all its gates. It is no module, so that a checkpoint does not list it once a
+    gate; copies and pickles of a model share theirs in the same way.
+    """
+
+    def __init__(self, beta_min: float, beta_max: float, beta_per: BetaPer = "example") -> None:
+        if not (math.isfinite(beta_max) and 0 < beta_min < beta_max):
+            raise ValueError(
+                f"--beta_min {beta_min:g} and --beta_max {beta_max:g} must satisfy 0 < beta_min < beta_max"
+            )
+        self.beta_min, self.beta_max, self.beta_per = beta_min, beta_max, beta_per
+        self.low, self.high = math.log(beta_min), math.log(beta_max)
+        self.log_beta = torch.zeros(1)  # [B] or [1] of the batch in training
+        self.evaluated = torch.zeros(1, dtype=torch.float64)  # [B] or [1] in evaluation
+
+    def standardise(self, log_beta: Tensor) -> Tensor:
+        """Log betas of any shape to zero mean and unit variance under the log-uniform distribution."""
+        return (log_beta - (self.low + self.high) / 2) * (2 * math.sqrt(3) / (self.high - self.low))
+
+    def draw(self, out: Tensor) -> None:  # [N]
+        """Fill `out` with log betas: one an example, or one for all."""
+        if self.beta_per == "example":
+            out.uniform_(self.low, self.high)
+        else:
+            out.copy_(out.new_empty(1).uniform_(self.low, self.high).expand_as(out))
+
+    def current(self, training: bool, like: Tensor) -> Tensor:
+        """The log betas that count now, [B] or [1], of the dtype and on the device of `like`."""
+        if training:
+            return self.log_beta.to(like)
+        self.evaluated = self.evaluated.to(like)  # moves once after the model did
+        return self.evaluated
+
+
+def open_gap(x: Tensor) -> Tensor:
+    """relu(1 - e^x), exact near 0; its gradient is exactly 0 where it is 0."""
+    return -torch.expm1(x.clamp(max=0))
+
+
+def gate(x: Tensor, kind: GateKind) -> Tensor:
+    """The gate's value: sigmoid(x), or sqrt(relu(1 - e^x)) with a finite gradient everywhere.
+
+    The square root's slope grows without bound as its gate closes, and a relu would multiply that by 0. Here a
+    closed gate's root is not taken at all; an open one's slope, e^x / 2g, is finite for every float below 0.
+    """
+    if kind == "sigmoid":
+        return torch.sigmoid(x)
+    gap = open_gap(x)
+    is_open = gap > 0
+    return torch.where(is_open, torch.where(is_open, gap, 1.0).sqrt(), 0.0)
+
+
+def log_slope(x: Tensor, kind: GateKind) -> Tensor:
+    """d log g / dx of `gate`; 0 for a closed one."""
+    if kind == "sigmoid":
+        return torch.sigmoid(-x)
+    gap = open_gap(x)
+    is_open = gap > 0
+    return torch.where(is_open, x.clamp(max=0).exp() / torch.where(is_open, -2 * gap, 1.0), 0.0)
+
+
+class _Multiply(torch.autograd.Function):
+    """g(n w + c) * y, keeping its result for the backward instead of y.
+
+    The result is what the layer behind (BatchNorm, a convolution) keeps anyway, so a gate costs no memory:
+    dL/dg = <dL/dout, y> appears only as g'(x) dL/dg = (log g)'(x) <dL/dout, out>, and where the gate is closed
+    both sides are 0.
+    """
+
+    @staticmethod
+    def forward(y: Tensor, n: Tensor, weight: Tensor, bias: Tensor, kind: GateKind) -> Tensor:
+        g = gate(torch.addcmul(bias, n[:, None], weight), kind)
+        return y * spread(g, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, n, weight, bias, ctx.kind = inputs
+        ctx.save_for_backward(output, n, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        out, n, weight, bias = ctx.saved_tensors
+        x = torch.addcmul(bias, n[:, None], weight)
+        inner = (grad * out).flatten(2).sum(2, dtype=x.dtype) if out.dim() > 2 else (grad * out).to(x.dtype)
+        if len(x) == 1:
+            inner = inner.sum(0, keepdim=True)
+        slope = inner * log_slope(x, ctx.kind)
+        return grad * spread(gate(x, ctx.kind), grad), None, (slope * n[:, None]).sum(0), slope.sum(0), None
+
+
+def spread(g: Tensor, y: Tensor) -> Tensor:
+    """Gate values [B or 1, C] in the dtype of y [B, C, ...], to be multiplied with it."""
+    return g.to(y.dtype).view(*g.shape, *(1,) * (y.dim() - 2))
+
+
+class Gated(nn.Module):
+    """A layer whose output [B, C, ...] is multiplied by g(w n + c) [B, C], one w and one c a unit or channel.
+
+    `kind` is the gate's function; w and c start as a Linear(1, C)'s, U(-1, 1), and c of a sqrt gate shifted by
+    `gate_bias`: of those gates 14 % start closed for every beta, and a negative shift opens them. In training
+    the betas are the batch's, in evaluation those of `set_beta`.
+    """
+
+    def __init__(
+        self, layer: nn.Module, units: int, rates: Rates, kind: GateKind, gate_bias: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.layer, self.rates, self.kind = layer, rates, kind
+        self.gate_weight = nn.Parameter(torch.empty(units).uniform_(-1, 1))
+        self.gate_bias = nn.Parameter(torch.empty(units).uniform_(-1, 1))
+        if kind == "sqrt":
+            with torch.no_grad():
+                self.gate_bias.add_(gate_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.rates.standardise(self.rates.current(self.training, self.gate_weight))
+        return _Multiply.apply(self.layer(x), n, self.gate_weight, self.gate_bias, self.kind)
+
+    def preactivation(self, log_beta: Tensor) -> Tensor:
+        """Log betas [N] to w n + c [N, C]."""
+        n = self.rates.standardise(log_beta.to(self.gate_weight))
+        return torch.addcmul(self.gate_bias, n[:, None], self.gate_weight)
+
+    def gate_values(self, log_beta: Tensor) -> Tensor:
+        """The response function: log betas [N] to the gates' values [N, C], from 0 to 1."""
+        return gate(self.preactivation(log_beta), self.kind)
+
+    def extra_repr(self) -> str:
+        return f"units={len(self.gate_weight)}, kind={self.kind}"
+
+
+class GatedVariance(Gated):
+    """A shared log-variance [B, D] whose variance is gated: b + log C(n).
+
+    C = sigmoid(w n + c), or with the sqrt kind min(1, e^(w n + c)) = 1 - g^2: the linear VAE's optimum is
+    min(1, beta / lambda).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return x + self._log_gate(self.rates.current(self.training, self.gate_weight))
+
+    def _log_gate(self, log_beta: Tensor) -> Tensor:
+        x = self.preactivation(log_beta)
+        return nn.functional.logsigmoid(x) if self.kind == "sigmoid" else x.clamp(max=0)
+
+    def gate_values(self, log_beta: Tensor) -> Tensor:
+        """Log betas [N] to the factors of the variances [N, D]."""
+        return self._log_gate(log_beta).exp()
+
+
+def make_multirate(
+    model: GaussianVAE,
+    beta_min: float = 0.01,
+    beta_max: float = 10.0,
+    gate_encoder: GateKind = "sigmoid",
+    gate_decoder: GateKind = "sqrt",
+    gate_position: GatePosition = "pre_bn",
+    beta_per: BetaPer = "example",
+    gate_bias: float = 0.0,
+) -> GaussianVAE:
+    """Turn a freshly built model into its multi-rate form, in place, and return it.
+
+    Every convolution and linear layer of encoder and decoder, the heads among them, is gated but the one that
+    gives the image. With gate_position "post_bn" the gate comes behind the layer's BatchNorm instead of before
+    it; a layer without one is gated itself.
+
+    Raises ValueError for a range that is none, for "post_bn" where no layer has a BatchNorm, and for one beta a
+    batch in front of BatchNorm, whose normalisation divides such a gate out again.
+    """
+    model.rates = Rates(beta_min, beta_max, beta_per)
+    found = list(_layers(model))
+    normalised = any(norm is not None for _, _, _, norm in found)
+    if gate_position == "post_bn" and not normalised:
+        raise ValueError("--gate_position post_bn: this model has no BatchNorm; use pre_bn")
+    if gate_position == "pre_bn" and beta_per == "batch" and normalised:
+        raise ValueError(
+            "--beta_per batch with --gate_position pre_bn: BatchNorm divides out again what a whole batch is "
+            "multiplied by; use --beta_per example or --gate_position post_bn"
+        )
+    decoder = {id(m) for part in model.decoder_parts() for m in part.modules()}
+    *_, output = (m for part in model.decoder_parts() for m in part.modules() if isinstance(m, LAYERS))
+    for parent, name, layer, norm in found:
+        if layer is output:
+            continue
+        kind = gate_decoder if id(layer) in decoder else gate_encoder
+        form = GatedVariance if isinstance(layer, SharedLogVariance) else Gated
+        gated = form(layer, _units(layer), model.rates, kind, gate_bias)
+        if gate_position == "post_bn" and norm is not None:
+            gated.layer, name = parent.get_submodule(norm), norm
+        setattr(parent, name, gated)
+    model.set_beta(min(max(1.0, beta_min), beta_max))
+    return model
+
+
+def _layers(model: GaussianVAE) -> Iterator[tuple[nn.Module, str, nn.Module, str | None]]:
+    """Each layer that can be gated: its parent, its name there, itself, and its BatchNorm's name or None."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, LAYERS):
+            above, _, name = path.rpartition(".")
+            parent = model.get_submodule(above)
+            siblings = list(parent.named_children()) if isinstance(parent, nn.Sequential) else []
+            behind = siblings[[n for n, _ in siblings].index(name) + 1 :][:1] if siblings else []
+            yield parent, name, layer, next((n for n, m in behind if isinstance(m, BATCH_NORMS)), None)
+
+
+def _units(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, SharedLogVariance):
+        return len(layer.value)
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+    return layer.out_channels
+
+
+def gated_layers(model: nn.Module) -> dict[str, Gated]:
+    """A multi-rate model's gated layers by name, in its order; empty for another model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
