@@ -80,7 +80,7 @@ def trial_folder(sweep: Path, number: int) -> Path:
     tails = [p for p in (sweep / "trials").glob(f"{number:04d}*") if is_run(p)]
     if not tails:
         raise ValueError(f"{sweep}: trial {number} has no run in trials/{number:04d}")
-    return max(tails, key=lambda p: p.stat().st_mtime)
+    return max(tails, key=lambda p: (len(p.name), p.name))
 
 
 def read_member(
