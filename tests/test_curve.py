@@ -199,7 +199,7 @@ def tiny(train):
 
 def test_a_multirate_run_and_plain_ones_leave_a_json_a_csv_and_figures(tiny, capsys, tmp_path):
     many = tiny("--multirate", "--beta_min 0.1", "--beta_max 5")
-    for beta in ("0.3", "5", "8"):
+    for beta in ("0.3", "4.9999", "8"):
         tiny(f"--beta {beta}")
     capsys.readouterr()
     assert main(["curve", str(tmp_path), "--betas", "4", "--device", "cpu", "--out", str(tmp_path / "c")]) == 0
@@ -209,16 +209,16 @@ def test_a_multirate_run_and_plain_ones_leave_a_json_a_csv_and_figures(tiny, cap
     curve, *plain = record["runs"]
     assert curve["run"] == str(many)
     assert [p["beta"] for p in curve["points"]] == pytest.approx(
-        [0.1, 0.3, 0.1 * 50 ** (1 / 3), 0.1 * 50 ** (2 / 3), 5]
+        [0.1, 0.3, 0.1 * 50 ** (1 / 3), 0.1 * 50 ** (2 / 3), 4.9999]
     )
-    assert [(r["label"], r["points"][0]["beta"]) for r in plain] == [("beta-VAEs", b) for b in (0.3, 5, 8)]
+    assert [(r["label"], r["points"][0]["beta"]) for r in plain] == [("beta-VAEs", b) for b in (0.3, 4.9999, 8)]
     for one in record["runs"]:
         assert one["train_seconds"] > 0
         for p in one["points"]:
             assert p["total"] == pytest.approx(p["rate"] + p["distortion"])
             assert "mig" not in p
     against = {a["beta"]: a for a in record["against"]}
-    assert against[5]["rate_error"] == pytest.approx(
+    assert against[4.9999]["rate_error"] == pytest.approx(
         curve["points"][-1]["rate"] - plain[1]["points"][0]["rate"]
     )
     assert "rate_error" not in against[8]

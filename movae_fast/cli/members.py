@@ -19,6 +19,7 @@ from movae_fast.training.run import load_model
 
 # Flags by which runs of one curve may differ without being another kind of run.
 NOT_A_KIND = ("beta", "loss_weights", "coef_kl", "multirate", "beta_per", "data_dir", "loader", "limit_test")
+CLOSE = 1e-3  # betas that differ by less than this share are one: recipes round them
 
 
 @dataclass
@@ -127,12 +128,14 @@ def of_images(config: TrainConfig) -> dict[str, Any]:
 
 
 def add_plain_betas(members: Sequence[Member]) -> None:
-    """A curve has a point at the beta of each plain run that lies within its ends."""
+    """A curve has a point at the beta of each plain run that lies within its ends, instead of one beside it."""
     plain = {m.betas[0] for m in members if not m.multirate}
     for member in members:
         if member.multirate:
-            inside = {b for b in plain if member.betas[0] <= b <= member.betas[-1]}
-            member.betas = sorted(inside.union(member.betas))
+            ends = member.betas[0] * (1 - CLOSE), member.betas[-1] * (1 + CLOSE)
+            inside = {b for b in plain if ends[0] <= b <= ends[1]}
+            own = {b for b in member.betas if not any(abs(b - p) <= CLOSE * p for p in inside)}
+            member.betas = sorted(inside | own)
 
 
 def label_members(members: Sequence[Member]) -> None:
