@@ -152,6 +152,7 @@ def test_a_grid_runs_every_combination_and_ends_in_curves(sweep, tmp_path, monke
         search={"model": MODELS, "lr": {"choices": [1e-3, 1e-9]}, "seed": {"choices": [0, 1]}},
         curve={"betas": 3, "select": ["lr"]},
     )
+    words += ["--data_dir", str(tmp_path)]
     assert main([*words, "--trials", "5"]) == 0  # some of them, and then the rest
     assert main(words) == 0
     folder = tmp_path / "sweep"
@@ -164,6 +165,7 @@ def test_a_grid_runs_every_combination_and_ends_in_curves(sweep, tmp_path, monke
         model = MODELS["choices"][t["params"]["model (choice)"]]
         assert {k: flags[k] for k in model} == model
         assert flags["multirate"] is ("multirate" in model)
+        assert flags["data_dir"] == str(tmp_path)
         seen.add((t["params"]["model (choice)"], flags["lr"], flags["seed"]))
     assert len(seen) == 12
     # Of each model the learning rate with the better mean over seeds, with all its seeds.

@@ -54,6 +54,7 @@ class SweepFlags:
         sweep_dir: Folder of the study and its runs; one that holds this study is continued.
         seed: Seed of the sampler.
         device: Device of every trial.
+        data_dir: Folder of the original files, for every trial.
         worker: Number of a worker process; set by the sweep itself.
     """
 
@@ -64,6 +65,7 @@ class SweepFlags:
     sweep_dir: str | None = None
     seed: int = 0
     device: str | None = None
+    data_dir: str | None = None
     worker: int | None = None
 
 
@@ -179,7 +181,7 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
                 f"objectives: {name} is unknown{nearest(name, FIGURES)}; valid: test/NAME, {', '.join(FIGURES)}"
             )
     fixed = parsing.read_config(spec.config, kinds) if spec.config else {}
-    fixed |= spec.flags | ({"device": flags.device} if flags.device else {})
+    fixed |= spec.flags | {k: v for k in ("device", "data_dir") if (v := getattr(flags, k)) is not None}
     first = {
         name: space["choices"][0] if "choices" in space else space["low"] for name, space in spec.search.items()
     }
