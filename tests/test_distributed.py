@@ -141,6 +141,24 @@ def test_a_ladders_stages_on_two_ranks(tmp_path):
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--layer_norm none",  # a beta an example: each rank has its slice of the global batch's
+        pytest.param("--beta_per batch --gate_position post_bn --sync_batchnorm true", marks=pytest.mark.slow),
+    ],
+)
+def test_multi_rate_betas_on_two_ranks(tmp_path, flags):
+    words = [*flags.split(), "--multirate", "--agg", "upgrad", "--steps", "6", "--lr", "0.0001"]
+    one = run(tmp_path / "one", *words, "--batch_size", "64")
+    two = run(tmp_path / "two", *words, "--batch_size", "32", ranks=2)
+    assert distance(two, one) < 1e-5
+    for a, b in zip(read_lines(two / "metrics.jsonl"), read_lines(one / "metrics.jsonl"), strict=True):
+        for key in ("train/reconstruction", "train/kl", "test/loss"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
 WATCHED = """
 import sys, torch
 from movae_fast.training import loop

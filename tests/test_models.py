@@ -123,13 +123,17 @@ SMALL = {
     "dcgan_vae": {"max_filters": 8, "latent_dim": 4},
     "provlae": {"latent_dim": 2, "num_ladders": 2, "hidden_dim": 4, "fc_dim": 8},
     "vlae": {"latent_dim": 2, "num_ladders": 1, "hidden_dim": 4, "fc_dim": 8},
+    "linear_vae": {"latent_dim": 4},
+    "mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
 }
 
 
 @pytest.mark.parametrize("arch", MODELS)
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 16)])
 def test_every_model_reconstructs_samples_and_splits_its_parameters(arch, shape):
-    model = build_model(arch, shape, "tanh", SMALL[arch])
+    if arch[-2:].isdigit():  # for one size
+        shape = (shape[0], int(arch[-2:]), int(arch[-2:]))
+    model = build_model(arch, shape, "tanh", SMALL.get(arch, {}))
     x = torch.rand(3, *shape)
     assert model(x).preactivation.shape == x.shape
     model.eval()

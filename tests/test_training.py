@@ -17,7 +17,7 @@ from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig, TrainConfig
 from movae_fast.training.logs import TIMING_KEYS, read_lines
 from movae_fast.training.optim import lr_factor
-from movae_fast.training.run import load_model
+from movae_fast.training.run import kl_factor, load_model
 from movae_fast.training.signals import Signals
 
 
@@ -298,6 +298,38 @@ def test_learning_rate_schedules():
     drops = rates(scheduler="multi_step", scheduler_milestones=[2, 4])
     assert drops[3:5] == [2.0, pytest.approx(0.2)]
     assert drops[8] == pytest.approx(0.02)
+
+
+def test_rates_by_epoch_are_torchs_schedule_stepped_once_an_epoch():
+    options = {"lr": 2.0, "scheduler": "cosine", "scheduler_lr_min": 0.2}
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=0.2)
+    expected = []
+    for _ in range(5):
+        expected += 3 * [optimizer.param_groups[0]["lr"]]  # 3 steps an epoch
+        optimizer.step()
+        schedule.step()
+    factor = lr_factor(OptimizerConfig(scheduler_per="epoch", **options), 15, 3)
+    assert [2.0 * factor(s) for s in range(15)] == pytest.approx(expected)
+    # Two epochs of warm-up, then the five.
+    late = lr_factor(OptimizerConfig(scheduler_per="epoch", warmup_epochs=2, **options), 21, 3)
+    assert [2.0 * late(s) for s in range(21)] == pytest.approx(3 * [1.0] + 3 * [2.0] + expected)
+    smooth = lr_factor(OptimizerConfig(lr=2.0, warmup_epochs=2), 21, 3)
+    assert [smooth(s) for s in range(8)] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1, 1])
+
+
+def test_kl_annealing_by_epoch():
+    config = TrainConfig()
+    assert kl_factor(config, 80, 2) is None
+    config.objective.kl_annealing = "monotonic"  # to 1 over 12 of 40 epochs
+    factor = kl_factor(config, 80, 2)
+    assert [factor(s) for s in (0, 1, 2, 3, 12, 24, 25, 79)] == pytest.approx(
+        [0, 0, 1 / 12, 1 / 12, 0.5, 1, 1, 1]
+    )
+    config.objective.kl_annealing = "cyclic"  # four cycles of 10 epochs, rising over 5
+    factor = kl_factor(config, 80, 2)
+    assert [factor(s) for s in (0, 2, 8, 10, 19, 20, 22, 79)] == pytest.approx([0, 0.2, 0.8, 1, 1, 0, 0.2, 1])
 
 
 def test_flags_and_config_are_inverse():

@@ -189,7 +189,7 @@ class GaussianVAE(VAE):
         """
         if self.rates is None:
             raise ValueError("set_beta: this model has one rate; train it with --multirate")
-        beta = torch.as_tensor(beta, dtype=torch.float64).detach().reshape(-1)
+        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").detach().reshape(-1)
         if not bool(((beta > 0) & (beta < math.inf)).all()):
             raise ValueError(f"beta {beta.tolist()} must be positive and finite")
         self.rates.evaluated = beta.log().to(self.device)

@@ -65,39 +65,35 @@ class Rates:
         return self.evaluated
 
 
-def open_gap(x: Tensor) -> Tensor:
-    """relu(1 - e^x), exact near 0; its gradient is exactly 0 where it is 0."""
-    return -torch.expm1(x.clamp(max=0))
-
-
 def gate(x: Tensor, kind: GateKind) -> Tensor:
     """The gate's value: sigmoid(x), or sqrt(relu(1 - e^x)) with a finite gradient everywhere.
 
-    The square root's slope grows without bound as its gate closes, and a relu would multiply that by 0. Here a
-    closed gate's root is not taken at all; an open one's slope, e^x / 2g, is finite for every float below 0.
+    The root's slope grows without bound as its gate closes, and relu would multiply that by 0. Here the root of
+    a closed gate is not taken at all; an open one's slope, -e^x / 2g, is finite for every float below 0, as
+    expm1 does not round the gap to 0 there.
     """
     if kind == "sigmoid":
         return torch.sigmoid(x)
-    gap = open_gap(x)
+    gap = -torch.expm1(x.clamp(max=0))
     is_open = gap > 0
     return torch.where(is_open, torch.where(is_open, gap, 1.0).sqrt(), 0.0)
 
 
-def log_slope(x: Tensor, kind: GateKind) -> Tensor:
-    """d log g / dx of `gate`; 0 for a closed one."""
+def from_product(inner: Tensor, x: Tensor, g: Tensor, kind: GateKind) -> Tensor:
+    """dL/dx = g'(x) dL/dg of a gate g = gate(x), from inner = g dL/dg; 0 where it is closed."""
     if kind == "sigmoid":
-        return torch.sigmoid(-x)
-    gap = open_gap(x)
-    is_open = gap > 0
-    return torch.where(is_open, x.clamp(max=0).exp() / torch.where(is_open, -2 * gap, 1.0), 0.0)
+        return inner * torch.sigmoid(-x)
+    is_open = g > 0
+    g = torch.where(is_open, g, 1.0)
+    # Two divisions: e^x / g^2 overflows for the least gaps.
+    return torch.where(is_open, inner / g * (x.clamp(max=0).exp() / (-2 * g)), 0.0)
 
 
 class _Multiply(torch.autograd.Function):
     """g(n w + c) * y, keeping its result for the backward instead of y.
 
-    The result is what the layer behind (BatchNorm, a convolution) keeps anyway, so a gate costs no memory:
-    dL/dg = <dL/dout, y> appears only as g'(x) dL/dg = (log g)'(x) <dL/dout, out>, and where the gate is closed
-    both sides are 0.
+    The result is what the layer behind (BatchNorm, a convolution) keeps anyway, so a gate costs no memory: of
+    dL/dg = <dL/dout, y> all that is needed follows from g dL/dg = <dL/dout, out>, for where g is 0 so is g'.
     """
 
     @staticmethod
@@ -118,8 +114,9 @@ class _Multiply(torch.autograd.Function):
         inner = (grad * out).flatten(2).sum(2, dtype=x.dtype) if out.dim() > 2 else (grad * out).to(x.dtype)
         if len(x) == 1:
             inner = inner.sum(0, keepdim=True)
-        slope = inner * log_slope(x, ctx.kind)
-        return grad * spread(gate(x, ctx.kind), grad), None, (slope * n[:, None]).sum(0), slope.sum(0), None
+        g = gate(x, ctx.kind)
+        slope = from_product(inner, x, g, ctx.kind)
+        return grad * spread(g, grad), None, (slope * n[:, None]).sum(0), slope.sum(0), None
 
 
 def spread(g: Tensor, y: Tensor) -> Tensor:
@@ -140,8 +137,9 @@ class Gated(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.rates, self.kind = layer, rates, kind
-        self.gate_weight = nn.Parameter(torch.empty(units).uniform_(-1, 1))
-        self.gate_bias = nn.Parameter(torch.empty(units).uniform_(-1, 1))
+        like = next(layer.parameters(), torch.empty(0))
+        self.gate_weight = nn.Parameter(like.new_empty(units).uniform_(-1, 1))
+        self.gate_bias = nn.Parameter(like.new_empty(units).uniform_(-1, 1))
         if kind == "sqrt":
             with torch.no_grad():
                 self.gate_bias.add_(gate_bias)
