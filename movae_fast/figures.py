@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def labelled_grid(images: Tensor, labels: Sequence[str], columns: int) -> np.nda
         top, left = PAD + i // columns * step[0], PAD + i % columns * step[1]
         pen.text((left, top), label, fill="black")
         canvas.paste(Image.fromarray(image), (left, top + LABEL))
+    return np.asarray(canvas)
+
+
+def captioned(picture: np.ndarray, text: str) -> np.ndarray:
+    """A picture uint8 [h, w, 3] with a line of text above it."""
+    height, width, _ = picture.shape
+    canvas = Image.new("RGB", (width, height + LABEL), "white")
+    ImageDraw.Draw(canvas).text((PAD, 1), text, fill="black")
+    canvas.paste(Image.fromarray(picture), (0, LABEL))
     return np.asarray(canvas)
 
 
@@ -212,6 +222,83 @@ def sweep_figure(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, A
             low = min((x for x in values if x > 0), default=0)
             if label in parameters and low > 0 and min(values) > 0 and max(values) / low > 20:
                 axis.set_xscale("log")
+    return _save(figure, path)
+
+
+@dataclass
+class Series:
+    """One run of a rate-distortion figure: a curve, or a plain run's one point."""
+
+    label: str
+    curve: bool
+    points: list[dict[str, float]]  # beta, rate, distortion, total, active_units, perhaps mig
+    beside: list[dict[str, float]]  # oracle_rate, oracle_distortion at the same betas, where there is an oracle
+
+
+def curve_figure(path: Path, series: Sequence[Series]) -> Path:
+    """Distortion over rate; over beta, D + R, active units and MIG where it is. A colour a label."""
+    plt = pyplot()
+    has_mig = any("mig" in p for s in series for p in s.points)
+    panels = [("total", "D + R (nats)"), ("active_units", "active units"), *[("mig", "MIG")] * has_mig]
+    figure, axes = plt.subplots(
+        1, 1 + len(panels), figsize=(4.2 * (1 + len(panels)), 3.8), squeeze=False, layout="constrained"
+    )
+    labels = list(dict.fromkeys(s.label for s in series))
+    for one in series:
+        colour = f"C{labels.index(one.label) % 10}"
+        style: dict[str, Any] = {"color": colour, "linewidth": 1, "linestyle": "-" if one.curve else "none"}
+        style |= {"marker": "o", "markersize": 3} if one.curve else {"marker": "x", "markersize": 6}
+        seen = next(s for s in series if s.label == one.label) is one
+        for axis, (x, y) in zip(
+            axes[0], [("rate", "distortion"), *(("beta", k) for k, _ in panels)], strict=True
+        ):
+            known = [p for p in one.points if y in p]
+            axis.plot([p[x] for p in known], [p[y] for p in known], label=one.label if seen else None, **style)
+        if one.curve:
+            mark_betas(axes[0][0], one.points)
+    for k, label in enumerate(labels):  # models of other widths have other optima
+        beside = [b for s in series if s.label == label for b in s.beside]
+        frontier = sorted((b["oracle_rate"], b["oracle_distortion"]) for b in beside)
+        if frontier:
+            line = {"color": "black", "linewidth": 0.8, "linestyle": "--", "label": None if k else "optimum"}
+            axes[0][0].plot(*zip(*frontier, strict=True), **line)
+    axes[0][0].set(xlabel="rate (nats)", ylabel="distortion (nats)", title="rate and distortion")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    for axis, (_, title) in zip(axes[0][1:], panels, strict=True):
+        axis.set(xlabel="beta", title=title, xscale="log")
+    return _save(figure, path)
+
+
+def mark_betas(axis: Any, points: Sequence[Mapping[str, float]], every: int = 4) -> None:
+    """Write beta beside some of a curve's points."""
+    for point in points[::every]:
+        axis.annotate(
+            f"{point['beta']:.2g}",
+            (point["rate"], point["distortion"]),
+            textcoords="offset points",
+            xytext=(3, 3),
+            fontsize=6,
+        )
+
+
+def response_figure(path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24) -> Path:
+    """Gate values over beta, a panel a gated layer ([N, C] each); of wide layers every so many channels."""
+    plt = pyplot()
+    columns = min(4, len(layers))
+    rows = math.ceil(len(layers) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns, 2.2 * rows), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axis in axes.flat[len(layers) :]:
+        axis.set_axis_off()
+    for axis, (name, values) in zip(axes.flat, layers.items(), strict=False):
+        channels = values.shape[1]
+        shown = torch.linspace(0, channels - 1, min(lines, channels)).round().long()
+        axis.plot(betas, values[:, shown].numpy(), linewidth=0.7)
+        axis.set_title(f"{name} ({len(shown)} of {channels})", fontsize=7)
+        axis.set(xscale="log", ylim=(-0.05, max(1.05, float(values.max()) * 1.05)))
+    for axis in axes[-1]:
+        axis.set_xlabel("beta")
     return _save(figure, path)
 
 

@@ -139,6 +139,57 @@ def test_pruning_stops_a_trial_that_lags(sweep, tmp_path, monkeypatch):
     assert numbers(tmp_path / "sweep") == [0, 2]
 
 
+MODELS = {"choices": [{"multirate": True, "beta_min": 0.1}, {"beta": 0.5}, {"beta": 4.0}]}
+
+
+def test_a_grid_runs_every_combination_and_ends_in_curves(sweep, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    drawn = []
+    monkeypatch.setattr("movae_fast.cli.sweep.draw", lambda config, paths, console: drawn.append(paths) or [])
+    words = sweep(
+        sampler="grid",
+        trials=None,
+        search={"model": MODELS, "lr": {"choices": [1e-3, 1e-9]}, "seed": {"choices": [0, 1]}},
+        curve={"betas": 3, "select": ["lr"]},
+    )
+    words += ["--data_dir", str(tmp_path)]
+    assert main([*words, "--trials", "5"]) == 0  # some of them, and then the rest
+    assert main(words) == 0
+    folder = tmp_path / "sweep"
+    trials = json.loads((folder / "results.json").read_text())["trials"]
+    assert len(trials) == 12
+    assert len({json.dumps(t["params"], sort_keys=True) for t in trials}) == 12
+    seen = set()
+    for t in trials:
+        flags = yaml.safe_load((folder / "trials" / f"{t['number']:04d}" / "config.yaml").read_text())
+        model = MODELS["choices"][t["params"]["model (choice)"]]
+        assert {k: flags[k] for k in model} == model
+        assert flags["multirate"] is ("multirate" in model)
+        assert flags["data_dir"] == str(tmp_path)
+        seen.add((t["params"]["model (choice)"], flags["lr"], flags["seed"]))
+    assert len(seen) == 12
+    # Of each model the learning rate with the better mean over seeds, with all its seeds.
+    means = {}
+    for t in trials:
+        p = t["params"]
+        means.setdefault(p["model (choice)"], {}).setdefault(p["lr (choice)"], []).append(t["values"][0])
+    best = {model: min(by, key=lambda lr: sum(by[lr])) for model, by in means.items()}
+    wanted = [t["number"] for t in trials if best[t["params"]["model (choice)"]] == t["params"]["lr (choice)"]]
+    assert [int(p.name) for p in drawn[-1]] == wanted
+    assert len(wanted) == 6
+
+
+def test_a_sweeps_curve_is_drawn(sweep, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    flags = FLAGS | {"recons_dist": "bernoulli", "recons_reduction": "sum"}
+    assert (
+        main(sweep(flags=flags, sampler="grid", trials=None, search={"model": MODELS}, curve={"betas": 3})) == 0
+    )
+    record = json.loads((tmp_path / "sweep" / "curve" / "curve.json").read_text())
+    assert [len(r["points"]) for r in record["runs"]] == [5, 1, 1]
+    assert (tmp_path / "sweep" / "curve" / "curve.png").exists()
+
+
 @pytest.mark.slow
 def test_twelve_trials_with_two_parallel_workers(sweep, tmp_path):
     words = sweep(trials=12, workers=2)
@@ -162,6 +213,13 @@ def test_twelve_trials_with_two_parallel_workers(sweep, tmp_path):
         ({"objectives": {"mig": "max"}}, "valid: minimize, maximize"),
         ({"flags": FLAGS | {"image_size": 15}, "trials": 0}, "must be at least 1"),
         ({"trails": 3}, "trails is unknown (did you mean trials"),
+        ({"sampler": "random"}, "sampler random: valid: tpe, grid"),
+        ({"sampler": "grid"}, "search: beta: a grid is over {choices: [...]}"),
+        ({"search": {"any": {"choices": [{"betta": 1}]}}}, "betta is no flag (did you mean beta"),
+        ({"search": {"any": {"choices": [{"beta": 1.0}, 2]}}}, "either every choice is a mapping"),
+        ({"search": {"any": {"choices": [{"beta": 1.0}, {"beta": -1.0}]}}}, "is -1.0"),
+        ({"curve": {"beta": 3}}, "curve: beta is unknown (did you mean betas"),
+        ({"curve": {"select": ["lr"]}}, "curve: select: lr is not searched"),
     ],
 )
 def test_bad_sweeps_are_one_line(sweep, capsys, values, message, tmp_path):
@@ -194,13 +252,13 @@ def test_ranges():
         check_space("beta", {"low": 0.0})
 
 
-def test_the_sweeps_and_the_ladders_recipes_are_valid(tmp_path):
+def test_the_sweeps_and_the_recipes_beside_them_are_valid():
     kinds = parsing.flag_types(list(SECTIONS.values()))
     for name in sweep_names():
         spec, stem = read_sweep(name)
         make_study(SweepFlags(name), spec, stem)
-    names = [n for n in parsing.recipe_names() if n.startswith("provlae/")]
-    assert len(names) == 9
+    names = [n for n in parsing.recipe_names() if n.startswith(("provlae/", "mrvae/"))]
+    assert len([n for n in names if n.startswith("provlae/")]) == 9
     for name in names:
         values = parsing.read_config(name, kinds)
         if values["dataset"] not in DATASETS:

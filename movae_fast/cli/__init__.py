@@ -1,4 +1,4 @@
-"""The command line: `movae train|sweep|evaluate|sample|reconstruct|generate|data|doctor`."""
+"""The command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|data|doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model; every flag has a default, recipes are --config NAME",
     "sweep": "search over flags of train with Optuna; --config NAME or a YAML file",
     "evaluate": "objectives, bounds, image quality and disentanglement of a trained model",
+    "curve": "rate and distortion over beta: multi-rate runs as curves, plain runs as points",
     "sample": "pictures from a trained model: sample, interpolate, traverse, reconstruct, visualize_latent",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",

@@ -182,21 +182,28 @@ def read_codes(
     config: EvaluateConfig, trained: TrainConfig, model: VAE, device: torch.device, test: bool
 ) -> Codes:
     """Posteriors and factors of images drawn without replacement from the training split by the seed."""
+    n, extra = config.samples, config.samples // 2 if test else 0
+    loader, rows = factor_images(trained, device, n, extra, config.seed)
+    parts = [model.encode(x) for x, _ in loader.take(rows)]
+    mu, logvar = (torch.cat([p[i] for p in parts]) for i in (0, 1))
+    return Codes(mu, logvar, loader.source.factors(rows.to(device)).to(device), n, config.seed)
+
+
+def factor_images(
+    trained: TrainConfig, device: torch.device, n: int, extra: int, seed: int
+) -> tuple[Loader, Tensor]:
+    """The training split, unmirrored, and n + extra of its rows, drawn without replacement by the seed."""
     loader: Loader = make_loader(trained, device, "train", in_order=True)
     if not hasattr(loader.source, "factors"):
         raise ValueError(
             f"{trained.data.dataset}: this copy of the data has lost its factors; use the original files"
         )
-    n, extra = config.samples, config.samples // 2 if test else 0
     if n + extra > len(loader.source):
         raise ValueError(
             f"--samples {n} needs {n + extra} images ({extra} of them to test); there are {len(loader.source)}"
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.randperm(len(loader.source), generator=generator)[: n + extra]
-    parts = [model.encode(x) for x, _ in loader.take(rows)]
-    mu, logvar = (torch.cat([p[i] for p in parts]) for i in (0, 1))
-    return Codes(mu, logvar, loader.source.factors(rows.to(device)).to(device), n, config.seed)
+    generator = torch.Generator().manual_seed(seed)
+    return loader, torch.randperm(len(loader.source), generator=generator)[: n + extra]
 
 
 def table(trained: TrainConfig, report: Report) -> Table:

@@ -1,21 +1,24 @@
-"""`movae sample`: pictures from a trained model, in five modes."""
+"""`movae sample`: pictures from a trained model, in six modes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from movae_fast.cli import parsing
 from movae_fast.data import to_unit
-from movae_fast.figures import back_and_forth, grid, latent_scatter, pairs, write_gif, write_png
+from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.vq_vae import VQVAE
 from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.curve import log_spaced, say_extrapolation
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
@@ -28,7 +31,8 @@ class SampleConfig:
     Args:
         weights: The run's folder or a checkpoint; may stand first without its flag.
         mode: `sample` from the prior; `interpolate` between two draws; `traverse` one latent; `reconstruct`
-            test images; `visualize_latent`, the posterior means of a model with two latents, coloured by label.
+            test images; `visualize_latent`, the posterior means of a model with two latents, coloured by label;
+            `beta_sweep`, reconstructions and samples of a multi-rate model over its range of beta.
         n_samples: Images, strips, pairs, or (visualize_latent) test images.
         save_dir: Folder for the pictures; the default is figures/ in the run's folder.
         batch_size: Images decoded at a time.
@@ -37,13 +41,17 @@ class SampleConfig:
         n_traverse: Images of a strip along the latent.
         traverse_range: A strip spans [-range, range], in prior standard deviations.
         traverse_dim: The latent to traverse; -1 traverses every latent of one draw, a strip each.
+        beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
+        n_betas: Betas of beta_sweep, evenly spaced in their logarithm.
         single_files: Also write every image, strip or pair to a PNG of its own.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        data_dir: Folder of the original files (reconstruct, visualize_latent), if not where training had it.
+        data_dir: Folder of the original files, for modes that need test images, if not where training had it.
     """
 
     weights: str
-    mode: Literal["sample", "interpolate", "traverse", "reconstruct", "visualize_latent"] = "sample"
+    mode: Literal["sample", "interpolate", "traverse", "reconstruct", "visualize_latent", "beta_sweep"] = (
+        "sample"
+    )
     n_samples: int = 16
     save_dir: str | None = None
     batch_size: int = 500
@@ -52,6 +60,8 @@ class SampleConfig:
     n_traverse: int = 15
     traverse_range: float = 3.0
     traverse_dim: int = 0
+    beta: float | None = None
+    n_betas: int = 24
     single_files: bool = False
     device: str = "auto"
     data_dir: str | None = None
@@ -95,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
 
 def load(config: SampleConfig, expected: str | None) -> Job:
     """The model to draw from; `expected` is a training configuration that it must agree with."""
-    for name in ("n_samples", "batch_size", "n_interpolate", "n_traverse"):
+    for name in ("n_samples", "batch_size", "n_interpolate", "n_traverse", "n_betas"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
     device = resolve_device(config.device)
@@ -107,7 +117,28 @@ def load(config: SampleConfig, expected: str | None) -> Job:
         trained.data.data_dir = config.data_dir
     trained.run.device = config.device
     validate(trained)
+    choose_beta(config, trained, model)
     return Job(config, trained, model, torch.Generator().manual_seed(config.seed))
+
+
+def choose_beta(config: SampleConfig, trained: TrainConfig, model: VAE) -> None:
+    """Set a multi-rate model to the beta asked for. Raises ValueError for a model that has one beta only."""
+    if not isinstance(model, GaussianVAE) or model.rates is None:
+        for flag in ("beta", "mode beta_sweep"):
+            if config.beta is not None if flag == "beta" else config.mode == "beta_sweep":
+                raise ValueError(
+                    f"--{flag} needs a multi-rate model; this {trained.model.arch} was trained for one beta "
+                    "(train with --multirate)"
+                )
+        return
+    if config.beta is None:
+        return
+    if config.mode == "beta_sweep":
+        raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
+    if not (math.isfinite(config.beta) and config.beta > 0):
+        raise ValueError(f"--beta {config.beta:g} must be above 0 and finite")
+    say_extrapolation("sample", config.beta, config.beta, model.rates.beta_min, model.rates.beta_max)
+    model.set_beta(config.beta)
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, name: str) -> None:
@@ -242,10 +273,33 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
     return [latent_scatter(free(folder, "latent.png"), means, labels)]
 
 
+def beta_sweep(job: Job, folder: Path) -> list[Path]:
+    """Above, test images with their reconstructions below them; under it, samples: a frame a beta."""
+    model, n = job.model, job.config.n_samples
+    assert isinstance(model, GaussianVAE)
+    assert model.rates is not None
+    x, _ = test_images(job, n)
+    z = model.sample_latents(n, job.generator)
+    columns = min(n, 8)
+    frames, strips_of = [], []
+    for beta in log_spaced(model.rates.beta_min, model.rates.beta_max, job.config.n_betas):
+        model.set_beta(beta)
+        y = torch.cat([job.unit(model.reconstruct(part)) for part in x.split(job.config.batch_size)])
+        samples = job.decode(z)
+        picture = np.concatenate([pairs(job.unit(x), y, columns), grid(samples, columns)])
+        frames.append(captioned(picture, f"beta {beta:.3g}"))
+        strips_of.append(torch.cat([y, samples]))
+    every = torch.stack(strips_of, dim=1)  # [2 n, betas, C, S, S]
+    made = [write_png(free(folder, "beta_sweep.png"), grid(every.flatten(0, 1), columns=every.shape[1]))]
+    made.append(write_gif(free(folder, "beta_sweep.gif"), back_and_forth(frames)))
+    return made + singles(job, folder, "beta_sweep", list(every))
+
+
 MODES: dict[str, Callable[[Job, Path], list[Path]]] = {
     "sample": sample,
     "interpolate": interpolate,
     "traverse": traverse,
     "reconstruct": reconstruct,
     "visualize_latent": visualize_latent,
+    "beta_sweep": beta_sweep,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -46,6 +47,7 @@ class Study:
     objectives: dict[str, str]
     metrics: dict[str, str]  # objective -> metric of `movae evaluate`
     fixed: dict[str, Any]
+    grid: bool  # every combination of the choices instead of a search
     trials: int
     workers: int
     samples: int
@@ -64,6 +66,11 @@ class Study:
                 f"--sweep_dir {self.folder} holds a study with other {' and '.join(differ)}; name a new folder"
             )
         study.set_user_attr("asked", asked)
+        if self.grid:
+            names = [parameter(name) for name in self.search]
+            choices = [range(len(space["choices"])) for space in self.search.values()]
+            for point in itertools.product(*choices):
+                study.enqueue_trial(dict(zip(names, point, strict=True)), skip_if_exists=True)
 
     def open(self, seed: int = 0) -> optuna.Study:
         """The study in its storage."""
@@ -99,7 +106,7 @@ class Study:
     @property
     def pruned(self) -> bool:
         """Whether trials may be cut short: one objective, that evaluations during training report."""
-        return self.prune and len(self.objectives) == 1 and not self.metrics
+        return self.prune and not self.grid and len(self.objectives) == 1 and not self.metrics
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -162,7 +169,7 @@ class Study:
 
     def trial(self, trial: optuna.Trial) -> list[float]:
         """Train once with the trial's flags; the objectives' values."""
-        flags = self.fixed | {name: suggest(trial, name, space) for name, space in self.search.items()}
+        flags = self.fixed | assigned({n: suggest(trial, n, space) for n, space in self.search.items()})
         number = trial.number
         tail = next(
             s for s in ("", *(f"-{i}" for i in range(2, 99))) if not self.run_folder(number, s).exists()
@@ -222,11 +229,29 @@ class Reporting:
         self.logs.close()
 
 
+def parameter(name: str) -> str:
+    """What the study calls the index of a choice."""
+    return f"{name} (choice)"
+
+
+def is_bundle(space: Any) -> bool:
+    """Whether the choices are mappings of flags."""
+    return "choices" in space and isinstance(space["choices"][0], dict)
+
+
+def assigned(values: dict[str, Any]) -> dict[str, Any]:
+    """Flags by name from values of the search: a mapping's own flags in its place."""
+    flags: dict[str, Any] = {}
+    for name, value in values.items():
+        flags |= value if isinstance(value, dict) else {name: value}
+    return flags
+
+
 def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
     """One flag's value; a range between whole numbers is of whole numbers."""
     if "choices" in space:
         # Optuna's own choices are scalars; ours may be lists.
-        return space["choices"][trial.suggest_int(f"{name} (choice)", 0, len(space["choices"]) - 1)]
+        return space["choices"][trial.suggest_int(parameter(name), 0, len(space["choices"]) - 1)]
     low, high, log = space["low"], space["high"], bool(space.get("log", False))
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(name, low, high, step=space.get("step", 1), log=log)

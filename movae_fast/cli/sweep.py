@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.cli.study import Report, Study, report
+from movae_fast.cli.curve import CurveConfig, draw
+from movae_fast.cli.members import trial_folder
+from movae_fast.cli.study import Report, Study, assigned, is_bundle, parameter, report
 from movae_fast.figures import sweep_figure
 from movae_fast.metrics import METRICS
 from movae_fast.names import nearest
@@ -37,15 +42,19 @@ class SweepFlags:
     """Sweep.
 
     Args:
-        config: Sweep by name, or a YAML file: `search` (flag -> {low, high, log, step} or {choices}),
-            `objectives` (figure -> minimize or maximize), and any of `config` (a recipe), `flags` (fixed ones),
-            `trials`, `workers`, `storage`, `samples`, `prune`.
+        config: Sweep by name, or a YAML file: `search` (flag -> {low, high, log, step} or {choices}; choices
+            that are mappings each set the flags in them, under any name), `objectives` (figure -> minimize or
+            maximize), and any of `config` (a recipe), `flags` (fixed ones), `sampler` (tpe, or grid: every
+            combination of the choices), `curve` (flags of `movae curve`, which draws the trials at the end, and
+            `select`: names of the search of whose values only the best is drawn), `trials`, `workers`,
+            `storage`, `samples`, `prune`.
         trials: Trials that the study shall have in all, those of earlier calls included.
         workers: Processes that share the study.
         storage: Journal file, or URL of a database for many machines; by default study.journal in the folder.
         sweep_dir: Folder of the study and its runs; one that holds this study is continued.
         seed: Seed of the sampler.
         device: Device of every trial.
+        data_dir: Folder of the original files, for every trial.
         worker: Number of a worker process; set by the sweep itself.
     """
 
@@ -56,6 +65,7 @@ class SweepFlags:
     sweep_dir: str | None = None
     seed: int = 0
     device: str | None = None
+    data_dir: str | None = None
     worker: int | None = None
 
 
@@ -67,7 +77,9 @@ class SweepFile:
     objectives: dict[str, str] = field(default_factory=lambda: {"test/loss": "minimize"})
     config: str | None = None
     flags: dict[str, Any] = field(default_factory=dict)
-    trials: int = 20
+    sampler: str = "tpe"
+    curve: dict[str, Any] | None = None
+    trials: int | None = None
     workers: int = 1
     storage: str | None = None
     samples: int = 10_000
@@ -113,11 +125,13 @@ def run(argv: Sequence[str]) -> int:
     if not found.rows:
         print(f"movae sweep: no trial succeeded; the first error: {found.error}", file=sys.stderr)
         return 1
+    if spec.curve is not None:
+        draw_curve(study, spec, found, console)
     return 1 if any(statuses) else 0
 
 
 def sweep_names() -> list[str]:
-    return sorted(p.stem for p in SWEEPS.glob("*.yaml"))
+    return sorted(str(p.relative_to(SWEEPS).with_suffix("")) for p in SWEEPS.rglob("*.yaml"))
 
 
 def read_sweep(name: str) -> tuple[SweepFile, str]:
@@ -139,18 +153,24 @@ def read_sweep(name: str) -> tuple[SweepFile, str]:
     for key in values:
         if key not in known:
             raise ValueError(f"--config {path}: {key} is unknown{nearest(str(key), known)}")
-    return SweepFile(**values), path.stem
+    inside = path.is_relative_to(SWEEPS)
+    return SweepFile(**values), str(path.relative_to(SWEEPS).with_suffix("")) if inside else path.stem
 
 
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     """The study, with everything checked that can be before a trial runs."""
     kinds = parsing.flag_types(list(SECTIONS.values()))
-    for where, names in (("search", spec.search), ("flags", spec.flags)):
+    for name, space in spec.search.items():
+        check_space(name, space)
+    bundled = [key for choice in bundles(spec.search) for key in choice]
+    single = [name for name, space in spec.search.items() if not is_bundle(space)]
+    for where, names in (("search", [*single, *bundled]), ("flags", list(spec.flags))):
         for name in names:
             if name not in kinds:
                 raise ValueError(f"--config {flags.config}: {where}: {name} is no flag{nearest(name, kinds)}")
-    for name, space in spec.search.items():
-        check_space(name, space)
+    check_sampler(flags.config, spec)
+    if spec.curve is not None:
+        curve_config(spec, [], None)
     if not spec.objectives:
         raise ValueError(f"--config {flags.config}: objectives are empty")
     for name, direction in spec.objectives.items():
@@ -161,18 +181,25 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
                 f"objectives: {name} is unknown{nearest(name, FIGURES)}; valid: test/NAME, {', '.join(FIGURES)}"
             )
     fixed = parsing.read_config(spec.config, kinds) if spec.config else {}
-    fixed |= spec.flags | ({"device": flags.device} if flags.device else {})
+    fixed |= spec.flags | {k: v for k in ("device", "data_dir") if (v := getattr(flags, k)) is not None}
     first = {
         name: space["choices"][0] if "choices" in space else space["low"] for name, space in spec.search.items()
     }
-    config = TrainConfig.from_flat(fixed | first)
+    config = TrainConfig.from_flat(fixed | assigned(first))
     validate(config)
+    for name, space in spec.search.items():
+        for choice in space["choices"][1:] if is_bundle(space) else []:
+            validate(TrainConfig.from_flat(fixed | assigned(first | {name: choice})))
     factors = [n for n in spec.objectives if FIGURES.get(n) in METRICS]
     if factors and not config.info.factor_sizes:
         raise ValueError(
             f"objectives: {factors[0]} needs data with known discrete factors; {config.info.name} has none"
         )
-    workers, trials = flags.workers or spec.workers, flags.trials or spec.trials
+    every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20
+    workers, trials = (
+        flags.workers or spec.workers,
+        flags.trials or (every if spec.trials is None else spec.trials),
+    )
     for name, value in (("trials", trials), ("workers", workers), ("samples", spec.samples)):
         if value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
@@ -184,7 +211,8 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
         objectives=spec.objectives,
         metrics={n: FIGURES[n] for n in spec.objectives if n in FIGURES},
         fixed=fixed,
-        trials=trials,
+        grid=spec.sampler == "grid",
+        trials=min(trials, every) if spec.sampler == "grid" else trials,
         workers=workers,
         samples=spec.samples,
         prune=spec.prune,
@@ -200,6 +228,9 @@ def check_space(name: str, space: Any) -> None:
     if "choices" in space:
         if not isinstance(space["choices"], list) or not space["choices"]:
             raise ValueError(f"search: {name}: choices are a list that is not empty")
+        mappings = [isinstance(choice, dict) for choice in space["choices"]]
+        if any(mappings) and not all(mappings):
+            raise ValueError(f"search: {name}: either every choice is a mapping of flags or none is")
         return
     if set(space) - {"low", "high", "log", "step"}:
         raise ValueError(f"search: {name}: give {valid}")
@@ -208,6 +239,62 @@ def check_space(name: str, space: Any) -> None:
         raise ValueError(f"search: {name}: low {low} must be a number below high {high}")
     if space.get("log") and ("step" in space or low <= 0):
         raise ValueError(f"search: {name}: a logarithmic range has no step and a low above 0")
+
+
+def bundles(search: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every choice that is a mapping of flags."""
+    return [choice for space in search.values() if is_bundle(space) for choice in space["choices"]]
+
+
+def check_sampler(name: str, spec: SweepFile) -> None:
+    """Refuse a sampler that there is not, and a grid over a range."""
+    if spec.sampler not in ("tpe", "grid"):
+        raise ValueError(f"--config {name}: sampler {spec.sampler}: valid: tpe, grid")
+    for key, space in spec.search.items():
+        if spec.sampler == "grid" and "choices" not in space:
+            raise ValueError(f"--config {name}: search: {key}: a grid is over {{choices: [...]}}")
+
+
+def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> CurveConfig:
+    """The `curve` section as flags of `movae curve`. Raises ValueError for what is none."""
+    given = dict(spec.curve) if isinstance(spec.curve, dict) else {}
+    known = {f.name for f in dataclasses.fields(CurveConfig)} - {"runs", "out"}
+    for key in given:
+        if key not in {*known, "select"}:
+            raise ValueError(f"curve: {key} is unknown{nearest(str(key), [*known, 'select'])}")
+    for name in given.pop("select", []):
+        if name not in spec.search:
+            raise ValueError(f"curve: select: {name} is not searched{nearest(str(name), spec.search)}")
+    return CurveConfig(runs=runs, out=None if folder is None else str(folder), **given)
+
+
+def draw_curve(study: Study, spec: SweepFile, found: Report, console: Console) -> None:
+    """The trials' rate-distortion curves, of those that are not selected out."""
+    assert spec.curve is not None
+    rows = selected(study, found, spec.curve.get("select", []))
+    paths = [trial_folder(study.folder, row["number"]) for row in rows]
+    config = curve_config(spec, [str(p) for p in paths], study.folder / "curve")
+    config.device = str(study.fixed.get("device", config.device))
+    for path in draw(config, paths, console):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def selected(study: Study, found: Report, over: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows whose values of the names in `over` have the best first objective, everything else being equal.
+
+    Seeds are not compared but averaged.
+    """
+    worse = 1 if next(iter(study.objectives.values())) == "minimize" else -1
+    mine, kept = {parameter(name) for name in over}, []
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in found.rows:
+        settings = {k: v for k, v in row["params"].items() if k not in ("seed", parameter("seed"))}
+        rest = json.dumps({k: v for k, v in settings.items() if k not in mine}, sort_keys=True)
+        own = json.dumps({k: v for k, v in settings.items() if k in mine}, sort_keys=True)
+        groups.setdefault(rest, {}).setdefault(own, []).append(row)
+    for group in groups.values():
+        kept += min(group.values(), key=lambda rows: worse * statistics.mean(r["values"][0] for r in rows))
+    return sorted(kept, key=lambda row: row["number"])
 
 
 def show(console: Console, found: Report) -> None:

@@ -6,11 +6,12 @@ from movae_fast.data.loaders import Loader, ResidentLoader, TorchLoader
 from movae_fast.data.prepared import Prepared, open_split
 from movae_fast.data.sets import DATASETS, DatasetInfo
 from movae_fast.data.sources import ImageFiles, Images, ReadOptions, Subset, limited
-from movae_fast.data.transforms import to_unit
+from movae_fast.data.transforms import Binarizer, to_unit
 
 __all__ = [
     "DATASETS",
     "LOADERS",
+    "Binarizer",
     "DaliLoader",
     "DatasetInfo",
     "ImageFiles",

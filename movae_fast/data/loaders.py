@@ -25,7 +25,7 @@ from torch import Tensor
 
 from movae_fast.data.machine import in_threads
 from movae_fast.data.sources import ImageFiles, stack
-from movae_fast.data.transforms import batch_of, finish, pick
+from movae_fast.data.transforms import Binarizer, batch_of, finish, pick
 
 
 @dataclass
@@ -49,11 +49,13 @@ class Loader:
         seed: int = 0,
         flip: bool = False,
         normalize: bool = False,
+        binarizer: Binarizer | None = None,
         rank: int = 0,
         world: int = 1,
         pad: bool = False,
     ) -> None:
         self.source, self.batch_size, self.device = source, batch_size, device
+        self.binarizer = binarizer or Binarizer("none", "train" if train else "test", seed)
         self.rank, self.world = rank, world
         self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
         self.why = ""  # this loader and not another, for whoever asked for `auto`
@@ -128,17 +130,24 @@ class Loader:
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of epoch `number` from batch `start` on."""
         plan = self.share(self.plan(number))
-        yield from self.finished(plan.rows, start, plan.flip)
+        yield from self.finished(plan.rows, start, plan.flip, number if self.train else None)
 
     def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the given rows [N] of the source, in order, unmirrored."""
-        yield from self.finished(rows, 0, None)
+        yield from self.finished(rows, 0, None, None)
 
-    def finished(self, rows: Tensor, start: int, flip: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `rows` as the model wants them, from batch `start` on; rows of `flip` mirrored."""
+    def finished(
+        self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of `rows` as the model wants them, from batch `start` on; rows of `flip` mirrored.
+
+        `epoch` is that of the binarization's draw, None the static one.
+        """
         flip = None if flip is None else flip.to(self.device)
+        numbers = rows.to(self.device)
         for at, (images, labels) in self.batches(rows, start):
             part = None if flip is None else flip[at : at + len(images)]
+            images = self.binarizer(images, numbers[at : at + len(images)], epoch)
             yield finish(images, part, self.normalize), labels
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -152,9 +161,9 @@ class ResidentLoader(Loader):
     Image files come to lie there as they are used: the first epoch decodes them, on all processors. A prepared
     file stays where it is mapped.
 
-    On CUDA gather, mirroring and normalisation are one compiled kernel (unless `compiled` is False). Not on a
-    CPU: there it took 0.6 to 0.8 of the time of `pick` and `finish` without mirroring and 3 to 20 times as long
-    with it, byte by byte where they copy whole images.
+    On CUDA gather, mirroring and normalisation are one compiled kernel (unless `compiled` is False, or pixels
+    are drawn black or white). Not on a CPU: there it took 0.6 to 0.8 of the time of `pick` and `finish` without
+    mirroring and 3 to 20 times as long with it, byte by byte where they copy whole images.
     """
 
     def __init__(
@@ -167,11 +176,14 @@ class ResidentLoader(Loader):
             source.to(device)
         self.compiled = compiled and device.type == "cuda"
 
-    def finished(self, rows: Tensor, start: int, flip: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def finished(
+        self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """As in Loader; what lies on a GPU is indexed there, and nothing of it waits for the device."""
-        table = self.source.table(rows) if self.compiled and hasattr(self.source, "table") else None
+        fused = self.compiled and self.binarizer.mode == "none" and hasattr(self.source, "table")
+        table = self.source.table(rows) if fused else None
         if table is None:
-            yield from super().finished(rows, start, flip)
+            yield from super().finished(rows, start, flip, epoch)
             return
         rows, flip = rows.to(self.device), None if flip is None else flip.to(self.device)
         for at in range(start * self.batch_size, len(rows), self.batch_size):

@@ -1,5 +1,10 @@
 """From an original image to the side that a model wants; everything in uint8."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -43,6 +48,51 @@ def pick(images: Tensor, rows: Tensor) -> Tensor:
     if images.is_contiguous():
         return images.index_select(0, rows)
     return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+
+
+Binarization = Literal["none", "threshold", "static", "dynamic"]
+STATIC_SEED = 777  # of the draw that everybody shares, whatever a run's seed
+LOW = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Binarizer:
+    """Grey levels to black and white, by the `mode` of `--binarize`, for one split.
+
+    A draw is a function of seed, split, epoch, row and position and of nothing else, so that a resumed epoch,
+    other processes and other loaders get the same pixels; it is made on the device and keeps no state.
+    """
+
+    mode: Binarization
+    split: str
+    seed: int
+
+    def __call__(self, images: Tensor, rows: Tensor, epoch: int | None) -> Tensor:
+        """uint8 images [B, C, S, S] of the split's rows [B] to 0 and 255; without an epoch, the static draw."""
+        if self.mode == "none":
+            return images
+        if self.mode == "threshold":
+            return (images > 127).to(torch.uint8).mul_(255)
+        key = STATIC_SEED
+        if self.mode == "dynamic" and epoch is not None:
+            key = mixed(mixed(self.seed) + epoch + 1)
+        key = mixed(2 * key + (self.split == "train"))
+        keys = mixed(rows.to(images.device) + key)
+        positions = torch.arange(images[0].numel(), device=images.device)
+        draws = mixed(keys[:, None] + mixed(positions)) >> 8  # [B, C S S] of 24 bits
+        white = draws.view(images.shape) * 255 < images.to(torch.int64) << 24
+        return white.to(torch.uint8).mul_(255)
+
+
+Integers = TypeVar("Integers", int, Tensor)
+
+
+def mixed(x: Integers) -> Integers:
+    """Integers to well-mixed ones of 32 bits: the finaliser lowbias32 of their low 32 bits."""
+    x = x & LOW
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW  # in int64 the product may wrap: its low bits are right
+    return x ^ (x >> 16)
 
 
 def finish(images: Tensor, flip: Tensor | None, normalize: bool) -> Tensor:

@@ -31,13 +31,28 @@ def log_likelihood(
     dist: ReconsDist,
 ) -> Tensor:  # [B] float64
     """log p(x|z) in nats an image, its constants included."""
+    return -energy(preactivation, x, activation, dist) - constant(dist, x[0].numel())
+
+
+def energy(
+    preactivation: Tensor,  # [B, C, H, W]
+    x: Tensor,  # [B, C, H, W]
+    activation: str,
+    dist: ReconsDist,
+) -> Tensor:  # [B] float64
+    """The reconstruction objective of each image, summed over its values: -log p(x|z) without the constant."""
     preactivation, x = preactivation.double(), x.double()
     if dist == "bernoulli":
-        return -F.binary_cross_entropy_with_logits(preactivation, x, reduction="none").flatten(1).sum(1)
-    image = output_image(preactivation, activation)
-    if dist == "gaussian":
-        return -((image - x).square() + 0.5 * math.log(math.pi)).flatten(1).sum(1)
-    return -((image - x).abs() + math.log(2)).flatten(1).sum(1)
+        error = F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
+    else:
+        image = output_image(preactivation, activation)
+        error = (image - x).square() if dist == "gaussian" else (image - x).abs()
+    return error.flatten(1).sum(1)
+
+
+def constant(dist: ReconsDist, values: int) -> float:
+    """What -log p(x|z) of an image of so many values has besides its energy."""
+    return values * {"bernoulli": 0.0, "gaussian": 0.5 * math.log(math.pi), "laplacian": math.log(2)}[dist]
 
 
 @torch.no_grad()

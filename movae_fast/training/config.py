@@ -16,7 +16,7 @@ import torch
 from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES, weights_rows
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.dali import require as require_dali
-from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.data.transforms import CELEBA_CROPS, Binarization
 from movae_fast.models import MODELS, VAE, Rates
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
@@ -51,6 +51,9 @@ class DataConfig:
             q(z) in total correlation see those. Either way all steps have one shape.
         eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
+        binarize: Grey levels to black and white, a pixel white with its grey level for probability: `static`
+            draws each image once, the same for every run and seed; `dynamic` draws training images anew every
+            epoch and test images once. `threshold` makes white what is above the middle.
         flip: Mirror training images at random; the default is the dataset's own.
         antialias: Smooth the edges of `sprites`, which are black and white like dSprites' otherwise.
         limit_train: Use this many evenly spaced training images; 0 means all.
@@ -73,6 +76,7 @@ class DataConfig:
     last_batch: Literal["drop", "pad"] = "drop"
     eval_batch_size: int | None = None
     normalize: bool = False
+    binarize: Binarization = "none"
     flip: bool | None = None
     antialias: bool = False
     limit_train: int = 0

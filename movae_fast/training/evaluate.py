@@ -65,7 +65,9 @@ def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:
 def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
     """The mean training image (over at most 65,536 evenly spaced ones)."""
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
-    plain = ResidentLoader(Subset(loader.source, n), 256, loader.device, train=False)
+    # Drawn pixels have the grey level for their mean; a threshold's have another.
+    shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
+    plain = ResidentLoader(Subset(loader.source, n), 256, loader.device, train=False, binarizer=shown)
     return torch.stack([x.sum(0, dtype=torch.float64) for x, _ in plain.epoch()]).sum(0) / n
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
-from movae_fast.data import Loader, ReadOptions
+from movae_fast.data import Binarizer, Loader, ReadOptions
 from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
@@ -385,6 +385,7 @@ def make_loader(
         "seed": config.run.seed or 0,
         "flip": info.flip if data.flip is None else data.flip,
         "normalize": data.normalize,
+        "binarizer": Binarizer(data.binarize, split, config.run.seed or 0),
         "rank": world.rank,
         "world": world.size,
         "pad": data.last_batch == "pad",

@@ -1,0 +1,157 @@
+"""The runs of a curve: found, read, checked to be of one kind of images, and named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from movae_fast.models import GaussianVAE
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.curve import Point, is_multirate, log_spaced, nominal_beta
+from movae_fast.training.logs import read_lines
+from movae_fast.training.run import load_model
+
+# Flags by which runs of one curve may differ without being another kind of run.
+NOT_A_KIND = ("beta", "loss_weights", "coef_kl", "multirate", "beta_per", "data_dir", "loader", "limit_test")
+CLOSE = 1e-3  # betas that differ by less than this share are one: recipes round them
+
+
+@dataclass
+class Member:
+    """One run of a curve."""
+
+    path: Path
+    config: TrainConfig
+    multirate: bool
+    betas: list[float]
+    latents: int
+    label: str = ""
+    points: list[Point] = field(default_factory=list)
+    beside: list[dict[str, float]] = field(default_factory=list)  # the oracle's figures, a dict a point
+    closed: dict[str, float] = field(default_factory=dict)  # gated layer -> share of gates shut at every beta
+    seconds: float = 0.0
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds in training steps, by the run's own log; 0 without one."""
+        folder = self.path if self.path.is_dir() else self.path.parent.parent
+        lines = [line for line in read_lines(folder / "metrics.jsonl") if line.get("train/images_per_s")]
+        steps = [0, *(line["step"] for line in lines)]
+        size = self.config.data.batch_size
+        return sum(
+            (line["step"] - before) * size / line["train/images_per_s"]
+            for before, line in zip(steps, lines, strict=False)
+        )
+
+
+def expanded(names: Sequence[str]) -> list[Path]:
+    """Runs and checkpoints as they are, folders as the runs in them; of a sweep, its complete trials."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise ValueError(f"{name}: no such run or folder")
+        inside = [path] if path.is_file() or is_run(path) else runs_below(path)
+        if not inside:
+            raise ValueError(f"{name} holds no run; name runs, folders of runs, or a sweep's folder")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / "checkpoints" / name).is_file() for name in ("last.pt", "best.pt"))
+
+
+def runs_below(folder: Path) -> list[Path]:
+    results = folder / "results.json"
+    if results.is_file() and (folder / "trials").is_dir():
+        numbers = [row["number"] for row in json.loads(results.read_text(encoding="utf-8"))["trials"]]
+        return [trial_folder(folder, number) for number in numbers]
+    return sorted(p.parent for p in folder.rglob("checkpoints") if is_run(p.parent))
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """The run of a complete trial: the last that was started under its number."""
+    tails = [p for p in (sweep / "trials").glob(f"{number:04d}*") if is_run(p)]
+    if not tails:
+        raise ValueError(f"{sweep}: trial {number} has no run in trials/{number:04d}")
+    return max(tails, key=lambda p: (len(p.name), p.name))
+
+
+def read_member(
+    path: Path, device: torch.device, betas: int, beta_min: float | None, beta_max: float | None
+) -> Member:
+    """One run, checked. Raises ValueError, with its path, for a model that has no place on a curve."""
+    trained, model = load_model(path, device)
+    multirate = is_multirate(model)
+    if multirate:
+        assert isinstance(model, GaussianVAE)
+        assert model.rates is not None
+        least = model.rates.beta_min if beta_min is None else beta_min
+        most = model.rates.beta_max if beta_max is None else beta_max
+        if not 0 < least < most or not math.isfinite(most):
+            raise ValueError(f"--beta_min {least:g} must be above 0 and below --beta_max {most:g}")
+        wanted = log_spaced(least, most, betas)
+    else:
+        try:
+            wanted = [nominal_beta(trained)]
+        except ValueError as error:
+            raise ValueError(f"{path} is neither a multi-rate run nor one of a fixed beta: {error}") from None
+    assert isinstance(model, GaussianVAE)
+    return Member(path, trained, multirate, wanted, model.latent_dim)
+
+
+def check_alike(members: Sequence[Member]) -> None:
+    """Curves are of the same images and likelihood, or they cannot share axes."""
+    first = members[0]
+    mine = of_images(first.config)
+    for member in members:
+        other = of_images(member.config)
+        if other != mine:
+            name = next(k for k in mine if mine[k] != other[k])
+            raise ValueError(
+                f"{first.path} has {name} {mine[name]} and {member.path} has {other[name]}: "
+                "rates and distortions of different images do not share axes"
+            )
+
+
+def of_images(config: TrainConfig) -> dict[str, Any]:
+    """What makes a distortion one of these images under this likelihood."""
+    names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "antialias")
+    return {n: getattr(config.data, n) for n in names} | {"recons_dist": config.objective.recons_dist}
+
+
+def add_plain_betas(members: Sequence[Member]) -> None:
+    """A curve has a point at the beta of each plain run that lies within its ends, instead of one beside it."""
+    plain = {m.betas[0] for m in members if not m.multirate}
+    for member in members:
+        if member.multirate:
+            ends = member.betas[0] * (1 - CLOSE), member.betas[-1] * (1 + CLOSE)
+            inside = {b for b in plain if ends[0] <= b <= ends[1]}
+            own = {b for b in member.betas if not any(abs(b - p) <= CLOSE * p for p in inside)}
+            member.betas = sorted(inside | own)
+
+
+def label_members(members: Sequence[Member]) -> None:
+    """What a run is called: its kind, and the flags by which runs of that kind differ."""
+    for multirate, name in ((True, "multi-rate"), (False, "beta-VAEs")):
+        same = [m for m in members if m.multirate is multirate]
+        flags = [kind_flags(m) for m in same]
+        differing = [key for key in (flags[0] if flags else ()) if any(f[key] != flags[0][key] for f in flags)]
+        for member, own in zip(same, flags, strict=True):
+            member.label = ", ".join([name, *(f"{key} {own[key]}" for key in differing)])
+
+
+def kind_flags(member: Member) -> dict[str, Any]:
+    """The flags that make a run one of its kind: all but the optimizer's, the run's, and `NOT_A_KIND`."""
+    config = member.config
+    parts = [config.data, config.model, config.objective, config.ladder]
+    if member.multirate:
+        parts.append(config.multirate)
+    return {k: v for part in parts for k, v in vars(part).items() if k not in NOT_A_KIND}

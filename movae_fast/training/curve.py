@@ -1,0 +1,207 @@
+"""The rate-distortion curve of one set of weights: what a multi-rate model assigns to images at many betas.
+
+Rate and distortion are in nats an image, in evaluation mode, one draw of z an image. The distortion is the
+reconstruction objective summed over an image's values, without the likelihood's constant (`bounds.constant`),
+so that distortion + beta * rate is what training minimises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from movae_fast.data import Loader
+from movae_fast.models import VAE, GaussianVAE
+from movae_fast.objectives import ReconsDist, kl_of_latents
+from movae_fast.training.bounds import ACTIVE_VARIANCE, energy
+from movae_fast.training.config import TrainConfig
+
+
+@dataclass
+class Point:
+    """A model at one beta."""
+
+    beta: float
+    rate: float
+    distortion: float
+    active_units: int
+    mig: float | None = None
+
+    @property
+    def total(self) -> float:
+        """D + R: the negative evidence lower bound less the likelihood's constant."""
+        return self.distortion + self.rate
+
+    @property
+    def loss(self) -> float:
+        return self.distortion + self.beta * self.rate
+
+    def figures(self) -> dict[str, float]:
+        """Every figure by name; those that there are."""
+        values = asdict(self) | {"total": self.total, "loss": self.loss}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def log_spaced(least: float, most: float, n: int) -> list[float]:
+    """n betas from least to most, both exactly, evenly spaced in their logarithm; their middle if n is 1."""
+    if n == 1:
+        return [(least * most) ** 0.5]
+    inner = [least * (most / least) ** (i / (n - 1)) for i in range(1, n - 1)]
+    return [least, *inner, most]
+
+
+def is_multirate(model: VAE) -> bool:
+    """Whether one set of weights has every beta of a range."""
+    return isinstance(model, GaussianVAE) and model.rates is not None
+
+
+def say_extrapolation(command: str, least: float, most: float, beta_min: float, beta_max: float) -> bool:
+    """Warn on standard error of betas outside the trained range; whether there are any."""
+    # A range that went through float32 and back is still itself.
+    outside = least < beta_min * (1 - 1e-6) or most > beta_max * (1 + 1e-6)
+    if outside:
+        asked = f"beta {least:g}" if least == most else f"betas {least:g} to {most:g}"
+        print(
+            f"movae {command}: {asked}: trained for {beta_min:g} to {beta_max:g}, the model extrapolates",
+            file=sys.stderr,
+        )
+    return outside
+
+
+@torch.no_grad()
+def curve_points(
+    model: GaussianVAE,
+    loader: Loader,
+    betas: Sequence[float],
+    dist: ReconsDist,
+    seed: int,
+    rows: int,
+    advance: Callable[[int], None] = lambda images: None,
+) -> list[Point]:
+    """The model at each beta over the loader's images, all betas in one pass over them.
+
+    A forward pass holds at most `rows` rows, a row being an image at one beta: rows // len(betas) images at
+    every beta. More betas than rows are taken `rows` at a time, a pass each. An image has the same noise at
+    every beta, whatever the batches. A model that is not multi-rate is evaluated as it is, at its one beta.
+    `advance` is told how many rows are done.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(loader.source), model.latent_dim, generator=generator)
+    return [
+        point
+        for at in range(0, len(betas), rows)
+        for point in one_pass(model, loader, betas[at : at + rows], dist, noise, rows, advance)
+    ]
+
+
+def one_pass(
+    model: GaussianVAE,
+    loader: Loader,
+    betas: Sequence[float],
+    dist: ReconsDist,
+    noise: Tensor,  # [N, D]
+    rows: int,
+    advance: Callable[[int], None],
+) -> list[Point]:
+    """At most `rows` betas in one pass over the images; see `curve_points`."""
+    k, n, done = len(betas), len(noise), 0
+    sums: tuple[Tensor, ...] | None = None
+    for images, _ in loader.epoch():
+        for x in images.split(max(1, rows // k)):
+            mu, logvar = encode_at(model, x, betas)  # [K, B, D]
+            z = mu + torch.exp(0.5 * logvar) * noise[done : done + len(x)].to(mu)
+            decoded = model.decode(z.flatten(0, 1).to(x))
+            wanted = x.repeat(k, *(1,) * (x.dim() - 1))
+            part = (
+                energy(decoded, wanted, model.activation, dist).view(k, -1).sum(1),
+                kl_of_latents(mu, logvar).sum((1, 2)),
+                mu.sum(1),
+                mu.square().sum(1),
+            )
+            sums = part if sums is None else tuple(a + b for a, b in zip(sums, part, strict=True))
+            done += len(x)
+            advance(k * len(x))
+    assert sums is not None
+    assert done == n
+    distortion, rate, first, second = ((s / n).cpu() for s in sums)
+    active = (second - first.square() > ACTIVE_VARIANCE).sum(1)
+    found = zip(betas, rate.tolist(), distortion.tolist(), active.tolist(), strict=True)
+    return [Point(beta, r, d, a) for beta, r, d, a in found]
+
+
+def encode_at(
+    model: GaussianVAE, x: Tensor, betas: Sequence[float]
+) -> tuple[Tensor, Tensor]:  # [K, B, D] float64 each
+    """Posterior means and log variances of images [B, C, S, S] at each of K betas; sets the model to them."""
+    k, b = len(betas), len(x)
+    if is_multirate(model):
+        model.set_beta(torch.tensor(betas, dtype=torch.float64).repeat_interleave(b))
+    else:
+        assert k == 1
+    mu, logvar = model.encode(x.repeat(k, *(1,) * (x.dim() - 1)))
+    return mu.double().unflatten(0, (k, b)), logvar.double().unflatten(0, (k, b))
+
+
+def nominal_beta(config: TrainConfig) -> float:
+    """The weight of a plain run's rate where its distortion, summed over an image's values, has weight 1.
+
+    Raises ValueError for a model without a rate, and for one whose rate has no weight or several.
+    """
+    if not issubclass(config.model_class, GaussianVAE):
+        raise ValueError(f"{config.model.arch} has a codebook, and no rate to trade for distortion")
+    names = config.model_class.weighted_objectives(vars(config.model), config.image_shape)
+    named = dict(zip(names, config.weights(), strict=True))
+    base = config.model_class.beta_objective
+    rates = {weight for name, weight in named.items() if name.partition("_")[0] == base}
+    # A ladder's KLs are averages over latents where its reconstruction is one over values.
+    averaged = base not in named and config.reduction == "mean"
+    if averaged or len(rates) != 1 or not min(rates) > 0 or not named["reconstruction"] > 0:
+        shown = "  ".join(f"{name} {weight:g}" for name, weight in named.items())
+        raise ValueError(f"its weights ({shown}) have no one beta above 0 to stand on a curve for")
+    values = math.prod(config.image_shape)
+    scale = {"mean": 1 / values, "sum": 1.0, "scaled_sum": 255.0 * config.data.batch_size}[config.reduction]
+    return min(rates) / (named["reconstruction"] * scale)
+
+
+@torch.no_grad()
+def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
+    """The covariance (1/N) of the loader's images in the model's data range, on the CPU."""
+    sums: tuple[Tensor, Tensor] | None = None
+    for x, _ in loader.epoch():
+        flat = x.flatten(1).double()
+        part = flat.sum(0), flat.T @ flat
+        sums = part if sums is None else (sums[0] + part[0], sums[1] + part[1])
+    assert sums is not None
+    mean = sums[0] / len(loader.source)
+    return (sums[1] / len(loader.source) - torch.outer(mean, mean)).cpu()
+
+
+def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
+    """A curve beside a separately trained model, curve minus model: at the model's beta, and at its rate.
+
+    The errors of the map from beta to (R, D), and of D + R and the loss, are there where the curve has a point
+    at the model's beta; `frontier_gap`, the curve's distortion between its points at the model's rate above the
+    model's distortion, is there where the curve reaches that rate.
+    """
+    found: dict[str, float] = {"beta": other.beta}
+    same = next((p for p in curve if p.beta == other.beta), None)
+    if same is not None:
+        found |= {
+            f"{name}_error": getattr(same, name) - getattr(other, name)
+            for name in ("rate", "distortion", "total", "loss")
+        }
+        found["total_ratio"] = same.total / other.total
+    ordered = sorted(curve, key=lambda p: p.rate)
+    for a, b in itertools.pairwise(ordered):
+        if a.rate <= other.rate <= b.rate:
+            share = (other.rate - a.rate) / (b.rate - a.rate) if b.rate > a.rate else 0.0
+            between = a.distortion + share * (b.distortion - a.distortion)
+            found["frontier_gap"] = between - other.distortion
+            break
+    return found

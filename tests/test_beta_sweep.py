@@ -1,0 +1,75 @@
+"""`movae sample` of multi-rate models: --beta, the mode beta_sweep, refusals."""
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from movae_fast import figures
+from movae_fast.cli import main
+
+
+@pytest.fixture
+def many(train):
+    return train("--multirate", "--beta_min 0.1", "--beta_max 10", "--steps 3", "--recons_dist bernoulli")
+
+
+def sample(run, *flags):
+    return main(["sample", str(run), "--n_samples", "4", "--device", "cpu", *flags])
+
+
+def test_beta_chooses_the_picture(many, capsys):
+    for flags in (("--beta", "0.1"), ("--beta", "10"), ("--beta", "1"), ()):
+        assert sample(many, *flags) == 0
+    assert capsys.readouterr().err == ""
+    low, high, one, default = (
+        iio.imread(many / "figures" / f"sample{tag}.png") for tag in ("", "-2", "-3", "-4")
+    )
+    assert not np.array_equal(low, high)
+    assert np.array_equal(one, default)
+    assert sample(many, "--beta", "0.01") == 0
+    assert "beta 0.01: trained for 0.1 to 10, the model extrapolates" in capsys.readouterr().err
+
+
+def test_a_gif_sweeps_beta(many):
+    assert sample(many, "--mode", "beta_sweep", "--n_betas", "3") == 0
+    gif = iio.imread(many / "figures" / "beta_sweep.gif", index=None)
+    assert gif.shape[0] == 4  # there and back
+    top = gif[:, : figures.LABEL]
+    assert all(bool((frame < 128).any()) for frame in top)  # each has its beta written on it
+    assert not np.array_equal(top[0], top[1])
+    assert np.array_equal(gif[1], gif[3])
+    below = gif[:, figures.LABEL + figures.PAD :]
+    side = 64 + figures.PAD
+    assert np.array_equal(below[0, :64], below[2, :64])  # the originals stay
+    assert not np.array_equal(below[0, side : side + 64], below[2, side : side + 64])
+    sheet = iio.imread(many / "figures" / "beta_sweep.png")
+    assert sheet.shape[:2] == (8 * side + figures.PAD, 3 * side + figures.PAD)
+
+
+def test_a_caption_is_above_the_picture():
+    picture = figures.grid(torch.zeros(1, 1, 64, 64))
+    with_text = figures.captioned(picture, "beta 1")
+    assert with_text.shape == (picture.shape[0] + figures.LABEL, *picture.shape[1:])
+    assert np.array_equal(with_text[figures.LABEL :], picture)
+    assert bool((with_text[: figures.LABEL] < 128).any())
+
+
+@pytest.mark.parametrize(
+    ("multirate", "flags", "message"),
+    [
+        (False, "--beta 1", "--beta needs a multi-rate model; this vae was trained for one beta"),
+        (False, "--mode beta_sweep", "--mode beta_sweep needs a multi-rate model"),
+        (True, "--mode beta_sweep --beta 1", "leave out --beta"),
+        (True, "--beta 0", "--beta 0 must be above 0"),
+        (True, "--beta -1", "--beta -1 must be above 0"),
+        (True, "--n_betas 0", "--n_betas 0 must be at least 1"),
+    ],
+)
+def test_refusals(train, capsys, multirate, flags, message):
+    run = train("--steps 1", *(["--multirate"] if multirate else []))
+    capsys.readouterr()
+    assert sample(run, *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
