@@ -198,6 +198,7 @@ class MultiRateConfig:
             estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
         gate_bias: Added to the initial bias of sqrt gates, a seventh of which start closed; negative opens
             them.
+        gate_slope: Added to the initial slope of all gates, in the direction that closes them as beta grows.
     """
 
     multirate: bool = False
@@ -208,6 +209,7 @@ class MultiRateConfig:
     gate_position: Literal["pre_bn", "post_bn"] = "pre_bn"
     beta_per: Literal["example", "batch"] | None = None
     gate_bias: float = 0.0
+    gate_slope: float = 0.0
 
 
 @dataclass
@@ -619,8 +621,9 @@ def check_multirate(config: TrainConfig) -> None:
         able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
         raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
     Rates(rate.beta_min, rate.beta_max)
-    if not math.isfinite(rate.gate_bias):
-        raise ValueError(f"--gate_bias {rate.gate_bias} must be finite")
+    for name in ("gate_bias", "gate_slope"):
+        if not math.isfinite(getattr(rate, name)):
+            raise ValueError(f"--{name} {getattr(rate, name)} must be finite")
     for name in ("beta", "coef_kl"):
         if getattr(o, name) is not None:
             raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")
