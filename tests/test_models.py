@@ -125,14 +125,17 @@ SMALL = {
     "vlae": {"latent_dim": 2, "num_ladders": 1, "hidden_dim": 4, "fc_dim": 8},
     "linear_vae": {"latent_dim": 4},
     "mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
+    "betatc_mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
 }
 
 
-@pytest.mark.parametrize("arch", MODELS)
-@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 16)])
+ONE_SIZE = {arch: int(arch[-2:]) for arch in MODELS if arch[-2:].isdigit()}
+CASES = [(arch, shape) for arch in MODELS if arch not in ONE_SIZE for shape in ((1, 32, 32), (3, 16, 16))]
+CASES += [(arch, (1 if size == 28 else 3, size, size)) for arch, size in ONE_SIZE.items()]
+
+
+@pytest.mark.parametrize(("arch", "shape"), CASES)
 def test_every_model_reconstructs_samples_and_splits_its_parameters(arch, shape):
-    if arch[-2:].isdigit():  # for one size
-        shape = (shape[0], int(arch[-2:]), int(arch[-2:]))
     model = build_model(arch, shape, "tanh", SMALL.get(arch, {}))
     x = torch.rand(3, *shape)
     assert model(x).preactivation.shape == x.shape

@@ -12,7 +12,7 @@ from torch import nn
 
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import Gated, Rates, build_model, gated_layers, make_multirate
-from movae_fast.models.multirate import LAYERS, from_product, gate
+from movae_fast.models.multirate import LAYERS, GatedVariance, from_product, gate
 from movae_fast.objectives import LossVector
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.logs import read_lines
@@ -166,6 +166,15 @@ def test_how_many_gates_start_closed():
     a = Gated(nn.Identity(), 9, rates, "sigmoid", gate_bias=-3.0)
     torch.manual_seed(0)
     assert torch.equal(a.gate_bias, Gated(nn.Identity(), 9, rates, "sigmoid").gate_bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slope_closes_gates_as_beta_grows_and_widens_the_posterior(kind):
+    rates, ends = Rates(0.01, 10), torch.tensor([0.01, 1, 10]).log()
+    for form, sign in ((Gated, -1), (GatedVariance, 1)):
+        # A shift by 1 turns every slope of U(-1, 1) in one direction; the least values may have met 0 or 1.
+        layer = form(nn.Identity(), 500, rates, kind, gate_bias=-3.0, gate_slope=1.0)
+        assert (sign * layer.gate_values(ends).diff(dim=0) >= 0).all()
 
 
 # Models.
@@ -475,7 +484,7 @@ def test_bfloat16_networks_have_float32_gates_and_near_gradients():
 def compiles_once(arch, agg, backend):
     model = multirate(arch)
     eager, compiled = step(copy.deepcopy(model), agg), step(model, agg, compile_mode="default")
-    for region in (compiled.by_sum, compiled.by_rows):
+    for region in (compiled.by_sum, compiled.by_rows) if backend != "inductor" else ():
         region.call = torch.compile(region.function, fullgraph=True, dynamic=False, backend=backend)
     before = graph_counters()
     x = torch.rand(8, *SHAPE)
@@ -514,9 +523,10 @@ FLAGS = "--multirate --hidden_dims null --arch"
         "--arch vae --agg upgrad --kl_annealing cyclic --epochs 2 --scheduler cosine --scheduler_per epoch",
         "--arch vae --gate_position post_bn --beta_per batch --gate_encoder sqrt --gate_decoder sigmoid",
         "--arch betatc_vae --agg upgrad --beta_min 0.1",
+        "--hidden_dims 16 8 --arch betatc_mlp_vae",
         "--hidden_dims null --arch provlae --num_ladders 2 --hidden_dim 4 --fc_dim 8 --image_size 32",
         "--hidden_dims null --arch linear_vae --posterior_cov predicted --recons_activation none",
-        "--hidden_dims 16 8 --arch mlp_vae --recons_dist bernoulli --gate_bias -2",
+        "--hidden_dims 16 8 --arch mlp_vae --recons_dist bernoulli --gate_bias -2 --gate_slope 1",
         "--hidden_dims null --arch resnet_vae_28 --image_size 28 --limit_train 100 --limit_test 20 "
         "--residual_block pythae --kl_annealing monotonic --warmup_epochs 1",
     ],

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, VQOutput
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
-from movae_fast.models.dense_vae import MLPVAE, LinearVAE
+from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
 from movae_fast.models.multirate import Gated, Rates, gated_layers, make_multirate
 from movae_fast.models.provlae import VLAE, ProVLAE
 from movae_fast.models.sized_vae import CNNVAE28, CNNVAE32, CNNVAE64, ResNetVAE28, ResNetVAE32, ResNetVAE64
@@ -26,6 +26,7 @@ MODELS: dict[str, type[VAE]] = {
     "vlae": VLAE,
     "linear_vae": LinearVAE,
     "mlp_vae": MLPVAE,
+    "betatc_mlp_vae": BetaTCMLPVAE,
     "cnn_vae_28": CNNVAE28,
     "cnn_vae_32": CNNVAE32,
     "cnn_vae_64": CNNVAE64,

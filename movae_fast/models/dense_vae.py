@@ -96,3 +96,17 @@ class MLPVAE(GaussianVAE):
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
         return 1.0, 1.0
+
+
+class BetaTCMLPVAE(MLPVAE):
+    """`betatc_mlp_vae`: the same network with beta-TC-VAE's objectives (Chen et al. 2018).
+
+    Objectives: reconstruction, mi, tc, dwkl, weight 1 each; dwkl is annealed as betatc_vae's is.
+    """
+
+    objectives = ("reconstruction", "mi", "tc", "dwkl")
+    beta_objective = "tc"
+
+    @classmethod
+    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
+        return 1.0, 1.0, 1.0, 1.0

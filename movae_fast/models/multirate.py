@@ -70,7 +70,7 @@ def gate(x: Tensor, kind: GateKind) -> Tensor:
 
     The root's slope grows without bound as its gate closes, and relu would multiply that by 0. Here the root of
     a closed gate is not taken at all; an open one's slope, -e^x / 2g, is finite for every float below 0, as
-    expm1 does not round the gap to 0 there.
+    expm1 does not round the gap to 0 there. Where it does (inductor's on a CPU is exp - 1), the gate is closed.
     """
     if kind == "sigmoid":
         return torch.sigmoid(x)
@@ -128,21 +128,33 @@ class Gated(nn.Module):
     """A layer whose output [B, C, ...] is multiplied by g(w n + c) [B, C], one w and one c a unit or channel.
 
     `kind` is the gate's function; w and c start as a Linear(1, C)'s, U(-1, 1), and c of a sqrt gate shifted by
-    `gate_bias`: of those gates 14 % start closed for every beta, and a negative shift opens them. In training
-    the betas are the batch's, in evaluation those of `set_beta`.
+    `gate_bias`: of those gates 14 % start closed for every beta, and a negative shift opens them. `gate_slope`
+    shifts w in the direction that closes the gate as beta grows. In training the betas are the batch's, in
+    evaluation those of `set_beta`.
     """
 
     def __init__(
-        self, layer: nn.Module, units: int, rates: Rates, kind: GateKind, gate_bias: float = 0.0
+        self,
+        layer: nn.Module,
+        units: int,
+        rates: Rates,
+        kind: GateKind,
+        gate_bias: float = 0.0,
+        gate_slope: float = 0.0,
     ) -> None:
         super().__init__()
         self.layer, self.rates, self.kind = layer, rates, kind
         like = next(layer.parameters(), torch.empty(0))
         self.gate_weight = nn.Parameter(like.new_empty(units).uniform_(-1, 1))
         self.gate_bias = nn.Parameter(like.new_empty(units).uniform_(-1, 1))
-        if kind == "sqrt":
-            with torch.no_grad():
-                self.gate_bias.add_(gate_bias)
+        with torch.no_grad():
+            self.gate_bias.add_(gate_bias if kind == "sqrt" else 0.0)
+            self.gate_weight.add_(gate_slope if self.rises(kind) else -gate_slope)
+
+    @staticmethod
+    def rises(kind: GateKind) -> bool:
+        """Whether a larger beta should make the gate's argument larger: sqrt gates close upwards."""
+        return kind == "sqrt"
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.rates.standardise(self.rates.current(self.training, self.gate_weight))
@@ -168,6 +180,10 @@ class GatedVariance(Gated):
     min(1, beta / lambda).
     """
 
+    @staticmethod
+    def rises(kind: GateKind) -> bool:
+        return True  # the posterior widens to the prior as beta grows
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
         return x + self._log_gate(self.rates.current(self.training, self.gate_weight))
@@ -190,6 +206,7 @@ def make_multirate(
     gate_position: GatePosition = "pre_bn",
     beta_per: BetaPer = "example",
     gate_bias: float = 0.0,
+    gate_slope: float = 0.0,
 ) -> GaussianVAE:
     """Turn a freshly built model into its multi-rate form, in place, and return it.
 
@@ -217,7 +234,7 @@ def make_multirate(
             continue
         kind = gate_decoder if id(layer) in decoder else gate_encoder
         form = GatedVariance if isinstance(layer, SharedLogVariance) else Gated
-        gated = form(layer, _units(layer), model.rates, kind, gate_bias)
+        gated = form(layer, _units(layer), model.rates, kind, gate_bias, gate_slope)
         if gate_position == "post_bn" and norm is not None:
             gated.layer, name = parent.get_submodule(norm), norm
         setattr(parent, name, gated)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 MODES = get_args(CompileMode)
+# With inductor's own limits on what it recomputes, each gate's upstream gradient is kept beside the gradient
+# made of it: a fifth more activations at the step's peak (cnn_vae_28). With these it is formed twice instead.
+MULTIRATE_LIMITS = {
+    "realize_reads_threshold": 12,
+    "realize_opcount_threshold": 120,
+    "realize_acc_reads_threshold": 24,
+}
 
 
 def resolve_mode(mode: CompileMode, device: torch.device) -> str:
@@ -25,18 +32,20 @@ class Compiled:
     """A function of tensors, compiled as one graph at its first call (`mode` "off": called as it is).
 
     Gradients are taken inside: `torch.autograd.grad` is traced into the graph, so that forward, every backward
-    and what lies between them are one region for the compiler.
+    and what lies between them are one region for the compiler. `limits` are settings of inductor's besides.
     """
 
-    def __init__(self, function: Callable[..., Any], mode: str) -> None:
+    def __init__(
+        self, function: Callable[..., Any], mode: str, limits: Mapping[str, int] | None = None
+    ) -> None:
         self.function, self.name = function, function.__name__.strip("_").replace("_", " ")
         self.mode, self.pending = mode, mode != "off"
         self.call = function
         if mode != "off":
             # Off by default in torch 2.11; without it the traced function would have to stop at each gradient.
             torch._dynamo.config.trace_autograd_ops = True
-            options: dict[str, Any] = {} if mode == "default" else {"mode": mode}
-            self.call = torch.compile(function, fullgraph=True, dynamic=False, **options)
+            options = {**torch._inductor.list_mode_options(mode), **(limits or {})}
+            self.call = torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
     def __call__(self, *args: Any) -> Any:
         self.pending = False

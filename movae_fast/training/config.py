@@ -86,10 +86,10 @@ class ModelConfig:
     Args:
         arch: Name of the model.
         latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128), or of
-            latents a rung (provlae, vlae: 3); linear_vae 32, mlp_vae 10, cnn_vae_28 and resnet_vae_28 32,
-            those of 32 pixels 256, of 64 pixels 64.
+            latents a rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
+            resnet_vae_28 32, those of 32 pixels 256, of 64 pixels 64.
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
-            vq_vae: 128 256), or widths of the layers (mlp_vae: 1200 1200).
+            vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
         layer_norm: Normalisation in vae (batch) and vq_vae (none).
         embedding_dim: Dimension of a code (vq_vae: 64).
         num_embeddings: Number of codes (vq_vae: 512).
@@ -136,7 +136,7 @@ class ObjectiveConfig:
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
         coef_kl: Multiplies the model's default weight of kl (the collection's beta).
-        anneal_steps: Steps over which betatc_vae's dimension-wise KL reaches its weight.
+        anneal_steps: Steps over which the dimension-wise KL (of models with a tc) reaches its weight.
         kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
             (monotonic), or in four cycles, rising in the first half of each (cyclic).
         tc_estimator: Estimator of log q(z): stratified (mss) or weighted (mws) minibatch sampling.
@@ -177,10 +177,10 @@ class ObjectiveConfig:
 class MultiRateConfig:
     """Multi-rate training: one run for all betas of a range.
 
-    The objectives are reconstruction and beta times the KL (betatc_vae: beta times tc), averaged over the betas
-    drawn, weight 1 each unless given. An aggregator sees those averages: it resolves the conflict between them
-    over the whole range, not at each single beta. Evaluation during training is at beta 1, or the range's
-    nearest.
+    The objectives are reconstruction and beta times the KL (where there is a tc, beta times that), averaged
+    over the betas drawn, weight 1 each unless given. An aggregator sees those averages: it resolves the
+    conflict between them over the whole range, not at each single beta. Evaluation during training is at beta
+    1, or the range's nearest.
 
     Args:
         multirate: Train the model's multi-rate form, whose layers are gated by beta.
@@ -189,10 +189,11 @@ class MultiRateConfig:
         gate_encoder: Gates of the encoder: sigmoid, or sqrt(relu(1 - e^x)).
         gate_decoder: Gates of the decoder.
         gate_position: Before a layer's BatchNorm or behind it; layers without one are gated themselves.
-        beta_per: A beta for each example or one for the batch (betatc_vae's default, whose total correlation
-            is estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
+        beta_per: A beta for each example or one for the batch (the default where there is a tc, which is
+            estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
         gate_bias: Added to the initial bias of sqrt gates, a seventh of which start closed; negative opens
             them.
+        gate_slope: Added to the initial slope of all gates, in the direction that closes them as beta grows.
     """
 
     multirate: bool = False
@@ -203,6 +204,7 @@ class MultiRateConfig:
     gate_position: Literal["pre_bn", "post_bn"] = "pre_bn"
     beta_per: Literal["example", "batch"] | None = None
     gate_bias: float = 0.0
+    gate_slope: float = 0.0
 
 
 @dataclass
@@ -616,8 +618,9 @@ def check_multirate(config: TrainConfig) -> None:
         able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
         raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
     Rates(rate.beta_min, rate.beta_max)
-    if not math.isfinite(rate.gate_bias):
-        raise ValueError(f"--gate_bias {rate.gate_bias} must be finite")
+    for name in ("gate_bias", "gate_slope"):
+        if not math.isfinite(getattr(rate, name)):
+            raise ValueError(f"--{name} {getattr(rate, name)} must be finite")
     for name in ("beta", "coef_kl"):
         if getattr(o, name) is not None:
             raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")

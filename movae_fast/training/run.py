@@ -225,8 +225,9 @@ def new_model(config: TrainConfig) -> VAE:
     rate = config.multirate
     if rate.multirate:
         assert isinstance(model, GaussianVAE)
-        gates = (rate.gate_encoder, rate.gate_decoder, rate.gate_position, config.beta_per, rate.gate_bias)
-        make_multirate(model, rate.beta_min, rate.beta_max, *gates)
+        gates = (rate.gate_encoder, rate.gate_decoder, rate.gate_position)
+        start = (rate.gate_bias, rate.gate_slope)
+        make_multirate(model, rate.beta_min, rate.beta_max, *gates, config.beta_per, *start)
     return model
 
 

@@ -27,7 +27,7 @@ from movae_fast.jacobian import (
 )
 from movae_fast.models import VAE, VQOutput
 from movae_fast.objectives import LossVector
-from movae_fast.training.compiled import Compiled
+from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled
 from movae_fast.training.flat import FlatParameters, write
 from movae_fast.training.precision import Precision
 from movae_fast.training.world import World
@@ -112,9 +112,10 @@ class GradientStep:
         self.views: list[list[Tensor]] = []
         # The last weights [m], for the steps that reuse them: part of a checkpoint.
         self.weights = torch.full((self.m,), torch.nan, dtype=torch.float64, device=model.device)
-        self.by_rows = Compiled(self._by_rows, compile_mode)
-        self.by_weights = Compiled(self._by_weights, compile_mode)
-        self.by_sum = Compiled(self._by_sum, compile_mode)
+        limits = MULTIRATE_LIMITS if getattr(model, "rates", None) is not None else None
+        self.by_rows = Compiled(self._by_rows, compile_mode, limits)
+        self.by_weights = Compiled(self._by_weights, compile_mode, limits)
+        self.by_sum = Compiled(self._by_sum, compile_mode, limits)
 
     def __call__(self, x: Tensor, step: int, noise: Tensor | None = None, diagnose: bool = False) -> StepRecord:
         """Set every parameter's gradient for this rank's images x [B, C, S, S] of 0-based `step`.
