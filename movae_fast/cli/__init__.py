@@ -14,7 +14,7 @@ COMMANDS = {
     "sweep": "search over flags of train with Optuna; --config NAME or a YAML file",
     "evaluate": "objectives, bounds, image quality and disentanglement of a trained model",
     "curve": "rate and distortion over beta: multi-rate runs as curves, plain runs as points",
-    "sample": "pictures from a trained model: sample, interpolate, traverse, reconstruct, visualize_latent",
+    "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
