@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from movae_fast.models.base import Activation, GaussianVAE
 
 PosteriorCov = Literal["shared", "predicted"]
+# What a shared log-variance starts from: near the optimum beta / lambda of small betas. From 0, Adam takes
+# thousands of steps to get there, and the noise on the way costs weak latents their weights.
+LOG_VARIANCE = -4.0
 
 
 class SharedLogVariance(nn.Module):
@@ -20,7 +23,7 @@ class SharedLogVariance(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.zeros(latent_dim))
+        self.value = nn.Parameter(torch.full((latent_dim,), LOG_VARIANCE))
 
     def forward(self, h: Tensor) -> Tensor:
         return self.value.expand(len(h), -1)
@@ -30,7 +33,8 @@ class LinearVAE(GaussianVAE):
     """`linear_vae`: two linear layers each way and no nonlinearity (Bae et al. 2023, section 3.2).
 
     Encoder: image to latent_dim, to the mean; decoder: latent_dim to latent_dim, to the image. Two layers, so
-    that gates between them can take the optimum's form at every beta. The posterior's covariance is diagonal:
+    that gates between them can take the optimum's form at every beta; those between latents start as the
+    identity, so that the gates of both halves are on the same latents. The posterior's covariance is diagonal:
     "shared" by all images, as at the optimum, or "predicted" from the first layer.
     Objectives: reconstruction (squared error summed over an image, no output activation) and kl, weight 1 each.
     """
@@ -52,9 +56,10 @@ class LinearVAE(GaussianVAE):
         self.mu = nn.Linear(latent_dim, latent_dim)
         shared = posterior_cov == "shared"
         self.logvar = SharedLogVariance(latent_dim) if shared else nn.Linear(latent_dim, latent_dim)
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, latent_dim), nn.Linear(latent_dim, values), nn.Unflatten(1, image_shape)
-        )
+        first = nn.Linear(latent_dim, latent_dim)
+        self.decoder = nn.Sequential(first, nn.Linear(latent_dim, values), nn.Unflatten(1, image_shape))
+        for layer in (self.mu, first):
+            nn.init.eye_(layer.weight)
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
