@@ -49,8 +49,8 @@ Output = GaussianOutput | VQOutput
 class VAE(nn.Module):
     """Base of all models: images [B, C, S, S] in, features, a reconstruction out.
 
-    Subclasses set `objectives` (the loss vector's entries in their documented order), `default_weights`, and
-    the reconstruction's defaults; they implement `encode`, `decode` and `forward_features`.
+    Subclasses set `objectives` (the loss vector's entries in their documented order), `default_weights` where
+    they are not 1, and the reconstruction's defaults; they implement `encode`, `decode` and `forward_features`.
     """
 
     objectives: tuple[str, ...] = ("reconstruction", "kl")
@@ -66,8 +66,8 @@ class VAE(nn.Module):
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        """Weights of `objectives`, in their order, as published with the network."""
-        raise NotImplementedError
+        """Weights of `objectives`, in their order, as published with the network: 1 each unless overridden."""
+        return (1.0,) * len(cls.objectives)
 
     @classmethod
     def weighted_objectives(

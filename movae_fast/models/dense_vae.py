@@ -61,10 +61,6 @@ class LinearVAE(GaussianVAE):
         for layer in (self.mu, first):
             nn.init.eye_(layer.weight)
 
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0
-
 
 class MLPVAE(GaussianVAE):
     """`mlp_vae`: the fully connected network of dSprites (Higgins et al. 2017, widths of Chen et al. 2018).
@@ -98,10 +94,6 @@ class MLPVAE(GaussianVAE):
             nn.Unflatten(1, image_shape),
         )
 
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0
-
 
 class BetaTCMLPVAE(MLPVAE):
     """`betatc_mlp_vae`: the same network with beta-TC-VAE's objectives (Chen et al. 2018).
@@ -111,7 +103,3 @@ class BetaTCMLPVAE(MLPVAE):
 
     objectives = ("reconstruction", "mi", "tc", "dwkl")
     beta_objective = "tc"
-
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0, 1.0, 1.0

@@ -105,10 +105,6 @@ class _SizedVAE(GaussianVAE):
             nn.Linear(latents, top * sides[1] ** 2), nn.Unflatten(1, (top, sides[1], sides[1])), *decoder
         )
 
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0
-
 
 class CNNVAE28(_SizedVAE):
     """`cnn_vae_28`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels; the decoder goes back."""

@@ -51,10 +51,6 @@ class TorchVAE(GaussianVAE):
         layers.append(nn.ConvTranspose2d(widths[-1], channels, 3, stride=2, padding=1, output_padding=1))
         self.decoder = nn.Sequential(*layers)
 
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0
-
 
 class DCGANVAE(GaussianVAE):
     """`dcgan_vae`: fully convolutional by the DCGAN guidelines (Radford et al. 2016).
@@ -111,7 +107,3 @@ class DCGANVAE(GaussianVAE):
             ]
         self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1))
         self.apply(dcgan_init)
-
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0

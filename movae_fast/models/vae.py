@@ -121,7 +121,3 @@ class BetaTCVAE(GaussianVAE):
         self.mu = nn.Linear(256, latent_dim)
         self.logvar = nn.Linear(256, latent_dim)
         self.decoder = _decoder(latent_dim, hidden_dims, channels, side, "none")
-
-    @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0, 1.0, 1.0
