@@ -108,21 +108,9 @@ def _gramian_weights(
 ) -> Tensor:
     if extension.missing(gramian):
         return extension.gramian_weights(gramian, METHODS[method], pref, order, a, b, iterations)
-    gramian = gramian.double().contiguous()
-    pref = None if pref is None else pref.double().contiguous()
-    order = None if order is None else order.contiguous()
-    out = gramian.new_empty(len(gramian))
-    csrc.gramian_weights(
-        method,
-        len(gramian),
-        gramian.data_ptr(),
-        0 if pref is None else pref.data_ptr(),
-        0 if order is None else order.data_ptr(),
-        a,
-        b,
-        iterations,
-        out.data_ptr(),
-    )
+    given = _as_taken(gramian, pref, order)
+    out = given[0].new_empty(len(gramian))
+    csrc.gramian_weights(method, len(gramian), *map(_address, given), a, b, iterations, out.data_ptr())
     return out
 
 
@@ -132,26 +120,28 @@ def _gramian_weights_cuda(
 ) -> Tensor:
     if not hasattr(csrc, "gramian_weights_cuda"):
         return extension.gramian_weights(gramian, METHODS[method], pref, order, a, b, iterations)
-    gramian = gramian.double().contiguous()
-    pref = None if pref is None else pref.double().contiguous()
-    order = None if order is None else order.contiguous()
+    given, m = _as_taken(gramian, pref, order), len(gramian)
     with torch.cuda.device(gramian.device):
-        out = gramian.new_empty(len(gramian))
-        scratch = gramian.new_empty(csrc.gramian_weights_scratch_cuda(len(gramian)))
+        out = given[0].new_empty(m)
+        scratch = given[0].new_empty(csrc.gramian_weights_scratch_cuda(m))
+        stream = torch.cuda.current_stream().cuda_stream
+        addresses = map(_address, given)
         csrc.gramian_weights_cuda(
-            method,
-            len(gramian),
-            gramian.data_ptr(),
-            0 if pref is None else pref.data_ptr(),
-            0 if order is None else order.data_ptr(),
-            a,
-            b,
-            iterations,
-            out.data_ptr(),
-            scratch.data_ptr(),
-            torch.cuda.current_stream().cuda_stream,
+            method, m, *addresses, a, b, iterations, out.data_ptr(), scratch.data_ptr(), stream
         )
     return out
+
+
+def _as_taken(
+    gramian: Tensor, pref: Tensor | None, order: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The tensors as C++ and CUDA read them; the caller keeps them until the call is over."""
+    pref = None if pref is None else pref.double().contiguous()
+    return gramian.double().contiguous(), pref, None if order is None else order.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @torch.library.register_fake("movae::gramian_weights")
