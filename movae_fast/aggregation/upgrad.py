@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator, Weighting
 from torchjd.linalg import DualConeProjector
 
 from movae_fast import ops
+from movae_fast.aggregation.fused import FusedAggregator, GramianWeighting
 from movae_fast.ops.project_weights import Mode, check_options
 
 
@@ -36,19 +36,13 @@ class FusedProjector(DualConeProjector):
         return projected.to(G.dtype)
 
 
-class ProjectionWeighting(Weighting):
+class ProjectionWeighting(GramianWeighting):
     """The weights of UPGrad or DualProj from a Gramian [m, m], in its dtype."""
 
-    pref_vector: Tensor | None
-
     def __init__(self, mode: Mode, pref_vector: Tensor | None, norm_eps: float, reg_eps: float) -> None:
-        super().__init__()
-        if pref_vector is not None and pref_vector.dim() != 1:
-            raise ValueError(f"pref_vector must be [m], got {list(pref_vector.shape)}")
+        super().__init__(pref_vector)
         check_options(norm_eps, reg_eps, mode)
         self.mode, self.norm_eps, self.reg_eps = mode, norm_eps, reg_eps
-        # A buffer, so that it follows the module to another device; not a part of its state.
-        self.register_buffer("pref_vector", pref_vector, persistent=False)
 
     @torch.no_grad()
     def forward(self, gramian: Tensor, /) -> Tensor:
@@ -65,46 +59,10 @@ class ProjectionWeighting(Weighting):
         return weights
 
 
-class RowsWeighting(Weighting):
-    """`ProjectionWeighting.of_rows` as TorchJD's aggregators take it."""
-
-    def __init__(self, weighting: ProjectionWeighting) -> None:
-        super().__init__()
-        self.weighting = weighting
-
-    @torch.no_grad()
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        inner = self.weighting
-        if hooked(inner):  # somebody wants to see the Gramian's weighting called
-            return inner(ops.gramian(matrix))
-        return inner.of_rows(matrix)
-
-
-def hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-class ProjectionAggregator(GramianWeightedAggregator):
+class ProjectionAggregator(FusedAggregator):
     """What UPGrad and DualProj have in common: the update [P] of a Jacobian [m, P]."""
 
     gramian_weighting: ProjectionWeighting
-
-    def __init__(self, weighting: ProjectionWeighting) -> None:
-        # Past GramianWeightedAggregator's own, which computes the Gramian in the rows' dtype.
-        WeightedAggregator.__init__(self, RowsWeighting(weighting))
-        self.gramian_weighting = weighting
-
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        inner = self.gramian_weighting
-        if hooked(self.weighting) or hooked(inner):
-            return super().forward(matrix)
-        # Straight to the ops: the modules' calls would take a quarter of the time of a small Jacobian.
-        matrix = matrix.detach()
-        return ops.combine(matrix, inner.of_rows(matrix))
-
-    @staticmethod
-    def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
-        return ops.combine(matrix.detach(), weights)
 
     @property
     def pref_vector(self) -> Tensor | None:

@@ -8,57 +8,36 @@ host: under torch.compile and in CUDA graphs, too.
 from typing import Any, Literal
 
 from torch import Tensor
-from torchjd.aggregation import CAGradWeighting, GramianWeightedAggregator, WeightedAggregator, Weighting
+from torchjd.aggregation import CAGradWeighting
 
 from movae_fast import ops
-from movae_fast.aggregation.upgrad import hooked
+from movae_fast.aggregation.fused import FusedAggregator, GramianWeighting
 from movae_fast.ops import extension
 from movae_fast.ops.gramian_weights import Method, check_parameters
 
 
-class FusedWeighting(Weighting):
+class MethodWeighting(GramianWeighting):
     """The weights that `method` gives to a Gramian [m, m], in its dtype."""
 
-    pref_vector: Tensor | None
-
     def __init__(self, method: Method, pref_vector: Tensor | None = None, **parameters: float) -> None:
-        super().__init__()
-        if pref_vector is not None and pref_vector.dim() != 1:
-            raise ValueError(f"pref_vector must be [m], got {list(pref_vector.shape)}")
+        super().__init__(pref_vector)
         check_parameters(method, **parameters)  # type: ignore[arg-type]
         self.method, self.options = method, parameters
-        # A buffer, so that it follows the module to another device; not a part of its state.
-        self.register_buffer("pref_vector", pref_vector, persistent=False)
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         return self.weigh(gramian.detach()).to(gramian.dtype)
+
+    def of_rows(self, matrix: Tensor) -> Tensor:
+        return self.weigh(ops.gramian(matrix.detach()))
 
     def weigh(self, gramian: Tensor) -> Tensor:  # [m] float64
         return ops.gramian_weights(gramian, self.method, self.pref_vector, **self.options)  # type: ignore
 
 
-class FusedAggregator(GramianWeightedAggregator):
-    """What the five have in common: the update [P] of a Jacobian [m, P], in its dtype.
+class MethodAggregator(FusedAggregator):
+    """What the five have in common."""
 
-    The weights are NaN where the Gramian is not finite.
-    """
-
-    gramian_weighting: FusedWeighting
-
-    def __init__(self, weighting: FusedWeighting) -> None:
-        # Past GramianWeightedAggregator's own, which computes the Gramian in the rows' dtype.
-        WeightedAggregator.__init__(self, weighting << ops.gramian)
-        self.gramian_weighting = weighting
-
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        matrix = matrix.detach()
-        if hooked(self.weighting) or hooked(self.gramian_weighting):
-            return super().forward(matrix)
-        return ops.combine(matrix, self.gramian_weighting.weigh(ops.gramian(matrix)))
-
-    @staticmethod
-    def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
-        return ops.combine(matrix, weights)
+    gramian_weighting: MethodWeighting
 
     def __repr__(self) -> str:
         options = self.gramian_weighting.options
@@ -68,17 +47,17 @@ class FusedAggregator(GramianWeightedAggregator):
 def _option(name: str) -> Any:
     """An option of the weighting, read and written through the aggregator."""
 
-    def read(self: FusedAggregator) -> float:
+    def read(self: MethodAggregator) -> float:
         return self.gramian_weighting.options[name]
 
-    def write(self: FusedAggregator, value: float) -> None:
+    def write(self: MethodAggregator, value: float) -> None:
         check_parameters(self.gramian_weighting.method, **{name: value})  # type: ignore[arg-type]
         self.gramian_weighting.options[name] = value
 
     return property(read, write)
 
 
-class AlignedMTL(FusedAggregator):
+class AlignedMTL(MethodAggregator):
     """Makes the singular values of the rows equal before it adds the rows up (Senushkin et al. 2023).
 
     pref_vector: [m], on the rows' device; None is 1/m each.
@@ -90,7 +69,7 @@ class AlignedMTL(FusedAggregator):
     ) -> None:
         if scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode must be min, median or rmse; got {scale_mode!r}")
-        super().__init__(FusedWeighting(f"aligned_mtl_{scale_mode}", pref_vector))  # type: ignore[arg-type]
+        super().__init__(MethodWeighting(f"aligned_mtl_{scale_mode}", pref_vector))  # type: ignore[arg-type]
 
     @property
     def pref_vector(self) -> Tensor | None:
@@ -104,7 +83,7 @@ class AlignedMTL(FusedAggregator):
         return f"AlignedMTL(pref_vector={self.pref_vector!r}, scale_mode={self.scale_mode!r})"
 
 
-class CAGrad(FusedAggregator):
+class CAGrad(MethodAggregator):
     """The update within c |mean| of the rows' mean that helps the worst-off row most (Liu et al. 2021).
 
     c: the radius; norm_eps: as `ops.gramian_weights` has it. Solved exactly, where TorchJD's interior-point
@@ -117,17 +96,17 @@ class CAGrad(FusedAggregator):
     def __init__(self, c: float, norm_eps: float = 1e-4) -> None:
         if extension.csrc is None:
             CAGradWeighting(c)  # which will stand in: raises at once where its solver is missing
-        super().__init__(FusedWeighting("cagrad", c=c, norm_eps=norm_eps))
+        super().__init__(MethodWeighting("cagrad", c=c, norm_eps=norm_eps))
 
 
-class IMTLG(FusedAggregator):
+class IMTLG(MethodAggregator):
     """The update with equal projections on every row's direction (Liu et al. 2021, "Towards Impartial MTL")."""
 
     def __init__(self) -> None:
-        super().__init__(FusedWeighting("imtl_g"))
+        super().__init__(MethodWeighting("imtl_g"))
 
 
-class MGDA(FusedAggregator):
+class MGDA(MethodAggregator):
     """The shortest vector of the rows' hull, by Frank-Wolfe steps (Sener & Koltun 2018).
 
     epsilon: the step below which it stops; max_iters: the most steps.
@@ -137,10 +116,10 @@ class MGDA(FusedAggregator):
     max_iters = _option("max_iters")
 
     def __init__(self, epsilon: float = 0.001, max_iters: int = 100) -> None:
-        super().__init__(FusedWeighting("mgda", epsilon=epsilon, max_iters=max_iters))
+        super().__init__(MethodWeighting("mgda", epsilon=epsilon, max_iters=max_iters))
 
 
-class PCGrad(FusedAggregator):
+class PCGrad(MethodAggregator):
     """Each row without its components against the others, met in random orders, added up (Yu et al. 2020).
 
     The orders are drawn on the rows' device from torch's generator: TorchJD's in distribution, not in numbers
@@ -148,4 +127,4 @@ class PCGrad(FusedAggregator):
     """
 
     def __init__(self) -> None:
-        super().__init__(FusedWeighting("pcgrad"))
+        super().__init__(MethodWeighting("pcgrad"))
