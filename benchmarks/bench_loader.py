@@ -98,6 +98,7 @@ def packed(folder: Path) -> ImageFiles:
                 assert isinstance(file, Path)
                 tar.add(file, file.name)
         path.with_suffix(".part").rename(path)
+    path.read_bytes()  # in memory, as the files are
     return ImageFiles(images_in([path])[0], options(folder), BOX, "bicubic")
 
 

@@ -1,5 +1,6 @@
 """Sprites, transforms, and both loaders."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from movae_fast.data import (
     sprites,
 )
 from movae_fast.data.loaders import compiled_batch_of
+from movae_fast.data.machine import ahead
 from movae_fast.data.transforms import batch_of, finish, pick, resize, to_unit
 
 CPU = torch.device("cpu")
@@ -337,3 +339,29 @@ def test_a_folder_of_images(tmp_path):
         read(options("test", root=tmp_path))[0]
     with pytest.raises(FileNotFoundError, match=r"--dataset folder: not found.*your images"):
         read(options(root=tmp_path / "nothing"))
+
+
+def test_what_is_made_ahead_is_the_same_and_ends_with_whoever_asked():
+    made, closed = [], []
+
+    def numbers(fails_at: int = -1):
+        try:
+            for i in range(9):
+                if i == fails_at:
+                    raise ValueError("image 3")
+                made.append((i, threading.current_thread() is threading.main_thread()))
+                yield i
+        finally:
+            closed.append(True)
+
+    assert list(ahead(numbers(), depth=3)) == list(range(9))
+    assert made == [(i, False) for i in range(9)]
+
+    made.clear()
+    part = ahead(numbers(), depth=2)
+    assert [next(part), next(part)] == [0, 1]
+    part.close()
+    assert 2 <= len(made) <= 4 and len(closed) == 2
+    with pytest.raises(ValueError, match="image 3"):
+        list(ahead(numbers(fails_at=3)))
+    assert len(closed) == 3

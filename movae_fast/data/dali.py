@@ -26,7 +26,7 @@ from torch import Tensor
 
 from movae_fast.data.decode import MAX_PIXELS, ORIENTATION, decode
 from movae_fast.data.loaders import Loader
-from movae_fast.data.machine import processors
+from movae_fast.data.machine import ahead, processors
 from movae_fast.data.sources import ImageFiles, central_square
 
 
@@ -72,6 +72,13 @@ class DaliLoader(Loader):
         self._by_pillow: set[int] = set()  # rows that DALI does not decode
         self._stream: torch.cuda.Stream | None = None
         self._idle: list[tuple[Any, _Feed]] = []  # pipelines that wait for their next epoch
+
+    def finished(
+        self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """As in Loader; on a CPU a step never waits for the conversion either."""
+        batches = super().finished(rows, start, flip, epoch)
+        return ahead(batches) if self.device.type == "cpu" else batches
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """As in Loader; on a CPU a batch is DALI's own buffer, valid until the next one is asked for."""
@@ -186,6 +193,9 @@ class DaliLoader(Loader):
         return images.permute(0, 3, 1, 2)
 
 
+_Encoded = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]  # files' bytes; crops' corners, extents
+
+
 class _RefusedError(Exception):
     """DALI decodes a file of the batch no more; by now it is known which one."""
 
@@ -201,25 +211,29 @@ class _Feed:
 
     def __init__(self, source: ImageFiles, batch_size: int, by_pillow: set[int], kept: int) -> None:
         self.source, self.batch_size, self.by_pillow = source, batch_size, by_pillow
-        self.rows: list[int] = []
+        self.coming: Generator[tuple[list[int], _Encoded]] = ahead(_ for _ in ())
         self.recent: deque[list[int]] = deque(maxlen=kept)  # batches that may be in the pipeline
         self.error: Exception | None = None
         self.ended = False
 
     def begin(self, rows: list[int]) -> None:
-        self.rows, self.at, self.ended = rows, 0, False
+        self.coming.close()
+        parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+        # Read while a step is computed: DALI would ask for it in the midst of the step's waiting for images.
+        self.coming = ahead((part, self.read_all(part)) for part in parts)
+        self.ended = False
 
-    def __call__(self) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        part = self.rows[self.at : self.at + self.batch_size]
-        if not part:
-            raise StopIteration
-        self.at += len(part)
-        self.recent.append(part)
+    def __call__(self) -> _Encoded:
         try:
-            data, anchors, shapes = zip(*(self.read(i) for i in part), strict=True)
+            part, batch = next(self.coming)
         except ValueError as error:
             self.error = error  # DALI passes on its message alone
             raise
+        self.recent.append(part)
+        return batch
+
+    def read_all(self, rows: list[int]) -> _Encoded:
+        data, anchors, shapes = zip(*(self.read(i) for i in rows), strict=True)
         return list(data), list(anchors), list(shapes)
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,9 +13,8 @@ same epoch again, which count nothing (`share_of`). Evaluation counts every imag
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from movae_fast.data.machine import in_threads
+from movae_fast.data.machine import ahead, in_threads
 from movae_fast.data.sources import ImageFiles, stack
 from movae_fast.data.transforms import Binarizer, batch_of, finish, pick
 
@@ -138,7 +137,7 @@ class Loader:
 
     def finished(
         self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor]]:
         """Batches of `rows` as the model wants them, from batch `start` on; rows of `flip` mirrored.
 
         `epoch` is that of the binarization's draw, None the static one.
@@ -178,7 +177,7 @@ class ResidentLoader(Loader):
 
     def finished(
         self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor]]:
         """As in Loader; what lies on a GPU is indexed there, and nothing of it waits for the device."""
         fused = self.compiled and self.binarizer.mode == "none" and hasattr(self.source, "table")
         table = self.source.table(rows) if fused else None
@@ -198,13 +197,9 @@ class ResidentLoader(Loader):
                 yield at, self.source.gather(rows[at : at + self.batch_size])
             return
         # What is decoded or read from a mapped file is so while the step before is computed.
-        with ThreadPoolExecutor(1) as ahead:
-            parts = rows[starts.start :].split(self.batch_size) if starts else ()
-            coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
-            for i, at in enumerate(starts):
-                while len(coming) < 2 and i + len(coming) < len(starts):
-                    coming.append(ahead.submit(self._gather, parts[i + len(coming)]))
-                images, labels = coming.popleft().result()
+        gathered = (self._gather(rows[at : at + self.batch_size]) for at in starts)
+        with closing(ahead(gathered, depth=2)) as ready:
+            for at, (images, labels) in zip(starts, ready, strict=True):
                 yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:

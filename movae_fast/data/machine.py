@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,16 @@ def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
     with ThreadPoolExecutor(processors()) as pool:
         while part := list(islice(left, 256)):
             yield from pool.map(work, part)
+
+
+def ahead(items: Generator[T], depth: int = 1) -> Generator[T]:
+    """The same items, `depth` of them made in a thread while whoever asked works on the one before."""
+    end = object()
+    with closing(items), ThreadPoolExecutor(1) as thread:  # the thread ends before the generator is closed
+        coming: deque[Future[Any]] = deque(thread.submit(next, items, end) for _ in range(depth))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield item
 
 
 def processors() -> int:
