@@ -39,11 +39,7 @@ def reconstruction(
     (gaussian only) 255 times the sum over everything. The Bernoulli term works on logits, which do not round
     past 1 as probabilities do.
     """
-    if dist == "bernoulli":
-        error = F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
-    else:
-        image = output_image(preactivation, activation)
-        error = (image - x).square() if dist == "gaussian" else (image - x).abs()
+    error = pixel_errors(preactivation, x, activation, dist)
     if share is not None:
         error = error * share.to(error)[:, None, None, None]
     if reduction == "mean":
@@ -51,6 +47,19 @@ def reconstruction(
     if reduction == "sum":
         return error.sum() / x.shape[0]
     return 255 * error.sum()
+
+
+def pixel_errors(
+    preactivation: Tensor,  # [B, C, H, W]
+    x: Tensor,  # [B, C, H, W]
+    activation: str,
+    dist: ReconsDist,
+) -> Tensor:  # [B, C, H, W]
+    """-log p(x|z) of every value without its constant."""
+    if dist == "bernoulli":
+        return F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
+    image = output_image(preactivation, activation)
+    return (image - x).square() if dist == "gaussian" else (image - x).abs()
 
 
 def kl_standard_normal(

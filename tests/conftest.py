@@ -18,6 +18,12 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """What is remembered between runs starts empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def train(tmp_path, capsys, monkeypatch, request):
     """Train through the command line on `digits`, tiny; the run's folder. `draws` marks who wants figures."""
     if "draws" not in request.keywords:

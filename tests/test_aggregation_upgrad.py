@@ -3,17 +3,12 @@
 import pytest
 import torch
 import torchjd.aggregation as jd
-from torchjd.autojac import backward, jac_to_grad
 from torchjd.linalg import QuadprogProjector
 
 from movae_fast.aggregation import DualProj, FusedProjector, UPGrad
+from tests.jacobians import conflicting, gradients_by_torchjd
 
 PAIRS = [(UPGrad, jd.UPGrad), (DualProj, jd.DualProj)]
-
-
-def conflicting(m, P=40, dtype=torch.float64):
-    J = torch.randn(m, P, dtype=dtype)
-    return J - 0.9 * J.mean(0)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
@@ -46,14 +41,7 @@ def test_published_example():
 @pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_jac_to_grad(ours, theirs, optimize):
-    gradients = []
-    for aggregator in (ours(), theirs()):
-        torch.manual_seed(3)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-        out = model(torch.randn(8, 5, dtype=torch.float64))
-        backward([(out[:, 0] - 1).square().mean(), out.square().mean(), out[:, 1].abs().mean()])
-        weights = jac_to_grad(model.parameters(), aggregator, optimize_gramian_computation=optimize)
-        gradients.append([weights, *(p.grad for p in model.parameters())])
+    gradients = [gradients_by_torchjd(aggregator, optimize) for aggregator in (ours(), theirs())]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torchjd.aggregation as jd
-from torchjd.autojac import backward, jac_to_grad
 
 from movae_fast.aggregation import IMTLG, MGDA, AlignedMTL, CAGrad, PCGrad
 from movae_fast.aggregation.registry import FUSED, make_aggregator
 from tests.host_reads import NoHostRead
+from tests.jacobians import conflicting, gradients_by_torchjd
 
 PREF = torch.tensor([0.2, 1.0, 0.5, 0.7], dtype=torch.float64)
 PAIRS = {
@@ -20,11 +20,6 @@ PAIRS = {
     "mgda with options": (MGDA, jd.MGDA, {"epsilon": 0.01, "max_iters": 20}),
     "cagrad": (CAGrad, jd.CAGrad, {"c": 0.4}),
 }
-
-
-def conflicting(m=4, P=40, dtype=torch.float64):
-    J = torch.randn(m, P, dtype=dtype)
-    return J - 0.9 * J.mean(0)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -46,14 +41,7 @@ def test_pcgrad_of_two_has_one_order():
 
 @pytest.mark.parametrize("optimize", [False, True])
 def test_jac_to_grad(optimize):
-    gradients = []
-    for aggregator in (MGDA(), jd.MGDA()):
-        torch.manual_seed(3)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-        out = model(torch.randn(8, 5, dtype=torch.float64))
-        backward([(out[:, 0] - 1).square().mean(), out.square().mean(), out[:, 1].abs().mean()])
-        weights = jac_to_grad(model.parameters(), aggregator, optimize_gramian_computation=optimize)
-        gradients.append([weights, *(p.grad for p in model.parameters())])
+    gradients = [gradients_by_torchjd(aggregator, optimize) for aggregator in (MGDA(), jd.MGDA())]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 

@@ -10,13 +10,9 @@ from PIL import Image
 from movae_fast.data import DATASETS, ReadOptions, choose_loader, decode, make_loader, open_split
 from tests.datafiles import photo
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")
 SIZE = 32
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(params=["torch", "torch with workers", "resident", "dali"])

@@ -14,13 +14,9 @@ from movae_fast.data.decode import decode
 from movae_fast.data.grids import GRIDS
 from tests import datafiles
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")
 SIZE = 16
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -97,9 +97,10 @@ def commands(tmp_path, shards):
     return path
 
 
-def test_two_ranks_by_dali_share_every_image_and_resume_in_mid_epoch(tmp_path, commands, monkeypatch):
+def test_two_ranks_by_dali_share_every_image_and_resume_in_mid_epoch(
+    tmp_path, commands, own_cache, monkeypatch
+):
     pytest.importorskip("nvidia.dali")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

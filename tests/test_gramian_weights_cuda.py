@@ -6,20 +6,20 @@ import torch
 from movae_fast import ops
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.ops.gramian_weights import METHODS
+from tests.jacobians import conflicting, replayed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 OURS = ["aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad"]
 
 
-def conflicting(m: int, P: int = 3000) -> torch.Tensor:
-    J = torch.randn(m, P)
-    return J - 0.9 * J.mean(0)
+def large(m: int) -> torch.Tensor:
+    return conflicting(m, 3000, torch.float32)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 8, 9, 33, 64])
 def test_equals_cpu(m: int, method: str) -> None:
-    gramian = ops.gramian(conflicting(m))
+    gramian = ops.gramian(large(m))
     order = torch.rand(m, m).argsort(1) if method == "pcgrad" else None
     expected = ops.gramian_weights(gramian, method, order=order)
     order = order if order is None else order.cuda()
@@ -38,18 +38,7 @@ def test_not_finite(method: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_no_synchronisation_and_captured(name: str) -> None:
     aggregator = make_aggregator(name, 4).cuda()
-    J = conflicting(4).cuda()
-    aggregator(J)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        expected = aggregator(J)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update = aggregator(J)
-    J.mul_(2)
-    graph.replay()
+    expected, update = replayed(aggregator, large(4).cuda())
     if name != "pcgrad":  # which draws new orders at every replay
         torch.testing.assert_close(update, 2 * expected)
     assert update.isfinite().all()

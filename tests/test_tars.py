@@ -12,13 +12,9 @@ from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_s
 from movae_fast.data.prepared import prepare
 from tests.datafiles import jpeg, labelled, shard
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 CPU = torch.device("cpu")
 SIZE = 16
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -5,19 +5,19 @@ import torch
 
 from movae_fast import ops
 from movae_fast.aggregation import DualProj, UPGrad
+from tests.jacobians import conflicting, replayed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
-def conflicting(m: int, P: int = 3000) -> torch.Tensor:
-    J = torch.randn(m, P)
-    return J - 0.9 * J.mean(0)
+def large(m: int) -> torch.Tensor:
+    return conflicting(m, 3000, torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["upgrad", "dualproj"])
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64])
 def test_equals_cpu(m: int, mode: str) -> None:
-    J = conflicting(m)
+    J = large(m)
     weights, gramian, status = ops.upgrad_weights(J, mode=mode)
     on_gpu = ops.upgrad_weights(J.cuda(), mode=mode)
     assert on_gpu[2].item() == status == 0
@@ -33,13 +33,13 @@ def test_equals_cpu(m: int, mode: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [2, 7, 12])
 def test_dtypes(dtype: torch.dtype, m: int) -> None:
-    J = conflicting(m).to(dtype)
+    J = large(m).to(dtype)
     torch.testing.assert_close(ops.upgrad_weights(J.cuda())[1].cpu(), ops.gramian(J), rtol=1e-12, atol=1e-9)
 
 
 def test_not_finite() -> None:
     for m in (3, 20):
-        J = conflicting(m).cuda()
+        J = large(m).cuda()
         J[1, 5] = float("nan")
         weights, _, status = ops.upgrad_weights(J)
         assert weights.isnan().all()
@@ -48,23 +48,12 @@ def test_not_finite() -> None:
 
 @pytest.mark.parametrize("aggregator", [UPGrad(), DualProj()], ids=["UPGrad", "DualProj"])
 def test_no_synchronisation_and_captured(aggregator: torch.nn.Module) -> None:
-    J = conflicting(4).cuda()
-    expected = aggregator(J)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        aggregator(J)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        update = aggregator(J)
-    J.mul_(2)
-    graph.replay()
+    expected, update = replayed(aggregator, large(4).cuda())
     torch.testing.assert_close(update, 2 * expected)
 
 
 def test_two_launches() -> None:
-    J, pref = conflicting(4).cuda(), torch.ones(4, dtype=torch.float64, device="cuda")
+    J, pref = large(4).cuda(), torch.ones(4, dtype=torch.float64, device="cuda")
     aggregator = UPGrad(pref)
     aggregator(J)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

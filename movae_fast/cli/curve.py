@@ -28,7 +28,7 @@ from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import GaussianVAE
 from movae_fast.models.multirate import gated_layers
 from movae_fast.training.bounds import constant
-from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.config import point_at, resolve_device, validate
 from movae_fast.training.curve import (
     against_run,
     curve_points,
@@ -112,7 +112,9 @@ def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[P
     device = resolve_device(config.device)
     members = [read_member(p, device, config.betas, config.beta_min, config.beta_max) for p in paths]
     for member in members:
-        prepare(config, member.config)
+        point_at(member.config, config.device, config.data_dir)
+        member.config.data.limit_train = member.config.data.limit_test = config.limit
+        validate(member.config)
     check_alike(members)
     add_plain_betas(members)
     label_members(members)
@@ -122,15 +124,6 @@ def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[P
         console.print(table(member))
     folder = Path(config.out) if config.out else default_folder(paths[0]).with_name("curve")
     return write(folder, config, members, gates)
-
-
-def prepare(config: CurveConfig, trained: TrainConfig) -> None:
-    """Point a run's configuration at the images to evaluate on."""
-    data = trained.data
-    data.data_dir = config.data_dir or data.data_dir
-    data.limit_train = data.limit_test = config.limit
-    trained.run.device, trained.run.accumulate, trained.run.export = config.device, 1, None
-    validate(trained)
 
 
 def warn_of_extrapolation(members: Sequence[Member]) -> None:

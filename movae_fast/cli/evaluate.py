@@ -24,7 +24,7 @@ from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import nearest
 from movae_fast.objectives import LossVector
 from movae_fast.training import bounds
-from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
 from movae_fast.training.evaluate import evaluate
 from movae_fast.training.run import load_model, make_loader
 
@@ -90,10 +90,8 @@ def run(argv: Sequence[str]) -> int:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
-    trained.data.data_dir = config.data_dir or trained.data.data_dir
-    trained.data.batch_size = trained.data.eval_batch_size = config.batch_size
+    point_at(trained, config.device, config.data_dir, config.batch_size)
     trained.data.limit_train, trained.data.limit_test = 0, config.limit_test
-    trained.run.device, trained.run.accumulate, trained.run.export = config.device, 1, None
     validate(trained)
     names = chosen(config, trained, model)
     report = measure(config, trained, model, names, device)

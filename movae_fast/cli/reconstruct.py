@@ -14,7 +14,7 @@ from movae_fast.cli.generate import check_model, new_outdir
 from movae_fast.data import DATASETS, to_unit
 from movae_fast.figures import grid, write_png
 from movae_fast.names import pick
-from movae_fast.training.config import resolve_device
+from movae_fast.training.config import point_at, resolve_device
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Write original and reconstruction side by side, one PNG an image."
@@ -67,8 +67,7 @@ def run(argv: Sequence[str]) -> int:
             )
         trained.data.image_size = trained.image_shape[1]
         trained.data.dataset = dataset
-    trained.data.data_dir = config.data_dir or trained.data.data_dir
-    trained.data.batch_size = trained.data.eval_batch_size = config.batch_size
+    point_at(trained, config.device, config.data_dir, config.batch_size)
     split = "test" if config.rec_testdata else "train"
     latents = getattr(model, "latent_dim", getattr(model, "embedding_dim", 0))
     folder = new_outdir(Path(config.outdir, f"{trained.data.dataset}_{split}", f"{latents:04d}_latent_dims"))

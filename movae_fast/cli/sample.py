@@ -17,7 +17,7 @@ from movae_fast.data import to_unit
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.vq_vae import VQVAE
-from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
 from movae_fast.training.curve import log_spaced, say_extrapolation
 from movae_fast.training.run import load_model, make_loader
 
@@ -113,9 +113,7 @@ def load(config: SampleConfig, expected: str | None) -> Job:
     if expected is not None:
         kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
         agree(parsing.read_config(expected, kinds), trained, expected)
-    if config.data_dir is not None:
-        trained.data.data_dir = config.data_dir
-    trained.run.device = config.device
+    point_at(trained, config.device, config.data_dir)
     validate(trained)
     choose_beta(config, trained, model)
     return Job(config, trained, model, torch.Generator().manual_seed(config.seed))

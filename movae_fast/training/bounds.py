@@ -11,12 +11,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from movae_fast.data import to_unit
 from movae_fast.models import VAE, GaussianVAE
-from movae_fast.models.base import output_image
-from movae_fast.objectives import ReconsDist, kl_of_latents
+from movae_fast.objectives import ReconsDist, kl_of_latents, pixel_errors
 from movae_fast.reference import gaussian_log_density
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: a unit is active if the variance of its mean over data exceeds it
@@ -41,13 +39,7 @@ def energy(
     dist: ReconsDist,
 ) -> Tensor:  # [B] float64
     """The reconstruction objective of each image, summed over its values: -log p(x|z) without the constant."""
-    preactivation, x = preactivation.double(), x.double()
-    if dist == "bernoulli":
-        error = F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
-    else:
-        image = output_image(preactivation, activation)
-        error = (image - x).square() if dist == "gaussian" else (image - x).abs()
-    return error.flatten(1).sum(1)
+    return pixel_errors(preactivation.double(), x.double(), activation, dist).flatten(1).sum(1)
 
 
 def constant(dist: ReconsDist, values: int) -> float:
