@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from benchmarks.measure import Call, interleaved
 from movae_fast.models import ProVLAE, build_model
 from movae_fast.objectives import LossVector
-from movae_fast.training.progression import Progression, forget
+from movae_fast.training.optim import forget
+from movae_fast.training.progression import Progression
 from movae_fast.training.step import GradientStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -176,16 +176,17 @@ def test_multi_rate_betas_on_two_ranks(tmp_path, flags):
 
 WATCHED = """
 import sys, torch
-from movae_fast.training import loop
-original = loop.update
-def update(run):
-    original(run)
-    flat = run.gradient.flat.data
+from movae_fast.training.captured import TrainingStep
+original = TrainingStep.__call__
+def call(self, x, step, *args):
+    record = original(self, x, step, *args)
+    flat = self.gradient.flat.data
     other = flat.clone()
     torch.distributed.broadcast(other, 0)
-    assert torch.equal(flat, other), f"rank {run.world.rank} is apart after step {run.step}"
-    print("same", run.step, flush=True)
-loop.update = update
+    assert torch.equal(flat, other), f"rank {self.gradient.world.rank} is apart after step {step}"
+    print("same", step, flush=True)
+    return record
+TrainingStep.__call__ = call
 from movae_fast.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -15,12 +15,13 @@ from movae_fast.cli import main
 from movae_fast.cli.ladder import traversals
 from movae_fast.models import build_model
 from movae_fast.objectives import LossVector
-from movae_fast.training import checkpoint, loop
+from movae_fast.training import checkpoint
+from movae_fast.training.captured import TrainingStep
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.logs import read_lines
-from movae_fast.training.optim import make_optimizer
-from movae_fast.training.progression import Cycles, Progression, forget
+from movae_fast.training.optim import forget, make_optimizer
+from movae_fast.training.progression import Cycles, Progression
 from movae_fast.training.step import GradientStep
 
 SMALL = {"latent_dim": 2, "num_ladders": 3, "hidden_dim": 6, "fc_dim": 10}
@@ -310,16 +311,17 @@ def test_other_optimizers_train_every_stage_and_resume(train, name):
 @pytest.mark.parametrize("agg", ["sum", "upgrad"])
 def test_resume_in_the_middle_of_a_fade_in_is_bit_exact(train, monkeypatch, agg):
     through = train(FLAGS, f"--agg {agg}", "--warmup_steps 2")
-    update = loop.update
+    call = TrainingStep.__call__
 
-    def stop_at_seven(run):
-        update(run)
-        if run.step == 6:  # of stage 2, alpha 0.25
+    def stop_at_seven(self, x, step, *args):
+        record = call(self, x, step, *args)
+        if step == 6:  # of stage 2, alpha 0.25
             signal.raise_signal(signal.SIGTERM)
+        return record
 
-    monkeypatch.setattr(loop, "update", stop_at_seven)
-    part = train(FLAGS, f"--agg {agg}", "--warmup_steps 2", status=143)
-    monkeypatch.setattr(loop, "update", update)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", stop_at_seven)
+        part = train(FLAGS, f"--agg {agg}", "--warmup_steps 2", status=143)
     saved = state_of(part)
     assert saved["position"]["step"] == 7
     assert float(saved["model"]["alpha"]) == 0.25

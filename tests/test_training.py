@@ -190,9 +190,9 @@ def test_a_loss_that_blows_up_stops_the_run(train, capsys):
 
 def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
     """A NaN that appears at step 5 within a window of 4 is reported as step 5, with the epoch's checkpoint."""
-    from movae_fast.training.step import GradientStep
+    from movae_fast.training.captured import TrainingStep
 
-    original = GradientStep.__call__
+    original = TrainingStep.__call__
 
     def poisoned(self, x, step, *args, **kwargs):
         record = original(self, x, step, *args, **kwargs)
@@ -200,7 +200,7 @@ def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
             record.losses[1] = math.nan
         return record
 
-    monkeypatch.setattr(GradientStep, "__call__", poisoned)
+    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
     folder = train("--epochs 3", "--log_every 4", status=1)
     error = capsys.readouterr().err
     assert "kl became nan at step 5" in error
@@ -224,7 +224,7 @@ def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
 def test_nothing_in_the_loop_reads_the_device(train, monkeypatch, flags):
     """Between log lines no tensor is read on the host: .item(), float() or .cpu() would wait for a GPU."""
     reads = []
-    step = {"inside": False}
+    step = {"inside": False, "times": 0}
     from movae_fast.training.run import Run
 
     for name in ("item", "__float__", "__bool__", "__int__", "tolist", "cpu", "numpy"):
@@ -236,12 +236,13 @@ def test_nothing_in_the_loop_reads_the_device(train, monkeypatch, flags):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    from movae_fast.training.step import GradientStep
+    from movae_fast.training.captured import TrainingStep
 
-    original_call = GradientStep.__call__
+    original_call = TrainingStep.__call__
 
     def call(self, *args, **kwargs):
         step["inside"] = True
+        step["times"] += 1
         return original_call(self, *args, **kwargs)
 
     original_due = loop.log_due
@@ -251,11 +252,12 @@ def test_nothing_in_the_loop_reads_the_device(train, monkeypatch, flags):
             step["inside"] = False
         return original_due(run, ahead)
 
-    monkeypatch.setattr(GradientStep, "__call__", call)
+    monkeypatch.setattr(TrainingStep, "__call__", call)
     monkeypatch.setattr(loop, "log_due", log_due)
     given = ("--latent_dim null",) if "vq_vae" in flags else ()
     train(flags, *given, "--optimizer sgd", "--max_grad_norm 1", "--log_every 3")
     assert reads == []
+    assert step["times"] == 3
 
 
 def test_export_writes_weights_once(train, tmp_path, capsys):

@@ -16,6 +16,7 @@ from rich.table import Table
 from movae_fast.cli import parsing
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
+from movae_fast.training.captured import NOT_ASKED
 from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -185,7 +186,7 @@ def describe(work: Run, console: Console) -> None:
     )
     shape = "x".join(map(str, config.image_shape))
     processes = f"{work.world.size} x " if work.world.size > 1 else ""
-    compiled = ", compiled" if work.gradient.by_sum.mode != "off" else ""
+    compiled = (", compiled" if work.gradient.by_sum.mode != "off" else "") + graph_note(work)
     images = f"{processes}{config.data.batch_size}"
     loader = type(work.train_loader).__name__.removesuffix("Loader").lower()
     why = f" ({work.train_loader.why})" if work.train_loader.why else ""
@@ -223,6 +224,14 @@ def stage_line(work: Run) -> list[str]:
         return []
     fade = f", each new rung fading in over {stages.fade_in:,}" if stages.fade_in else ""
     return [f"stages {stages.first} to {stages.last} of {stages.steps:,} steps{fade}; pre-KL {stages.pre_kl:g}"]
+
+
+def graph_note(work: Run) -> str:
+    """Whether a step on CUDA is one graph."""
+    reason = work.why_not_captured
+    if reason == NOT_ASKED:
+        return ""
+    return f", no CUDA graph ({reason})" if reason else ", one CUDA graph a step"
 
 
 def rate_line(config: TrainConfig) -> list[str]:

@@ -301,7 +301,8 @@ class RunConfig:
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
         precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
-        compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU.
+        compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU. There all but `default`
+            record the whole step as one CUDA graph as well, where optimizer, precision and aggregator allow it.
         on_cudnn_benchmark: Let cuDNN try its algorithms for the shapes that it meets (CUDA).
         accumulate: Split each batch into this many parts, one after the other, to save memory.
         sync_batchnorm: BatchNorm over all processes' images rather than each one's own.

@@ -1,15 +1,13 @@
 """The training loop.
 
-A step is: forward, Jacobian rows, Gramian, aggregation (`GradientStep`), then clipping, optimizer, schedule
-(`update`). Nothing in it reads a value on the host; metrics stay on the device until a log line is due.
+A step is: forward, Jacobian rows, Gramian, aggregation (`GradientStep`), then clipping and optimizer (with the
+former `TrainingStep`), then the schedule. Nothing in it reads a value on the host; metrics stay on the device
+until a log line is due.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import torch
-from torch.profiler import record_function
 
 from movae_fast.training.evaluate import MeanImage, evaluate, mean_image, reconstruction_mse
 from movae_fast.training.profiler import Profiler
@@ -31,8 +29,8 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 run.begin_step()
                 bar.compiling(run.gradient)
                 share = run.train_loader.share_of(run.batch)
-                record = run.gradient(x, run.step, run.noise(len(x)), log_due(run, 1), share)
-                update(run)
+                record = run.training_step(x, run.step, run.noise(len(x)), log_due(run, 1), share)
+                run.scheduler.step()
                 run.telemetry.record(record, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
                 profiler.step()
@@ -53,18 +51,6 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     return final
 
 
-def update(run: Run) -> None:
-    """From `.grad` to new parameters: clipping, optimizer, schedule."""
-    precision, flat = run.gradient.precision, run.gradient.flat
-    precision.unscale_gradients(run.optimizer)
-    with record_function("optimizer"):
-        if clip := run.config.optimizer.max_grad_norm:
-            norm = torch.linalg.vector_norm(flat.grad)
-            flat.grad.mul_((clip / (norm + 1e-6)).clamp(max=1))
-        precision.step(run.optimizer)
-    run.scheduler.step()
-
-
 def log_due(run: Run, ahead: int = 0) -> bool:
     """Whether a log line follows the last step, or the one `ahead` of it: a full window, an epoch's end."""
     batch = run.batch + ahead
@@ -73,7 +59,7 @@ def log_due(run: Run, ahead: int = 0) -> bool:
 
 
 def position(run: Run) -> dict[str, Any]:
-    line = {"step": run.step, "epoch": run.epoch, "train/lr": run.optimizer.param_groups[0]["lr"]}
+    line = {"step": run.step, "epoch": run.epoch, "train/lr": run.lr}
     if run.progression is not None:
         last = run.step - 1
         line |= {"train/stage": run.progression.stage(last), "train/alpha": run.progression.alpha(last)}

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from movae_fast.training.config import FROM_EXTRA, OptimizerConfig
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -32,6 +34,23 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         kinds = {"lamb": pytorch_optimizer.Lamb, "diffgrad": pytorch_optimizer.DiffGrad}
         return kinds[config.optimizer](parameters, **options)
     return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer as good as new: no moments, no step count; its groups and rates stay.
+
+    The state of torch's own stays where it is, as a recorded step needs it: zeros are a new state.
+    """
+    if isinstance(optimizer, FUSED):
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        return
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from movae_fast.models.provlae import ProVLAE
 from movae_fast.objectives import LossVector
 
@@ -75,11 +73,3 @@ class Progression:
         """Put the step's stage, alpha and weights into the model's and the losses' tensors."""
         model.set_stage(self.stage(step), self.alpha(step))
         losses.set_active_rungs(model.active, self.pre_kl)
-
-
-def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer as good as new: no moments, no step count; its groups and rates stay."""
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = 0

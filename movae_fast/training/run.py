@@ -24,12 +24,13 @@ from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
+from movae_fast.training.captured import CudaGraphs, TrainingStep, inner_mode, why_not_captured
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import TrainConfig, resolve_device
 from movae_fast.training.logs import Logs, require_wandb
-from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.optim import forget, lr_factor, make_optimizer
 from movae_fast.training.precision import Precision
-from movae_fast.training.progression import Cycles, Progression, forget
+from movae_fast.training.progression import Cycles, Progression
 from movae_fast.training.step import GradientStep
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.world import World, connect
@@ -48,10 +49,12 @@ class Run:
     losses: LossVector
     gradient: GradientStep
     optimizer: torch.optim.Optimizer
+    training_step: TrainingStep
     scheduler: torch.optim.lr_scheduler.LambdaLR
     telemetry: Telemetry
     total_steps: int
     world: World = field(default_factory=World)
+    why_not_captured: str = ""  # what keeps the step from being one graph
     progression: Progression | None = None  # the stages of a progressive model
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
@@ -68,6 +71,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.step >= self.total_steps
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step to come, without asking the device."""
+        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
 
     def begin_step(self) -> None:
         """Bring a progressive model to the stage and alpha of the step to come.
@@ -135,6 +143,7 @@ class Run:
         """Continue from a checkpoint's sections."""
         checkpoint.load_model(self.model, record["model"], path)
         self.optimizer.load_state_dict(record["optimizer"])
+        self.training_step.adopt()
         self.scheduler.last_epoch = record["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
         if self.gradient.aggregator is not None:
             load_aggregator_state(self.gradient.aggregator, record["aggregator"], self.device)
@@ -275,7 +284,13 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         kl_factor=kl_factor(config, steps, per_epoch),
         capacity=(ladder.max_capacity, ladder.capacity_max_iter) if ladder.use_capacity_increase else None,
     )
+    precision = Precision(config.run.precision, device)
     mode = resolve_mode(config.run.compile, device)
+    why_not = why_not_captured(
+        config.run.compile, device, world, precision, config.optimizer.optimizer, aggregator
+    )
+    if not why_not:
+        mode = inner_mode(config.run.compile)
     if config.objective.gramian_batch < 1:
         mode = "off"
     gradient = GradientStep(
@@ -283,7 +298,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         losses,
         aggregator,
         config.objective.jacobian,
-        precision=Precision(config.run.precision, device),
+        precision=precision,
         # A layer that talks to other processes cannot be part of a compiled graph.
         compile_mode="off" if config.run.sync_batchnorm and world.size > 1 else mode,
         world=world,
@@ -296,6 +311,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, factor if total == steps else lambda step: factor(step % steps)
     )
+    clip = config.optimizer.max_grad_norm
+    recorder = CudaGraphs(device) if not why_not else None
     codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
@@ -307,10 +324,12 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         losses=losses,
         gradient=gradient,
         optimizer=optimizer,
+        training_step=TrainingStep(gradient, optimizer, clip, recorder),
         scheduler=scheduler,
         telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
         total_steps=total,
         world=world,
+        why_not_captured=why_not,
         progression=progression,
     )
 

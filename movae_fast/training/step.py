@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class Differentiated(NamedTuple):
     reached: Sequence[int] = ()  # the rows' objectives
 
 
+Kind = Literal["sum", "diagnosed sum", "aggregated", "weighted", "weighted by part"]
 # (images, noise, how often each image counts) to be differentiated one after the other
 Parts = list[tuple[Tensor, Tensor, Tensor | None]]
 
@@ -135,18 +136,35 @@ class GradientStep:
         each image counts, see `objectives`.
         """
         noise = self.model.draw_noise(len(x)) if noise is None else noise
+        return self.differentiate(self.kind(step, diagnose), x, noise, share, self.scale_at(step))
+
+    def kind(self, step: int, diagnose: bool = False) -> Kind:
+        """What is done at 0-based `step`."""
+        if self.aggregator is None:
+            return "diagnosed sum" if diagnose else "sum"
+        if (step - self.first) % self.gramian_every:
+            return "weighted"
+        return "weighted by part" if self.gramian_batch < 1 else "aggregated"
+
+    def scale_at(self, step: int) -> Tensor:  # [a]
+        """What the active losses are multiplied by at 0-based `step`."""
         # Sums over parts and ranks are means of the batch when each part's losses are divided beforehand.
         scale = self.losses.weights_at(step)[self.active] / (self.accumulate * self.world.size)
+        return self.precision.scale(scale)
+
+    def differentiate(
+        self, kind: Kind, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor
+    ) -> StepRecord:
+        """Set every parameter's gradient: a function of tensors, the same kernels for each batch of a kind."""
         shares = [None] * self.accumulate if share is None else share.chunk(self.accumulate)
         parts = list(zip(x.chunk(self.accumulate), noise.chunk(self.accumulate), shares, strict=True))
-        scale = self.precision.scale(scale)
-        if self.aggregator is None:
-            return self.sum(parts, scale, diagnose)
-        if (step - self.first) % self.gramian_every:
+        if kind == "aggregated":
+            return self.aggregated(parts, scale)
+        if kind == "weighted":
             return self.weighted(parts, scale)
-        if self.gramian_batch < 1:
+        if kind == "weighted by part":
             return self.weighted_by_part(parts, scale)
-        return self.aggregated(parts, scale)
+        return self.sum(parts, scale, kind == "diagnosed sum")
 
     def compiles(self) -> str:
         """What the next call may have to compile first; empty if nothing."""

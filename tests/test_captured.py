@@ -1,0 +1,256 @@
+"""A step that is recorded once and replayed: the same parameters as steps that are done one by one."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from movae_fast.aggregation.registry import make_aggregator
+from movae_fast.cli import main
+from movae_fast.models import MODELS, build_model
+from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.training.captured import WARM, CudaGraphs, TrainingStep, why_not_captured
+from movae_fast.training.config import OptimizerConfig
+from movae_fast.training.optim import forget, make_optimizer
+from movae_fast.training.precision import Precision
+from movae_fast.training.progression import Progression
+from movae_fast.training.step import GradientStep
+from movae_fast.training.world import World
+
+SHAPE = (3, 32, 32)
+CPU = torch.device("cpu")
+MODEL_OPTIONS = {
+    "vae": {"hidden_dims": [8, 16], "latent_dim": 6},
+    "betatc_vae": {"hidden_dims": [8, 8], "latent_dim": 6},
+    "vq_vae": {"hidden_dims": [8, 16], "embedding_dim": 8, "num_embeddings": 32},
+    "provlae": {"hidden_dim": 8, "fc_dim": 16, "latent_dim": 2},
+}
+
+
+class Tape(TorchDispatchMode):
+    """Every operation on tensors, to be done again on the very same memory: a CUDA graph in software."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "profiler":
+            self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def play(self):
+        for func, args, kwargs, out in self.operations:
+            returns = func._schema.returns
+            view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+            if view or func.name() in ("aten::unsqueeze_", "aten::squeeze_"):
+                continue  # of memory that stays where it is
+            new = func(*args, **kwargs)
+            if len(returns) < 2:
+                out, new = (out,) * len(returns), (new,) * len(returns)
+            for declared, old, value in zip(returns, out, new, strict=True):
+                if declared.alias_info is None:
+                    for a, b in zip(tree_leaves(old), tree_leaves(value), strict=True):
+                        if isinstance(a, torch.Tensor):
+                            a.copy_(b.reshape(a.shape))
+
+
+class Tapes:
+    """A Recorder. Recording on a tape does the work, so the first replay is left out."""
+
+    def __init__(self):
+        self.tapes = []
+
+    def warm(self, work):
+        return work()
+
+    def record(self, work):
+        with Tape() as tape:
+            record = work()
+        self.tapes.append(tape)
+        first = True
+
+        def replay():
+            nonlocal first
+            if not first:
+                tape.play()
+            first = False
+            return record
+
+        return replay
+
+
+class OneByOne:
+    """A Recorder that does every step anew."""
+
+    def warm(self, work):
+        return work()
+
+    def record(self, work):
+        return work
+
+
+def training_step(arch, agg, optimizer, recorder, device=CPU, clip=0.0, compile_mode="off", **options):
+    torch.manual_seed(0)
+    model = build_model(arch, SHAPE, "sigmoid", MODEL_OPTIONS[arch]).to(device)
+    weights = resolve_weights(MODELS[arch], SHAPE, None)
+    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=6)
+    aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active)).to(device)
+    gradient = GradientStep(model, losses, aggregator, compile_mode=compile_mode, **options)
+    made = make_optimizer(OptimizerConfig(optimizer=optimizer, lr=3e-3), model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda i: 1 / (1 + i))
+    return TrainingStep(gradient, made, clip, recorder), scheduler
+
+
+def train(step, scheduler, steps=10, diagnose_every=0, stages=None, shares=False):
+    """Records of the steps, each on its own images; parameters and buffers at the end."""
+    model, device = step.gradient.model.train(), step.gradient.flat.data.device
+    generator = torch.Generator().manual_seed(1)
+    records = []
+    for i in range(steps):
+        x = torch.rand(12, *SHAPE, generator=generator).to(device)
+        noise = torch.randn(model.draw_noise(12).shape, generator=generator).to(device)
+        share = torch.rand(12, generator=generator).to(device) if shares else None
+        if stages is not None:
+            if stages.starts(i):
+                forget(step.optimizer)
+            stages.apply(i, model, step.gradient.losses)
+        diagnose = diagnose_every > 0 and i % diagnose_every == 0
+        record = step(x, i, noise, diagnose, share)
+        scheduler.step()
+        records.append([v.clone() for v in record])
+    return records, [*model.parameters(), *model.buffers()]
+
+
+CASES = {
+    "upgrad": ("vae", "upgrad", "adam", {}, {}),
+    "annealed, clipped": ("betatc_vae", "upgrad", "adamw", {"clip": 0.01}, {}),
+    "codebook": ("vq_vae", "aligned_mtl", "sgd", {}, {}),
+    "reused weights": ("vae", "upgrad", "adam", {"gramian_every": 3}, {"steps": 14}),
+    "weights of a part": ("vae", "mgda", "adam", {"gramian_batch": 0.5}, {}),
+    "all parameters, accumulated": ("vae", "cagrad", "adam", {"jacobian": "all", "accumulate": 2}, {}),
+    "sum, diagnosed": ("vae", "sum", "adam", {}, {"steps": 16, "diagnose_every": 3}),
+    "padded": ("vae", "imtl_g", "adam", {}, {"shares": True}),
+    "ladder": ("provlae", "upgrad", "adam", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
+    "ladder, sum": ("provlae", "sum", "sgd", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_replayed_step_is_the_step(case):
+    arch, agg, optimizer, options, how = CASES[case]
+    tapes = Tapes()
+    recorded = training_step(arch, agg, optimizer, tapes, **options)
+    records, state = train(*recorded, **how)
+    expected_records, expected = train(*training_step(arch, agg, optimizer, OneByOne(), **options), **how)
+    kinds = {("sum, diagnosed"): 2, "reused weights": 2}.get(case, 1)
+    assert len(tapes.tapes) == len(recorded[0].recorded) == kinds
+    for i, (mine, other) in enumerate(zip(records, expected_records, strict=True)):
+        for a, b in zip(mine, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=f"step {i}")
+    for a, b in zip(state, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_what_is_not_a_tensor_is_frozen_by_a_recording():
+    """The judge above notices what it is there for."""
+    step, scheduler = training_step("vae", "upgrad", "adam", Tapes())
+    step.optimizer.param_groups[0]["lr"] = 3e-3  # a number, which the schedule changes
+    _, state = train(step, scheduler)
+    _, expected = train(*training_step("vae", "upgrad", "adam", OneByOne()))
+    assert any(not torch.equal(a, b) for a, b in zip(state, expected, strict=True))
+
+
+def test_a_step_that_cannot_be_recorded_says_so_once_and_goes_on():
+    class Broken(Tapes):
+        def record(self, work):
+            raise RuntimeError("operation not permitted\nmore")
+
+    broken = training_step("vae", "upgrad", "adam", Broken())
+    with pytest.warns(RuntimeWarning, match="not a CUDA graph: operation not permitted$") as said:
+        _, state = train(*broken)
+    assert len(said) == 1
+    _, expected = train(*training_step("vae", "upgrad", "adam", OneByOne()))
+    for a, b in zip(state, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_loaded_optimizer_is_recorded_too():
+    made = make_optimizer(OptimizerConfig(lr=0.5), [torch.nn.Parameter(torch.zeros(2))])
+    step, _ = training_step("vae", "upgrad", "adam", Tapes())
+    step.optimizer.load_state_dict(
+        {
+            **made.state_dict(),
+            "param_groups": [
+                {
+                    **made.state_dict()["param_groups"][0],
+                    "params": list(range(len(step.optimizer.param_groups[0]["params"]))),
+                }
+            ],
+        }
+    )
+    assert not step.optimizer.param_groups[0]["capturable"]
+    step.adopt()
+    assert step.optimizer.param_groups[0]["capturable"]
+    assert torch.equal(step.optimizer.param_groups[0]["lr"], torch.tensor(0.5))
+
+
+def test_what_keeps_a_step_from_being_one_graph():
+    cuda, world, fp32 = torch.device("cuda"), World(), Precision("fp32", CPU)
+    upgrad = make_aggregator("upgrad", 2)
+    assert why_not_captured("auto", cuda, world, fp32, "adam", upgrad) == ""
+    assert why_not_captured("max-autotune", cuda, world, fp32, "sgd", None) == ""
+    assert why_not_captured("auto", CPU, world, fp32, "adam", None) == "not asked for"
+    assert why_not_captured("default", cuda, world, fp32, "adam", None) == "not asked for"
+    assert why_not_captured("auto", cuda, world, Precision("fp16", CPU), "adam", None) == "fp16's loss scale"
+    assert why_not_captured("auto", cuda, world, fp32, "lamb", None) == "--optimizer lamb"
+    nash = make_aggregator("nash_mtl", 2)
+    assert why_not_captured("auto", cuda, world, fp32, "adam", nash) == f"TorchJD's {type(nash).__name__}"
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("compile_mode", ["off", "default"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_cuda_graph_is_the_step(case, compile_mode):
+    arch, agg, optimizer, options, how = CASES[case]
+    if "gramian_batch" in options and compile_mode != "off":
+        pytest.skip("runs uncompiled")
+    device = torch.device("cuda")
+    options = options | {"device": device, "compile_mode": compile_mode}
+    recorded = training_step(arch, agg, optimizer, CudaGraphs(device), **options)
+    _, state = train(*recorded, **how)
+    assert recorded[0].recorded
+    assert recorded[0].recorder is not None
+    _, expected = train(*training_step(arch, agg, optimizer, None, **options), **how)
+    for a, b in zip(state, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("arch", ["vae", "vq_vae", "provlae"])
+def test_training_on_cuda_replays_one_graph_a_step(arch, tmp_path, capsys, monkeypatch):
+    replays = 0
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        nonlocal replays
+        replays += 1
+        return replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    steps = 20
+    small = "--image_size 32 --batch_size 16 --limit_train 640 --limit_test 64 --log_every 5"
+    command = (
+        f"train --dataset sprites --arch {arch} --agg upgrad --steps {steps} {small} --exp_dir {tmp_path}/run"
+    )
+    stages = " --mode seq_train --fade_in_duration 5" if arch == "provlae" else ""
+    assert main((command + stages).split()) == 0
+    assert "one CUDA graph a step" in capsys.readouterr().out
+    assert replays == (3 * steps if stages else steps) - WARM
