@@ -10,6 +10,7 @@ from torch import nn
 
 from movae_fast.cli import main
 from movae_fast.data.sprites import SIZE, Sprites, factors_of, index_of
+from movae_fast.metrics import inception
 from movae_fast.models.base import GaussianVAE
 from movae_fast.training import bounds
 from movae_fast.training.bounds import importance_weighted_bound
@@ -191,6 +192,102 @@ def test_refusals_are_one_line_before_work_starts(train, capsys, flags, message,
     error = capsys.readouterr().err
     assert message.split(";")[0] in error
     assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A file as torch-fidelity's, of a network that was never trained."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "load_state_dict_from_url", None)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *args, **kwargs: {})
+        network = FeatureExtractorInceptionV3("random", ["2048"], str(path))
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def numpy_fid(a, b):
+    """|m - n|^2 + tr(S + T - 2 (S T)^(1/2)), the trace of the root by the eigenvalues of S T."""
+    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.clip(np.linalg.eigvals(s @ t).real, 0, None)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * root
+
+
+def numpy_kid(a, b):
+    """The unbiased squared MMD with the kernel (x'y / d + 1)^3."""
+    kaa, kbb, kab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    n = len(a)
+    return sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kaa, kbb)) - 2 * kab.mean()
+
+
+def test_inception_distances_by_hand():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((60, 8)), 0.5 + 1.3 * rng.standard_normal((60, 8))
+    found = inception.distances(torch.tensor(a), torch.tensor(b), seed=0)
+    assert found["fid"] == pytest.approx(numpy_fid(a, b), rel=1e-6)
+    assert found["kid"] == pytest.approx(numpy_kid(a, b), rel=1e-5)
+    assert found["kid_std"] == pytest.approx(0, abs=1e-9)  # every subset is the whole
+    same = inception.distances(torch.tensor(a), torch.tensor(a), seed=0)
+    assert same["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_inception_features_are_of_rounded_rgb_pixels():
+    seen = []
+
+    def network(pixels):
+        seen.append(pixels)
+        return (pixels.flatten(1).float(),)
+
+    images = torch.tensor([[-0.1, 0.0], [0.5, 1.2]]).view(1, 1, 2, 2)
+    inception.features_of(network, [images, images])
+    assert [p.shape for p in seen] == [(1, 3, 2, 2)] * 2
+    assert seen[0].dtype == torch.uint8
+    assert seen[0][0, 2].flatten().tolist() == [0, 0, 128, 255]
+
+
+def test_evaluate_fid_and_kid(train, inception_weights):
+    flags = f"--device cpu --metrics images --fid_weights {inception_weights} --fid_images 6".split()
+    folder = train()
+    assert main(["evaluate", str(folder), *flags]) == 0
+    figures = json.loads((folder / "evaluation" / "metrics.json").read_text())["figures"]
+    assert figures["fid_images"] == 6
+    for kind in ("reconstructions", "samples"):
+        assert figures[f"fid_{kind}"] > 0
+        assert math.isfinite(figures[f"kid_{kind}"])
+    codebook = "--arch vq_vae --embedding_dim 4 --num_embeddings 8 --num_residual_layers 1 --latent_dim null"
+    folder = train(*[codebook])
+    assert main(["evaluate", str(folder), *flags]) == 0
+    figures = json.loads((folder / "evaluation" / "metrics.json").read_text())["figures"]
+    assert figures["fid_reconstructions"] > 0
+    assert "fid_samples" not in figures
+
+
+def test_inception_weights_are_refused_before_work_starts(train, tmp_path, capsys, monkeypatch):
+    folder = train()
+    monkeypatch.setattr("movae_fast.cli.evaluate.make_loader", None)
+    capsys.readouterr()
+
+    def said(path, reason):
+        assert main(["evaluate", str(folder), "--fid_weights", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"--fid_weights {path}" in error
+        assert reason in error
+        assert error.count("\n") == 1
+
+    said(tmp_path / "none.pth", "no such file; it is https://")
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    said(tmp_path / "other.pth", "is not torch-fidelity's Inception")
+    (tmp_path / "text.pth").write_text("not weights")
+    said(tmp_path / "text.pth", "is not torch-fidelity's Inception")
+    torch.save(nn.Linear(1, 1), tmp_path / "pickle.pth")
+    said(tmp_path / "pickle.pth", "is not torch-fidelity's Inception")
+    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
+    assert main(["evaluate", str(folder), "--fid_weights", "x"]) == 2
+    assert "pip install 'movae-fast[metrics]'" in capsys.readouterr().err
 
 
 def test_too_many_samples(train, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from movae_fast.cli import parsing
 from movae_fast.cli.sample import free
-from movae_fast.data import Loader
+from movae_fast.data import Loader, to_unit
 from movae_fast.figures import evaluation_figure
 from movae_fast.metrics import METRICS, NEED_TEST_CODES, Codes
+from movae_fast.metrics.inception import distances, features_of, load_inception
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import nearest
 from movae_fast.objectives import LossVector
@@ -31,6 +33,7 @@ from movae_fast.training.run import load_model, make_loader
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
 # What is asked of test images rather than of factors.
 ON_IMAGES = ("objectives", "elbo", "images")
+LEAST = {"samples": 100, "iw": 0, "iw_images": 1, "fid_images": 2, "limit_test": 0, "batch_size": 1}
 QUICK = ("mig", "mig_sup", "modularity", "jemmig")
 
 
@@ -47,6 +50,10 @@ class EvaluateConfig:
         seed: Seed of the choice of images and of every draw.
         iw: Draws of the importance-weighted bound; 0 leaves it out.
         iw_images: Test images of the importance-weighted bound.
+        fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
+            reconstructions and (not for a codebook) of samples.
+        fid_images: Test images, reconstructions and samples of FID and KID; published figures take 10,000
+            or more.
         limit_test: Use this many evenly spaced test images; 0 means all.
         batch_size: Images at a time.
         save_dir: Folder for the files; the default is evaluation/ in the run's folder.
@@ -60,6 +67,8 @@ class EvaluateConfig:
     seed: int = 0
     iw: int = 0
     iw_images: int = 256
+    fid_weights: str | None = None
+    fid_images: int = 10_000
     limit_test: int = 0
     batch_size: int = 500
     save_dir: str | None = None
@@ -85,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
     if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
         raise ValueError("which model? give the run's folder: movae evaluate RUN, or --weights FILE")
     config = EvaluateConfig(**parsing.parse(parser, words, {}))
-    for name, least in (("samples", 100), ("iw", 0), ("iw_images", 1), ("limit_test", 0), ("batch_size", 1)):
+    for name, least in LEAST.items():
         if getattr(config, name) < least:
             raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
     device = resolve_device(config.device)
@@ -94,8 +103,11 @@ def run(argv: Sequence[str]) -> int:
     trained.data.limit_train, trained.data.limit_test = 0, config.limit_test
     validate(trained)
     names = chosen(config, trained, model)
-    report = measure(config, trained, model, names, device)
+    inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
     console = Console(width=None if sys.stdout.isatty() else 200)
+    report = measure(config, trained, model, names, device)
+    if inception is not None:
+        report.figures |= inception_distances(config, trained, model, inception, device, console)
     console.print(table(trained, report))
     folder = Path(config.save_dir) if config.save_dir else default_folder(Path(config.weights))
     for path in write(folder, config, trained, report):
@@ -173,6 +185,41 @@ def measure(
     if "images" in names:
         report.figures |= bounds.image_quality(model, loader.epoch(), loader.normalize, device)
     return report
+
+
+def inception_distances(
+    config: EvaluateConfig,
+    trained: TrainConfig,
+    model: VAE,
+    inception: torch.nn.Module,
+    device: torch.device,
+    console: Console,
+) -> dict[str, float]:
+    """FID and KID to evenly spaced test images of reconstructions, and of samples where there is a prior."""
+    loader = make_loader(trained, device, "test")
+    n = min(config.fid_images, len(loader.source))
+    if n < 2:
+        raise ValueError(f"--fid_weights: FID needs two test images at least; there are {n}")
+    rows = torch.arange(n) * len(loader.source) // n
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def images(kind: str) -> Iterator[Tensor]:
+        sizes = [len(part) for part in rows.split(config.batch_size)]
+        batches = zip(sizes, loader.take(rows), strict=True)
+        for size, (x, _) in track(batches, kind, len(sizes), console=console, transient=True):
+            if kind == "samples":
+                x = model.sample(size, generator)
+            elif kind == "reconstructions":
+                x = model.reconstruct(x)
+            yield to_unit(x, loader.normalize)
+
+    kinds = ["reconstructions", *(["samples"] if isinstance(model, GaussianVAE) else [])]
+    real = features_of(inception, images("test images"))
+    figures: dict[str, float] = {"fid_images": n}
+    for kind in kinds:
+        found = distances(real, features_of(inception, images(kind)), config.seed)
+        figures |= {f"{name}_{kind}": value for name, value in found.items()}
+    return figures
 
 
 @torch.no_grad()

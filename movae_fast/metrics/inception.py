@@ -1,0 +1,82 @@
+"""Distances between sets of images: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
+
+The features are the 2,048 of the Inception network that the published figures are of, in torch-fidelity's
+PyTorch form. Its weights are a file that the user has: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
+
+SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+FEATURES = 2048
+SUBSETS, SUBSET = 100, 1000  # KID: the published numbers
+
+
+def require() -> None:
+    """Raise ValueError if torch-fidelity is not installed."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise ValueError("--fid_weights needs torch-fidelity: pip install 'movae-fast[metrics]'")
+
+
+def load_inception(path: Path, device: torch.device) -> nn.Module:
+    """The feature network, from uint8 images [N, 3, H, W] to a tuple of features [N, 2048] float32.
+
+    Raises ValueError for a file that is missing or is not these weights.
+    """
+    require()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    if not path.is_file():
+        raise ValueError(f"--fid_weights {path}: no such file; it is {SOURCE}")
+    try:
+        torch.load(path, weights_only=True)  # the library would run what a pickle holds
+        made = FeatureExtractorInceptionV3("inception", [str(FEATURES)], str(path))
+    except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--fid_weights {path} is not torch-fidelity's Inception, which is {SOURCE}: {reason}"
+        ) from None
+    return made.to(device)
+
+
+@torch.no_grad()
+def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Images in [0, 1], [B, C, H, W] each, one or three channels, to features [N, 2048], as 8-bit pixels."""
+    found = []
+    for images in batches:
+        pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        (part,) = inception(pixels.expand(-1, 3, -1, -1))
+        found.append(part)
+    return torch.cat(found)
+
+
+def distances(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
+    """fid, and kid with the deviation over its subsets, of features [N, 2048] and [M, 2048]; by torchmetrics.
+
+    KID's subsets, drawn by the seed, are of 1,000 images, or as many as there are.
+    """
+    identity = nn.Identity()
+    identity.num_features = real.shape[1]  # type: ignore[assignment]
+    fid = FrechetInceptionDistance(feature=identity).to(real.device)
+    size = min(SUBSET, len(real), len(fake))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Metric `Kernel Inception Distance` will save"
+        )  # they are kept anyway
+        kid = KernelInceptionDistance(feature=identity, subsets=SUBSETS, subset_size=size).to(real.device)
+    for metric in (fid, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mean, deviation = kid.compute()
+    return {"fid": float(fid.compute()), "kid": float(mean), "kid_std": float(deviation)}
