@@ -16,6 +16,7 @@ from movae_fast.training.precision import Precision
 from movae_fast.training.progression import Progression
 from movae_fast.training.step import GradientStep
 from movae_fast.training.world import World
+from tests.host_reads import NoHostRead
 
 SHAPE = (3, 32, 32)
 CPU = torch.device("cpu")
@@ -152,6 +153,18 @@ def test_a_replayed_step_is_the_step(case):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=f"step {i}")
     for a, b in zip(state, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_what_is_recorded_reads_nothing_on_the_host(optimizer):
+    class Guarded(Tapes):
+        def record(self, work):
+            with NoHostRead():
+                return super().record(work)
+
+    guarded = Guarded()
+    train(*training_step("betatc_vae", "upgrad", optimizer, guarded, clip=0.1), steps=5)
+    assert len(guarded.tapes) == 1
 
 
 def test_what_is_not_a_tensor_is_frozen_by_a_recording():
