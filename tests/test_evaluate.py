@@ -294,3 +294,25 @@ def test_too_many_samples(train, capsys):
     folder = train("--dataset sprites")
     assert main(["evaluate", str(folder), "--metrics", "sap", "--samples", "600000"]) == 2
     assert "needs 900000 images (300000 of them to test); there are 727280" in capsys.readouterr().err
+
+
+def test_evaluate_a_multi_rate_model_at_a_beta(train, capsys):
+    folder = train("--multirate", "--epochs 3")
+
+    def figures(*flags):
+        assert main(["evaluate", str(folder), "--device", "cpu", "--metrics", "elbo", *flags]) == 0
+        newest = max((folder / "evaluation").glob("metrics*.json"), key=lambda p: p.stat().st_mtime_ns)
+        record = json.loads(newest.read_text())
+        return record["figures"], record.get("beta")
+
+    default, none = figures()
+    one, beta = figures("--beta", "1")
+    assert none is None
+    assert beta == 1
+    assert one == default
+    assert figures("--beta", "0.01")[0]["rate"] != one["rate"]
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--beta", "0"]) == 2
+    assert "--beta 0 must be above 0 and finite" in capsys.readouterr().err
+    assert main(["evaluate", str(train()), "--beta", "1"]) == 2
+    assert "--beta needs a multi-rate model; this vae was trained for one beta" in capsys.readouterr().err

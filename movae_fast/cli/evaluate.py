@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from movae_fast.cli import parsing
-from movae_fast.cli.sample import free
+from movae_fast.cli.sample import choose_beta, free
 from movae_fast.data import Loader, to_unit
 from movae_fast.figures import evaluation_figure
 from movae_fast.metrics import METRICS, NEED_TEST_CODES, Codes
@@ -54,6 +54,7 @@ class EvaluateConfig:
             reconstructions and (not for a codebook) of samples.
         fid_images: Test images, reconstructions and samples of FID and KID; published figures take 10,000
             or more.
+        beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         limit_test: Use this many evenly spaced test images; 0 means all.
         batch_size: Images at a time.
         save_dir: Folder for the files; the default is evaluation/ in the run's folder.
@@ -69,6 +70,7 @@ class EvaluateConfig:
     iw_images: int = 256
     fid_weights: str | None = None
     fid_images: int = 10_000
+    beta: float | None = None
     limit_test: int = 0
     batch_size: int = 500
     save_dir: str | None = None
@@ -102,6 +104,8 @@ def run(argv: Sequence[str]) -> int:
     point_at(trained, config.device, config.data_dir, config.batch_size)
     trained.data.limit_train, trained.data.limit_test = 0, config.limit_test
     validate(trained)
+    if config.beta is not None:
+        choose_beta("evaluate", config.beta, trained, model)
     names = chosen(config, trained, model)
     inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -277,6 +281,7 @@ def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Re
         "arch": trained.model.arch,
         "dataset": trained.data.dataset,
         "seed": config.seed,
+        **({"beta": config.beta} if config.beta is not None else {}),
         "figures": report.figures,
     }
     if report.mutual is not None:

@@ -16,6 +16,7 @@ from movae_fast.cli import parsing
 from movae_fast.data import to_unit
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models.multirate import Rates
 from movae_fast.models.vq_vae import VQVAE
 from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
 from movae_fast.training.curve import log_spaced, say_extrapolation
@@ -115,28 +116,33 @@ def load(config: SampleConfig, expected: str | None) -> Job:
         agree(parsing.read_config(expected, kinds), trained, expected)
     point_at(trained, config.device, config.data_dir)
     validate(trained)
-    choose_beta(config, trained, model)
+    if config.beta is not None:
+        choose_beta("sample", config.beta, trained, model)
+    if config.mode == "beta_sweep":
+        rates_of("mode beta_sweep", trained, model)
+        if config.beta is not None:
+            raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
     return Job(config, trained, model, torch.Generator().manual_seed(config.seed))
 
 
-def choose_beta(config: SampleConfig, trained: TrainConfig, model: VAE) -> None:
+def choose_beta(command: str, beta: float, trained: TrainConfig, model: VAE) -> None:
     """Set a multi-rate model to the beta asked for. Raises ValueError for a model that has one beta only."""
+    rates = rates_of("beta", trained, model)
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"--beta {beta:g} must be above 0 and finite")
+    say_extrapolation(command, beta, beta, rates.beta_min, rates.beta_max)
+    assert isinstance(model, GaussianVAE)
+    model.set_beta(beta)
+
+
+def rates_of(flag: str, trained: TrainConfig, model: VAE) -> Rates:
+    """A multi-rate model's rates, which the flag needs."""
     if not isinstance(model, GaussianVAE) or model.rates is None:
-        for flag in ("beta", "mode beta_sweep"):
-            if config.beta is not None if flag == "beta" else config.mode == "beta_sweep":
-                raise ValueError(
-                    f"--{flag} needs a multi-rate model; this {trained.model.arch} was trained for one beta "
-                    "(train with --multirate)"
-                )
-        return
-    if config.beta is None:
-        return
-    if config.mode == "beta_sweep":
-        raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
-    if not (math.isfinite(config.beta) and config.beta > 0):
-        raise ValueError(f"--beta {config.beta:g} must be above 0 and finite")
-    say_extrapolation("sample", config.beta, config.beta, model.rates.beta_min, model.rates.beta_max)
-    model.set_beta(config.beta)
+        raise ValueError(
+            f"--{flag} needs a multi-rate model; this {trained.model.arch} was trained for one beta "
+            "(train with --multirate)"
+        )
+    return model.rates
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, name: str) -> None:
