@@ -1,6 +1,7 @@
 """Image files as they come: damage is named or left out, every kind of pixels is read; by each loader."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 from movae_fast.data import DATASETS, ReadOptions, choose_loader, decode, make_loader, open_split
+from movae_fast.data.decode import PILLOW
+from movae_fast.data.machine import in_threads
 from tests.datafiles import photo
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -65,12 +68,21 @@ def corrupt_png(path):
     path.write_bytes(bytes(data))
 
 
+def adobe_cut_short(path):
+    path.write_bytes(b"\xff\xd8\xff\xee\x00\x02Adobe\xff\xd9")
+
+
+def exif_alone(path):
+    path.write_bytes(b"\xff\xd8\xff\xe1\x00\x10Exif\x00\x00" + bytes(8) + b"\xff\xd9")
+
+
 def absurdly_large(path):
     # A bilevel PNG of zeros is small on the disk, whatever it claims.
     Image.new("1", (11_000, 10_000)).save(path, "PNG")
 
 
 DAMAGE = [empty, truncated, corrupt, no_image, truncated_png, corrupt_png, absurdly_large]
+DAMAGE += [adobe_cut_short, exif_alone]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
@@ -88,13 +100,13 @@ def test_a_bad_file_is_named_or_left_out(tmp_path, kind, damage):
 
 
 def test_every_damage_at_once_leaves_the_good_ones_in_order(tmp_path, kind):
-    folder = pictures(tmp_path, 8)
+    folder = pictures(tmp_path, len(DAMAGE) + 1)
     good = torch.cat([x for x, _ in loader(kind, tmp_path).epoch()])[-1]
     for i, damage in enumerate(DAMAGE):
         damage(folder / f"{i}.jpg")
     images = torch.cat([x for x, _ in loader(kind, tmp_path, "skip").epoch()])
     assert torch.equal(images, good[None])
-    damage(folder / "7.jpg")
+    damage(folder / f"{len(DAMAGE)}.jpg")
     with pytest.raises(
         ValueError, match=r"--dataset folder: not one train image can be read \(.*0\.jpg: empty"
     ):
@@ -185,6 +197,24 @@ def test_unusual_pixels_are_read_upright_as_rgb(tmp_path, kind, write):
     assert float((images - expected).abs().mean()) * 255 < KINDS[write]
     if write is rotated:  # and it would be seen if nobody had turned it
         assert float((images.rot90(1, (2, 3)) - expected).abs().mean()) * 255 > 20
+
+
+def test_decoding_in_threads_hides_pillows_warnings_only(tmp_path, recwarn):
+    odd = tmp_path / "odd.jpg"
+    photo(odd, 0)
+    data = odd.read_bytes()
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x09\x00\x01"  # nine entries, of which there are none
+    odd.write_bytes(data[:2] + b"\xff\xe1" + (2 + len(exif)).to_bytes(2, "big") + exif + data[2:])
+    with pytest.warns(UserWarning, match="EXIF"), Image.open(odd) as file:
+        file.getexif().get(1)
+    before = list(warnings.filters)
+    for pixels in in_threads(decode.decode, [odd] * 64):
+        assert pixels.shape[2] == 3
+    kept = [f for f in warnings.filters if f not in before]
+    assert all(getattr(f[3], "pattern", "") == PILLOW for f in kept)
+    assert [w for w in recwarn if "PIL" in w.filename] == []
+    with pytest.warns(RuntimeWarning, match="of another kind"):
+        warnings.warn("of another kind", RuntimeWarning, stacklevel=1)
 
 
 def test_the_limit_of_size_is_on_pixels(tmp_path, monkeypatch):

@@ -267,3 +267,15 @@ def test_training_on_cuda_replays_one_graph_a_step(arch, tmp_path, capsys, monke
     assert main((command + stages).split()) == 0
     assert "one CUDA graph a step" in capsys.readouterr().out
     assert replays == (3 * steps if stages else steps) - WARM
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_a_capture_that_fails_leaves_the_stream_as_it_was():
+    device = torch.device("cuda")
+    x, before = torch.ones(3, device=device), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        CudaGraphs(device).record(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == before
+    torch.cuda.synchronize()
+    assert float(x.sum()) == 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from movae_fast.cli import main
-from movae_fast.cli.members import expanded
+from movae_fast.cli.members import Member, expanded
 from movae_fast.data import Images, ResidentLoader
 from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import build_model, make_multirate
@@ -307,3 +307,12 @@ def test_what_has_no_place_on_a_curve_is_refused(train, capsys, tmp_path):
     assert "--betas 0 must be at least 1" in refused([many, "--betas", 0], capsys)
     for flags in (["--beta_min", 0], ["--beta_min", -1], ["--beta_min", 20], ["--beta_max", "1e400"]):
         assert "must be above 0 and below --beta_max" in refused([many, *flags], capsys)
+
+
+def test_the_seconds_of_a_run_count_the_images_of_all_its_processes(tmp_path):
+    lines = [{"step": 10, "train/images_per_s": 400.0}, {"step": 30, "train/images_per_s": 800.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig()
+    config.data.batch_size = 20
+    member = Member(tmp_path, config, False, [1.0], 2, processes=4)
+    assert member.train_seconds == pytest.approx(10 * 80 / 400 + 20 * 80 / 800)

@@ -202,6 +202,15 @@ def test_factors_and_images_of_a_grid_belong_together(tmp_path, monkeypatch):
         assert sorted(seen) == list(range(len(stored)))
 
 
+def test_a_grid_on_another_device_stays_there(tmp_path, monkeypatch):
+    datafiles.WRITERS["dsprites"](tmp_path, monkeypatch)
+    source, elsewhere = read("dsprites", tmp_path), torch.device("meta")
+    for _ in range(2):  # the loader's, and that of the mean image at the end of a run
+        source.to(elsewhere)
+        assert source.images.is_meta
+        assert len(source.images) == len(source)
+
+
 def test_two_splits_of_a_grid_share_the_array(tmp_path, monkeypatch):
     datafiles.WRITERS["dsprites"](tmp_path, monkeypatch)
     train, test = read("dsprites", tmp_path), read("dsprites", tmp_path, "test")

@@ -1,19 +1,23 @@
 """`movae sweep`: two workers share a study, it resumes, it reports; and what it refuses."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
 from movae_fast.cli import main, parsing
-from movae_fast.cli.study import Report
+from movae_fast.cli.study import Report, Study
 from movae_fast.cli.sweep import SweepFlags, check_space, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
 from movae_fast.figures import sweep_figure
 from movae_fast.training.config import SECTIONS, TrainConfig, validate
+from movae_fast.training.signals import Interrupted
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -130,6 +134,50 @@ def test_an_interrupted_trial_is_run_again(sweep, tmp_path, monkeypatch):
     trials = json.loads((tmp_path / "sweep" / "results.json").read_text())["trials"]
     assert [t["number"] for t in trials] == [1]
     assert trials[0]["params"]["beta"] == lost.params["beta"]
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_signal_ends_a_sweep_and_the_same_command_goes_on(sweep, tmp_path, monkeypatch, capsys, grid):
+    in_this_process(monkeypatch)
+    search = {"search": {"latent_dim": {"choices": [2, 4, 6]}}, "sampler": "grid"} if grid else {}
+    words = sweep(trials=3, **search)
+
+    def interrupted(self, trial):
+        if trial.number == 1:
+            raise Interrupted(signal.SIGTERM)
+        return trial_of(self, trial)
+
+    trial_of = Study.trial
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "trial", interrupted)
+        assert main(words) == 143
+    assert "the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "sweep" / "results.json").exists()
+    assert main(words) == 0
+    trials = json.loads((tmp_path / "sweep" / "results.json").read_text())["trials"]
+    assert len(trials) == 3
+    if grid:
+        assert len({tuple(t["params"].values()) for t in trials}) == 3
+
+
+def test_sigterm_to_a_sweep_ends_its_workers(sweep, tmp_path):
+    words = sweep(trials=4, workers=2, flags=FLAGS | {"steps": 1_000_000, "log_every": 4})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "movae_fast", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    trials = tmp_path / "sweep" / "trials"
+    for _ in range(600):
+        if sum(path.stat().st_size > 0 for path in trials.glob("*/metrics.jsonl")) == 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "the same command goes on" in out
+    assert all((folder / "checkpoints" / "last.pt").is_file() for folder in trials.iterdir())
 
 
 def test_pruning_stops_a_trial_that_lags(sweep, tmp_path, monkeypatch):

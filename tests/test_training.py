@@ -172,6 +172,21 @@ def test_resuming_a_finished_run_and_extending_it(train, capsys):
     assert same_weights(long, short)
 
 
+@pytest.mark.parametrize("flags", ["--epochs 2", "--steps 5"])
+def test_a_run_stopped_after_its_last_step_has_its_end_yet_to_come(train, monkeypatch, capsys, flags):
+    whole = train(flags)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 5 if "steps" in flags else 6)
+        stopped = train(flags, status=143)
+    assert not any("test/loss" in line for line in read_lines(stopped / "metrics.jsonl")[-1:])
+    assert main(["train", "--resume", str(stopped)]) == 0
+    assert figures_of(whole) == figures_of(stopped)
+    assert same_weights(whole, stopped)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(stopped)]) == 0
+    assert "is finished at step" in capsys.readouterr().out
+
+
 def test_resuming_with_other_settings_is_refused(train, capsys):
     folder = train()
     assert main(["train", "--resume", str(folder), "--lr", "0.5"]) == 2

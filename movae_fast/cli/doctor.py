@@ -20,7 +20,6 @@ EXTRAS = {
     "wandb": ("logging to Weights & Biases", "wandb"),
     "nvidia.dali": ("decoding images on the GPU", "dali"),
     "cvxpy": ("the aggregator nash_mtl", "solvers"),
-    "torchmetrics": ("image metrics", "metrics"),
     "torch_fidelity": ("FID and KID", "metrics"),
     "vector_quantize_pytorch": ("a peer in benchmarks", "bench"),
 }

@@ -15,7 +15,7 @@ from movae_fast.models import GaussianVAE
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.curve import Point, is_multirate, log_spaced, nominal_beta
 from movae_fast.training.logs import read_lines
-from movae_fast.training.run import load_model
+from movae_fast.training.run import load_trained
 
 # Flags by which runs of one curve may differ without being another kind of run.
 NOT_A_KIND = ("beta", "loss_weights", "coef_kl", "multirate", "beta_per", "data_dir", "loader", "limit_test")
@@ -36,6 +36,7 @@ class Member:
     beside: list[dict[str, float]] = field(default_factory=list)  # the oracle's figures, a dict a point
     closed: dict[str, float] = field(default_factory=dict)  # gated layer -> share of gates shut at every beta
     seconds: float = 0.0
+    processes: int = 1  # that trained it
 
     @property
     def train_seconds(self) -> float:
@@ -43,7 +44,7 @@ class Member:
         folder = self.path if self.path.is_dir() else self.path.parent.parent
         lines = [line for line in read_lines(folder / "metrics.jsonl") if line.get("train/images_per_s")]
         steps = [0, *(line["step"] for line in lines)]
-        size = self.config.data.batch_size
+        size = self.config.data.batch_size * self.processes
         return sum(
             (line["step"] - before) * size / line["train/images_per_s"]
             for before, line in zip(steps, lines, strict=False)
@@ -88,7 +89,7 @@ def read_member(
     path: Path, device: torch.device, betas: int, beta_min: float | None, beta_max: float | None
 ) -> Member:
     """One run, checked. Raises ValueError, with its path, for a model that has no place on a curve."""
-    trained, model = load_model(path, device)
+    trained, model, processes = load_trained(path, device)
     multirate = is_multirate(model)
     if multirate:
         assert isinstance(model, GaussianVAE)
@@ -104,7 +105,7 @@ def read_member(
         except ValueError as error:
             raise ValueError(f"{path} is neither a multi-rate run nor one of a fixed beta: {error}") from None
     assert isinstance(model, GaussianVAE)
-    return Member(path, trained, multirate, wanted, model.latent_dim)
+    return Member(path, trained, multirate, wanted, model.latent_dim, processes=processes)
 
 
 def check_alike(members: Sequence[Member]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from movae_fast.cli.evaluate import EvaluateConfig, measure
@@ -22,6 +23,7 @@ from movae_fast.training.config import TrainConfig, validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import setup
+from movae_fast.training.signals import Interrupted
 
 if TYPE_CHECKING:
     import optuna
@@ -157,6 +159,11 @@ class Study:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 print(f"trial {trial.number} pruned", flush=True)
                 continue
+            except Interrupted as interrupt:
+                trial.set_user_attr("interrupted", True)
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                study.enqueue_trial(trial.params)
+                return 128 + interrupt.signum
             except Exception as error:
                 # A trial that fails is a result; the sweep goes on, and says so at its end if all of them do.
                 trial.set_user_attr("error", f"{type(error).__name__}: {first_line(error)}")
@@ -176,6 +183,7 @@ class Study:
         )
         config = TrainConfig.from_flat(flags | {"exp_dir": str(self.run_folder(number, tail))})
         validate(config)
+        torch.compiler.reset()  # or the trials of one process would run into the limit on recompilations
         run = setup(config)
         assert run.logs is not None
         watched = next(iter(self.objectives)) if self.pruned else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -27,6 +29,7 @@ from movae_fast.names import nearest
 from movae_fast.training.config import SECTIONS, TrainConfig, validate
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
+STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself ended
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 # Figures of `movae evaluate` besides its metrics of factors -> the metric that gives them.
 FIGURES = {
@@ -108,14 +111,10 @@ def run(argv: Sequence[str]) -> int:
     count = min(study.workers, left)
     again = [sys.executable, "-m", "movae_fast", "sweep", *argv]
     workers = [subprocess.Popen([*again, "--worker", str(k)]) for k in range(count)]
-    try:
-        statuses = [worker.wait() for worker in workers]
-    except KeyboardInterrupt:
-        for worker in workers:
-            worker.terminate()
-            worker.wait()
+    statuses = wait(workers)
+    if stopped := [s - 128 for s in statuses if s > 128] + [-s for s in statuses if s in STOPPED]:
         console.print(f"stopped; the same command goes on with {study.folder}")
-        return 130
+        return 128 + stopped[0]
     if any(statuses):
         print(f"movae sweep: a worker ended with status {max(statuses)}", file=sys.stderr)
     found = report(study)
@@ -128,6 +127,21 @@ def run(argv: Sequence[str]) -> int:
     if spec.curve is not None:
         draw_curve(study, spec, found, console)
     return 1 if any(statuses) else 0
+
+
+def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The workers' exit statuses; SIGTERM and SIGINT are passed on to them."""
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+
+    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return [worker.wait() for worker in workers]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def sweep_names() -> list[str]:

@@ -132,7 +132,7 @@ def train(work: Run, console: Console) -> int:
     started = time.perf_counter()
     describe(work, console)
     try:
-        if work.finished:
+        if work.ended:
             console.print(
                 f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
             )

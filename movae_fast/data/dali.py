@@ -267,6 +267,13 @@ class _Feed:
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a whole, upright, 8-bit grey or RGB JPEG or PNG; None for all else."""
+    try:
+        return _plain_size(data)
+    except Exception:  # damage of any kind, of which `decode` says what it is
+        return None
+
+
+def _plain_size(data: bytes) -> tuple[int, int] | None:
     size = None
     if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
         size = _jpeg_size(data)

@@ -18,19 +18,18 @@ from movae_fast.data.files import File
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 MAX_PIXELS = 100_000_000  # what is larger is a mistake or an attack: 300 MB decoded
 
+PILLOW = r"PIL\."  # its modules
 ORIENTATION = 0x0112  # EXIF's tag
 
 
 def decode(path: File, channels: int = 3, data: bytes | None = None) -> np.ndarray:
     """uint8 [H, W, channels] of the image at `path` (or of `data`, its bytes). Raises ValueError naming it."""
     try:
-        with warnings.catch_warnings():
-            # What is worth a warning to Pillow (a large image, odd metadata) is decided here.
-            warnings.simplefilter("ignore")
-            with path.open("rb") if data is None else io.BytesIO(data) as stream, Image.open(stream) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise ValueError(f"{file.width}x{file.height}: more than {MAX_PIXELS:,} pixels")
-                return _pixels(file, channels)
+        _quieten_pillow()
+        with path.open("rb") if data is None else io.BytesIO(data) as stream, Image.open(stream) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width}x{file.height}: more than {MAX_PIXELS:,} pixels")
+            return _pixels(file, channels)
     except (
         Exception
     ) as error:  # Pillow's plugins raise SyntaxError, struct.error, IndexError, … on damaged files
@@ -38,6 +37,15 @@ def decode(path: File, channels: int = 3, data: bytes | None = None) -> np.ndarr
             f"{path} is not a readable image ({_reason(error, path)}); mend or remove it, "
             "or leave it out by --on_bad_image skip"
         ) from None
+
+
+def _quieten_pillow() -> None:
+    """What is worth a warning to Pillow (a large image, odd metadata) is decided here.
+
+    For good: `catch_warnings` in one thread would undo or keep what another one set.
+    """
+    if all(getattr(module, "pattern", "") != PILLOW for _, _, _, module, _ in warnings.filters):
+        warnings.filterwarnings("ignore", module=PILLOW)
 
 
 def _pixels(file: Image.Image, channels: int) -> np.ndarray:

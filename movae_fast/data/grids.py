@@ -106,7 +106,7 @@ class GridImages:
         return self._images
 
     def to(self, device: torch.device) -> None:
-        if device.type != "cpu":
+        if device.type != "cpu" and self._at is self.rows:  # once: then they lie there, in the split's order
             self._images = self.images.index_select(0, self.rows).to(device)
             self._at = torch.arange(len(self.rows), device=device)
             self._labels = self._labels.to(device)

@@ -7,14 +7,12 @@ PyTorch form. Its weights are a file that the user has: nothing is downloaded.
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
 
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
@@ -40,7 +38,7 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
     try:
         torch.load(path, weights_only=True)  # the library would run what a pickle holds
         made = FeatureExtractorInceptionV3("inception", [str(FEATURES)], str(path))
-    except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a file of another kind makes of the reader
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"--fid_weights {path} is not torch-fidelity's Inception, which is {SOURCE}: {reason}"
@@ -64,6 +62,8 @@ def distances(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
 
     KID's subsets, drawn by the seed, are of 1,000 images, or as many as there are.
     """
+    from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
+
     identity = nn.Identity()
     identity.num_features = real.shape[1]  # type: ignore[assignment]
     fid = FrechetInceptionDistance(feature=identity).to(real.device)

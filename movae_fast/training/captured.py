@@ -58,10 +58,14 @@ class CudaGraphs:
         return record
 
     def record(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        # A loader's thread may pin memory meanwhile, which only this thread must not.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            record = work()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # A loader's thread may pin memory meanwhile, which only this thread must not.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                record = work()
+        except RuntimeError:
+            torch.cuda.set_stream(current)  # which a capture that fails at its end leaves undone
+            raise
 
         def replay() -> StepRecord:
             graph.replay()

@@ -302,7 +302,7 @@ class RunConfig:
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
         precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
         compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU. There all but `default`
-            record the whole step as one CUDA graph as well, where optimizer, precision and aggregator allow it.
+            and `off` record the whole step as one CUDA graph too, if optimizer, precision and aggregator allow.
         on_cudnn_benchmark: Let cuDNN try its algorithms for the shapes that it meets (CUDA).
         accumulate: Split each batch into this many parts, one after the other, to save memory.
         sync_batchnorm: BatchNorm over all processes' images rather than each one's own.
@@ -459,7 +459,10 @@ SECTIONS: dict[str, Any] = {
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; asking for CUDA where there is none is an error, never a silent CPU run."""
+    """The device called `name`; asking for CUDA where there is none is an error, never a silent CPU run.
+
+    A GPU that is named by its number becomes the current one: streams and kernels are its own then.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -472,6 +475,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu, or see `movae doctor`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s)")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

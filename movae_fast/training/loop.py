@@ -23,9 +23,10 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     """
     final: dict[str, float] = {}
     with Signals() as signals, Profiler(run) as profiler:
-        while not run.finished:
+        while not run.ended:
             run.model.train()
-            for x, _ in run.telemetry.waiting(run.train_loader.epoch(run.epoch, start=run.batch)):
+            left = () if run.finished else run.train_loader.epoch(run.epoch, start=run.batch)
+            for x, _ in run.telemetry.waiting(left):
                 run.begin_step()
                 bar.compiling(run.gradient)
                 share = run.train_loader.share_of(run.batch)
@@ -38,13 +39,13 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                     run.telemetry.close(position(run), run.world)
                 log(run, bar)
                 bar.step()
+                if stage_ends(run):
+                    end_stage(run, bar)
                 if signum := run.world.agree(signals.received):
                     save(run)
                     raise Interrupted(signum)
                 if run.config.run.checkpoint_every and run.step % run.config.run.checkpoint_every == 0:
                     save(run)
-                if stage_ends(run):
-                    end_stage(run, bar)
                 if run.finished:
                     break
             final = end_epoch(run, bar) or final
@@ -128,6 +129,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
         run.save(f"epoch_{number:04d}")
+    run.ended = run.finished
     run.save("last")
     if run.draw is not None and run.world.main and (kept or run.finished):
         run.draw(run, f"epoch_{number:04d}")

@@ -7,9 +7,10 @@ from types import TracebackType
 
 import torch
 
+from movae_fast.training.captured import WARM
 from movae_fast.training.run import Run
 
-SKIPPED = 3  # steps before the trace: the first ones compile, allocate and choose algorithms
+SKIPPED = WARM + 1  # steps before the trace: they compile, choose algorithms, allocate, record
 
 
 class Profiler:

@@ -60,6 +60,7 @@ class Run:
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
     step: int = 0  # optimizer steps that are done
+    ended: bool = False  # the last step is done and its figures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes figures
@@ -113,6 +114,7 @@ class Run:
                 "batch": self.batch,
                 "step": self.step,
                 "best": self.best,
+                "ended": self.ended,
                 "processes": self.world.size,
             },
             "rng": checkpoint.rng_state(),
@@ -153,6 +155,7 @@ class Run:
         position = record["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best, self.good = position["best"], path
+        self.ended = self.finished and position.get("ended", True)
         checkpoint.set_rng_state(record["rng"])
 
 
@@ -220,12 +223,18 @@ def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
 
 def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
     """The configuration and the model, in evaluation mode, of a run or checkpoint (or exported weights)."""
+    config, model, _ = load_trained(path, device)
+    return config, model
+
+
+def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, int]:
+    """The same, and by how many processes it was trained (1 where only weights are left)."""
     path = checkpoint.find(path)
     record = checkpoint.load(path)
     config = TrainConfig.from_flat(record["config"])
     model = new_model(config).to(device)
     checkpoint.load_model(model, record["model"], path)
-    return config, model.eval()
+    return config, model.eval(), record.get("position", {}).get("processes", 1)
 
 
 def new_model(config: TrainConfig) -> VAE:
