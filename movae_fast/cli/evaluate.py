@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,21 +207,19 @@ def inception_distances(
     rows = torch.arange(n) * len(loader.source) // n
     generator = torch.Generator().manual_seed(config.seed)
 
-    def images(kind: str) -> Iterator[Tensor]:
-        sizes = [len(part) for part in rows.split(config.batch_size)]
-        batches = zip(sizes, loader.take(rows), strict=True)
-        for size, (x, _) in track(batches, kind, len(sizes), console=console, transient=True):
-            if kind == "samples":
-                x = model.sample(size, generator)
-            elif kind == "reconstructions":
-                x = model.reconstruct(x)
-            yield to_unit(x, loader.normalize)
+    sizes = [len(part) for part in rows.split(config.batch_size)]
 
-    kinds = ["reconstructions", *(["samples"] if isinstance(model, GaussianVAE) else [])]
-    real = features_of(inception, images("test images"))
+    def features(kind: str, images: Iterable[Tensor]) -> Tensor:
+        shown = track(images, kind, len(sizes), console=console, transient=True)
+        return features_of(inception, (to_unit(x, loader.normalize) for x in shown))
+
+    made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
+    if isinstance(model, GaussianVAE):
+        made["samples"] = (model.sample(size, generator) for size in sizes)
+    real = features("test images", (x for x, _ in loader.take(rows)))
     figures: dict[str, float] = {"fid_images": n}
-    for kind in kinds:
-        found = distances(real, features_of(inception, images(kind)), config.seed)
+    for kind, images in made.items():
+        found = distances(real, features(kind, images), config.seed)
         figures |= {f"{name}_{kind}": value for name, value in found.items()}
     return figures
 

@@ -146,12 +146,8 @@ class TrainingStep:
 
 
 NOT_ASKED = "not asked for"
+# --compile where the whole step is a graph -> the compiler's own mode: no graphs inside it.
 CAPTURED_MODES = {"auto": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-
-
-def inner_mode(mode: CompileMode) -> str:
-    """The compiler's own mode where the whole step is a graph: no graphs inside it."""
-    return CAPTURED_MODES[mode]
 
 
 def why_not_captured(

@@ -24,7 +24,7 @@ from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
-from movae_fast.training.captured import CudaGraphs, TrainingStep, inner_mode, why_not_captured
+from movae_fast.training.captured import CAPTURED_MODES, CudaGraphs, TrainingStep, why_not_captured
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import TrainConfig, resolve_device
 from movae_fast.training.logs import Logs, require_wandb
@@ -299,7 +299,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         config.run.compile, device, world, precision, config.optimizer.optimizer, aggregator
     )
     if not why_not:
-        mode = inner_mode(config.run.compile)
+        mode = CAPTURED_MODES[config.run.compile]
     if config.objective.gramian_batch < 1:
         mode = "off"
     gradient = GradientStep(
