@@ -18,9 +18,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.cli.evaluate import default_folder, factor_images
+from movae_fast.cli.evaluate import factor_images
 from movae_fast.cli.members import Member, add_plain_betas, check_alike, expanded, label_members, read_member
-from movae_fast.cli.sample import free
+from movae_fast.cli.sample import free, run_folder
 from movae_fast.data import Loader
 from movae_fast.figures import Series, curve_figure, response_figure
 from movae_fast.metrics import METRICS, Codes
@@ -122,7 +122,7 @@ def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[P
     gates = evaluate_all(config, members, device, console)
     for member in members:
         console.print(table(member))
-    folder = Path(config.out) if config.out else default_folder(paths[0]).with_name("curve")
+    folder = Path(config.out) if config.out else run_folder(paths[0]) / "curve"
     return write(folder, config, members, gates)
 
 

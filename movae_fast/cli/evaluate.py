@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from movae_fast.cli import parsing
-from movae_fast.cli.sample import choose_beta, free
+from movae_fast.cli.sample import choose_beta, free, run_folder
 from movae_fast.data import Loader, to_unit
 from movae_fast.figures import evaluation_figure
 from movae_fast.metrics import METRICS, NEED_TEST_CODES, Codes
@@ -113,7 +113,7 @@ def run(argv: Sequence[str]) -> int:
     if inception is not None:
         report.figures |= inception_distances(config, trained, model, inception, device, console)
     console.print(table(trained, report))
-    folder = Path(config.save_dir) if config.save_dir else default_folder(Path(config.weights))
+    folder = Path(config.save_dir) if config.save_dir else run_folder(Path(config.weights)) / "evaluation"
     for path in write(folder, config, trained, report):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
@@ -260,14 +260,6 @@ def table(trained: TrainConfig, report: Report) -> Table:
     for name, value in report.figures.items():
         made.add_row(name.replace("_", " "), f"{value:.6g}")
     return made
-
-
-def default_folder(weights: Path) -> Path:
-    """evaluation/ in the run that the weights belong to, or in the folder they lie in."""
-    if weights.is_dir():
-        return weights / "evaluation"
-    parent = weights.parent
-    return (parent.parent if parent.name == "checkpoints" else parent) / "evaluation"
 
 
 def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Report) -> list[Path]:

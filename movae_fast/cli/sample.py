@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
     config = SampleConfig(**parsing.parse(parser, words, {}))
     job = load(config, name)
-    folder = Path(config.save_dir) if config.save_dir else default_folder(Path(config.weights))
+    folder = Path(config.save_dir) if config.save_dir else run_folder(Path(config.weights)) / "figures"
     with torch.no_grad():
         for path in MODES[config.mode](job, folder):
             print(path)
@@ -153,15 +153,12 @@ def agree(wanted: dict[str, object], trained: TrainConfig, name: str) -> None:
             raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {flat[key]}")
 
 
-def default_folder(weights: Path) -> Path:
-    """figures/ of the run that the weights belong to, or of the folder they lie in."""
+def run_folder(weights: Path) -> Path:
+    """The folder of the run that the weights belong to, or the one they lie in."""
     if weights.is_dir():
-        return weights / "figures"
-    return (
-        weights.parent.parent / "figures"
-        if weights.parent.name == "checkpoints"
-        else weights.parent / "figures"
-    )
+        return weights
+    parent = weights.parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def free(folder: Path, name: str) -> Path:
