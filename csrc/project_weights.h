@@ -5,21 +5,25 @@
 
 namespace movae {
 
+enum class ProjectionMode {
+    rows,         // for each u [m]: min v' A v subject to v >= u
+    sum,          // the sum over r of the projections of u_r e_r, for one u [m]: UPGrad
+    multipliers,  // for each b [m]: lambda >= 0 with A lambda + b >= 0, complementary
+};
+
 struct Projection {
     const double* gramian;  // [m, m]; the upper triangle is read
     int m;
-    double norm_eps, reg_eps;  // relative to nothing and to the trace
-    const double* u;           // [rows, m]; or, if diagonal, the m diagonal entries of as many rows
-    int rows;
-    bool diagonal;
-    double* out;  // [rows, m]
-    int ld = 0;   // filled in
+    bool by_diagonal;          // the regulariser: reg_eps of each diagonal entry, else of the trace
+    double norm_eps, reg_eps;  // norm_eps: a trace below it counts as zero (by trace only)
+    ProjectionMode mode;
+    const double* given;  // [rows, m] u or b; [m] for a sum
+    int rows;             // m for a sum, once inside
+    double* out;          // [rows, m]; [m] for a sum
+    int ld = 0;           // filled in
 };
 
-// How many rows did not finish (their rows hold the best point reached), -1 where the Gramian is not finite (all NaN).
-int project_rows(Projection p, const std::string& isa, int threads);
-
-// UPGrad: out [m] = the sum over i of the projection of u_i e_i. Returns as project_rows.
-int project_sum(Projection p, const std::string& isa, int threads);
+// How many problems did not finish (their rows hold the best point reached), -1 where the Gramian is not finite (all NaN).
+int project(Projection p, const std::string& isa, int threads);
 
 }  // namespace movae

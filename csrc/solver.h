@@ -1,7 +1,7 @@
 // Projection onto the dual cone of a Jacobian's rows: min v' A v subject to v >= u, exactly, in float64.
 //
-// With v = u + w and y = A v it is the complementarity problem w >= 0, y >= 0, w y = 0, which has one solution for
-// positive definite A. One index at a time moves in or out of the support (where w > 0 and y = 0): the largest
+// With v = u + w and y = A v + q it is the complementarity problem w >= 0, y >= 0, w y = 0, which has one solution for
+// positive definite A. The projection of weights has q = 0; the multipliers that correct a step s have u = 0 and q = J s. One index at a time moves in or out of the support (where w > 0 and y = 0): the largest
 // violation first and, should that take too long, the violation of least index, which cannot cycle (Murty 1974). Of the
 // tableau only the support's block, A_SS^-1, is kept; a move updates it by one outer product, and takes the one
 // column of the rest that it needs from A itself.
@@ -20,8 +20,9 @@
 #define MOVAE_HD inline
 #endif
 
+constexpr double kIll = 1e-5;  // a pivot beside its row's diagonal entry, below which rounding is looked after
 constexpr double kUlp = 2.220446049250313e-16;
-constexpr double kSmallestTrace = 2.2250738585072014e-308;  // a trace below the normal numbers is taken for zero
+constexpr double kSmallestNormal = 2.2250738585072014e-308;  // a trace or a squared norm below is taken for zero
 
 // The numbers that one thread works on at once: a vector on the host (of MOVAE_VECTOR_BYTES), one number on the device.
 #ifdef __CUDACC__
@@ -83,8 +84,8 @@ struct Single {
 
 MOVAE_HD int padded(int m) { return (m + 7) / 8 * 8; }
 
-// Scratch of one problem, in doubles: the inverse, and twelve vectors.
-MOVAE_HD long scratch_size(int m, int ld) { return static_cast<long>(m + 12) * ld; }
+// Scratch of one problem, in doubles: the inverse, and thirteen vectors.
+MOVAE_HD long scratch_size(int m, int ld) { return static_cast<long>(m + 13) * ld; }
 
 template <class Team>
 struct Problem {
@@ -93,6 +94,7 @@ struct Problem {
     int m, ld;
     const double* A;        // [m, ld], padding zero; entries of at most about 1
     const double* u;        // [ld], padding zero
+    const double* q;        // [ld], padding zero, or null for zeros
     int fixed;              // an index that is known to stay out of the support, or -1
     int count = 0;          // how many are in the support
     double* M;              // [m, ld] A_SS^-1 in the order of `member`, zero beyond
@@ -102,12 +104,13 @@ struct Problem {
     double* sums;           // [ld] |A| |v|: what y is summed from, and so what its rounding is relative to
     double* gain;           // [ld] what a violation counts: 1 on the support, 1 / A_kk elsewhere, 0 for one that may not move
     double *score, *g, *h;  // [ld]
+    double* kept;           // [ld] the members while the inverse is rebuilt
 
     MOVAE_HD Problem(const Team& t, int size, int stride, const double* matrix, double* scratch)
-        : team(t), m(size), ld(stride), A(matrix), u(nullptr), fixed(-1), M(scratch),
+        : team(t), m(size), ld(stride), A(matrix), u(nullptr), q(nullptr), fixed(-1), M(scratch),
           member(reinterpret_cast<int*>(M + static_cast<long>(m) * ld)), place(member + ld),
           z(M + static_cast<long>(m + 1) * ld), side(z + ld), v(side + ld), y(v + ld), d(y + ld), sums(d + ld), gain(sums + ld),
-          score(gain + ld), g(score + ld), h(g + ld) {}
+          score(gain + ld), g(score + ld), h(g + ld), kept(h + ld) {}
 
     MOVAE_HD const double* row(int i) const { return A + static_cast<long>(i) * ld; }
     MOVAE_HD double* inverse(int p) const { return M + static_cast<long>(p) * ld; }
@@ -177,6 +180,20 @@ struct Problem {
         solve_support(d, g);
         double pivot = own[k];
         for (int p = 0; p < count; ++p) pivot -= d[p] * g[p];
+        // What is left of row k beside the support's is small: g's rounding, as large as the inverse is, would be all of it.
+        for (int round = 0; round < 2 && pivot < kIll * own[k]; ++round) {
+            team.sync();
+            spread(g);
+            for (int p = team.rank(); p < up(count + 1); p += team.size()) d[p] = p < count ? own[at(p)] - h[at(p)] : 0;
+            team.sync();
+            solve_support(d, score);
+            for (int p = team.rank(); p < count; p += team.size()) g[p] += score[p];
+            team.sync();
+            pivot = own[k];
+            for (int p = 0; p < count; ++p) pivot -= own[at(p)] * g[p];
+            if (round == 1) break;
+        }
+        team.sync();
         if (!(pivot > 4 * m * kUlp * own[k])) {  // row k depends on the support's, as an unregularised A allows
             if (team.rank() == 0) gain[k] = 0;
             team.sync();
@@ -201,6 +218,7 @@ struct Problem {
         team.sync();
         spread(g);
         const double pivot = g[t], step = -z[k] / pivot;
+        suspect = suspect || pivot * row(k)[k] * kIll > 1;  // little is left of the digits of an inverse so large
         team.sync();
         move(step);
         outer(-1 / pivot, count);
@@ -234,8 +252,11 @@ struct Problem {
         const int members = count;
         for (int p = team.rank(); p < members; p += team.size()) score[p] = at(p);
         empty();
-        for (int p = 0; p < members; ++p) enter(static_cast<int>(score[p]));
+        for (int p = team.rank(); p < ld; p += team.size()) kept[p] = p < members ? score[p] : 0;
+        team.sync();
+        for (int p = 0; p < members; ++p) enter(static_cast<int>(kept[p]));
         restart();
+        suspect = false;
     }
 
     // z for this u on the present support.
@@ -256,11 +277,12 @@ struct Problem {
         team.sync();
     }
 
-    MOVAE_HD double length() const {  // the largest |v| and |u|
+    MOVAE_HD double length() const {  // the largest |v|, |u| and |q|
         Pack most = {};
         for (int i = team.rank() * W; i < ld; i += team.size() * W) {
             const Pack below = load(u + i), w = load(side + i) < 0.0 ? load(z + i) : Pack{};
             most = larger(most, larger(magnitudes(below), magnitudes(w + below), 0), 0);
+            if (q) most = larger(most, magnitudes(load(q + i)), 0);
         }
         return lanes(most);
     }
@@ -287,10 +309,10 @@ struct Problem {
         return index;
     }
 
-    // y = A v, each sum in twice the precision (Ogita, Rump & Oishi 2005, Dot2). A is symmetric: row j is column j.
+    // y = A v + q, each sum in twice the precision (Ogita, Rump & Oishi 2005, Dot2). A is symmetric: row j is column j.
     MOVAE_HD void multiply() {
         for (int i = team.rank() * W; i < ld; i += team.size() * W) {
-            Pack high = {}, low = {}, size = {};
+            Pack high = q ? load(q + i) : Pack{}, low = {}, size = magnitudes(high);
             for (int j = 0; j < m; ++j) {
                 const double x = v[j];
                 if (x == 0) continue;
@@ -355,12 +377,12 @@ struct Problem {
 
     // Leaves the solution in v; whether it was reached within the allowed number of exchanges. Starts on the support of the
     // problem before, with `warm`, where the tableau is still good.
-    MOVAE_HD bool solve(const double* bound, int stays_out, bool warm) {
-        u = bound, fixed = stays_out;
+    MOVAE_HD bool solve(const double* bound, const double* offset, int stays_out, bool warm) {
+        u = bound, q = offset, fixed = stays_out;
         double highest = 0;
         for (int i = team.rank(); i < m; i += team.size()) highest = larger(highest, u[i]);
         if (!warm || !good) empty();
-        if (team.most(highest) == 0) {  // nothing above zero is asked for
+        if (!q && team.most(highest) == 0) {  // nothing above zero is asked for
             for (int i = team.rank(); i < m; i += team.size()) v[i] = 0;
             team.sync();
             return true;
@@ -378,6 +400,7 @@ struct Problem {
                     leave(k);
                 else
                     enter(k);
+                if (suspect) rebuild();
                 ++exchanges;
                 refined = false;
             } else if (k < 0 && !refined) {
@@ -400,25 +423,64 @@ struct Problem {
         return true;
     }
 
-    bool good = true;
+    bool good = true, suspect = false;
 };
 
-// A = G / trace + reg_eps I, the zero matrix in place of G / trace where the trace is below norm_eps. Only G's upper
-// triangle is read. False, and no A, where G is not finite.
+// What the Gramian is regularised by: a part of its trace, or the same part of each diagonal entry.
+enum Regulariser { kTrace = 0, kDiagonal = 1 };
+
+// A power of two p with x p^2 in [1/4, 1), for a normal x > 0: products with it are exact.
+MOVAE_HD double inverse_root(double x) {
+    unsigned long long bits;
+    __builtin_memcpy(&bits, &x, sizeof x);
+    const int exponent = static_cast<int>(bits >> 52) - 1023, half = (exponent + 2) >> 1;
+    bits = static_cast<unsigned long long>(1023 - half) << 52;
+    double root;
+    __builtin_memcpy(&root, &bits, sizeof root);
+    return root;
+}
+
+// The matrix A of the problem and the rows' scales [ld]. Only G's upper triangle is read. False, and no A, where G is not
+// finite.
+//
+// kTrace: A = G / trace + reg_eps I, the zero matrix in place of G / trace where the trace is below norm_eps; scales 1.
+// kDiagonal: A = S (G + reg_eps diag(G)) S, S = diag(scales). The cone { v : G v >= 0 } does not change when a row is
+// rescaled, and neither does this regulariser. S is of powers of two, so that A is as exact as G; it makes all rows about
+// as long. A row of norm zero (and one whose square is below the normal numbers) meets no other row.
 template <class Team>
-MOVAE_HD bool normalise(const Team& team, const double* G, int m, int ld, double norm_eps, double reg_eps, double* A) {
+MOVAE_HD bool prepare(const Team& team, const double* G, int m, int ld, Regulariser regulariser, double norm_eps,
+                      double reg_eps, double* A, double* scales) {
     double trace = 0, total = 0;
+    bool all_finite = true;
     for (int i = 0; i < m; ++i) {
         trace += G[static_cast<long>(i) * m + i];
-        for (int j = i; j < m; ++j) total += magnitude(G[static_cast<long>(i) * m + j]);
+        for (int j = i; j < m; ++j) {
+            const double size = magnitude(G[static_cast<long>(i) * m + j]);
+            total += size, all_finite = all_finite && finite(size);
+        }
     }
-    if (!finite(total)) return false;
-    const bool zero = trace < norm_eps || trace < kSmallestTrace;
+    const bool by_diagonal = regulariser == kDiagonal;
+    if (!all_finite || (!by_diagonal && !finite(total))) return false;
+    const bool zero = trace < norm_eps || trace < kSmallestNormal;
+    for (int i = team.rank(); i < ld; i += team.size()) {
+        const double own = i < m && by_diagonal ? G[static_cast<long>(i) * m + i] : 0;
+        scales[i] = own >= kSmallestNormal ? inverse_root(own) : 1;
+    }
+    team.sync();
     for (int i = team.row(); i < m; i += team.rows())
         for (int j = team.column(); j < ld; j += team.columns()) {
             double value = 0;
-            if (j < m && !zero) value = G[i < j ? static_cast<long>(i) * m + j : static_cast<long>(j) * m + i] / trace;
-            A[static_cast<long>(i) * ld + j] = i == j ? value + reg_eps : value;
+            const double given = j < m ? G[i < j ? static_cast<long>(i) * m + j : static_cast<long>(j) * m + i] : 0;
+            if (by_diagonal) {
+                const bool met = j < m && G[static_cast<long>(i) * m + i] >= kSmallestNormal &&
+                                 G[static_cast<long>(j) * m + j] >= kSmallestNormal;
+                value = met ? given * scales[i < j ? i : j] * scales[i < j ? j : i] : i == j;
+                if (i == j) value += reg_eps * value;
+            } else {
+                if (j < m && !zero) value = given / trace;
+                if (i == j) value += reg_eps;
+            }
+            A[static_cast<long>(i) * ld + j] = value;
         }
     team.sync();
     return true;

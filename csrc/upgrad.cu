@@ -45,55 +45,61 @@ struct Warp {
 };
 
 struct Task {
-    const double* gramian;  // [m, m]
-    const double* u;        // [rows, m], or [m] if sum
-    double norm_eps, reg_eps;
-    double* each;           // [rows, m]
-    double* out;            // [m] if sum, else `each` itself
+    Projection problem;  // `rows` problems, m of them for a sum
+    double* each;        // [rows, m]: the solutions; for a sum scratch, else the projection's `out` itself
     int* unfinished;
     int32_t* status;
-    int m, rows;
-    bool sum;
 };
 
 __host__ __device__ int row_stride(int m) { return m | 1; }  // odd: a column's entries lie in different banks
 __host__ __device__ long shared_doubles(int m, int warps) {
     const long ld = row_stride(m);
-    return m * ld + warps * (scratch_size(m, int(ld)) + ld);
+    return (m + 1) * ld + warps * (scratch_size(m, int(ld)) + 2 * ld);
 }
 
-// One problem by one warp, as project_rows in project_weights_path.h does it.
+__device__ __forceinline__ bool prepare(const Projection& p, const double* gramian, double* A) {
+    const int ld = row_stride(p.m);
+    const Regulariser by = p.by_diagonal ? kDiagonal : kTrace;
+    return prepare(Warp(), gramian, p.m, ld, by, p.norm_eps, p.reg_eps, A, A + static_cast<long>(p.m) * ld);
+}
+
+// One problem by one warp, as project_rows in project_weights_path.h does it. The scales lie behind A.
 __device__ __forceinline__ void project_row(const Task& task, int r, bool finite_gramian, const double* A, double* scratch) {
     const Warp warp;
-    const int m = task.m, ld = row_stride(m);
-    double *u = scratch, *out = task.each + static_cast<long>(r) * m;
-    const double preference = task.sum ? task.u[r] : 1;
-    double sum = magnitude(preference);
-    for (int k = 0; k < m; ++k) sum += task.sum ? 0 : magnitude(task.u[static_cast<long>(r) * m + k]);
-    for (int k = warp.rank(); k < ld; k += 32)
-        u[k] = k >= m ? 0 : task.sum ? (k == r ? 1 : 0) : task.u[static_cast<long>(r) * m + k];
+    const Projection& p = task.problem;
+    const bool add = p.mode == ProjectionMode::sum, multipliers = p.mode == ProjectionMode::multipliers;
+    const int m = p.m, ld = row_stride(m);
+    const double *scales = A + static_cast<long>(m) * ld, *given = p.given + (add ? 0 : static_cast<long>(r) * m);
+    double *u = scratch, *q = u + ld, *out = task.each + static_cast<long>(r) * m;
+    const double preference = add ? given[r] : 1;
+    const bool adds_nothing = add && preference <= 0;
+    double size = magnitude(preference);
+    for (int k = 0; k < m; ++k) size += add ? 0 : magnitude(multipliers ? scales[k] * given[k] : given[k] / scales[k]);
+    for (int k = warp.rank(); k < ld; k += 32) {
+        const double value = k >= m ? 0 : add ? (k == r ? 1 : 0) : multipliers ? scales[k] * given[k] : given[k] / scales[k];
+        u[k] = multipliers ? 0 : value, q[k] = multipliers ? value : 0;
+    }
     __syncwarp();
-    if (!finite_gramian || (!finite(sum) && !(task.sum && preference <= 0))) {
-        for (int k = warp.rank(); k < m; k += 32) out[k] = __longlong_as_double(0x7ff8000000000000ll);
+    if (!finite_gramian || adds_nothing || !finite(size)) {
+        const double value = finite_gramian && adds_nothing ? 0 : __longlong_as_double(0x7ff8000000000000ll);
+        for (int k = warp.rank(); k < m; k += 32) out[k] = value;
         return;
     }
-    if (task.sum && preference <= 0) {
-        for (int k = warp.rank(); k < m; k += 32) out[k] = 0;
-        return;
-    }
-    Problem<Warp> problem(warp, m, ld, A, u + ld);
-    const bool solved = problem.solve(u, task.sum ? r : -1, false);
-    for (int k = warp.rank(); k < m; k += 32) out[k] = preference * problem.v[k];
+    Problem<Warp> problem(warp, m, ld, A, q + ld);
+    const bool solved = problem.solve(u, multipliers ? q : nullptr, add ? r : -1, false);
+    const double factor = add ? preference / scales[r] : 1;
+    for (int k = warp.rank(); k < m; k += 32) out[k] = factor * scales[k] * problem.v[k];
     if (!solved && warp.rank() == 0) atomicAdd(task.unfinished, 1);
 }
 
 // The sum over the problems in their order, and the status; by one block, after all of them.
 __device__ void finish(const Task& task, bool finite_gramian) {
-    if (task.sum)
-        for (int k = threadIdx.x; k < task.m; k += blockDim.x) {
+    const Projection& p = task.problem;
+    if (p.mode == ProjectionMode::sum)
+        for (int k = threadIdx.x; k < p.m; k += blockDim.x) {
             double total = 0;
-            for (int r = 0; r < task.rows; ++r) total += __ldcg(task.each + static_cast<long>(r) * task.m + k);
-            task.out[k] = total;
+            for (int r = 0; r < p.rows; ++r) total += __ldcg(task.each + static_cast<long>(r) * p.m + k);
+            p.out[k] = total;
         }
     if (threadIdx.x == 0) *task.status = finite_gramian ? atomicAdd(task.unfinished, 0) : -1;
 }
@@ -112,10 +118,11 @@ __device__ bool last_block(int* counter) {
 // One block of one warp a problem.
 __global__ void __launch_bounds__(32) project_kernel(Task task, int* counter) {
     extern __shared__ double shared[];
-    const int m = task.m, ld = row_stride(m);
+    const int m = task.problem.m, ld = row_stride(m);
     double* A = shared;
-    const bool ok = normalise(Warp(), task.gramian, m, ld, task.norm_eps, task.reg_eps, A);
-    if (static_cast<int>(blockIdx.x) < task.rows) project_row(task, blockIdx.x, ok, A, A + static_cast<long>(m) * ld);
+    const bool ok = prepare(task.problem, task.problem.gramian, A);
+    if (static_cast<int>(blockIdx.x) < task.problem.rows)
+        project_row(task, blockIdx.x, ok, A, A + static_cast<long>(m + 1) * ld);
     if (last_block(counter)) finish(task, ok);
 }
 
@@ -239,7 +246,7 @@ __device__ __forceinline__ void share_of(const Jacobian& J, int m, double* part,
 template <int kClass>
 __global__ void __launch_bounds__(kThreads, 1) upgrad_kernel(Jacobian J, double* parts, double* gramian, Task task, int* counter) {
     extern __shared__ double shared[];
-    const int m = task.m, entries = m * m;
+    const int m = task.problem.m, entries = m * m;
     double* part = parts + static_cast<long>(blockIdx.x) * entries;
     switch (J.dtype) {
         case 0: share_of<kClass, float>(J, m, part, shared); break;
@@ -260,10 +267,10 @@ __global__ void __launch_bounds__(kThreads, 1) upgrad_kernel(Jacobian J, double*
     const int warp = threadIdx.x >> 5, ld = row_stride(m);
     double* A = shared;
     bool ok = true;
-    if (warp == 0) ok = normalise(Warp(), gramian, m, ld, task.norm_eps, task.reg_eps, A);
+    if (warp == 0) ok = prepare(task.problem, gramian, A);
     ok = __syncthreads_and(ok);
-    double* scratch = A + static_cast<long>(m) * ld + warp * (scratch_size(m, ld) + ld);
-    for (int r = warp; r < task.rows; r += kWarps) project_row(task, r, ok, A, scratch);
+    double* scratch = A + static_cast<long>(m + 1) * ld + warp * (scratch_size(m, ld) + 2 * ld);
+    for (int r = warp; r < task.problem.rows; r += kWarps) project_row(task, r, ok, A, scratch);
     __threadfence();
     __syncthreads();
     finish(task, ok);
@@ -278,16 +285,17 @@ void allow_shared(Kernel kernel, long bytes) {
     if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
-void launch_project(Task task, int* counter, cudaStream_t stream) {
-    const long bytes = shared_doubles(task.m, 1) * sizeof(double);
+void launch_project(const Task& task, int* counter, cudaStream_t stream) {
+    const int m = task.problem.m, rows = task.problem.rows;
+    const long bytes = shared_doubles(m, 1) * sizeof(double);
     allow_shared(project_kernel, bytes);
-    project_kernel<<<task.rows > 0 ? task.rows : 1, 32, bytes, stream>>>(task, counter);
+    project_kernel<<<rows > 0 ? rows : 1, 32, bytes, stream>>>(task, counter);
     check(cudaGetLastError());
 }
 
 template <int kClass>
 void launch_upgrad(const Jacobian& J, double* parts, double* gramian, const Task& task, int* counter, cudaStream_t stream) {
-    const int m = task.m;
+    const int m = task.problem.m;
     const long each = kClass == 2 ? kStage : kThreads * kColumnsAThread;
     const long wanted = (J.columns + each - 1) / each, blocks = wanted < 1 ? 1 : wanted < kBlocks ? wanted : kBlocks;
     const long solving = m <= kRowsInOneLaunch ? shared_doubles(m, kWarps) : 0;
@@ -303,24 +311,25 @@ void launch_upgrad(const Jacobian& J, double* parts, double* gramian, const Task
 int64_t project_scratch(int m, int rows) { return static_cast<int64_t>(m) * rows + 1; }
 int64_t upgrad_scratch(int m) { return static_cast<int64_t>(kBlocks + 1) * m * m + 2; }
 
-void project_weights_cuda(const double* gramian, int m, const double* u, int rows, bool sum, double norm_eps, double reg_eps,
-                          double* out, int32_t* status, double* scratch, void* stream) {
+void project_weights_cuda(Projection p, int32_t* status, double* scratch, void* stream) {
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     int* counters = reinterpret_cast<int*>(scratch);  // blocks that are done, problems that are not
-    if (sum) rows = m;
+    const bool sum = p.mode == ProjectionMode::sum;
+    if (sum) p.rows = p.m;
     check(cudaMemsetAsync(counters, 0, 2 * sizeof(int), on));
-    const Task task = {gramian, u, norm_eps, reg_eps, sum ? scratch + 1 : out, out, counters + 1, status, m, rows, sum};
-    launch_project(task, counters, on);
+    launch_project({p, sum ? scratch + 1 : p.out, counters + 1, status}, counters, on);
 }
 
-void upgrad_weights_cuda(const void* rows, int dtype, int m, int64_t columns, int64_t stride, const double* pref, bool sum,
-                         double norm_eps, double reg_eps, double* weights, double* gramian, int32_t* status,
-                         double* scratch, void* stream) {
+void upgrad_weights_cuda(const void* rows, int dtype, int64_t columns, int64_t stride, Projection p, double* gramian,
+                         int32_t* status, double* scratch, void* stream) {
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     int* counters = reinterpret_cast<int*>(scratch);  // two of the blocks, one of the problems
+    const int m = p.m;
+    const bool sum = p.mode == ProjectionMode::sum;
     double *each = scratch + 2, *parts = each + static_cast<int64_t>(m) * m;
     check(cudaMemsetAsync(counters, 0, 4 * sizeof(int), on));
-    const Task task = {gramian, pref, norm_eps, reg_eps, sum ? each : weights, weights, counters + 2, status, m, sum ? m : 1, sum};
+    p.rows = sum ? m : 1;
+    const Task task = {p, sum ? each : p.out, counters + 2, status};
     const Jacobian J = {rows, dtype, columns, stride};
     (m <= 4 ? launch_upgrad<0> : m <= 8 ? launch_upgrad<1> : launch_upgrad<2>)(J, parts, gramian, task, counters, on);
     if (m > kRowsInOneLaunch) launch_project(task, counters + 1, on);

@@ -107,10 +107,13 @@ def back_and_forth(frames: list[Any]) -> list[Any]:
 
 
 def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
-    """One panel an objective, training and test values over steps; below, cosines with the update."""
+    """One panel per objective, training and test values over steps; then the objectives' cosines with the
+    update, and the share of measured steps in conflict."""
     plt = pyplot()
     has_cosines = any(f"train/cos_{n}" in line for line in lines for n in names)
-    panels = len(names) + has_cosines
+    shares = {"train/conflict": "gradient", "train/step_conflict": "applied step"}
+    shares = {key: label for key, label in shares.items() if any(key in line for line in lines)}
+    panels = len(names) + has_cosines + bool(shares)
     figure, axes = plt.subplots(1, panels, figsize=(3.6 * panels, 3), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=False):
         for split, style in (("train", "-"), ("test", "o-")):
@@ -120,7 +123,7 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
         axis.set(title=name, xlabel="step")
         axis.legend(frameon=False)
     if has_cosines:
-        axis = axes[0][-1]
+        axis = axes[0][len(names)]
         for name in names:
             key = f"train/cos_{name}"
             points = [(line["step"], line[key]) for line in lines if key in line]
@@ -128,6 +131,13 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title="cosine of update with gradient", xlabel="step", ylim=(-1.05, 1.05))
+        axis.legend(frameon=False)
+    if shares:
+        axis = axes[0][-1]
+        for key, label in shares.items():
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
+        axis.set(title="share of steps in conflict", xlabel="step", ylim=(-0.05, 1.05))
         axis.legend(frameon=False)
     return _save(figure, path)
 

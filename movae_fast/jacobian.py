@@ -7,20 +7,25 @@ backward of the shared part. `backward` does all of it for anybody's training lo
     from movae_fast import jacobian
     from movae_fast.aggregation import UPGrad
 
-    jacobian.backward([reconstruction, kl], features=[mu, logvar], aggregator=UPGrad())
+    jacobian.backward([reconstruction, kl], features=[mu, logvar], aggregator=UPGrad.strict())
     optimizer.step()
+
+What is without conflict then is the gradient. `project_step` corrects the optimizer's step, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from movae_fast import ops
-from movae_fast.aggregation.registry import aggregate
+from movae_fast.aggregation.registry import aggregate, is_weighting
+from movae_fast.projected_step import flatten, project_step
+
+__all__ = ["backward", "flatten", "project_step"]
 
 Gradients = Sequence[Tensor | None]
 
@@ -83,6 +88,7 @@ def weighted_row(
     gradients: Sequence[Gradients],  # [m][features]
     weights: Tensor,  # [m]
     shared: Sequence[Tensor],
+    retain_graph: bool = False,
 ) -> Gradients:
     """The gradient at `shared` of the losses' sum with the given weights: one backward from the features."""
     outputs, upstream = [], []
@@ -93,7 +99,35 @@ def weighted_row(
         if total is not None:
             outputs.append(feature)
             upstream.append(total)
-    return torch.autograd.grad(outputs, shared, upstream, allow_unused=True)
+    return torch.autograd.grad(outputs, shared, upstream, retain_graph=retain_graph, allow_unused=True)
+
+
+@overload
+def backward(
+    losses: Sequence[Tensor],
+    *,
+    aggregator: nn.Module,
+    features: Sequence[Tensor] | None = ...,
+    shared: Sequence[Tensor] | None = ...,
+    own: Sequence[Tensor] | None = ...,
+    gramian_at: Literal["shared", "features"] | Sequence[Tensor] = ...,
+    retain_graph: bool = ...,
+    return_rows: Literal[False] = ...,
+) -> Tensor | None: ...
+
+
+@overload
+def backward(
+    losses: Sequence[Tensor],
+    *,
+    aggregator: nn.Module,
+    features: Sequence[Tensor] | None = ...,
+    shared: Sequence[Tensor] | None = ...,
+    own: Sequence[Tensor] | None = ...,
+    gramian_at: Literal["shared", "features"] | Sequence[Tensor] = ...,
+    retain_graph: bool = ...,
+    return_rows: Literal[True],
+) -> tuple[Tensor | None, Tensor]: ...
 
 
 def backward(
@@ -103,9 +137,12 @@ def backward(
     features: Sequence[Tensor] | None = None,
     shared: Sequence[Tensor] | None = None,
     own: Sequence[Tensor] | None = None,
+    gramian_at: Literal["shared", "features"] | Sequence[Tensor] = "shared",
     retain_graph: bool = False,
-) -> Tensor | None:  # [m]
-    """Backward of a vector of losses without conflict: `.grad` of every parameter, shared ones aggregated.
+    return_rows: bool = False,
+) -> Tensor | tuple[Tensor | None, Tensor] | None:  # [m]; with return_rows [m] and [m, P]
+    """Compute the gradient of a vector of losses without conflict: `.grad` of every parameter, shared ones
+    aggregated.
 
     With `features`, parameters before them are shared: the losses' gradients there form the Jacobian [m, P],
     and `.grad` receives its aggregation; parameters after them are `own` and receive the gradient of the sum.
@@ -114,9 +151,17 @@ def backward(
     for an aggregator that does not weight rows. The result is that of TorchJD's `mtl_backward` (or `backward`)
     followed by `jac_to_grad`, without vmap, so that custom kernels need no batching rule.
 
+    gramian_at: an approximation that costs one backward of the shared part instead of m. The aggregator's
+        weights come from the Gramian of the gradients at the features ("features") or at these shared
+        parameters, the last before the features; then the weighted losses are differentiated at once. Needs
+        `features` and an aggregator that weights rows by their Gramian. What it does to conflict differs from
+        model to model.
+    return_rows: return (weights, rows) with the Jacobian's rows [m, P] over the shared parameters, for
+        `project_step`; not with an approximation, which does not have them.
+
     The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError for losses that
-    are not scalars, for an empty list, for features that no loss reaches, and for a parameter that is both
-    shared and own.
+    are not scalars, for an empty list, for features that no loss reaches, for a parameter that is both
+    shared and own, and for a `gramian_at` that does not apply.
     """
     losses = list(losses)
     if not losses or any(loss.numel() != 1 for loss in losses):
@@ -131,12 +176,19 @@ def backward(
         raise ValueError("a parameter is both before and after the features: give shared= and own=")
     if not shared:
         raise ValueError("no parameter that requires a gradient lies before the features")
+    at = _check_gramian_at(gramian_at, aggregator, features, shared, return_rows)
     if features:
         found = at_features(losses, features, own)
         if all(g is None for row in found.features for g in row):
             raise ValueError("no loss reaches the features: are they part of the losses' graph?")
         for p, gradient in zip(own, found.own, strict=True):
             _accumulate(p, gradient)
+        if at is not None:
+            weights = aggregator.gramian_weighting(ops.gramian(cheap_rows(features, found.features, at)))  # type: ignore[operator]
+            row = weighted_row(features, found.features, weights, shared, retain_graph)
+            for p, gradient in zip(shared, row, strict=True):
+                _accumulate(p, gradient)
+            return weights
         reached = reaching(found.features)
         computed = shared_rows(features, found.features, shared, retain_graph)
     else:
@@ -146,11 +198,69 @@ def backward(
     for i, row in zip(reached, computed, strict=True):
         write_row(rows[i], row, shared)
     update, weights = aggregate(aggregator, rows, ops.gramian(rows))
-    at = 0
-    for p in shared:
-        _accumulate(p, update[at : at + p.numel()].view(p.shape))
-        at += p.numel()
-    return weights
+    for p, part in zip(shared, update.split([p.numel() for p in shared]), strict=True):
+        _accumulate(p, part.view(p.shape))
+    return (weights, rows) if return_rows else weights
+
+
+def _check_gramian_at(
+    gramian_at: str | Sequence[Tensor],
+    aggregator: nn.Module,
+    features: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    return_rows: bool,
+) -> Sequence[Tensor] | None:
+    """Return the parameters that `gramian_at` names: none of them for the features, None for the exact
+    Gramian."""
+    if isinstance(gramian_at, str):
+        if gramian_at not in ("shared", "features"):
+            raise ValueError(f"gramian_at must be shared, features or shared parameters; got {gramian_at!r}")
+        if gramian_at == "shared":
+            return None
+        gramian_at = ()
+    elif not gramian_at:
+        raise ValueError("gramian_at names no parameter; give some, or features")
+    if not features:
+        raise ValueError("gramian_at needs features=: without them there is nothing before all parameters")
+    if not is_weighting(aggregator):
+        raise ValueError(
+            f"gramian_at: {type(aggregator).__name__} needs the rows themselves; leave gramian_at at shared"
+        )
+    if return_rows:
+        raise ValueError("gramian_at computes no rows of the shared parameters; leave out return_rows")
+    known = {id(p) for p in shared}
+    if any(id(p) not in known for p in gramian_at):
+        raise ValueError("gramian_at names a parameter that is not shared")
+    return list(gramian_at)
+
+
+def cheap_rows(
+    features: Sequence[Tensor],
+    gradients: Sequence[Gradients],  # [m][features]
+    last: Sequence[Tensor],
+) -> Tensor:  # [m, Q]
+    """Rows whose Gramian stands for that of the shared parameters: each objective's gradient at a few of them.
+
+    `last` are shared parameters next to the features, at which the backward stops; without any, the gradient at
+    the features themselves. The row of an objective that does not reach the features is zero. The graph is
+    kept.
+    """
+    if last:
+        reached = reaching(gradients)
+        found: dict[int, Gradients] = dict(
+            zip(reached, shared_rows(features, gradients, last, retain_graph=True), strict=True)
+        )
+        like: Sequence[Tensor] = last
+        wanted = [found.get(i, [None] * len(last)) for i in range(len(gradients))]
+    else:
+        like, wanted = features, list(gradients)
+    rows = [
+        torch.cat(
+            [(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(row, like, strict=True)]
+        )
+        for row in wanted
+    ]
+    return torch.stack(rows)
 
 
 def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TCEstimator = Literal["mws", "mss"]
+Regularizer = Literal["trace", "diagonal"]
 
 
 def nearest_code(
@@ -60,6 +61,110 @@ def combine(
 ) -> Tensor:  # [P]
     """The weighted sum of a Jacobian's rows, in the rows' dtype."""
     return weights.to(rows.dtype) @ rows
+
+
+def regularized_gramian(
+    gramian: Tensor,  # [m, m]
+    regularizer: Regularizer,
+    norm_eps: float,
+    reg_eps: float,
+) -> tuple[Tensor, Tensor]:  # [m, m], [m]
+    """The matrix A of the projection, and the scales S of the rows that it is written in.
+
+    "trace" (TorchJD): A = G / tr G + reg_eps I, with zero for G / tr G where tr G < norm_eps; the scales are 1.
+    "diagonal": A = S (G + reg_eps diag(G)) S with S = diag(G)^(-1/2), which is the correlation matrix plus
+    reg_eps I. Rescaling a row changes S and nothing else, as it leaves the cone { v : G v >= 0 } what it is. A
+    row of norm zero meets no other: its part of A is the identity's, its scale 1.
+    """
+    diagonal = gramian.diagonal()
+    eye = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
+    if regularizer == "trace":
+        trace = diagonal.sum()
+        usable = trace >= max(norm_eps, torch.finfo(gramian.dtype).tiny)
+        return torch.where(usable, gramian / trace, 0.0) + reg_eps * eye, torch.ones_like(diagonal)
+    some = diagonal >= torch.finfo(gramian.dtype).tiny
+    scales = torch.where(some, diagonal, 1.0).rsqrt()
+    correlation = torch.where(some[:, None] & some, scales[:, None] * gramian * scales, 0.0)
+    correlation = torch.where(eye > 0, some.to(gramian.dtype), correlation)
+    return torch.where((eye > 0) & ~some, 1.0, correlation + reg_eps * eye * correlation), scales
+
+
+def complementary(
+    matrix: Tensor,  # [m, m]
+    offset: Tensor,  # [m]
+) -> Tensor:  # [m]
+    """The w >= 0 with y = A w + q >= 0 and w y = 0, for a symmetric positive definite A and any q.
+
+    Principal pivoting (Judice & Pires 1994): all violations change sides at once as long as their number falls,
+    else the one of greatest index alone, which cannot cycle (Murty 1974). Signs are trusted as far as the
+    condition of A lets them be. Raises ArithmeticError if they do not settle.
+    """
+    m = len(offset)
+    values = torch.linalg.eigvalsh(matrix)
+    condition = float(values[-1] / values[0].clamp_min(values[-1] * 1e-16))
+    of_w, of_y = 2e-16 * m * condition, 2e-16 * m * math.sqrt(condition)
+    inside = torch.zeros(m, dtype=torch.bool)
+    least, patience = m + 1, 3
+    for _ in range(100 * m + 100):
+        w = torch.zeros_like(offset)
+        if bool(inside.any()):
+            solved = torch.linalg.lstsq(matrix[inside][:, inside], -offset[inside, None], driver="gelsd")
+            w[inside] = solved.solution[:, 0]
+        terms = torch.cat([matrix * w, offset[:, None]], 1)
+        y, size = terms.sum(1), terms.abs().sum(1)
+        wrong = torch.where(inside, w < -of_w * w.abs().max(), y < -of_y * size)
+        count = int(wrong.sum())
+        if count == 0:
+            return w.clamp_min(0)
+        if count < least:
+            least, patience = count, 3
+        else:
+            patience -= 1
+        if patience >= 0:
+            inside = inside ^ wrong
+        else:
+            inside[wrong.nonzero().max()] ^= True
+    raise ArithmeticError(f"complementary: no solution found for a matrix of condition {condition:.1g}")
+
+
+def project_rows(
+    u: Tensor,  # [rows, m]
+    gramian: Tensor,  # [m, m]
+    norm_eps: float,
+    reg_eps: float,
+    regularizer: Regularizer,
+) -> Tensor:  # [rows, m]
+    """For each u the v of least v' A v with v >= u (Quinton & Rey 2024, eq. 5): dual to the closest row in the
+    cone."""
+    matrix, scales = regularized_gramian(gramian, regularizer, norm_eps, reg_eps)
+    least = [x / scales for x in u]
+    return torch.stack([scales * (x + complementary(matrix, matrix @ x)) for x in least])
+
+
+def project_weights(
+    gramian: Tensor,  # [m, m]
+    pref: Tensor,  # [m]
+    norm_eps: float,
+    reg_eps: float,
+    regularizer: Regularizer,
+) -> Tensor:  # [m]
+    """UPGrad's weights (Quinton & Rey 2024, section 3): each row is projected by itself, then they are added
+    up."""
+    return project_rows(pref.clamp_min(0).diag(), gramian, norm_eps, reg_eps, regularizer).sum(0)
+
+
+def step_multipliers(
+    gramian: Tensor,  # [m, m] J D J'
+    slopes: Tensor,  # [m] J s
+    reg_eps: float,
+) -> Tensor:  # [m]
+    """The lambda >= 0 with which s + D J' lambda is the step closest to s that worsens no objective.
+
+    Closest in the inverse of the metric D: min (x - s)' D^-1 (x - s) subject to J x >= 0, whose dual is
+    min 1/2 lambda' J D J' lambda + lambda' J s over lambda >= 0.
+    """
+    matrix, scales = regularized_gramian(gramian, "diagonal", 0.0, reg_eps)
+    return scales * complementary(matrix, scales * slopes)
 
 
 def pcgrad(

@@ -20,11 +20,15 @@ ALLOWED = {
     "ops": {"kernels", "_csrc", *LEAVES},
     "nn": {"ops", *LEAVES},
     "aggregation": {"ops", *LEAVES},
-    "jacobian": {"ops", "aggregation", *LEAVES},
+    "projected_step": {"ops", *LEAVES},
+    "jacobian": {"ops", "aggregation", "projected_step", *LEAVES},
     "models": {"ops", "nn", *LEAVES},
     "objectives": {"ops", "nn", "models", *LEAVES},
     "data": {*LEAVES},
-    "training": {"ops", "nn", "aggregation", "jacobian", "models", "objectives", "data", *LEAVES},
+    "training": {
+        *("ops", "nn", "aggregation", "jacobian", "projected_step", "models", "objectives", "data"),
+        *LEAVES,
+    },
     "figures": {*LEAVES},
     "metrics": {*LEAVES},
 }

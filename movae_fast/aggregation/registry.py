@@ -16,16 +16,17 @@ import torchjd.aggregation as jd
 from torch import Tensor, nn
 
 from movae_fast import ops
-from movae_fast.aggregation.upgrad import DualProj, UPGrad
+from movae_fast.aggregation.upgrad import STRICT_REG_EPS, DualProj, UPGrad
 from movae_fast.aggregation.weightings import IMTLG, MGDA, AlignedMTL, CAGrad, PCGrad
 from movae_fast.names import nearest
+from movae_fast.reference import Regularizer
 
 
-def _upgrad(pref_vector: Tensor | None = None, cone: Mapping[str, float] | None = None) -> jd.Aggregator:
+def _upgrad(pref_vector: Tensor | None = None, cone: Mapping[str, Any] | None = None) -> jd.Aggregator:
     return UPGrad(pref_vector, **(cone or {}))
 
 
-def _dualproj(pref_vector: Tensor | None = None, cone: Mapping[str, float] | None = None) -> jd.Aggregator:
+def _dualproj(pref_vector: Tensor | None = None, cone: Mapping[str, Any] | None = None) -> jd.Aggregator:
     return DualProj(pref_vector, **(cone or {}))
 
 
@@ -113,14 +114,16 @@ def make_aggregator(
     args: Mapping[str, Any] | None = None,
     pref_weights: Sequence[float] | None = None,
     norm_eps: float = 0.0,
-    reg_eps: float = 1e-6,
+    reg_eps: float = STRICT_REG_EPS,
+    regularizer: Regularizer | None = None,
 ) -> jd.Aggregator:
-    """The aggregator `name` for m objectives.
+    """Make the aggregator `name` for m objectives.
 
-    `norm_eps` and `reg_eps` are those of the projection onto the dual cone (UPGrad, DualProj), the latter
-    relative to the Gramian's trace; the defaults are strict, TorchJD's own are 1e-4 both. norm_eps is
-    absolute: 0 lets no scaling of the losses change which objectives count. Raises ValueError for a parameter
-    or a preference that the aggregator does not have, and ImportError's remedy where a solver is missing.
+    `norm_eps`, `reg_eps` and `regularizer` are those of the projection onto the dual cone (UPGrad, DualProj;
+    see `ops.project_weights`). The defaults are strict: "diagonal", 1e-6. TorchJD's own are "trace", 1e-4 and
+    1e-4; a norm_eps, which is a threshold of the trace, means "trace" by itself. Raises ValueError for a
+    parameter or a preference that the aggregator does not have, and ImportError's remedy where a solver is
+    missing.
     """
     factory = AGGREGATORS[name]
     known = inspect.signature(factory).parameters
@@ -139,7 +142,8 @@ def make_aggregator(
             raise ValueError(f"--pref_weights has {len(pref_weights)} values; {m} objectives are aggregated")
         options["pref_vector"] = torch.tensor(pref_weights, dtype=torch.float64)
     if "cone" in known:
-        options["cone"] = {"norm_eps": norm_eps, "reg_eps": reg_eps}
+        regularizer = regularizer or ("trace" if norm_eps > 0 else "diagonal")
+        options["cone"] = {"norm_eps": norm_eps, "reg_eps": reg_eps, "regularizer": regularizer}
     if "n_tasks" in known:
         options["n_tasks"] = m
     try:
@@ -158,6 +162,11 @@ def make_aggregator(
 def weights_rows(name: str) -> bool:
     """Whether the update of the aggregator called `name` is a weighted sum of rows."""
     return name not in ("config", "graddrop", "trimmed_mean")
+
+
+def weights_by_gramian(name: str) -> bool:
+    """Whether the aggregator called `name` weights rows by their Gramian alone."""
+    return weights_rows(name) and name not in ("jd_sum", "mean", "constant", "random")
 
 
 def is_weighting(aggregator: nn.Module) -> bool:

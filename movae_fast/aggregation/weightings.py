@@ -7,6 +7,7 @@ host: under torch.compile and in CUDA graphs, too.
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torchjd.aggregation import CAGradWeighting
 
@@ -42,6 +43,26 @@ class MethodAggregator(FusedAggregator):
     def __repr__(self) -> str:
         options = self.gramian_weighting.options
         return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
+class SumWeighting(GramianWeighting):
+    """A weight of 1 for each row."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        return torch.ones_like(gramian[0])
+
+    def of_rows(self, matrix: Tensor) -> Tensor:
+        return torch.ones(len(matrix), dtype=torch.float64, device=matrix.device)
+
+
+class Sum(FusedAggregator):
+    """The sum of the rows: for a step whose rows are wanted for themselves (`--conflict_free step`)."""
+
+    def __init__(self) -> None:
+        super().__init__(SumWeighting())
 
 
 def _option(name: str) -> Any:

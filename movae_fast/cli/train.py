@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
 from movae_fast.training.captured import NOT_ASKED
 from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
+from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run, resume, setup
@@ -113,6 +114,7 @@ def continued(
 ) -> TrainConfig:
     """The saved configuration with what a resumed run may change."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
+    known.setdefault("upgrad_regularizer", "trace")  # the only one when the run began
     values = parsing.parse(parser, words, known)
     kept = {"epochs", "steps"} if known["arch"] == "provlae" else set()  # they are its stages' lengths
     changed = [k for k, v in known.items() if (k not in RESUMABLE or k in kept) and values[k] != v]
@@ -193,8 +195,7 @@ def describe(work: Run, console: Console) -> None:
     for line in (
         f"{config.model.arch} ({size:,} parameters) on {config.data.dataset} {shape}, "
         f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
-        f"objectives: {weights}; aggregator {config.objective.agg}"
-        + (f" over the {config.objective.jacobian} Jacobian" if config.aggregated else ""),
+        f"objectives: {weights}; {aggregation(config)}",
         *rate_line(config),
         *stage_line(work),
         f"{work.total_steps:,} steps of {images} on {work.device}, {config.run.precision}{compiled}; "
@@ -203,6 +204,20 @@ def describe(work: Run, console: Console) -> None:
         f"run: {work.folder}" + (f", continued at step {work.step:,}" if work.step else ""),
     ):
         console.print(line, highlight=False, markup=False)
+
+
+def aggregation(config: TrainConfig) -> str:
+    """The aggregator, what it aggregates, and whether its gradient or the whole step is without conflict."""
+    o = config.objective
+    text = f"aggregator {o.agg}"
+    if config.aggregated:
+        text += f" over the {o.jacobian} Jacobian"
+    if o.gramian_at != "shared":
+        text += f", weights from {o.gramian_at} (approximate)"
+    if o.conflict_free == "step":
+        metric = "" if o.step_metric == "identity" else f" in the metric of {config.optimizer.optimizer}"
+        text += f"; the step is projected{metric}"
+    return text
 
 
 def notes(work: Run) -> list[str]:
@@ -245,6 +260,22 @@ def rate_line(config: TrainConfig) -> list[str]:
     ]
 
 
+def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Rows of the final table: how many of the measured steps conflicted with an objective, and the worst
+    cosine."""
+    rows = []
+    for key, text in (("", "update (gradient)"), ("step_", "applied step")):
+        seen = [line for line in lines if f"train/{key}conflict" in line]
+        steps = sum(line[f"train/{key}conflict_steps"] for line in seen)
+        if steps:
+            share = (
+                sum(line[f"train/{key}conflict"] * line[f"train/{key}conflict_steps"] for line in seen) / steps
+            )
+            least = min(line[f"train/{key}min_cosine"] for line in seen)
+            rows.append((f"{text} in conflict, of {steps:,.0f} steps", f"{share:.1%}", f"cosine {least:+.2g}"))
+    return rows
+
+
 def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:
     """The final table of objectives and where everything is."""
     table = Table(title=f"{work.config.model.arch} on {work.config.data.dataset}, {work.config.objective.agg}")
@@ -259,6 +290,8 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
     for key in ("codebook_usage", "perplexity"):
         if f"test/{key}" in figures:
             table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
+    for row in conflict_rows(read_lines(work.folder / "metrics.jsonl") if work.world.main else []):
+        table.add_row(*row)
     console.print(table)
     mean = figures["test/mse_mean_image"]  # 0 where all images are alike
     below = (

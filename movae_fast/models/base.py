@@ -57,6 +57,7 @@ class VAE(nn.Module):
     # The objective whose weight `beta` is.
     beta_objective: ClassVar[str] = "kl"
     recons_reduction: ClassVar[str] = "mean"
+    has_features: ClassVar[bool] = True  # whether `encode`'s output cuts the network in two
     default_activation: ClassVar[Activation | None] = None  # None: the reconstruction's distribution decides
 
     def __init__(self, image_shape: tuple[int, int, int], activation: Activation) -> None:

@@ -8,7 +8,7 @@ from movae_fast.ops.combine import combine
 from movae_fast.ops.gramian import gramian
 from movae_fast.ops.gramian_weights import gramian_weights
 from movae_fast.ops.nearest_code import nearest_code
-from movae_fast.ops.project_weights import project_rows, project_weights
+from movae_fast.ops.project_weights import project_rows, project_weights, step_multipliers
 from movae_fast.ops.quantize import code_error, quantize
 from movae_fast.ops.tc_terms import tc_terms
 from movae_fast.ops.upgrad import upgrad_weights
@@ -22,6 +22,7 @@ __all__ = [
     "project_rows",
     "project_weights",
     "quantize",
+    "step_multipliers",
     "tc_terms",
     "upgrad_weights",
 ]

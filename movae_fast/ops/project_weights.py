@@ -2,7 +2,9 @@
 
 UPGrad (Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization", section 3) projects each
 objective's weight alone and adds up; DualProj projects the preference as a whole. Both are quadratic programs
-over the m x m Gramian: min v' A v subject to v >= u. csrc/solver.h solves them on a CPU and on CUDA.
+over the m x m Gramian: min v' A v subject to v >= u. The correction of a whole step (`step_multipliers`) is the
+same complementarity problem with another right-hand side. csrc/solver.h solves them on a CPU, the Triton kernel
+of kernels/project_weights.py on CUDA.
 """
 
 from typing import Literal, NoReturn, get_args
@@ -13,12 +15,15 @@ from torch import Tensor
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import csrc
-from movae_fast.ops.registration import library, refuse_vmap
+from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
+from movae_fast.reference import Regularizer
 
 Mode = Literal["upgrad", "dualproj"]
 
-# What the tableaus of CUDA's solver are laid out for.
+# What the tableaus of CUDA's solvers are laid out for.
 MOST_ON_CUDA = 64
+# As csrc/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
+KINDS = ("rows", "sum", "multipliers")
 
 
 def project_weights(
@@ -28,16 +33,21 @@ def project_weights(
     norm_eps: float = 1e-4,
     reg_eps: float = 1e-4,
     mode: Mode = "upgrad",
+    regularizer: Regularizer = "trace",
 ) -> tuple[Tensor, Tensor]:  # [m] float64, [] int32
-    """Weights w of the update w' J that conflicts with no row of the Jacobian J, and a status.
+    """Return weights w of the update w' J that conflicts with no row of the Jacobian J, and a status.
 
     gramian: G = J J', symmetric positive semi-definite; float64 as `ops.gramian` makes it, or any floating
-        dtype (it is solved in float64). Only its upper triangle is read on a CPU.
+        dtype (it is solved in float64). Only its upper triangle is read.
     pref: the preference u, any floating dtype; None is 1/m each. In mode "upgrad" an objective with a
         preference of zero or less adds nothing.
-    norm_eps, reg_eps: A = G / tr G + reg_eps I, or reg_eps I alone where tr G < norm_eps (or is 0). TorchJD's
-        defaults; with them a row a hundred times shorter than the longest is hardly protected. With a
-        float64 Gramian, norm_eps = 0 and reg_eps = 1e-6 are safe.
+    regularizer, norm_eps, reg_eps: what is solved is G with a little added to its diagonal.
+        "trace" (TorchJD's): A = G / tr G + reg_eps I, or reg_eps I alone where tr G < norm_eps (or is 0). A row
+        a hundred times shorter than the longest is hardly protected by reg_eps = 1e-4, and one a thousand times
+        shorter not by 1e-6 either.
+        "diagonal": A = G + reg_eps diag(G), as good for a short row as for a long one: for any positive
+        diagonal S, the weights of S G S and pref are S^-1 times the weights of G and S pref. reg_eps = 1e-6 is
+        strict. A row of norm zero keeps its preference and meets no other row; norm_eps is not used.
     mode: "upgrad" solves min v' A v subject to v >= u_i e_i for every i and adds up the m solutions;
         "dualproj" solves one problem with v >= u.
 
@@ -46,13 +56,14 @@ def project_weights(
     only with reg_eps below 1e-8 on rows that all but coincide). Nothing is read on the host. Not
     differentiable; vmap is refused. m is at most 64 on CUDA.
 
-    Raises ValueError (shapes, m = 0, a negative epsilon, mode) or TypeError (dtype).
+    Raises ValueError (shapes, m = 0, a negative epsilon, mode, regularizer) or TypeError (dtype).
     """
     m = _check(gramian)
-    check_options(norm_eps, reg_eps, mode)
+    check_options(norm_eps, reg_eps, mode, regularizer)
     if pref is not None and (pref.dim() != 1 or pref.shape[0] != m or pref.device != gramian.device):
         refuse(f"pref must be [m]; got {list(pref.shape)} on {pref.device}", gramian)
-    return torch.ops.movae.project_weights(gramian, pref, norm_eps, reg_eps, mode == "upgrad")
+    diagonal = regularizer == "diagonal"
+    return torch.ops.movae.project_weights(gramian, pref, norm_eps, reg_eps, mode == "upgrad", diagonal)
 
 
 def project_rows(
@@ -61,16 +72,48 @@ def project_rows(
     *,
     norm_eps: float = 1e-4,
     reg_eps: float = 1e-4,
+    regularizer: Regularizer = "trace",
 ) -> tuple[Tensor, Tensor]:  # as u, float64; [] int32
-    """min v' A v subject to v >= u for each vector u, what a TorchJD `DualConeProjector` computes.
+    """Solve min v' A v subject to v >= u for each vector u, what a TorchJD `DualConeProjector` computes.
 
     Arguments, status and errors as `project_weights`.
     """
     m = _check(gramian)
-    check_options(norm_eps, reg_eps, "dualproj")
+    check_options(norm_eps, reg_eps, "dualproj", regularizer)
     if u.dim() == 0 or u.shape[-1] != m or u.device != gramian.device:
         refuse(f"u must be [..., m]; got {list(u.shape)} on {u.device}", gramian)
-    return torch.ops.movae.project_weights(gramian, u, norm_eps, reg_eps, False)
+    return torch.ops.movae.project_weights(gramian, u, norm_eps, reg_eps, False, regularizer == "diagonal")
+
+
+def step_multipliers(
+    gramian: Tensor,  # [m, m]
+    slopes: Tensor,  # [m]
+    *,
+    reg_eps: float = 1e-9,
+) -> tuple[Tensor, Tensor]:  # [m] float64, [] int32
+    """Return the lambda >= 0 with which s + D J' lambda is the step closest to s that worsens no objective.
+
+    gramian: J D J' of the Jacobian's rows J in the metric D (D = I: `ops.gramian`), as in `project_weights`.
+    slopes: J s, by how much each objective falls along the step s (parameters before minus after), to first
+        order; any floating dtype.
+    reg_eps: A = J D J' + reg_eps diag(J D J'), independent of the rows' lengths.
+
+    The step is closest in the inverse of D: min (x - s)' D^-1 (x - s) subject to J x >= 0; lambda is the dual
+    solution, of min 1/2 lambda' A lambda + lambda' J s. Where no slope is negative it is zero.
+
+    Returns lambda and a status as `project_weights` does: NaN and -1 for a Gramian that is not finite, NaN
+    where a slope is not. Nothing is read on the host. Not differentiable; vmap is refused. m is at most 64 on
+    CUDA.
+
+    Raises ValueError (shapes, m = 0, a negative epsilon) or TypeError (dtype).
+    """
+    m = _check(gramian)
+    check_options(0.0, reg_eps, "dualproj", "diagonal")
+    if slopes.shape != (m,) or slopes.device != gramian.device:
+        refuse(f"slopes must be [m]; got {list(slopes.shape)} on {slopes.device}", gramian)
+    if not slopes.is_floating_point():
+        raise TypeError(f"step_multipliers: slopes must be floating point, got {str(slopes.dtype)[6:]}")
+    return torch.ops.movae.step_multipliers(gramian, slopes, reg_eps)
 
 
 def _check(gramian: Tensor) -> int:
@@ -83,11 +126,16 @@ def _check(gramian: Tensor) -> int:
     return gramian.shape[0]
 
 
-def check_options(norm_eps: float, reg_eps: float, mode: str) -> None:
-    if norm_eps < 0 or reg_eps < 0:
+def check_options(norm_eps: float, reg_eps: float, mode: str, regularizer: str = "trace") -> None:
+    """Raise ValueError for an epsilon, a mode or a regularizer that the projection does not have."""
+    if not (norm_eps >= 0 and reg_eps >= 0):
         raise ValueError(f"project_weights: norm_eps and reg_eps must be >= 0; got {norm_eps}, {reg_eps}")
     if mode not in get_args(Mode):
         raise ValueError(f"project_weights: mode must be one of {get_args(Mode)}; got {mode!r}")
+    if regularizer not in get_args(Regularizer):
+        raise ValueError(
+            f"project_weights: regularizer must be one of {get_args(Regularizer)}; got {regularizer!r}"
+        )
 
 
 def refuse(problem: str, operand: Tensor) -> NoReturn:
@@ -97,27 +145,41 @@ def refuse(problem: str, operand: Tensor) -> NoReturn:
 
 
 library.define(
-    "project_weights(Tensor gramian, Tensor? u, float norm_eps, float reg_eps, bool sum) -> (Tensor, Tensor)"
+    "project_weights(Tensor gramian, Tensor? u, float norm_eps, float reg_eps, bool sum, bool diagonal=False)"
+    " -> (Tensor, Tensor)"
 )
+library.define("step_multipliers(Tensor gramian, Tensor slopes, float reg_eps) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(library, "project_weights", "CPU")
 def _project_weights(
-    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _on_cpu(gramian, u, "sum" if total else "rows", diagonal, norm_eps, reg_eps)
+
+
+@torch.library.impl(library, "step_multipliers", "CPU")
+def _step_multipliers(gramian: Tensor, slopes: Tensor, reg_eps: float) -> tuple[Tensor, Tensor]:
+    return _on_cpu(gramian, slopes, "multipliers", True, 0.0, reg_eps)
+
+
+def _on_cpu(
+    gramian: Tensor, given: Tensor | None, kind: str, diagonal: bool, norm_eps: float, reg_eps: float
 ) -> tuple[Tensor, Tensor]:
     m = gramian.shape[0]
     gramian = gramian.double().contiguous()
-    u = None if u is None else u.double().contiguous()
-    out = torch.empty(m, dtype=torch.float64) if u is None else torch.empty_like(u)
-    status = torch.empty((), dtype=torch.int32)
+    given = None if given is None else given.double().contiguous()
     if extension.missing(gramian):
-        return extension.project_weights(gramian, u, norm_eps, reg_eps, total)
+        return extension.project_weights(gramian, given, kind, diagonal, norm_eps, reg_eps)
+    out = torch.empty(m, dtype=torch.float64) if given is None else torch.empty_like(given)
+    status = torch.empty((), dtype=torch.int32)
     csrc.project_weights(
         gramian.data_ptr(),
         m,
-        0 if u is None else u.data_ptr(),  # the mean: to make it would cost as much as a small projection
+        0 if given is None else given.data_ptr(),  # the mean: to make it would cost as much as a projection
         out.numel() // m,
-        total,
+        KINDS.index(kind),
+        diagonal,
         norm_eps,
         reg_eps,
         out.data_ptr(),
@@ -130,28 +192,51 @@ def _project_weights(
 
 @torch.library.impl(library, "project_weights", "CUDA")
 def _project_weights_cuda(
-    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
+) -> tuple[Tensor, Tensor]:
+    u = mean_preference(gramian) if u is None else u
+    return _on_cuda(gramian, u, "sum" if total else "rows", diagonal, norm_eps, reg_eps)
+
+
+@torch.library.impl(library, "step_multipliers", "CUDA")
+def _step_multipliers_cuda(gramian: Tensor, slopes: Tensor, reg_eps: float) -> tuple[Tensor, Tensor]:
+    return _on_cuda(gramian, slopes, "multipliers", True, 0.0, reg_eps)
+
+
+def mean_preference(like: Tensor) -> Tensor:  # [m] float64
+    """The preference 1/m for each row of `like` [m, ...], on its device."""
+    m = like.shape[0]
+    return torch.full((m,), 1 / m, dtype=torch.float64, device=like.device)
+
+
+def _on_cuda(
+    gramian: Tensor, given: Tensor, kind: str, diagonal: bool, norm_eps: float, reg_eps: float
 ) -> tuple[Tensor, Tensor]:
     m = gramian.shape[0]
-    if u is None:
-        u = torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
-    gramian, u = gramian.double().contiguous(), u.double().contiguous()
-    out, status = torch.empty_like(u), torch.empty((), dtype=torch.int32, device=u.device)
-    if not hasattr(csrc, "project_weights_cuda"):
-        raise RuntimeError("project_weights: built without its CUDA part; set CUDA_HOME and build again")
-    scratch = torch.empty(csrc.project_scratch_cuda(m, u.numel() // m), dtype=torch.float64, device=u.device)
-    with torch.cuda.device(u.device):
+    gramian, given = gramian.double().contiguous(), given.double().contiguous()
+    if not shared.by_cuda_cpp():
+        kernels = triton_kernels("project_weights")
+        rows = given if kind == "sum" else given.view(-1, m)
+        out, status = kernels.project(gramian, rows, norm_eps, reg_eps, kind, diagonal)
+        return out.view(given.shape), status
+    rows_of_u = given.numel() // m
+    problems = m if kind == "sum" else rows_of_u
+    out, status = torch.empty_like(given), torch.empty((), dtype=torch.int32, device=given.device)
+    with torch.cuda.device(given.device):
+        scratch = torch.empty(csrc.project_scratch_cuda(m, problems), dtype=torch.float64, device=given.device)
         csrc.project_weights_cuda(
             gramian.data_ptr(),
             m,
-            u.data_ptr(),
-            u.numel() // m,
-            total,
+            given.data_ptr(),
+            rows_of_u,
+            KINDS.index(kind),
+            diagonal,
             norm_eps,
             reg_eps,
             out.data_ptr(),
             status.data_ptr(),
             scratch.data_ptr(),
+            scratch.numel(),
             torch.cuda.current_stream().cuda_stream,
         )
     return out, status
@@ -159,10 +244,16 @@ def _project_weights_cuda(
 
 @torch.library.register_fake("movae::project_weights")
 def _project_weights_fake(
-    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
 ) -> tuple[Tensor, Tensor]:
     shape = gramian.shape[:1] if u is None else u.shape
     return gramian.new_empty(shape, dtype=torch.float64), gramian.new_empty((), dtype=torch.int32)
 
 
+@torch.library.register_fake("movae::step_multipliers")
+def _step_multipliers_fake(gramian: Tensor, slopes: Tensor, reg_eps: float) -> tuple[Tensor, Tensor]:
+    return gramian.new_empty(slopes.shape, dtype=torch.float64), gramian.new_empty((), dtype=torch.int32)
+
+
 refuse_vmap("project_weights", "project_rows takes many vectors of one Gramian")
+refuse_vmap("step_multipliers", "call it once a step")

@@ -1,11 +1,21 @@
-"""What the ops on a Jacobian's rows share: the checks and the CPU path's name."""
+"""What the ops on a Jacobian's rows share: the checks, the CPU path's name, and the choice of CUDA's path."""
 
 from torch import Tensor
 
+from movae_fast.ops import extension
 from movae_fast.ops.extension import DTYPES
 
 # Set by tests to force a path on a CPU; "" takes the widest that it has (see ops.nearest_code).
 isa = ""
+
+# The projection's path on CUDA: "triton", "cuda" (C++, where it was built), or "" for the default. Set by
+# tests.
+cuda_path = ""
+
+
+def by_cuda_cpp() -> bool:
+    """Whether the projection on CUDA is csrc's rather than Triton's."""
+    return cuda_path != "triton" and not extension.cuda_missing()
 
 
 def check_rows(op: str, rows: Tensor) -> None:

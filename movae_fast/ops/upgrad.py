@@ -7,9 +7,17 @@ from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import DTYPES, csrc
-from movae_fast.ops.project_weights import MOST_ON_CUDA, Mode, check_options, refuse
-from movae_fast.ops.registration import library, refuse_vmap
+from movae_fast.ops.project_weights import (
+    KINDS,
+    MOST_ON_CUDA,
+    Mode,
+    check_options,
+    mean_preference,
+    refuse,
+)
+from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
+from movae_fast.reference import Regularizer
 
 
 def upgrad_weights(
@@ -19,8 +27,9 @@ def upgrad_weights(
     norm_eps: float = 1e-4,
     reg_eps: float = 1e-4,
     mode: Mode = "upgrad",
+    regularizer: Regularizer = "trace",
 ) -> tuple[Tensor, Tensor, Tensor]:  # [m] float64, [m, m] float64, [] int32
-    """`gramian` and `project_weights` in one: the weights, the Gramian, the status.
+    """Compute `gramian` and `project_weights` in one: the weights, the Gramian, the status.
 
     On CUDA the last block to finish its share of the Gramian adds the shares in order, normalises and, up to
     m = 16, solves: one launch, and `combine` is the second. Nothing is read on the host, and both can be
@@ -32,25 +41,27 @@ def upgrad_weights(
         raise ValueError(f"upgrad_weights: rows must be [m, P] with m >= 1, got {list(rows.shape)}")
     if m > MOST_ON_CUDA and rows.is_cuda:
         raise ValueError(f"upgrad_weights: m is at most {MOST_ON_CUDA} on CUDA, got rows {list(rows.shape)}")
-    check_options(norm_eps, reg_eps, mode)
+    check_options(norm_eps, reg_eps, mode, regularizer)
     if pref is not None and (pref.dim() != 1 or pref.shape[0] != m or pref.device != rows.device):
         refuse(f"pref must be [m]; got {list(pref.shape)} on {pref.device}", rows)
-    return torch.ops.movae.upgrad_weights(rows, pref, norm_eps, reg_eps, mode == "upgrad")
+    diagonal = regularizer == "diagonal"
+    return torch.ops.movae.upgrad_weights(rows, pref, norm_eps, reg_eps, mode == "upgrad", diagonal)
 
 
 library.define(
-    "upgrad_weights(Tensor rows, Tensor? pref, float norm_eps, float reg_eps, bool sum)"
+    "upgrad_weights(Tensor rows, Tensor? pref, float norm_eps, float reg_eps, bool sum, bool diagonal=False)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.impl(library, "upgrad_weights", "CPU")
 def _upgrad_weights(
-    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     if extension.missing(rows):
         gramian = reference.gramian(rows)
-        weights, status = extension.project_weights(gramian, pref, norm_eps, reg_eps, total)
+        kind = "sum" if total else "rows"
+        weights, status = extension.project_weights(gramian, pref, kind, diagonal, norm_eps, reg_eps)
         return weights, gramian, status
     m, columns = rows.shape
     rows, stride = row_view(rows)
@@ -65,7 +76,8 @@ def _upgrad_weights(
         m,
         0 if pref is None else pref.data_ptr(),
         1,
-        total,
+        KINDS.index("sum" if total else "rows"),
+        diagonal,
         norm_eps,
         reg_eps,
         weights.data_ptr(),
@@ -78,15 +90,14 @@ def _upgrad_weights(
 
 @torch.library.impl(library, "upgrad_weights", "CUDA")
 def _upgrad_weights_cuda(
-    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not hasattr(csrc, "upgrad_weights_cuda"):  # three Triton launches would still lack the projection
-        raise RuntimeError("upgrad_weights: built without its CUDA part; set CUDA_HOME and build again")
     m, columns = rows.shape
     rows, stride = row_view(rows)
-    if pref is None:
-        pref = torch.full((m,), 1 / m, dtype=torch.float64, device=rows.device)
-    pref = pref.double().contiguous()
+    pref = (mean_preference(rows) if pref is None else pref).double().contiguous()
+    if not shared.by_cuda_cpp():
+        kind = "sum" if total else "rows"
+        return triton_kernels("project_weights").upgrad(rows, pref, norm_eps, reg_eps, kind, diagonal)
     weights = torch.empty_like(pref)
     gramian = torch.empty((m, m), dtype=torch.float64, device=rows.device)
     status = torch.empty((), dtype=torch.int32, device=rows.device)
@@ -100,12 +111,14 @@ def _upgrad_weights_cuda(
             stride,
             pref.data_ptr(),
             total,
+            diagonal,
             norm_eps,
             reg_eps,
             weights.data_ptr(),
             gramian.data_ptr(),
             status.data_ptr(),
             scratch.data_ptr(),
+            scratch.numel(),
             torch.cuda.current_stream().cuda_stream,
         )
     return weights, gramian, status
@@ -113,7 +126,7 @@ def _upgrad_weights_cuda(
 
 @torch.library.register_fake("movae::upgrad_weights")
 def _upgrad_weights_fake(
-    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = rows.shape[0]
     double = torch.float64

@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from movae_fast.aggregation.registry import AGGREGATORS, NEED_TWO_BATCHES, weights_rows
+from movae_fast.aggregation.registry import (
+    AGGREGATORS,
+    NEED_TWO_BATCHES,
+    weights_by_gramian,
+    weights_rows,
+)
+from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.dali import require as require_dali
 from movae_fast.data.transforms import CELEBA_CROPS, Binarization
 from movae_fast.models import MODELS, VAE, Rates
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
+from movae_fast.projected_step import StepMetric
+from movae_fast.reference import Regularizer
 from movae_fast.training.compiled import CompileMode
 from movae_fast.training.precision import PrecisionName
 
 FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
+SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a metric for the projected step
 
 
 @dataclass
@@ -151,10 +161,19 @@ class ObjectiveConfig:
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
         pref_weights: Preference of the aggregator, one weight an objective (default 1/m each).
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all).
-        upgrad_norm_eps: Trace of the Gramian below which upgrad and dualproj take it for zero (TorchJD: 1e-4).
-        upgrad_reg_eps: Regularisation of upgrad's and dualproj's Gramian relative to its trace (TorchJD: 1e-4).
+        upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
+            norm (diagonal), so that no row is too short to be protected, or of the trace (trace), as TorchJD
+            does.
+        upgrad_norm_eps: Trace of the Gramian below which it is taken for zero; with trace only (TorchJD: 1e-4).
+        upgrad_reg_eps: The part of that regularizer (TorchJD: 1e-4).
         gramian_every: Approximation: find the aggregator's weights every so many steps and reuse them between.
         gramian_batch: Approximation: find the weights on this fraction of the batch.
+        gramian_at: Approximation: find the weights from the gradients at the features (`features`), or at the
+            last K shared modules before them (`last:K`); `shared` is exact.
+        conflict_free: What is without conflict: the aggregated gradient, or the optimizer's whole step, which
+            is projected onto the steps that worsen no objective to first order (with any agg, also sum).
+        step_metric: In what the projected step is closest to the optimizer's: plain length (identity), or
+            Adam's second moments (optimizer: adam, adamw, lamb, diffgrad).
     """
 
     recons_dist: ReconsDist = "gaussian"
@@ -172,10 +191,14 @@ class ObjectiveConfig:
     agg_args: dict[str, Any] = field(default_factory=dict)
     pref_weights: list[float] | None = None
     jacobian: Literal["shared", "all"] = "shared"
+    upgrad_regularizer: Regularizer = "diagonal"
     upgrad_norm_eps: float = 0.0
-    upgrad_reg_eps: float = 1e-6
+    upgrad_reg_eps: float = STRICT_REG_EPS
     gramian_every: int = 1
     gramian_batch: float = 1.0
+    gramian_at: str = "shared"
+    conflict_free: Literal["gradient", "step"] = "gradient"
+    step_metric: StepMetric = "identity"
 
 
 @dataclass
@@ -522,16 +545,7 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")
     if not 0 < objective.gramian_batch <= 1:
         raise ValueError(f"--gramian_batch {objective.gramian_batch} must be above 0 and at most 1")
-    approximate = objective.gramian_every > 1 or objective.gramian_batch < 1
-    if approximate and not (config.needs_jacobian and weights_rows(objective.agg)):
-        raise ValueError(
-            "--gramian_every and --gramian_batch need an aggregator that weights rows; "
-            f"{objective.agg} does not"
-        )
-    if objective.gramian_batch < 1 and objective.jacobian == "all":
-        raise ValueError("--gramian_batch cuts the network at its features: leave --jacobian at shared")
-    if objective.gramian_batch < 1 and run.compile not in ("auto", "off"):
-        raise ValueError("--gramian_batch runs uncompiled; leave out --compile")
+    check_aggregation(config)
     for name in ("lr", "weight_decay", "max_grad_norm", "scheduler_lr_min"):
         value = getattr(config.optimizer, name)
         if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
@@ -567,6 +581,58 @@ def validate(config: TrainConfig) -> None:
         raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
     if run.export is not None and Path(run.export).exists():
         raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
+
+
+def check_aggregation(config: TrainConfig) -> None:
+    """What `validate` asks of the aggregation's approximations, epsilons and projection."""
+    o, agg = config.objective, config.objective.agg
+    for name in ("upgrad_norm_eps", "upgrad_reg_eps"):
+        value = getattr(o, name)
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"--{name} {value} must be zero or more and finite")
+    if o.upgrad_regularizer == "diagonal" and o.upgrad_norm_eps:
+        raise ValueError(
+            "--upgrad_norm_eps is a threshold of the trace: add --upgrad_regularizer trace (TorchJD's), "
+            "or leave it out"
+        )
+    approximate = o.gramian_every > 1 or o.gramian_batch < 1 or o.gramian_at != "shared"
+    if approximate and not (config.needs_jacobian and weights_rows(agg)):
+        raise ValueError(
+            "--gramian_every, --gramian_batch and --gramian_at need an aggregator that weights rows; "
+            f"{agg} does not"
+        )
+    if o.gramian_batch < 1 and o.jacobian == "all":
+        raise ValueError("--gramian_batch cuts the network at its features: leave --jacobian at shared")
+    if o.gramian_batch < 1 and config.run.compile not in ("auto", "off"):
+        raise ValueError("--gramian_batch runs uncompiled; leave out --compile")
+    if o.gramian_at != "shared":
+        choices = "shared, features, last:1, last:2, …"
+        if o.gramian_at != "features" and not re.fullmatch(r"last:[1-9]\d*", o.gramian_at):
+            raise ValueError(f"--gramian_at {o.gramian_at}: valid: {choices}")
+        if o.jacobian == "all":
+            raise ValueError("--gramian_at cuts the network at its features: leave --jacobian at shared")
+        if not config.model_class.has_features:
+            raise ValueError(
+                f"--gramian_at {o.gramian_at}: {config.model.arch} has no features to cut it at; valid: shared"
+            )
+        if o.gramian_batch < 1:
+            raise ValueError("--gramian_at and --gramian_batch are two ways to the same weights; give one")
+        if not weights_by_gramian(agg):
+            able = ", ".join(name for name in AGGREGATORS if weights_by_gramian(name))
+            raise ValueError(
+                f"--gramian_at: {agg} needs the rows themselves; these do with their Gramian: {able}"
+            )
+    if o.conflict_free == "step" and approximate:
+        raise ValueError(
+            "--conflict_free step needs every step's rows; leave out the approximation --gramian_*"
+        )
+    if o.conflict_free != "step" and o.step_metric != "identity":
+        raise ValueError("--step_metric is a setting of the projected step: add --conflict_free step")
+    if o.step_metric == "optimizer" and config.optimizer.optimizer not in SECOND_MOMENTS:
+        raise ValueError(
+            f"--step_metric optimizer: {config.optimizer.optimizer} has no second moments to measure by; "
+            f"these have: {', '.join(SECOND_MOMENTS)}"
+        )
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -9,21 +9,25 @@ from torch import Tensor, nn
 
 from movae_fast.jacobian import Gradients
 
+# Elements from one parameter's start to the next are a multiple of this: vector loads find 16 bytes and more.
+ALIGNMENT = 16
+
 
 class FlatParameters:
     """Moves parameters into one tensor: the shared ones first, the rest behind them.
 
-    `data` and `grad` [P] hold all values and gradients; `shared` is their first `n_shared` elements, padded
-    with zeros to a multiple of `align` (the number of ranks that share a row). Every parameter and its `.grad`
-    become views of them and keep their strides, channels-last ones too. Nothing else may move the parameters
+    `data` and `grad` [P] hold all values and gradients; `shared` is their first `n_shared` elements. Parameters
+    start at multiples of ALIGNMENT, and so does the share of each of `align` ranks; what lies between is zero.
+    Every parameter and its `.grad` become views of them and keep their strides, channels-last ones too. Nothing
+    else may move the parameters
     afterwards: neither `.to` nor `zero_grad(set_to_none=True)`.
     """
 
     def __init__(self, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], align: int = 1) -> None:
         self.shared, self.own = list(shared), list(own)
-        size = sum(p.numel() for p in self.shared)
-        self.n_shared = -(-size // align) * align
-        total = self.n_shared + sum(p.numel() for p in self.own)
+        size = sum(_aligned(p.numel()) for p in self.shared)
+        self.n_shared = _aligned(size, ALIGNMENT * align)
+        total = self.n_shared + sum(_aligned(p.numel()) for p in self.own)
         like = (self.shared or self.own)[0]
         self.data, self.grad = like.new_zeros(total).detach(), like.new_zeros(total).detach()
         self.starts: dict[int, int] = {}
@@ -35,7 +39,7 @@ class FlatParameters:
             view.copy_(p.detach())
             p.data = view
             p.grad = self.view(self.grad, p)
-            at += p.numel()
+            at += _aligned(p.numel())
         self._own_grads = [self.view(self.grad, p) for p in self.own]
         self._shared_grads = [self.view(self.grad, p) for p in self.shared]
 
@@ -46,9 +50,13 @@ class FlatParameters:
         return flat.as_strided(p.shape, strides, flat.storage_offset() + self.starts[id(p)])
 
     def rows(self, m: int) -> tuple[Tensor, list[list[Tensor]]]:
-        """A buffer [m, n_shared] of zeros, and in each row a view for each shared parameter."""
+        """Make a buffer [m, n_shared] of zeros, and in each row a view for each shared parameter."""
         buffer = self.data.new_zeros(m, self.n_shared)
         return buffer, [[self.view(row, p) for p in self.shared] for row in buffer]
+
+    @property
+    def shared_data(self) -> Tensor:
+        return self.data[: self.n_shared]
 
     def write_own(self, gradients: Gradients, add: bool = False) -> None:
         write(self._own_grads, gradients, add)
@@ -63,6 +71,10 @@ class FlatParameters:
     @property
     def own_grad(self) -> Tensor:
         return self.grad[self.n_shared :]
+
+
+def _aligned(size: int, to: int = ALIGNMENT) -> int:
+    return -(-size // to) * to
 
 
 def write(views: Sequence[Tensor], gradients: Gradients, add: bool = False) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
+from movae_fast.aggregation.weightings import Sum
 from movae_fast.data import Binarizer, Loader, ReadOptions
 from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
@@ -272,8 +273,16 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         o = config.objective
         m = sum(w != 0 for w in weights)
         aggregator = make_aggregator(
-            o.agg, m, o.agg_args, o.pref_weights, norm_eps=o.upgrad_norm_eps, reg_eps=o.upgrad_reg_eps
+            o.agg,
+            m,
+            o.agg_args,
+            o.pref_weights,
+            norm_eps=o.upgrad_norm_eps,
+            reg_eps=o.upgrad_reg_eps,
+            regularizer=o.upgrad_regularizer,
         ).to(device)
+    elif config.objective.conflict_free == "step":
+        aggregator = Sum()  # with the rows, which the projection needs
     train_loader = make_loader(config, device, "train", world)
     test_loader = make_loader(config, device, "test", world)
     per_epoch = len(train_loader)
@@ -314,6 +323,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         accumulate=config.run.accumulate,
         gramian_every=config.objective.gramian_every,
         gramian_batch=config.objective.gramian_batch,
+        gramian_at=config.objective.gramian_at,
     )
     optimizer = make_optimizer(config.optimizer, model.parameters())
     factor = lr_factor(config.optimizer, steps, per_epoch)
@@ -322,6 +332,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     )
     clip = config.optimizer.max_grad_norm
     recorder = CudaGraphs(device) if not why_not else None
+    step_metric = config.objective.step_metric if config.objective.conflict_free == "step" else None
     codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
@@ -333,7 +344,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         losses=losses,
         gradient=gradient,
         optimizer=optimizer,
-        training_step=TrainingStep(gradient, optimizer, clip, recorder),
+        training_step=TrainingStep(gradient, optimizer, clip, recorder, step_metric),
         scheduler=scheduler,
         telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
         total_steps=total,

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from movae_fast import ops
+from movae_fast.aggregation.fused import FusedAggregator
 from movae_fast.aggregation.registry import aggregate, is_weighting
 from movae_fast.jacobian import (
     Gradients,
     all_rows,
     at_features,
+    cheap_rows,
     cosines_with_update,
     reaching,
     shared_rows,
@@ -38,8 +40,9 @@ class StepRecord(NamedTuple):
 
     losses: Tensor  # unweighted, of this rank's images
     weights: Tensor  # the aggregator's
-    cosines: Tensor  # of the aggregated update with each objective's gradient
+    cosines: Tensor  # of the aggregated gradient with each objective's, both of the whole batch
     norms: Tensor  # of each objective's gradient
+    step_cosines: Tensor  # of the applied change of the parameters with each objective's gradient
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
 
 
@@ -62,9 +65,17 @@ class Differentiated(NamedTuple):
     reached: Sequence[int] = ()  # the rows' objectives
 
 
-Kind = Literal["sum", "diagnosed sum", "aggregated", "weighted", "weighted by part"]
-# (images, noise, how often each image counts) to be differentiated one after the other
-Parts = list[tuple[Tensor, Tensor, Tensor | None]]
+class Kind(NamedTuple):
+    """How a step finds its gradient, and what else it computes."""
+
+    gradient: Literal["sum", "aggregated", "weighted", "weighted cheaply", "weighted by part"]
+    rows: bool = False  # whether all rows of the whole batch lie in `GradientStep.rows` afterwards
+    diagnose: bool = False  # whether the step is one that is logged
+
+
+# Images, noise, how often each image counts.
+Part = tuple[Tensor, Tensor, Tensor | None]
+Parts = list[Part]  # to be differentiated one after the other
 
 
 class GradientStep:
@@ -74,12 +85,16 @@ class GradientStep:
     `diagnose` only, for the log, and do not touch the update. `jacobian` "shared" aggregates the gradients of
     the part before the features (what MO-VAE does), "all" those of every parameter.
 
-    Two approximations, off by default: with `gramian_every` k the weights found at a step serve the k - 1
-    steps after it too; with `gramian_batch` f the Gramian is that of the first fraction f of the batch. Either
-    way the update is then one backward of the weighted losses.
+    Three approximations, off by default: with `gramian_every` k the weights found at a step serve the k - 1
+    steps after it too; with `gramian_batch` f the Gramian is that of the first fraction f of the batch; with
+    `gramian_at` "features" or "last:K" it is that of the gradients at the features, or at the parameters of the
+    last K shared modules before them. Either way the update is then one backward of the weighted losses, and on
+    steps that `diagnose` the rows are computed once more, so that the cosines of the log are the true ones.
 
     `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
     before they are aggregated, so the update is that of the whole batch.
+
+    Raises ValueError for a `gramian_at` that the model or the aggregator does not have.
     """
 
     def __init__(
@@ -95,12 +110,16 @@ class GradientStep:
         accumulate: int = 1,
         gramian_every: int = 1,
         gramian_batch: float = 1.0,
+        gramian_at: str = "shared",
     ) -> None:
         self.model, self.losses, self.aggregator = model, losses, aggregator
         self.precision = precision or Precision("fp32", model.device)
         self.world = world or World()
         self.accumulate = accumulate
-        self.gramian_every, self.gramian_batch = gramian_every, gramian_batch
+        self.gramian_every, self.gramian_batch, self.gramian_at = gramian_every, gramian_batch, gramian_at
+        self.last = last_parameters(model, gramian_at)
+        if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
+            raise ValueError(f"gramian_at {gramian_at}: the aggregator must weight rows by their Gramian alone")
         self.first = 0  # the step that gramian_every counts from: a new stage's losses need new weights
         own = [p for params in model.own_parameters().values() for p in params]
         shared = model.shared_parameters()
@@ -113,14 +132,18 @@ class GradientStep:
         # A record's values that a step did not compute: made once, for nobody writes into a record.
         self.unknown = torch.full((len(losses.names),), torch.nan, device=model.device)
         self.reached: list[int] = []  # objectives with a row that is not zero by construction; found at once
-        self.rows = self.flat.data.new_zeros(0, self.flat.n_shared)
+        self.buffer = self.flat.data.new_zeros(1, self.flat.n_shared)  # the rows and, last, a step
         self.views: list[list[Tensor]] = []
-        # The last weights [m], for the steps that reuse them: part of a checkpoint.
-        self.weights = torch.full((self.m,), torch.nan, dtype=torch.float64, device=model.device)
+        # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
+        self.weights = torch.full((self.m,), 1 / self.m, dtype=torch.float64, device=model.device)
         limits = MULTIRATE_LIMITS if getattr(model, "rates", None) is not None else None
         self.by_rows = Compiled(self._by_rows, compile_mode, limits)
         self.by_weights = Compiled(self._by_weights, compile_mode, limits)
         self.by_sum = Compiled(self._by_sum, compile_mode, limits)
+        # One graph from the losses to the weighted gradient, where no other process and no host has to be
+        # asked.
+        one_graph = isinstance(aggregator, FusedAggregator) and self.world.size == 1
+        self.by_cheap_gramian = Compiled(self._by_cheap_gramian, compile_mode if one_graph else "off", limits)
 
     def __call__(
         self,
@@ -138,16 +161,29 @@ class GradientStep:
         noise = self.model.draw_noise(len(x)) if noise is None else noise
         return self.differentiate(self.kind(step, diagnose), x, noise, share, self.scale_at(step))
 
+    @property
+    def approximate(self) -> bool:
+        """Whether some step's update does without all rows of the whole batch."""
+        return self.gramian_every > 1 or self.gramian_batch < 1 or self.gramian_at != "shared"
+
+    @property
+    def rows(self) -> Tensor:  # [reached, n_shared]
+        return self.buffer[:-1]
+
     def kind(self, step: int, diagnose: bool = False) -> Kind:
-        """What is done at 0-based `step`."""
+        """Return what is done at 0-based `step`."""
         if self.aggregator is None:
-            return "diagnosed sum" if diagnose else "sum"
+            return Kind("sum", diagnose, diagnose)
         if (step - self.first) % self.gramian_every:
-            return "weighted"
-        return "weighted by part" if self.gramian_batch < 1 else "aggregated"
+            return Kind("weighted", diagnose, diagnose)
+        if self.gramian_at != "shared":
+            return Kind("weighted cheaply", diagnose, diagnose)
+        if self.gramian_batch < 1:
+            return Kind("weighted by part", diagnose, diagnose)
+        return Kind("aggregated", True, diagnose)
 
     def scale_at(self, step: int) -> Tensor:  # [a]
-        """What the active losses are multiplied by at 0-based `step`."""
+        """Return what the active losses are multiplied by at 0-based `step`."""
         # Sums over parts and ranks are means of the batch when each part's losses are divided beforehand.
         scale = self.losses.weights_at(step)[self.active] / (self.accumulate * self.world.size)
         return self.precision.scale(scale)
@@ -158,44 +194,70 @@ class GradientStep:
         """Set every parameter's gradient: a function of tensors, the same kernels for each batch of a kind."""
         shares = [None] * self.accumulate if share is None else share.chunk(self.accumulate)
         parts = list(zip(x.chunk(self.accumulate), noise.chunk(self.accumulate), shares, strict=True))
-        if kind == "aggregated":
+        if kind.gradient == "aggregated":
             return self.aggregated(parts, scale)
-        if kind == "weighted":
-            return self.weighted(parts, scale)
-        if kind == "weighted by part":
-            return self.weighted_by_part(parts, scale)
-        return self.sum(parts, scale, kind == "diagnosed sum")
+        if kind.rows:  # once more, for the log alone; what they leave in `.grad` is overwritten below
+            with keeping_buffers(self.model):
+                self.fill_rows(parts, scale)
+        if kind.gradient == "sum":
+            found, weights = self.sum(parts, scale), torch.ones(self.m, device=self.active.device)
+        else:
+            found, weights = self.approximated(kind, parts, scale), self.weights
+        if kind.rows:
+            cosines, norms = cosines_with_update(self.gramian(), weights, self.rows, None)
+            return self.record(found, weights, cosines, norms)
+        return self.record(found, None if kind.gradient == "sum" else weights, None, None)
 
     def compiles(self) -> str:
-        """What the next call may have to compile first; empty if nothing."""
+        """Return the names of what the next call may have to compile first; empty if nothing."""
         if self.aggregator is None:
             regions = [self.by_sum]
+        elif self.gramian_at != "shared":
+            regions = [self.by_cheap_gramian]
         else:
-            approximate = self.gramian_every > 1 or self.gramian_batch < 1
-            regions = [self.by_rows, self.by_weights] if approximate else [self.by_rows]
+            regions = [self.by_rows, self.by_weights] if self.approximate else [self.by_rows]
         return ", ".join(region.name for region in regions if region.pending)
 
     # The kinds of step.
 
     def aggregated(self, parts: Parts, scale: Tensor) -> StepRecord:
+        """Aggregate all rows of the whole batch."""
         found = self.fill_rows(parts, scale)
         weights, cosines, norms = self.aggregate_rows()
         return self.record(found, weights, cosines, norms)
 
-    def weighted(self, parts: Parts, scale: Tensor) -> StepRecord:
-        """One backward, with weights that an earlier Gramian gave."""
-        found = [self.write(self.by_weights(*part, scale, self.weights), k) for k, part in enumerate(parts)]
+    def sum(self, parts: Parts, scale: Tensor) -> list[Differentiated]:
+        """Differentiate the weighted sum, in one backward."""
+        found = [self.write(self.by_sum(*part, scale), k) for k, part in enumerate(parts)]
         self.exchange()
-        return self.record(found, self.weights, None, None)
+        return found
 
-    def weighted_by_part(self, parts: Parts, scale: Tensor) -> StepRecord:
-        """Weights from the Gramian of the batch's first images, then one backward of all with them.
+    def approximated(self, kind: Kind, parts: Parts, scale: Tensor) -> list[Differentiated]:
+        """Find weights without all rows, or keep the last ones, and differentiate the losses so weighted at
+        once."""
+        done: list[Differentiated] = []
+        if kind.gradient == "weighted by part":
+            done = [self.write(self.weighted_by_part(*parts[0], scale), 0)]
+        elif kind.gradient == "weighted cheaply" and len(parts) == 1:
+            result, gramian = self.by_cheap_gramian(*parts[0], scale)
+            self.keep_weights(gramian)
+            done = [self.write(result, 0)]
+        elif kind.gradient == "weighted cheaply":
+            # The weights are the whole batch's, so all parts go forward once before any goes back.
+            with keeping_buffers(self.model):
+                self.keep_weights(self.cheap_gramian([self.cheap_rows_of(part, scale) for part in parts]))
+        for k, part in enumerate(parts[len(done) :], len(done)):
+            done.append(self.write(self.by_weights(*part, scale, self.weights), k))
+        self.exchange()
+        return done
+
+    def weighted_by_part(self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor) -> Differentiated:
+        """Differentiate with weights from the Gramian of the batch's first images.
 
         The losses are differentiated to the features once, for the whole batch; the shared part then goes
         forward and, a row each, backward with the first images alone. Not compiled: the aggregator decides
         between two backwards of one graph.
         """
-        x, noise, share = parts[0]
         n = max(2, round(len(x) * self.gramian_batch))
         features, weighted, losses, usage = self.forward(x, noise, share, scale)
         found = at_features(weighted, features, self.flat.own)
@@ -203,28 +265,35 @@ class GradientStep:
             self.model.condition(noise[:n])
             few = self.model.encode(x[:n].contiguous(memory_format=torch.channels_last))
         upstream = [[None if g is None else g[:n] for g in row] for row in found.features]
-        rows = shared_rows(few, upstream, self.flat.shared)
-        for exchange in self.write_rows(rows, reaching(upstream), add=False, last=True):
-            exchange.wait()
-        _, cosines, norms = self.aggregate_rows()
-        whole = weighted_row(features, found.features, self.weights, self.flat.shared)
-        results = [self.write(Differentiated(losses, usage, found.own, [whole]), 0)]
-        for k, part in enumerate(parts[1:], 1):
-            results.append(self.write(self.by_weights(*part, scale, self.weights), k))
-        self.exchange()
-        return self.record(results, self.weights, cosines, norms)
+        rows = self.world.sum_(cheap_rows(few, upstream, self.flat.shared))
+        self.keep_weights(ops.gramian(rows))
+        row = weighted_row(features, found.features, self.weights, self.flat.shared)
+        return Differentiated(losses, usage, found.own, [row])
 
-    def sum(self, parts: Parts, scale: Tensor, diagnose: bool) -> StepRecord:
-        """One backward of the weighted sum; to `diagnose`, the rows too, whose sum it is."""
-        weights = cosines = norms = None
-        if diagnose:
-            with keeping_buffers(self.model):
-                self.fill_rows(parts, scale)
-            weights = torch.ones(self.m, device=self.active.device)
-            cosines, norms = cosines_with_update(self.gramian(), weights, self.rows, None)
-        found = [self.write(self.by_sum(*part, scale), k) for k, part in enumerate(parts)]
-        self.exchange()
-        return self.record(found, weights, cosines, norms)
+    def cheap_rows_of(self, part: Part, scale: Tensor) -> Tensor:  # [m, Q]
+        """Return one part's rows at the features, or at the last shared parameters."""
+        features, weighted, _, _ = self.forward(*part, scale)
+        return cheap_rows(features, at_features(weighted, features, []).features, self.last)
+
+    def cheap_gramian(self, rows: Sequence[Tensor]) -> Tensor:  # [m, m]
+        """Return the Gramian of all parts' and ranks' rows: those of parameters add up, those of features stand
+        side by side, for each image has features of its own."""
+        if self.last:
+            return ops.gramian(self.world.sum_(rows[0] if len(rows) == 1 else torch.stack(list(rows)).sum(0)))
+        found = [ops.gramian(part) for part in rows]
+        return self.world.sum_(found[0] if len(found) == 1 else torch.stack(found).sum(0))
+
+    def weigh(self, gramian: Tensor) -> Tensor:  # [m]
+        """Return the aggregator's weights of a Gramian [m, m] of scaled rows, or the last ones if not finite.
+
+        An overflow in fp16 leaves out its own step, not those after it that reuse the weights.
+        """
+        assert self.aggregator is not None
+        weights = self.aggregator.gramian_weighting(self.precision.unscaled(gramian))  # type: ignore[operator]
+        return torch.where(weights.isfinite().all(), weights, self.weights)
+
+    def keep_weights(self, gramian: Tensor) -> None:
+        self.weights.copy_(self.weigh(gramian))
 
     # Differentiation: functions of tensors, each one region for the compiler.
 
@@ -250,6 +319,15 @@ class GradientStep:
             rows = all_rows(weighted, self.flat.shared)
         # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the buffer.
         return Differentiated(losses, usage, own, rows if self.by_rows.mode == "off" else list(rows), reached)
+
+    def _by_cheap_gramian(
+        self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor
+    ) -> tuple[Differentiated, Tensor]:
+        features, weighted, losses, usage = self.forward(x, noise, share, scale)
+        found = at_features(weighted, features, self.flat.own)
+        gramian = self.cheap_gramian([cheap_rows(features, found.features, self.last)])
+        row = weighted_row(features, found.features, self.weigh(gramian), self.flat.shared)
+        return Differentiated(losses, usage, found.own, [row]), gramian
 
     def _by_weights(
         self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor, weights: Tensor
@@ -307,7 +385,8 @@ class GradientStep:
         if list(reached) != self.reached:
             self.reached = list(reached)
             self.reached_index = torch.tensor(self.reached, device=self.active.device)
-            self.rows, self.views = self.flat.rows(len(self.reached))
+            self.buffer, views = self.flat.rows(len(self.reached) + 1)
+            self.views = views[:-1]
 
     def gramian(self) -> Tensor:  # [m, m] float64
         """Gramian of all ranks' rows, each rank contributing its stretch of them."""
@@ -333,7 +412,7 @@ class GradientStep:
                 shard, mine = self.world.shard(self.rows), self.world.shard(self.flat.shared_grad)
                 ops.combine(shard, used, out=mine)
                 self.world.gather_(self.flat.shared_grad)
-            self.weights.copy_(weights)
+            self.weights.copy_(torch.where(weights.isfinite().all(), weights, self.weights))
             return weights, *cosines_with_update(gramian, weights, self.rows, None)
         # Aggregators that look at single elements need whole rows on every rank.
         rows = self.rows
@@ -368,7 +447,14 @@ class GradientStep:
     ) -> StepRecord:
         losses = found[0].losses if len(found) == 1 else torch.stack([f.losses for f in found]).mean(0)
         usage = found[0].usage if len(found) == 1 else torch.stack([f.usage for f in found]).sum(0)
-        return StepRecord(losses, self.scatter(weights), self.scatter(cosines), self.scatter(norms), usage)
+        weights, cosines, norms = (self.scatter(values) for values in (weights, cosines, norms))
+        return StepRecord(losses, weights, cosines, norms, self.unknown, usage)
+
+    def spread(self, values: Tensor) -> Tensor:  # [a]
+        """Put values of the reached objectives at their places among the active ones; zero elsewhere."""
+        if len(self.reached) == self.m:
+            return values
+        return values.new_zeros(self.m).index_copy(0, self.reached_index, values)
 
     def scatter(self, values: Tensor | None) -> Tensor:
         """Values of the active objectives [a] at their places among all m; NaN elsewhere."""
@@ -376,6 +462,35 @@ class GradientStep:
             return self.unknown
         values = values.detach().to(self.unknown)
         return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
+
+
+def last_parameters(model: VAE, gramian_at: str) -> list[nn.Parameter]:
+    """Return the parameters that `gramian_at` "last:K" names; none for "shared" and "features".
+
+    Raises ValueError for another name, for a K that the model's shared part does not have, and for a model
+    without features.
+    """
+    if gramian_at == "shared":
+        return []
+    if not model.has_features:
+        raise ValueError(
+            f"gramian_at {gramian_at}: {type(model).__name__} has no features, so all its parameters are "
+            "shared; valid: shared"
+        )
+    if gramian_at == "features":
+        return []
+    kind, _, count = gramian_at.partition(":")
+    if kind != "last" or not count.isdecimal():
+        raise ValueError(f"gramian_at {gramian_at}: valid: shared, features, last:1, last:2, …")
+    shared = {id(p) for p in model.shared_parameters()}
+    modules = [[p for p in module.parameters(recurse=False) if id(p) in shared] for module in model.modules()]
+    modules = [parameters for parameters in modules if parameters]
+    if not 1 <= int(count) <= len(modules):
+        raise ValueError(
+            f"gramian_at {gramian_at}: the model has {len(modules)} shared modules with parameters; "
+            f"give last:1 to last:{len(modules)}"
+        )
+    return [p for parameters in modules[-int(count) :] for p in parameters]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from movae_fast.training.step import StepRecord
 from movae_fast.training.world import World
 
 T = TypeVar("T")
+CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding leaves of zero
 
 
 class NonFiniteError(FloatingPointError):
@@ -29,20 +30,27 @@ class NonFiniteError(FloatingPointError):
 class Snapshot(NamedTuple):
     """A full window on its way to the host."""
 
-    window: Tensor  # [steps, 4, m] on the host
+    window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
     line: dict[str, Any]  # what the host knew already
     arrived: torch.cuda.Event | None
 
 
 class Telemetry:
-    """A window of steps: losses, weights, cosines, norms [steps, m] each, and how often each code was used.
+    """A window of steps: losses, weights, cosines, … [steps, m] each, and how often each code was used.
 
     `close` ends a window and starts its copy to the host; `lines` gives the log lines of those that arrived.
     On CUDA the copy goes on behind the next steps.
     """
 
-    FIELDS = ("losses", "weights", "cosines", "norms")
+    # Of a StepRecord, with the prefix that each has in a log line.
+    FIELDS: ClassVar = {
+        "losses": "",
+        "weights": "weight_",
+        "cosines": "cos_",
+        "norms": "grad_norm_",
+        "step_cosines": "step_cosine_",
+    }
 
     def __init__(self, names: tuple[str, ...], size: int, device: torch.device, codes: int = 0) -> None:
         self.names, self.size, self.device = names, size, device
@@ -68,7 +76,7 @@ class Telemetry:
 
     def record(self, record: StepRecord, images: int) -> None:
         """Keep one step, without reading anything on the host."""
-        self.window[self.filled] = torch.stack([v.to(self.window) for v in record[:4]])
+        self.window[self.filled] = torch.stack([getattr(record, k).to(self.window) for k in self.FIELDS])
         if self.usage.numel():
             self.usage += record.usage.to(self.usage)
         self.filled += 1
@@ -124,10 +132,12 @@ class Telemetry:
             self._check(snapshot.window, snapshot.line["step"])
             means = snapshot.window.nanmean(0).tolist()
             line = dict(snapshot.line)
-            for kind, values in zip(("", "weight_", "cos_", "grad_norm_"), means, strict=True):
+            for kind, values in zip(self.FIELDS.values(), means, strict=True):
                 for name, value in zip(self.names, values, strict=True):
                     if not math.isnan(value):
                         line[f"train/{kind}{name}"] = value
+            line |= conflict_figures(snapshot.window[:, 2], "train/")
+            line |= conflict_figures(snapshot.window[:, 4], "train/step_")
             yield line | {f"train/{k}": v for k, v in codebook_figures(snapshot.usage).items()}
 
     def clock(self, world: World) -> dict[str, float]:
@@ -166,9 +176,26 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.filled = state["filled"]
-        self.window[: self.filled] = state["window"]
+        self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
         self.usage.copy_(state["usage"])
         self.restart_clock()
+
+
+def conflict_figures(cosines: Tensor, prefix: str) -> dict[str, float]:
+    """Return what cosines [steps, m] of an update with each objective's gradient say of conflict.
+
+    `conflict` is the share of the measured steps whose smallest cosine is below CONFLICT, `min_cosine` the
+    smallest of all, `conflict_steps` how many steps were measured: those whose cosines are not NaN.
+    """
+    measured = cosines[~cosines.isnan().all(1)]
+    if not len(measured):
+        return {}
+    least = measured.nan_to_num(torch.inf).amin(1)
+    return {
+        f"{prefix}conflict": float((least < CONFLICT).double().mean()),
+        f"{prefix}min_cosine": float(least.min()),
+        f"{prefix}conflict_steps": len(measured),
+    }
 
 
 def codebook_figures(usage: Tensor) -> dict[str, float]:
