@@ -1,4 +1,8 @@
-"""What the benchmarks share: interleaved medians, peak extra memory, ceilings for the bounds."""
+"""What the benchmarks share: interleaved medians, peak extra memory, ceilings for the bounds.
+
+A call that runs on a GPU returns before its work is done. In a process that has used CUDA, times are therefore
+those between two events on the current stream, and memory is what torch's allocator has handed out there.
+"""
 
 import statistics
 import subprocess
@@ -13,25 +17,56 @@ from typing import Any
 import torch
 
 Call = Callable[[], object]
+WARM_UP = (
+    5  # calls on a GPU before any is timed: kernels are compiled and chosen, a graph is recorded at the fourth
+)
+
+
+def on_gpu() -> bool:
+    """Whether this process has used CUDA."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def warm_up(call: Call) -> None:
+    """Call once on a CPU, several times on a GPU."""
+    call()
+    if on_gpu():
+        for _ in range(WARM_UP - 1):
+            call()
+        torch.cuda.synchronize()
+
+
+def milliseconds(call: Call) -> float:
+    """Time one call to the end of its work."""
+    if not on_gpu():
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
     """Median milliseconds of each call, one of each in turn: a busy moment of the machine meets them all."""
     for call in calls.values():
-        call()
+        warm_up(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(milliseconds(call))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 @contextmanager
 def in_process(setup: str, call: str) -> Iterator[Call]:
     """The statement `call`, run in a process of its own that ran `setup` first: its allocator is its own."""
-    code = f"import sys\n{setup}\nfor line in sys.stdin:\n    {call}\n    print('done', flush=True)"
+    wait = "'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized()"
+    wait = f"if {wait}: sys.modules['torch'].cuda.synchronize()"
+    code = f"import sys\n{setup}\nfor line in sys.stdin:\n    {call}\n    {wait}\n    print('done', flush=True)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], text=True, bufsize=1, **pipes) as process:  # type: ignore[call-overload]
 
@@ -46,7 +81,17 @@ def in_process(setup: str, call: str) -> Iterator[Call]:
 
 
 def extra_memory(call: Call) -> float:
-    """MiB by which the process's peak resident set during the call exceeds what it held before (Linux)."""
+    """MiB by which the peak of memory during the call exceeds what was held before.
+
+    Of the GPU's memory in a process that has used CUDA, else of the process's resident set (Linux).
+    """
+    if on_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
 
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text()
@@ -60,12 +105,18 @@ def extra_memory(call: Call) -> float:
 
 def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:
     """Time the call by pytest-benchmark, beside its memory, its threads, and the `bound` on its time."""
-    call()
+    warm_up(call)
     benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
     benchmark.extra_info["bound_ms"] = bound_ms
     benchmark.extra_info["bound"] = bound
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(call, rounds=rounds)
+
+    def finished() -> None:
+        call()
+        if on_gpu():
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=rounds)
 
 
 def record_ratios(

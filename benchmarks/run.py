@@ -104,11 +104,18 @@ def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def commit() -> str:
+    """The checkout's commit; MOVAE_COMMIT names it for a copy without its history."""
+    if "MOVAE_COMMIT" in os.environ:
+        return os.environ["MOVAE_COMMIT"]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True, cwd=HERE)
+    return git.stdout.strip()
+
+
 def main(arguments: list[str]) -> None:
     """Measure, then merge into the machine's file: a group measured again replaces its old rows."""
     report = measure(arguments)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True, cwd=HERE)
-    stamp = {"commit": git.stdout.strip(), "date": datetime.date.today().isoformat()}
+    stamp = {"commit": commit(), "date": datetime.date.today().isoformat()}
     names = ("torch", "triton", "torchjd", "numpy")
     path = RESULTS / f"{machine()}.json"
     fresh = [row | stamp for row in rows(report)]

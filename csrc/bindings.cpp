@@ -2,9 +2,12 @@
 // `movae doctor` asks of the build and of the machine.
 #include "bindings.h"
 
-#include <cpuid.h>
 #include <cstdint>
 #include <unistd.h>
+#include <utility>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <malloc.h>
 #include <sys/syscall.h>
@@ -12,7 +15,27 @@
 
 namespace py = pybind11;
 
+#ifdef MOVAE_WITH_CUDA
+// As cuda_runtime_api.h declares them, which nvcc finds and this file's compiler need not.
+extern "C" {
+int cudaDriverGetVersion(int* version);
+int cudaRuntimeGetVersion(int* version);
+}
+#define MOVAE_STRING(...) #__VA_ARGS__
+#define MOVAE_EXPANDED(...) MOVAE_STRING(__VA_ARGS__)
+#endif
+
 namespace {
+
+#ifdef MOVAE_WITH_CUDA
+// 1000 * major + 10 * minor of the newest CUDA that the driver serves (0 without a driver), and of the runtime in here.
+std::pair<int, int> cuda_versions() {
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) != 0) driver = 0;
+    if (cudaRuntimeGetVersion(&runtime) != 0) runtime = 0;
+    return {driver, runtime};
+}
+#endif
 
 // AMX tiles need the kernel's permission for this process (arch_prctl ARCH_REQ_XCOMP_PERM, component 18).
 bool amx_allowed() {
@@ -59,6 +82,9 @@ py::dict build_info() {
 #endif
 #ifdef MOVAE_WITH_CUDA
     info["cuda"] = true;
+#ifdef MOVAE_CUDA_ARCHITECTURES
+    info["architectures"] = MOVAE_EXPANDED(MOVAE_CUDA_ARCHITECTURES);
+#endif
 #else
     info["cuda"] = false;
 #endif
@@ -72,7 +98,11 @@ PYBIND11_MODULE(_csrc, m) {
     m.def("cpu_features", &cpu_features, "Instruction sets this CPU and this kernel allow: name -> bool.");
     m.def("keep_freed_memory", &keep_freed_memory,
           "Let this process keep memory that it freed for its next allocations; whether the C library can.");
-    m.def("build_info", &build_info, "How this extension was built: compiler, OpenMP version, CUDA or not.");
+    m.def("build_info", &build_info,
+          "How this extension was built: compiler, OpenMP version, CUDA or not, and for which architectures.");
+#ifdef MOVAE_WITH_CUDA
+    m.def("cuda_versions", &cuda_versions, "CUDA versions of the driver (0: none) and of the runtime built in.");
+#endif
     bind_combine(m);
     bind_gramian(m);
     bind_gramian_weights(m);

@@ -60,10 +60,12 @@ MOVAE_HD void eigen(const Team& team, double* A, double* E, int m) {
                 for (int k = team.rank(); k < m; k += team.size()) {
                     const double ep = E[p * m + k], eq = E[q * m + k];
                     E[p * m + k] = c * ep - s * eq, E[q * m + k] = s * ep + c * eq;
-                    if (k == p) A[p * m + p] = app - t * apq;
-                    if (k == q) A[q * m + q] = aqq + t * apq;
-                    if (k == p || k == q) {
-                        A[p * m + q] = A[q * m + p] = 0;
+                    if (k == p) {  // one thread alone writes each place
+                        A[p * m + p] = app - t * apq, A[p * m + q] = A[q * m + p] = 0;
+                        continue;
+                    }
+                    if (k == q) {
+                        A[q * m + q] = aqq + t * apq;
                         continue;
                     }
                     const double ap = A[p * m + k], aq = A[q * m + k];

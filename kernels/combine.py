@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_device  # noqa: TID251 (the same package, under its one name)
+
 
 @triton.jit
 def _combine_kernel(
@@ -50,7 +52,8 @@ def combine(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     B = 2048 // max(1, rows.element_size() // 4)
-    launch(_combine_kernel)[(triton.cdiv(P, B),)](
-        rows, weights.contiguous(), out, P, rows.stride(0), M=m, UNROLL=m <= 16, B=B, num_warps=8
-    )
+    with on_device(rows):
+        launch(_combine_kernel)[(triton.cdiv(P, B),)](
+            rows, weights.contiguous(), out, P, rows.stride(0), M=m, UNROLL=m <= 16, B=B, num_warps=8
+        )
     return out

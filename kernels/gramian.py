@@ -2,8 +2,8 @@
 
 Products and sums are float64 whatever the rows are: the rows are read once from memory, and that takes longer
 than converting them. Each program walks its share of the columns in order and keeps its sums lane by lane; a
-second, small kernel adds the programs' Gramians in order. How many programs there are depends on the shape
-alone, so that the result is the same on every run and every device.
+second, small kernel adds the programs' Gramians in a fixed order. How many programs there are depends on the
+shape alone, so that the result is the same on every run and every device.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_device  # noqa: TID251 (the same package, under its one name)
+
 PROGRAMS = 1024
+SUM = {"Q": 64, "B": 16}  # parts and entries that one program of the sum loads at once
 
 
 @triton.jit
@@ -65,11 +68,17 @@ def _gramian_kernel(
 
 
 @triton.jit
-def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, B: tl.constexpr):
+def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, Q: tl.constexpr, B: tl.constexpr):
+    # One part after the other would wait for memory once a part. Q of them are loaded and added up at once,
+    # each in a lane of its own; the lanes are added by a tree that depends on nothing but Q.
+    at = tl.program_id(0) * B + tl.arange(0, B)[None, :]
+    part = tl.arange(0, Q)[:, None]
+    lanes = tl.zeros([Q, B], tl.float64)
+    for start in range(0, programs, Q):
+        inside = (start + part < programs) & (at < entries)
+        lanes += tl.load(part_ptr + (start + part) * entries + at, mask=inside, other=0.0)
+    total = tl.sum(lanes, 0)
     at = tl.program_id(0) * B + tl.arange(0, B)
-    total = tl.zeros([B], tl.float64)
-    for part in range(0, programs):
-        total += tl.load(part_ptr + part * entries + at, mask=at < entries, other=0.0)
     tl.store(out_ptr + at, total, mask=at < entries)
 
 
@@ -95,6 +104,9 @@ def gramian(rows: torch.Tensor, launch: Callable[[Any], Any] = lambda kernel: ke
     shape = tile(m)
     programs = min(PROGRAMS, triton.cdiv(P, shape["B"]))
     part = torch.empty(programs, m, m, dtype=torch.float64, device=rows.device)
-    launch(_gramian_kernel)[(programs,)](rows, part, m, P, rows.stride(0), **shape, num_warps=4)
-    launch(_gramian_sum_kernel)[(triton.cdiv(m * m, 32),)](part, out, m * m, programs, B=32, num_warps=1)
+    with on_device(rows):
+        launch(_gramian_kernel)[(programs,)](rows, part, m, P, rows.stride(0), **shape, num_warps=4)
+        launch(_gramian_sum_kernel)[(triton.cdiv(m * m, SUM["B"]),)](
+            part, out, m * m, programs, **SUM, num_warps=4
+        )
     return out

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .autotune import Config, best  # noqa: TID251 (the same package, under its one name)
+from .devices import on_device  # noqa: TID251
 
 SCAN = {"BN": 16, "BK": 32, "BD": 8}  # the tile of _every_code_kernel
 
@@ -203,12 +204,15 @@ def _nearest_code_kernel(
         upper = _products(
             z, z_ptr, offset, valid, stride_d, screen_ptr, k, K, D, SCREEN, ONE_TILE, BN, BK, BD
         )  # fmt: skip
+        # Subtracted, not added: Triton turns a sum of a matrix product and something else into a product whose
+        # accumulator begins as the something else. Tensor cores cut what lies 2^-24 below the accumulator: all
+        # of the products, where codes are far longer than the row. E_k allows for cuts among products alone.
         if EXACT:
             # 2^-20 of the largest norm stands for what bfloat16 loses of subnormal elements.
             slope = eps * (tl.load(norm_ptr + k, mask=k < K, other=0.0) + highest * 9.5367431640625e-07)
-            upper += norm[:, None] * slope[None, :] - base[None, :]
+            upper = upper - (base[None, :] - norm[:, None] * slope[None, :])
         else:
-            upper -= base[None, :]
+            upper = upper - base[None, :]
         # A thread holds every LANES-th column of its rows, in each generation's layout: no shuffle.
         grouped = tl.max(tl.reshape(upper, [BN, PACK, LANES]), 1)
         rises = grouped > top
@@ -385,34 +389,36 @@ def nearest_code(
     index = torch.empty(N, dtype=torch.int64, device=device)
     if N == 0:
         return index.view(shape)
-    screen = screening(z.dtype, precision)
-    copied = torch.empty_like(codebook, dtype=torch.bfloat16) if screen == "bf16" else codebook
-    half = torch.empty(K, dtype=torch.float64, device=device)
-    base, norm = torch.empty(2, K, dtype=torch.float32, device=device).unbind()
-    highest = torch.zeros(1, dtype=torch.float32, device=device)
-    _codebook_kernel[(triton.cdiv(K, 32),)](
-        codebook, copied, half, base, norm, highest, K, D, COPY=screen == "bf16",
-        BK=32, BD=min(max(16, triton.next_power_of_2(D)), 64),
-    )  # fmt: skip
-    rows = torch.empty(N if exact else 0, dtype=torch.int32 if N < 2**31 else torch.int64, device=device)
-    eps = relative_bound(screen, D)
-
-    def screened(config: Config) -> torch.Tensor:
-        count = torch.zeros(1, dtype=torch.int32, device=device)
-        _nearest_code_kernel[(triton.cdiv(N, config["BN"]),)](
-            z, copied, codebook, half, base, norm, highest, index, rows, count, N, K, D, inner, *strides, eps,
-            CHANNEL_FIRST=z.ndim == 3, EXACT=exact, SCREEN=screen, ONE_TILE=config["BD"] >= D, **config,
+    with on_device(z):
+        screen = screening(z.dtype, precision)
+        copied = torch.empty_like(codebook, dtype=torch.bfloat16) if screen == "bf16" else codebook
+        half = torch.empty(K, dtype=torch.float64, device=device)
+        base, norm = torch.empty(2, K, dtype=torch.float32, device=device).unbind()
+        highest = torch.zeros(1, dtype=torch.float32, device=device)
+        _codebook_kernel[(triton.cdiv(K, 32),)](
+            codebook, copied, half, base, norm, highest, K, D, COPY=screen == "bf16",
+            BK=32, BD=min(max(16, triton.next_power_of_2(D)), 64),
         )  # fmt: skip
-        return count
+        rows = torch.empty(N if exact else 0, dtype=torch.int32 if N < 2**31 else torch.int64, device=device)
+        eps = relative_bound(screen, D)
 
-    if config is None:
-        key = (triton.next_power_of_2(N), K, D, z.dtype, z.ndim, exact, screen)
-        tiles = candidates(D, exact, capability(device), is_wide(z.dtype, screen))
-        config = best("nearest_code", key, tiles, screened, z)
-    count = screened(config)
-    if exact:
-        _every_code_kernel[(min(triton.cdiv(N, 16), 1024),)](
-            z, codebook, half, index, rows, count, K, D, inner, *strides,
-            CHANNEL_FIRST=z.ndim == 3, **SCAN, num_warps=4,
-        )  # fmt: skip
+        def screened(config: Config) -> torch.Tensor:
+            count = torch.zeros(1, dtype=torch.int32, device=device)
+            _nearest_code_kernel[(triton.cdiv(N, config["BN"]),)](
+                z, copied, codebook, half, base, norm, highest, index, rows, count, N, K, D, inner,
+                *strides, eps, CHANNEL_FIRST=z.ndim == 3, EXACT=exact, SCREEN=screen,
+                ONE_TILE=config["BD"] >= D, **config,
+            )  # fmt: skip
+            return count
+
+        if config is None:
+            key = (triton.next_power_of_2(N), K, D, z.dtype, z.ndim, exact, screen)
+            tiles = candidates(D, exact, capability(device), is_wide(z.dtype, screen))
+            config = best("nearest_code", key, tiles, screened, z)
+        count = screened(config)
+        if exact:
+            _every_code_kernel[(min(triton.cdiv(N, 16), 1024),)](
+                z, codebook, half, index, rows, count, K, D, inner, *strides,
+                CHANNEL_FIRST=z.ndim == 3, **SCAN, num_warps=4,
+            )  # fmt: skip
     return index.view(shape)

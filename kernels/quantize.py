@@ -1,4 +1,5 @@
-"""A VQ layer's forward after the search: _quantize_kernel, _code_sum_kernel and their launcher.
+"""A VQ layer's forward after the search, and the distance to given codes: _quantize_kernel, _code_sum_kernel,
+_code_error_kernel and their launchers.
 
 The search (nearest_code.py) decides some rows in a second launch, so what depends on the index is a pass of
 its own: it reads z once more, which is the small part. Counts and sums are added by atomics, in whatever
@@ -9,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_device  # noqa: TID251 (the same package, under its one name)
 from .nearest_code import _offsets, layout, nearest_code  # noqa: TID251
 
 
@@ -90,6 +92,48 @@ def _code_sum_kernel(
     tl.store(count_ptr + k, (end - begin).to(tl.int32), mask=tl.program_id(1) == 0)
 
 
+@triton.jit
+def _code_error_kernel(
+    z_ptr,
+    codebook_ptr,  # [K, D]
+    index_ptr,  # [N]
+    sq_err_ptr,  # [N]
+    N,
+    D,
+    inner,
+    z_row,
+    z_position,
+    z_d,
+    CHANNEL_FIRST: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    valid = row < N
+    index = tl.load(index_ptr + row, mask=valid, other=0)
+    z_at = _offsets(row, z_row, z_position, inner, CHANNEL_FIRST)
+    dtype: tl.constexpr = sq_err_ptr.dtype.element_ty
+    sq_err = tl.zeros([BN], dtype)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        inside = valid[:, None] & (d[None, :] < D)
+        z = tl.load(z_ptr + z_at[:, None] + d[None, :].to(tl.int64) * z_d, mask=inside, other=0.0)
+        code = tl.load(codebook_ptr + index[:, None] * D + d[None, :], mask=inside, other=0.0)
+        difference = z.to(dtype) - code.to(dtype)
+        sq_err += tl.sum(difference * difference, 1)
+    tl.store(sq_err_ptr + row, sq_err, mask=valid)
+
+
+def accumulation_dtype(z: torch.Tensor) -> torch.dtype:
+    """Return the dtype of errors and sums: float64 for float64, else float32."""
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def walkable(z: torch.Tensor) -> torch.Tensor:
+    """Return z itself where one stride walks its positions, else a contiguous copy."""
+    return z if layout(z)[0].data_ptr() == z.data_ptr() else z.contiguous()
+
+
 def quantize(
     z: torch.Tensor,  # [N, D] or channel-first [B, D, *spatial]
     codebook: torch.Tensor,  # [K, D], of z's dtype
@@ -99,26 +143,26 @@ def quantize(
 
     The last three are float32, float64 where z is. A row that holds a NaN counts for code 0.
     """
-    codebook = codebook.contiguous()
+    # Of the strides that torch.empty_like gives, which the op's fake promises, whatever z's own are.
+    z_q = torch.empty_like(z)
+    z, codebook = walkable(z), codebook.contiguous()
+    written = z_q if walkable(z_q) is z_q else torch.empty_like(z_q, memory_format=torch.contiguous_format)
     K, D = codebook.shape
     shape = (z.shape[0], *z.shape[2:])
-    if layout(z)[0].data_ptr() != z.data_ptr():
-        z = z.contiguous()
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(z)
     index = nearest_code(z, codebook)
-    z_q = torch.empty_like(z)
-    if layout(z_q)[0].data_ptr() != z_q.data_ptr():
-        z_q = torch.empty_like(z, memory_format=torch.contiguous_format)
     z, N, inner, *z_strides = layout(z)
-    q_strides = layout(z_q)[3:]
+    q_strides = layout(written)[3:]
     sq_err = torch.empty(shape, dtype=dtype, device=z.device)
     # Counted in integers: float32 stops at 2^24.
     count = torch.zeros(K, dtype=torch.int32, device=z.device)
     code_sum = torch.zeros(K, D, dtype=dtype, device=z.device)
     depth = min(triton.next_power_of_2(D), 32)
-    if N:
+    if N == 0:
+        return z_q, index, sq_err, count.to(dtype), code_sum
+    with on_device(z):
         _quantize_kernel[(triton.cdiv(N, 32),)](
-            z, codebook, index, z_q, sq_err, count, code_sum, N, D, inner, *z_strides, *q_strides,
+            z, codebook, index, written, sq_err, count, code_sum, N, D, inner, *z_strides, *q_strides,
             CHANNEL_FIRST=z.ndim == 3, ATOMICS=not deterministic, BN=32, BD=depth,
         )  # fmt: skip
         if deterministic:
@@ -128,4 +172,24 @@ def quantize(
                 z, order, begin, count, code_sum, D, inner, *z_strides,
                 CHANNEL_FIRST=z.ndim == 3, BN=32, BD=depth,
             )  # fmt: skip
+    if written is not z_q:
+        z_q.copy_(written)
     return z_q, index, sq_err, count.to(dtype), code_sum
+
+
+def code_error(
+    z: torch.Tensor,  # [N, D] or channel-first [B, D, *spatial]
+    codebook: torch.Tensor,  # [K, D], of z's dtype
+    index: torch.Tensor,  # [N] or [B, *spatial] int64, within [0, K)
+) -> torch.Tensor:  # as index, float32, float64 where z is
+    """||z - codebook[index]||^2 of every vector, without a buffer of the codes."""
+    z, codebook, index = walkable(z), codebook.contiguous(), index.contiguous()
+    sq_err = torch.empty(index.shape, dtype=accumulation_dtype(z), device=z.device)
+    z, N, inner, *strides = layout(z)
+    if N:
+        with on_device(z):
+            _code_error_kernel[(triton.cdiv(N, 32),)](
+                z, codebook, index, sq_err, N, codebook.shape[1], inner, *strides,
+                CHANNEL_FIRST=z.ndim == 3, BN=32, BD=min(triton.next_power_of_2(codebook.shape[1]), 32),
+            )  # fmt: skip
+    return sq_err

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_device  # noqa: TID251 (the same package, under its one name)
+
 
 @triton.jit
 def _weight(i, j, batch, n_data, STRATIFIED: tl.constexpr, DTYPE: tl.constexpr):
@@ -251,10 +253,11 @@ def tc_terms(
     top, total = z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
     if batch:
         shape = tile(dims, z.element_size())
-        wrap(_tc_terms_kernel)[(triton.cdiv(batch, shape["I"]),)](
-            z, mu, logvar, log_q_z, log_prod_q_z, top, total, batch, dims, n_data,
-            LOWEST=torch.finfo(z.dtype).min, STRATIFIED=stratified, **shape, num_warps=4,
-        )  # fmt: skip
+        with on_device(z):
+            wrap(_tc_terms_kernel)[(triton.cdiv(batch, shape["I"]),)](
+                z, mu, logvar, log_q_z, log_prod_q_z, top, total, batch, dims, n_data,
+                LOWEST=torch.finfo(z.dtype).min, STRATIFIED=stratified, **shape, num_warps=4,
+            )  # fmt: skip
     return log_q_z, log_prod_q_z, top, total
 
 
@@ -278,10 +281,11 @@ def tc_terms_backward(
         shape = tile(dims, z.element_size())
         saved = (z, mu, logvar, top, total, grad_log_q_z, grad_log_prod_q_z)
         grid = (triton.cdiv(batch, shape["I"]),)
-        wrap(_tc_terms_grad_z_kernel)[grid](
-            *saved, grad_z, batch, dims, n_data, STRATIFIED=stratified, **shape, num_warps=4
-        )
-        wrap(_tc_terms_grad_posterior_kernel)[grid](
-            *saved, grad_mu, grad_logvar, batch, dims, n_data, STRATIFIED=stratified, **shape, num_warps=4
-        )
+        with on_device(z):
+            wrap(_tc_terms_grad_z_kernel)[grid](
+                *saved, grad_z, batch, dims, n_data, STRATIFIED=stratified, **shape, num_warps=4
+            )
+            wrap(_tc_terms_grad_posterior_kernel)[grid](
+                *saved, grad_mu, grad_logvar, batch, dims, n_data, STRATIFIED=stratified, **shape, num_warps=4
+            )
     return grad_z, grad_mu, grad_logvar

@@ -99,6 +99,92 @@ def test_random_state_round_trip():
     assert first[2] == second[2]
 
 
+class Machine:
+    """CUDA in one process: a generator for each visible GPU, whose state is a seed and an offset as on CUDA."""
+
+    def __init__(self, gpus, current=0):
+        self.states = [[7, 0] for _ in range(gpus)]
+        self.current = current
+
+    def draw(self, i):
+        """A draw by GPU i, which depends on the state alone."""
+        self.states[i][1] += 4
+        return tuple(self.states[i])
+
+    def get(self, i="cuda"):
+        i = self.current if i == "cuda" else torch.device("cuda", i).index
+        return torch.tensor(self.states[i], dtype=torch.int64).view(torch.uint8)
+
+    def set(self, state, i="cuda"):
+        i = self.current if i == "cuda" else torch.device("cuda", i).index
+        self.states[i] = state.view(torch.int64).tolist()  # an IndexError for a GPU that is not there
+
+    def set_all(self, states):
+        for i, state in enumerate(states):
+            self.set(state, i)
+
+    def use(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "get_rng_state", self.get)
+        monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
+        monkeypatch.setattr(
+            torch.cuda, "get_rng_state_all", lambda: [self.get(i) for i in range(len(self.states))]
+        )
+        monkeypatch.setattr(torch.cuda, "set_rng_state_all", self.set_all)
+        return self
+
+
+def through_a_file(path, state):
+    checkpoint.save(path, {"rng": state})
+    return checkpoint.load(path)["rng"]
+
+
+def test_ranks_go_on_sharing_one_draw(path, monkeypatch):
+    """Two processes that see both GPUs; process r draws on cuda:r, and only process 0 saves."""
+    before = [Machine(2, current=r) for r in range(2)]
+    for _ in range(3):
+        shared = {machine.draw(r) for r, machine in enumerate(before)}
+        assert len(shared) == 1
+    before[0].use(monkeypatch)
+    saved = through_a_file(path, checkpoint.rng_state())
+    after = [Machine(2, current=r) for r in range(2)]
+    for machine in after:
+        machine.use(monkeypatch)
+        checkpoint.set_rng_state(saved)
+    assert after[0].draw(0) == after[1].draw(1) == before[0].draw(0)
+
+
+@pytest.mark.parametrize(("device", "gpus", "current"), [("cuda:1", 2, 0), ("cuda", 1, 0), ("cuda:0", 4, 3)])
+def test_the_runs_device_is_saved_and_another_can_go_on(path, monkeypatch, device, gpus, current):
+    before = Machine(3, current=2).use(monkeypatch)
+    before.draw(1)
+    saved = through_a_file(path, checkpoint.rng_state(torch.device("cuda", 1)))
+    after = Machine(gpus, current).use(monkeypatch)
+    checkpoint.set_rng_state(saved, torch.device(device))
+    assert after.draw(torch.device(device).index or 0) == before.draw(1)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+@pytest.mark.parametrize("used", [0, 1])
+def test_an_older_checkpoint_of_all_devices_still_loads(path, monkeypatch, used, gpus):
+    before = Machine(2, current=used).use(monkeypatch)
+    before.draw(used)
+    saved = {**checkpoint.rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    after = Machine(gpus).use(monkeypatch)
+    checkpoint.set_rng_state(through_a_file(path, saved))
+    assert after.draw(0) == before.draw(used)
+
+
+def test_a_run_on_a_cpu_leaves_cuda_alone(monkeypatch):
+    machine = Machine(1).use(monkeypatch)
+    state = checkpoint.rng_state(torch.device("cpu"))
+    assert state["cuda"] == []
+    machine.draw(0)
+    checkpoint.set_rng_state({**state, "cuda": [machine.get(0) * 0]}, torch.device("cpu"))
+    assert machine.states == [[7, 4]]
+
+
 def test_digest_sees_values_shapes_dtypes_and_keys():
     base = {"a": torch.zeros(2, 3), "b": [1, "x", None]}
     variants = [

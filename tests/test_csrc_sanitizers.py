@@ -68,3 +68,18 @@ def test_search_and_quantize_under_address_and_undefined_behaviour_sanitizers(tm
     assert " 0 failures" in run.stdout
     if "avx512_bf16" in run.stdout:
         assert "amx" in run.stdout
+
+
+def test_the_weightings_team_under_thread_sanitizer(tmp_path: Path) -> None:
+    """Four threads in the place of a warp: no place is written by two, and the result is that of one thread."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    driver = tmp_path / "driver"
+    options = ["-std=c++17", "-O1", "-g", "-pthread", "-ffp-contract=off", "-fsanitize=thread"]
+    subprocess.run(
+        [compiler, *options, str(ROOT / "tests/csrc/weightings_team.cpp"), "-o", str(driver)], check=True
+    )
+    run = subprocess.run([str(driver)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "49 compared, 0 failures" in run.stdout

@@ -33,7 +33,13 @@ def run(file: str, marked: str, **environment: str) -> None:
 
 
 def test_files_are_found() -> None:
-    assert FILES == ["gramian_combine.py", "nearest_code.py", "tc_terms.py"]
+    assert FILES == [
+        "gramian_combine.py",
+        "nearest_code.py",
+        "project_weights.py",
+        "quantize.py",
+        "tc_terms.py",
+    ]
 
 
 @pytest.mark.parametrize("file", FILES)

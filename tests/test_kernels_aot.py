@@ -16,10 +16,12 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from movae_fast.kernels import combine, gramian, nearest_code, quantize, tc_terms  # noqa: E402
+from movae_fast.kernels import combine, gramian, nearest_code, project_weights, quantize, tc_terms  # noqa: E402
 
 # Shared memory a block may ask for, in bytes (CUDA C programming guide, table of compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The projection compiles quickly enough to be tried on consumer cards, too.
+SHARED_OF_ALL = SHARED | {86: 99 * 1024, 89: 99 * 1024, 120: 99 * 1024}
 POINTER = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -43,6 +45,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     divisible: tuple[str, ...] = field(default=())  # scalars that are multiples of 16
+    options: dict[str, Any] = field(default_factory=dict)
 
     def compile(self, capability: int) -> Any:
         names = self.kernel.arg_names
@@ -54,7 +57,7 @@ class Case:
             constexprs={(names.index(name),): value for name, value in self.constants.items()},
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         )
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -162,13 +165,54 @@ def jacobian_cases(m: int, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
+PROJECTION = {
+    **dict.fromkeys(("gramian_ptr", "given_ptr", "each_ptr", "out_ptr", "part_ptr"), "*fp64"),
+    **{"status_ptr": "*i32", "counter_ptr": "*i32", "m": "i32", "rows": "i32", "problems": "i32"},
+    **{"P": "i64", "stride": "i64", "norm_eps": "fp64", "reg_eps": "fp64"},
+}
+
+
+def typed(kernel: Any, **types: str) -> dict[str, str]:
+    return {name: kind for name, kind in {**PROJECTION, **types}.items() if name in kernel.arg_names}
+
+
+def project_cases(m: int) -> Iterator[Case]:
+    kernel, M = project_weights._project_kernel, project_weights.padded(m)
+    for mode, value in project_weights.MODES.items():
+        for diagonal in (False, True):
+            yield Case(
+                f"project m={m} {mode} diagonal={diagonal}",
+                kernel,
+                typed(kernel),
+                {"MODE": value, "DIAGONAL": diagonal, "M": M},
+                project_weights.warps(M),
+                options={"enable_fp_fusion": False, "maxnreg": project_weights.ALL_REGISTERS},
+            )
+
+
+def upgrad_cases(m: int, dtype: torch.dtype) -> Iterator[Case]:
+    kernel = project_weights._upgrad_kernel
+    for mode, value in project_weights.MODES.items():
+        for diagonal in (False, True):
+            constants = project_weights.layout(m, m if mode == "sum" else 1)
+            warps, registers = constants.pop("num_warps"), constants.pop("maxnreg")
+            yield Case(
+                f"upgrad m={m} {dtype} {mode} diagonal={diagonal}",
+                kernel,
+                typed(kernel, rows_ptr=POINTER[dtype]),
+                {"MODE": value, "DIAGONAL": diagonal, **constants},
+                warps,
+                divisible=("stride",),
+                options={"enable_fp_fusion": False, "maxnreg": registers},
+            )
+
+
 def small_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     yield Case(
         "gramian_sum",
         gramian._gramian_sum_kernel,
         {"part_ptr": "*fp64", "out_ptr": "*fp64", "entries": "i32", "programs": "i32"},
-        {"B": 32},
-        num_warps=1,
+        gramian.SUM,
     )
     for dtype in dtypes:
         wide = "*fp64" if dtype == torch.float64 else "*fp32"
@@ -206,7 +250,7 @@ def check(cases: list[Case], capability: int, folder: Path) -> None:
         compiled = case.compile(capability)
         if lost := spilled(compiled, capability, folder):
             complaints.append(f"{case.name}: {lost} bytes spilled")
-        if compiled.metadata.shared > SHARED[capability]:
+        if compiled.metadata.shared > SHARED_OF_ALL[capability]:
             complaints.append(f"{case.name}: {compiled.metadata.shared} bytes of shared memory")
     assert not complaints, f"sm_{capability}:\n" + "\n".join(complaints)
 
@@ -247,6 +291,41 @@ def test_a_spill_is_seen(tmp_path: Path) -> None:
     case.num_warps = 1
     with pytest.raises(AssertionError, match="bytes spilled"):
         check([case], 90, tmp_path)
+
+
+@pytest.mark.parametrize("capability", SHARED_OF_ALL)
+def test_projection(capability: int, tmp_path: Path) -> None:
+    cases = [next(project_cases(m)) for m in (8, 16)] + [next(upgrad_cases(m, torch.float32)) for m in (2, 8)]
+    check(cases, capability, tmp_path)
+
+
+def test_the_refinement_has_no_multiply_add() -> None:
+    """With one, the errors of the products would not be what is computed. The launcher must ask for that."""
+    case = next(project_cases(8))
+    assert "fma.rn.f64" not in case.compile(90).asm["ptx"]
+    case.options = {}
+    assert "fma.rn.f64" in case.compile(90).asm["ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_OF_ALL)
+def test_every_projection(capability: int, tmp_path: Path) -> None:
+    cases = [case for m in (8, 16, 32) for case in project_cases(m)]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        cases += [case for m in (1, 2, 3, 8, 16, 64) for case in upgrad_cases(m, dtype)]
+    check(cases, capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_OF_ALL)
+def test_the_largest_projection_fits(capability: int, tmp_path: Path) -> None:
+    """64 rows take all registers that 256 threads can have; a handful of indices beyond those do no harm."""
+    for case in project_cases(64):
+        compiled = case.compile(capability)
+        lost = spilled(compiled, capability, tmp_path)
+        print(f"sm_{capability}: {case.name}: {lost} bytes spilled")
+        assert lost <= 128, case.name
+        assert compiled.metadata.shared <= SHARED_OF_ALL[capability]
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import torch
 import torchjd.aggregation as jd
 
 from movae_fast import ops, reference
-from movae_fast.ops.gramian_weights import METHODS
+from movae_fast.ops import extension
+from movae_fast.ops.gramian_weights import METHODS, _gramian_weights_cuda, _warn_of_the_host
 from tests.gramians import FAMILIES, gramian, jacobian
 
 EPS = np.finfo(float).eps
@@ -289,3 +290,24 @@ def test_opcheck():
     G, pref, order = torch.eye(3), torch.rand(3), torch.rand(3, 3).argsort(1)
     for method in range(len(METHODS)):
         torch.library.opcheck(torch.ops.movae.gramian_weights, (G, method, pref, order, 0.5, 1e-4, 10))
+
+
+@pytest.mark.parametrize("reason", ["the extension was built without nvcc", "there is no CUDA driver"])
+def test_cuda_without_its_cpp_is_the_cpus_answer_and_a_warning_once(monkeypatch, reason):
+    """The CUDA implementation on CPU tensors, whose copy to the host is then no copy: the same bits."""
+    monkeypatch.setattr(extension, "cuda_missing", lambda: reason)
+    monkeypatch.setattr(extension, "gramian_weights", None)  # TorchJD's classes, which read each decision
+    _warn_of_the_host.cache_clear()
+    G = torch.as_tensor(gramian(np.random.default_rng(0), FAMILIES[0], 5))
+    pref, order = torch.rand(5, dtype=torch.float64), torch.rand(5, 5).argsort(1)
+
+    def check_all():
+        for number, method in enumerate(METHODS):
+            given = (pref if method.startswith("aligned") else None, order if method == "pcgrad" else None)
+            a, b = (0.5, 1e-4) if method == "cagrad" else (1e-3, 0.0)
+            found = _gramian_weights_cuda(G, number, *given, a, b, 100)
+            assert torch.equal(found, ops.gramian_weights(G, method, given[0], order=given[1]))
+
+    with pytest.warns(RuntimeWarning, match=f"computed on the host.*{reason}") as said:
+        check_all()
+    assert len(said) == 1

@@ -6,6 +6,7 @@ import torch
 from movae_fast import ops
 from movae_fast.aggregation import DualProj, UPGrad
 from tests.jacobians import conflicting, replayed
+from tests.launches import kernels_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -59,5 +60,5 @@ def test_two_launches() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         aggregator(J)
         torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if "mem" not in e.name.lower() and "kernel" in e.name.lower()]
+    kernels = kernels_of(profile.events())
     assert len(kernels) == 2, kernels

@@ -1,9 +1,14 @@
-"""`movae doctor`: versions, devices, which path each op takes, what is missing and how to get it."""
+"""`movae doctor`: versions, devices, which path each op takes, what is missing and how to get it.
+
+`movae doctor --gpu` tries every GPU: each op against the CPU, in a CUDA graph, in training, DALI, nccl. It
+takes up to three minutes and prints a row a check; the exit status is 1 if one failed or there is no GPU.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,30 +30,59 @@ EXTRAS = {
 }
 # Op -> the op whose search it contains.
 SEARCHES = {"quantize": "nearest_code"}
-# Ops that are CUDA C++ on CUDA, and nothing without it.
-BY_NVCC = ("gramian_weights", "project_rows", "project_weights", "upgrad_weights")
+# Ops that are CUDA C++ on CUDA where the extension was built with nvcc.
+BY_NVCC = ("gramian_weights", "project_rows", "project_weights", "step_multipliers", "upgrad_weights")
+# Op -> the file of kernels/ that it is computed by on CUDA.
+TRITON = {
+    "code_error": "quantize",
+    "combine": "combine",
+    "gramian": "gramian",
+    "nearest_code": "nearest_code",
+    "project_rows": "project_weights",
+    "project_weights": "project_weights",
+    "quantize": "quantize",
+    "step_multipliers": "project_weights",
+    "tc_terms": "tc_terms",
+    "upgrad_weights": "project_weights",
+}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the report; the exit status is 1 if the extension is missing."""
+    """Print the report; the exit status is 1 if the extension is missing, or a check of --gpu failed."""
+    if list(argv) == ["--gpu"]:
+        return try_gpus()
     if argv and argv[0] not in ("-h", "--help"):
-        raise ValueError(f"doctor takes no flags, got {' '.join(argv)}")
+        raise ValueError(f"doctor takes no flag but --gpu, got {' '.join(argv)}")
     print(__doc__.strip() if argv else "\n".join(report()))
     return 0 if extension.csrc is not None else 1
 
 
+def try_gpus() -> int:
+    """Run every check on every GPU and print the rows; the exit status."""
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
+        print(f"movae doctor --gpu: no GPU to try ({built}, and sees no device)", flush=True)
+        return 1
+    # Imported here: it brings the data sets and torch.distributed, which the report does without.
+    from movae_fast.cli.gpu_checks import every_check, run_checks
+
+    started = time.perf_counter()
+    print("\n".join([*_heading(), "devices", *_gpus(), "extension", *_extension(), ""]), flush=True)
+    if reason := extension.cuda_missing():
+        print(f"CUDA C++ is not tried, Triton alone: {reason}\n", flush=True)
+    ran, failed = run_checks(every_check())
+    print(f"\n{ran} checks, {failed} failed, {time.perf_counter() - started:.0f} s", flush=True)
+    return 1 if failed else 0
+
+
 def report() -> list[str]:
-    lines = [f"movae-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"  {name} {_version(name)}" for name in ("torch", "torchvision", "triton", "torchjd", "numpy")]
-    lines += [
+    lines = [
+        *_heading(),
         "",
         "devices",
         f"  cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        *_gpus(),
     ]
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        memory = f"{card.total_memory / 2**30:.0f} GiB"
-        lines.append(f"  cuda:{i}: {card.name}, {memory}, sm_{card.major}{card.minor}")
     if not torch.cuda.is_available():
         lines.append(f"  cuda: none (torch is built for CUDA {torch.version.cuda or 'not at all'})")
     lines += ["", "extension", *_extension(), "", "ops"]
@@ -83,15 +117,38 @@ def _paths(op: str) -> str:
         # Loops over rows that have only one path name none.
         chosen = op == stem and getattr(extension.csrc, f"{SEARCHES.get(stem, stem)}_isa", None)
         on_cpu = f"C++ ({chosen()})" if chosen else "C++"
-    if op in BY_NVCC:
-        built = extension.csrc is not None and extension.csrc.build_info()["cuda"]
-        missing = "TorchJD, on the host" if op == "gramian_weights" else "none"
-        on_cuda = "CUDA C++" if built else f"{missing}: the extension was built without nvcc"
-    elif _found("triton") and _found(f"movae_fast.kernels.{stem}") and op == stem:
+    if op in BY_NVCC and not (missing := _no_cuda_cpp()):
+        on_cuda = "CUDA C++"
+    elif op == "gramian_weights":
+        on_cuda = f"the host, m x m numbers copied, no CUDA graph: {missing}"
+    elif op in TRITON and _found("triton") and _found(f"movae_fast.kernels.{TRITON[op]}"):
         on_cuda = "Triton"
     else:
         on_cuda = "plain torch"
     return f"cpu {on_cpu}; cuda {on_cuda}"
+
+
+def _no_cuda_cpp() -> str:
+    """Why CUDA C++ is not taken; without a GPU, why it would not be."""
+    if torch.cuda.is_available() or extension.csrc is None or not extension.csrc.build_info()["cuda"]:
+        return extension.cuda_missing()
+    return ""
+
+
+def _heading() -> list[str]:
+    lines = [f"movae-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    return lines + [
+        f"  {name} {_version(name)}" for name in ("torch", "torchvision", "triton", "torchjd", "numpy")
+    ]
+
+
+def _gpus() -> list[str]:
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        memory = f"{card.total_memory / 2**30:.0f} GiB"
+        lines.append(f"  cuda:{i}: {card.name}, {memory}, sm_{card.major}{card.minor}")
+    return lines
 
 
 def _extension() -> list[str]:

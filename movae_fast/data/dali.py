@@ -181,8 +181,10 @@ class DaliLoader(Loader):
             return torch.from_dlpack(tensor).permute(0, 3, 1, 2)
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        # DALI's buffer is its own again at the next run, so the copy must have ended before: on a stream beside
-        # the training step's, whose end is not waited for.
+        # The buffer is DALI's again at the next run, so the images are copied out of it. Given a stream,
+        # feed_ndarray puts the copy on it and returns without waiting; that DALI's next use of the buffer comes
+        # after it is DALI's affair, whose own iterator for PyTorch rests on the same. On the training step's
+        # stream the copy, and with it the next batch, would queue behind the step: it has a stream of its own.
         stream = self._stream = self._stream or torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
             images = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)

@@ -5,7 +5,6 @@ import warnings
 from functools import cache
 from typing import Any
 
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -40,6 +39,37 @@ def missing(z: Tensor) -> bool:
         return False
     _warn()
     return True
+
+
+@cache
+def cuda_missing() -> str:
+    """Return why csrc's CUDA half is of no use on this machine's GPUs, in one line; empty where it is of use.
+
+    The ops have Triton or the host instead, so nothing raises because of it. Asked once a process.
+    """
+    if csrc is None:
+        return "movae_fast._csrc is not built"
+    built = csrc.build_info()
+    if not built["cuda"] or not hasattr(csrc, "cuda_versions"):
+        return "the extension was built without nvcc"
+    driver, runtime = csrc.cuda_versions()
+    if driver == 0:
+        return "there is no CUDA driver"
+    # Any driver of the same major version runs what this runtime compiled; an older one runs nothing of it.
+    if driver // 1000 < runtime // 1000:
+        return f"the driver serves CUDA {_dotted(driver)}, the extension was built with {_dotted(runtime)}"
+    compiled = [int(number) for number in built.get("architectures", "").split(",") if number]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        # A binary runs on GPUs of its own generation; PTX, kept of the newest, is compiled by a newer driver.
+        binary = any(number // 10 == major and number % 10 <= minor for number in compiled)
+        if not binary and (max(compiled, default=0) > 10 * major + minor or driver < runtime):
+            return f"the extension was built for {built['architectures']}, not for cuda:{i}'s {major}{minor}"
+    return ""
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 @cache
@@ -91,28 +121,28 @@ def combine(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def project_weights(
-    gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool
+    gramian: Tensor, given: Tensor | None, kind: str, diagonal: bool, norm_eps: float, reg_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """ops.project_weights by non-negative least squares (Lawson and Hanson 1974), a problem at a time.
-
-    With A = R'R and v = u + w: min |R w + R u| subject to w >= 0.
-    """
+    """Do what csrc.project_weights does by the reference."""
     m = len(gramian)
-    gramian = gramian.double()
-    u = torch.full((m,), 1 / m, dtype=torch.float64) if u is None else u.double()
-    trace = gramian.trace()
+    given = torch.full((m,), 1 / m, dtype=torch.float64) if given is None else given.double()
     if not gramian.isfinite().all():
-        return torch.full_like(u, torch.nan), torch.tensor(-1, dtype=torch.int32)
-    scaled = gramian / trace if trace > 0 and trace >= norm_eps else torch.zeros_like(gramian)
-    values, vectors = torch.linalg.eigh(scaled)
-    root = (values.clamp_min(0) + reg_eps).sqrt()[:, None] * vectors.T
-    problems = torch.diag(u.clamp_min(0)) if total else u.reshape(-1, m)
-    solutions = []
-    for problem in problems:
-        w, _ = scipy.optimize.nnls(root.numpy(), -(root @ problem).numpy())
-        solutions.append(problem + torch.from_numpy(w))
-    found = torch.stack(solutions)
-    return found.sum(0) if total else found.view(u.shape), torch.tensor(0, dtype=torch.int32)
+        return torch.full_like(given, torch.nan), torch.tensor(-1, dtype=torch.int32)
+    solved = torch.tensor(0, dtype=torch.int32)
+    regularizer: reference.Regularizer = "diagonal" if diagonal else "trace"
+    if kind == "sum":
+        if given.isnan().any() or (given == torch.inf).any():
+            return torch.full_like(given, torch.nan), solved
+        return reference.project_weights(gramian, given, norm_eps, reg_eps, regularizer), solved
+    rows = given.reshape(-1, m)
+    usable = rows.isfinite().all(1)
+    found = torch.full_like(rows, torch.nan)
+    if kind == "multipliers":
+        for r in usable.nonzero()[:, 0]:
+            found[r] = reference.step_multipliers(gramian, rows[r], reg_eps)
+    elif bool(usable.any()):
+        found[usable] = reference.project_rows(rows[usable], gramian, norm_eps, reg_eps, regularizer)
+    return found.view(given.shape), solved
 
 
 def gramian_weights(

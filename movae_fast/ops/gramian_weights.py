@@ -1,10 +1,13 @@
-"""Weights of a Jacobian's rows from their Gramian alone: `movae::gramian_weights`, one launch on CUDA.
+"""Weights of a Jacobian's rows from their Gramian alone: `movae::gramian_weights`.
 
 Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA (Sener & Koltun
 2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation in float64, so it
-runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/gramian_weights.h).
+runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/gramian_weights.h). Where the extension has
+no CUDA half, CUDA's matrices are weighed on the host: m x m numbers are copied, and a warning says so once.
 """
 
+import warnings
+from functools import cache
 from typing import Literal, NoReturn, get_args
 
 import torch
@@ -49,8 +52,8 @@ def gramian_weights(
         "pcgrad": each row without its components against the others, which row i meets in the order order[i],
             a permutation of 0..m-1. None draws the orders on the Gramian's device from torch's generator.
 
-    Returns NaN for a Gramian or a preference with a NaN or an infinity. Nothing is read on the host. Not
-    differentiable; vmap is refused.
+    Returns NaN for a Gramian or a preference with a NaN or an infinity. Nothing is read on the host, except on
+    CUDA where the extension was built without nvcc. Not differentiable; vmap is refused.
 
     Raises ValueError (shapes, m = 0, parameters, a preference or an order that the method does not take) or
     TypeError (dtype).
@@ -118,8 +121,11 @@ def _gramian_weights(
 def _gramian_weights_cuda(
     gramian: Tensor, method: int, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
 ) -> Tensor:
-    if not hasattr(csrc, "gramian_weights_cuda"):
-        return extension.gramian_weights(gramian, METHODS[method], pref, order, a, b, iterations)
+    if reason := extension.cuda_missing():
+        _warn_of_the_host(reason)
+        # m x m numbers each way, and the same C++ that a CPU runs; the device waits for the host.
+        pref, order = None if pref is None else pref.cpu(), None if order is None else order.cpu()
+        return _gramian_weights(gramian.cpu(), method, pref, order, a, b, iterations).to(gramian.device)
     given, m = _as_taken(gramian, pref, order), len(gramian)
     with torch.cuda.device(gramian.device):
         out = given[0].new_empty(m)
@@ -130,6 +136,18 @@ def _gramian_weights_cuda(
             method, m, *addresses, a, b, iterations, out.data_ptr(), scratch.data_ptr(), stream
         )
     return out
+
+
+@cache
+def _warn_of_the_host(reason: str) -> None:
+    """Say once that the step waits for the host."""
+    warnings.warn(
+        "gramian_weights on CUDA: the weights are computed on the host, so that a step waits for it and is not "
+        f"one CUDA graph ({reason}). UPGrad and DualProj run on the device everywhere; these do once the "
+        "extension is built with a CUDA toolkit (CUDA_HOME, or nvcc on PATH) that the driver serves.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _as_taken(

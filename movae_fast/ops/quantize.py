@@ -146,9 +146,7 @@ def _code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
 
 @_code_error.register_kernel("cuda")
 def _code_error_cuda(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    dtype = accumulation_dtype(z)
-    difference = as_rows(z).to(dtype) - codebook[index.flatten()].to(dtype)
-    return difference.square().sum(1).view(index_shape(z))
+    return triton_kernels("quantize").code_error(z, codebook, index)
 
 
 @_code_error.register_fake

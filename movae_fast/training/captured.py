@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from movae_fast.aggregation.fused import FusedAggregator
+from movae_fast.aggregation.weightings import MethodAggregator
+from movae_fast.ops import extension
+from movae_fast.projected_step import StepMetric
+from movae_fast.training.applied_step import AppliedStep
 from movae_fast.training.compiled import CompileMode
 from movae_fast.training.config import FROM_EXTRA
 from movae_fast.training.precision import Precision
@@ -64,7 +69,15 @@ class CudaGraphs:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 record = work()
         except RuntimeError:
-            torch.cuda.set_stream(current)  # which a capture that fails at its end leaves undone
+            # A capture that fails at its end leaves three things undone: the stream, the allocator's search for
+            # the graph's own memory, and the default generator's mode, in which the next draw would raise
+            # (pytorch/pytorch#172390). A copy of its state has the same seed and offset, and is in no mode.
+            torch.cuda.set_stream(current)
+            index = self.stream.device.index
+            with suppress(RuntimeError):  # which says that it had ended
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
 
         def replay() -> StepRecord:
@@ -75,7 +88,8 @@ class CudaGraphs:
 
 
 class TrainingStep:
-    """Gradients, clipping to `max_grad_norm` (0: none), and the optimizer's step.
+    """Gradients, clipping to `max_grad_norm` (0: none), the optimizer's step, and its projection if there is
+    one.
 
     With a `recorder` each kind of step is recorded once it has been done `WARM` times, and replayed from then
     on. A replay's record is overwritten by the next.
@@ -87,8 +101,10 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float = 0.0,
         recorder: Recorder | None = None,
+        step_metric: StepMetric | None = None,
     ) -> None:
         self.gradient, self.optimizer, self.max_grad_norm = gradient, optimizer, max_grad_norm
+        self.applied = AppliedStep(gradient, optimizer, step_metric)
         self.recorder = recorder
         self.done: Counter[tuple[object, ...]] = Counter()
         self.recorded: dict[tuple[object, ...], tuple[Inputs, Work]] = {}
@@ -128,12 +144,12 @@ class TrainingStep:
         record = self.gradient.differentiate(kind, *inputs)
         precision, flat = self.gradient.precision, self.gradient.flat
         precision.unscale_gradients(self.optimizer)
-        with record_function("optimizer"):
+        with self.applied.watched(kind) as watched, record_function("optimizer"):
             if self.max_grad_norm:
                 norm = torch.linalg.vector_norm(flat.grad)
                 flat.grad.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
             precision.step(self.optimizer)
-        return record
+        return record._replace(step_cosines=watched.cosines)
 
     def adopt(self) -> None:
         """Put what a recorded optimizer reads onto the device: after a state was loaded, and at first."""
@@ -169,4 +185,6 @@ def why_not_captured(
         return f"--optimizer {optimizer}"
     if aggregator is not None and not isinstance(aggregator, FusedAggregator):
         return f"TorchJD's {type(aggregator).__name__}"
+    if isinstance(aggregator, MethodAggregator) and (missing := extension.cuda_missing()):
+        return f"weights on the host: {missing}"
     return ""

@@ -109,15 +109,18 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every random generator that training draws from."""
+def rng_state(device: torch.device | None = None) -> dict[str, Any]:
+    """Return the state of every random generator that training on `device` draws from.
+
+    device: the run's; None is the current one of CUDA, where there is CUDA.
+    """
     numpy_state = np.random.get_state(legacy=True)
     assert isinstance(numpy_state, tuple)
     kind, words, position, has_gauss, gauss = numpy_state
     version, numbers, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(index)] if (index := _cuda_index(device)) is not None else [],
         "numpy": [
             str(kind),
             torch.as_tensor(np.asarray(words, np.int64)),
@@ -129,15 +132,38 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` took."""
+def set_rng_state(state: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Put back what `rng_state` took, on whatever `device` this process has now.
+
+    Every process of a run draws the noise of the global batch and takes its slice of it, so all of them go on
+    from the one state that process 0 saved, each on its own GPU.
+    """
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    index = _cuda_index(device)
+    if state["cuda"] and index is not None:
+        torch.cuda.set_rng_state(_drawn_from([s.cpu() for s in state["cuda"]]), index)
     kind, words, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, words.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers), gauss_next))
+
+
+def _cuda_index(device: torch.device | None) -> int | None:
+    """The number of the GPU that is meant, None for a CPU."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        return None
+    if device is None or device.index is None:
+        return torch.cuda.current_device()
+    return device.index
+
+
+def _drawn_from(states: list[Tensor]) -> Tensor:
+    """The state of the generator that the run drew from.
+
+    Older checkpoints hold one for each GPU that process 0 saw. They began alike, and only the run's own moved:
+    a state is a seed and, in its last eight bytes, how far it has been drawn from.
+    """
+    return max(states, key=lambda s: int.from_bytes(bytes(s[-8:].tolist()), "little"))
 
 
 def find(path: Path) -> Path:

@@ -25,8 +25,10 @@ class Precision:
             raise ValueError(f"--precision tf32 is CUDA's; on {device.type} use fp32 or bf16")
         self.name, self.device = name, device
         if device.type == "cuda":
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-            torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"  # type: ignore[attr-defined]
+            # torch 2.11 has these switches twice. The newer ones (fp32_precision) leave the older ones as they
+            # were, whose getters then raise, in the midst of a compilation by max-autotune; these two set both.
+            torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = name == "tf32"
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
     def autocast(self) -> AbstractContextManager[None]:

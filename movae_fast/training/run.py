@@ -118,7 +118,7 @@ class Run:
                 "ended": self.ended,
                 "processes": self.world.size,
             },
-            "rng": checkpoint.rng_state(),
+            "rng": checkpoint.rng_state(self.device),
         }
 
     def export(self, path: Path) -> None:
@@ -157,7 +157,7 @@ class Run:
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best, self.good = position["best"], path
         self.ended = self.finished and position.get("ended", True)
-        checkpoint.set_rng_state(record["rng"])
+        checkpoint.set_rng_state(record["rng"], self.device)
 
 
 def setup(config: TrainConfig) -> Run:

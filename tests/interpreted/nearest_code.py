@@ -1,5 +1,9 @@
 """Search and quantisation against brute force in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -96,6 +100,99 @@ def test_many_lanes_and_one_overflow_to_the_list(device: str) -> None:
 def test_every_tile_gives_the_same(config: search.Config, device: str) -> None:
     z, c = (t.to(device) for t in family("gaussian", 70, 300, 40))
     check(z, c, search.nearest_code(z, c, config=config))
+
+
+def exponent(x: np.ndarray) -> np.ndarray:
+    """floor(log2 |x|), far below every other for a zero."""
+    return np.where(x == 0, -1000, np.frexp(x)[1] - 1)
+
+
+def cut(x: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """x towards zero to a multiple of 2^unit."""
+    return np.ldexp(np.trunc(np.ldexp(x, -unit)), unit)
+
+
+def as_tensor_cores(a: np.ndarray, b: np.ndarray, acc: np.ndarray, block: int, guard: int) -> np.ndarray:
+    """a @ b + acc as measured on tensor cores (Fasi et al. 2021).
+
+    `block` products and the accumulator at a time: aligned to the largest exponent, cut below 2^-(23 + guard)
+    of it, added exactly, cut to float32. A product's exponent is the sum of its operands'.
+    """
+    a, b, acc = a.astype(np.float64), b.astype(np.float64), acc.astype(np.float64)
+    for first in range(0, a.shape[1], block):
+        left, right = a[:, first : first + block, None], b[None, first : first + block, :]
+        largest = (exponent(left) + exponent(right)).max(1)
+        unit = np.maximum(largest, exponent(acc)) - 23 - guard
+        total = cut(left * right, unit[:, None]).sum(1) + cut(acc, unit)
+        acc = cut(total, exponent(total) - 23)
+    return acc.astype(np.float32)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[[int, int], None]:
+    """Compute dots as tensor cores do and, as Triton's compiler does, a dot plus x as a dot that begins as x.
+
+    On a GPU there is nothing to imitate.
+    """
+
+    def imitate(block: int, guard: int) -> None:
+        if device != "cpu":
+            return
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        add = InterpreterBuilder.create_fadd
+
+        def dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+            out = TensorHandle(as_tensor_cores(a.data, b.data, d.data, block, guard), d.dtype.scalar)
+            if not d.data.any():
+                out.product = a.data, b.data
+            return out
+
+        def create_fadd(self: Any, lhs: Any, rhs: Any) -> Any:
+            for product, other in ((lhs, rhs), (rhs, lhs)):
+                if hasattr(product, "product"):
+                    data = as_tensor_cores(*product.product, other.data, block, guard)
+                    return TensorHandle(data, product.dtype.scalar)
+            return add(self, lhs, rhs)
+
+        # conftest.py's create_dot turns the operands into what tensor cores read, and calls this to multiply.
+        monkeypatch.setitem(InterpreterBuilder.create_dot.__globals__, "_create_dot", dot)
+        monkeypatch.setattr(InterpreterBuilder, "create_fadd", create_fadd)
+
+    return imitate
+
+
+def short_rows(D: int = 64) -> tuple[Tensor, Tensor]:
+    """Rows of 1e-6 of the codes' length, whose products lie just below what is cut beside ||c||^2 / 2.
+
+    All codes are equally long. The last has no component against the rows, so it is theirs.
+    """
+    side = 1 + 2.0**-7
+    c = torch.full((40, D), side)
+    c[torch.arange(39), torch.arange(39)] = -side
+    half = int(np.floor(np.log2(D * side**2 / 2)))
+    rows = [torch.full((D,), 0.98 * 2.0 ** (half - 23 - guard) / side) for guard in (0, 1, 2, 3)]
+    generator = torch.Generator().manual_seed(0)
+    rows += list(rows[1] * (0.5 + torch.rand(60, D, generator=generator)))
+    return torch.stack(rows).bfloat16().float(), c
+
+
+@pytest.mark.parametrize("screen", ["float32", "bfloat16", "tf32"])
+@pytest.mark.parametrize(
+    ("block", "guard"), [(8, 1), (16, 3), *(pytest.param(n, 2, marks=pytest.mark.slow) for n in (8, 16))]
+)
+def test_exact_where_tensor_cores_cut(
+    block: int, guard: int, screen: str, tensor_cores: Callable[[int, int], None], device: str
+) -> None:
+    tensor_cores(block, guard)
+    dtype, precision = (torch.bfloat16, "bf16") if screen == "bfloat16" else (torch.float32, "bf16")
+    if screen == "tf32":
+        precision = "tf32"
+    z, c = (t.to(device, dtype) for t in short_rows())
+    index = search.nearest_code(z, c, precision=precision)
+    assert torch.equal(index, torch.full_like(index, 39))
+    z, c = (t.to(device, dtype) for t in family("gaussian", 40, 90, 64))
+    check(z, c, search.nearest_code(z, c, precision=precision))
 
 
 def test_screening_alone(device: str) -> None:

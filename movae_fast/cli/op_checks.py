@@ -1,0 +1,297 @@
+"""Every op on a device against the CPU: the part of `movae doctor --gpu` that needs one process.
+
+Each check is a function that returns a note to print and raises where something is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from movae_fast import ops, reference
+from movae_fast.ops import extension
+from movae_fast.ops import rows as rows_of
+from movae_fast.ops.gramian_weights import METHODS
+from movae_fast.ops.project_weights import Mode
+from movae_fast.ops.quantize import Gradient
+from movae_fast.ops.registration import triton_kernels
+
+Check = Callable[[], str]  # what it returns is printed beside "ok"
+CPU = torch.device("cpu")
+# The relative step of each dtype.
+ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+# --- comparing and timing -----------------------------------------------------------------------------------
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    """Return ||found - expected|| / ||expected||; NaN where `found` is not finite."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    if found.shape != expected.shape:
+        raise AssertionError(f"the shape is {list(found.shape)}, not {list(expected.shape)}")
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def close(pairs: Iterable[tuple[Tensor, Tensor]], limit: float) -> float:
+    """Return the largest relative error of the pairs (found, expected). Raises AssertionError above `limit`."""
+    errors = [error_of(found, expected) for found, expected in pairs]
+    for number, error in enumerate(errors):
+        if not error <= limit:  # so that a NaN fails
+            raise AssertionError(f"result {number} is off by {error:.1e}, more than {limit:.1e}")
+    return max(errors)
+
+
+def same(found: Tensor, expected: Tensor, what: str) -> None:
+    """Raise AssertionError unless the two are equal to the last bit."""
+    if not torch.equal(found.cpu(), expected.cpu()):
+        different = int((found.cpu() != expected.cpu()).sum())
+        raise AssertionError(f"{what}: {different} of {expected.numel()} differ")
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, rounds: int = 20) -> str:
+    """Return the mean time of a call on the device, as words; the first, which compiles, does not count."""
+    if device.type != "cuda":
+        return "not timed"
+    with torch.cuda.device(device):
+        call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(rounds):
+            call()
+        end.record()
+        end.synchronize()
+    return f"{start.elapsed_time(end) / rounds:.3f} ms"
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the same normal numbers on every machine, on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def conflicting(m: int, P: int = 3000) -> Tensor:  # [m, P]
+    """Return rows that conflict with each other."""
+    rows = random(m, P, seed=m)
+    return rows - 0.9 * rows.mean(0)
+
+
+# --- the ops ------------------------------------------------------------------------------------------------
+
+
+def op_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
+    """Yield a check of each op, in the dtypes and by the paths that it has."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        yield f"nearest_code {name_of(dtype)}", partial(nearest_code, device, dtype)
+    if device.type == "cuda":
+        yield "nearest_code tiles, TF32, screening alone", partial(nearest_code_variants, device)
+    for gradient in get_args(Gradient):
+        yield f"quantize {gradient}", partial(quantize, device, gradient)
+    yield "code_error", partial(code_error, device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        yield f"gramian, combine {name_of(dtype)}", partial(gramian_combine, device, dtype)
+    for estimator in get_args(reference.TCEstimator):
+        for dtype in (torch.float32, torch.float64):
+            name = f"tc_terms {estimator} {name_of(dtype)}"
+            yield name, partial(tc_terms, device, estimator, dtype)
+    for path in ("triton", *(() if extension.cuda_missing() else ("cuda",))):
+        for regularizer in get_args(reference.Regularizer):
+            label = f"{regularizer}, {'Triton' if path == 'triton' else 'CUDA C++'}"
+            yield f"project {label}", partial(projections, device, regularizer, path)
+            yield f"upgrad_weights {label}", partial(upgrad_weights, device, regularizer, path)
+    yield "gramian_weights", partial(gramian_weights, device)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def nearest_code(device: torch.device, dtype: torch.dtype) -> str:
+    """Rows and images, a depth that fills tiles and one that does not, against float64 on the CPU."""
+    for shape, K in (((1000, 64), 512), ((2, 64, 12, 9), 512), ((300, 20), 33)):
+        z, codebook = random(*shape, dtype=dtype), random(K, shape[1], seed=1, dtype=dtype)
+        expected = reference.nearest_code(extension.as_rows(z).double(), codebook.double())
+        z, codebook = z.to(device), codebook.to(device)
+        same(ops.nearest_code(z, codebook).flatten(), expected, f"the indices of {list(shape)}")
+    z, codebook = random(32768, 64, dtype=dtype).to(device), random(1024, 64, seed=1, dtype=dtype).to(device)
+    ops.nearest_code(z, codebook)
+    return (
+        f"indices equal; N 32768, K 1024, D 64: {milliseconds(lambda: ops.nearest_code(z, codebook), device)}"
+    )
+
+
+def nearest_code_variants(device: torch.device) -> str:
+    """Every tile that the launcher may choose for this GPU; TF32; screening without the certificate."""
+    kernels = triton_kernels("nearest_code")
+    z, codebook = random(700, 64), random(300, 64, seed=1)
+    expected = reference.nearest_code(z.double(), codebook.double())
+    z, codebook = z.to(device), codebook.to(device)
+    tiles = kernels.candidates(64, True, kernels.capability(device), False)
+    for tile in tiles:
+        same(kernels.nearest_code(z, codebook, config=tile), expected, f"the indices by tile {tile}")
+    same(kernels.nearest_code(z, codebook, precision="tf32"), expected, "the indices by TF32")
+    agree = float((kernels.nearest_code(z, codebook, exact=False).cpu() == expected).double().mean())
+    if agree < 0.9:
+        raise AssertionError(f"screening alone agrees in {agree:.0%} of the rows")
+    return f"{len(tiles)} tiles and TF32 equal; screening alone agrees in {agree:.1%}"
+
+
+def quantize(device: torch.device, gradient: Gradient) -> str:
+    """The layer's forward in both orders of summation, and its backward, against the same op on the CPU."""
+
+    def results(where: torch.device, z: Tensor, deterministic: bool) -> list[Tensor]:
+        leaves = [t.clone().to(where).requires_grad_() for t in (z, random(64, 32, seed=1))]
+        out = ops.quantize(*leaves, gradient=gradient, deterministic=deterministic)
+        loss = (out[0] * random(*z.shape, seed=2).to(where)).sum() + out[2].sum()
+        return [*out, *torch.autograd.grad(loss, leaves)]
+
+    worst = 0.0
+    for z in (random(500, 32), random(3, 32, 7, 5), random(3, 32, 5, 7).transpose(2, 3)):
+        for deterministic in (False, True):
+            found, expected = results(device, z, deterministic), results(CPU, z, deterministic)
+            same(found[1], expected[1], "the indices")
+            same(found[0], expected[0], "the codes")
+            same(found[3], expected[3], "the counts")
+            if found[0].stride() != z.stride():
+                raise AssertionError(f"the codes' strides are {found[0].stride()}, not {z.stride()}")
+            worst = max(worst, close(zip(found[2:], expected[2:], strict=True), 1e-5))
+    z, codebook = random(32, 64, 32, 32).to(device), random(512, 64, seed=1).to(device)
+    ops.quantize(z, codebook, gradient=gradient)
+    took = milliseconds(lambda: ops.quantize(z, codebook, gradient=gradient), device)
+    return f"error {worst:.1e}; N 32768, K 512, D 64: {took}"
+
+
+def code_error(device: torch.device) -> str:
+    """The distance to given codes and its gradients against the same op on the CPU."""
+
+    def results(where: torch.device, z: Tensor) -> list[Tensor]:
+        leaves = [t.clone().to(where).requires_grad_() for t in (z, random(64, 40, seed=1))]
+        error = ops.code_error(leaves[0], leaves[1], index.to(where))
+        return [error, *torch.autograd.grad(error.sum(), leaves)]
+
+    worst = 0.0
+    for z in (random(500, 40), random(3, 40, 7, 5), random(3, 40, 5, 7).transpose(2, 3)):
+        index = torch.randint(64, (z.shape[0], *z.shape[2:]), generator=torch.Generator().manual_seed(3))
+        worst = max(worst, close(zip(results(device, z), results(CPU, z), strict=True), 1e-5))
+    return f"error {worst:.1e}"
+
+
+def gramian_combine(device: torch.device, dtype: torch.dtype) -> str:
+    """Inner products and weighted sums of few and of many rows against float64 on the CPU."""
+    worst = 0.0
+    for m in (1, 4, 20):
+        rows, weights = conflicting(m).to(dtype), random(m, seed=1).double()
+        on_gpu = rows.to(device)
+        worst = max(worst, close([(ops.gramian(on_gpu), reference.gramian(rows))], 1e-12))
+        expected = reference.combine(rows.double(), weights)
+        close([(ops.combine(on_gpu, weights.to(device)), expected)], 4 * m * ROUNDING[dtype])
+    rows, weights = random(4, 2**22, dtype=dtype).to(device), random(4).double().to(device)
+    times = [
+        milliseconds(call, device) for call in (lambda: ops.gramian(rows), lambda: ops.combine(rows, weights))
+    ]
+    return f"error {worst:.1e}; 4 x 4194304: {times[0]}, {times[1]}"
+
+
+def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torch.dtype) -> str:
+    """The terms and their gradients against float64 on the CPU."""
+
+    def results(where: torch.device, kind: torch.dtype, op: Callable[..., Any]) -> list[Tensor]:
+        leaves = [random(100, 10, seed=s, dtype=dtype).to(where, kind).requires_grad_() for s in range(3)]
+        terms = op(*leaves, 5000, estimator)
+        loss = sum((t * random(100, seed=7).to(where, kind)).sum() for t in terms)
+        return [*terms, *torch.autograd.grad(loss, leaves)]
+
+    expected = results(CPU, torch.float64, reference.tc_terms)
+    pairs = zip(results(device, dtype, ops.tc_terms), expected, strict=True)
+    return f"error {close(pairs, 1e-4 if dtype == torch.float32 else 1e-11):.1e}"
+
+
+@contextmanager
+def projected_by(path: str) -> Iterator[None]:
+    """Have the projection on CUDA done by "triton" or by "cuda" for the length of a block."""
+    before, rows_of.cuda_path = rows_of.cuda_path, path
+    try:
+        yield
+    finally:
+        rows_of.cuda_path = before
+
+
+def strict(regularizer: reference.Regularizer) -> dict[str, Any]:
+    """Return the trainer's epsilons; TorchJD's where the trace regularises."""
+    if regularizer == "diagonal":
+        return {"norm_eps": 0.0, "reg_eps": 1e-6, "regularizer": "diagonal"}
+    return {"norm_eps": 1e-4, "reg_eps": 1e-4, "regularizer": "trace"}
+
+
+def projected(kind: str, G: Tensor, u: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return what the op for one kind of problem gives, and its status."""
+    if kind == "rows":
+        return ops.project_rows(u, G, **options)
+    if kind == "multipliers":
+        return ops.step_multipliers(G, G @ u[0])
+    return ops.project_weights(G, mode=cast(Mode, kind), **options)
+
+
+def projections(device: torch.device, regularizer: reference.Regularizer, path: str) -> str:
+    """The weights of both modes, of many vectors, and a step's multipliers, against the same ops on the CPU."""
+    worst, options = 0.0, strict(regularizer)
+    with projected_by(path):
+        for m in (1, 2, 4, 9, 20, 64):
+            rows = conflicting(m)
+            rows[0] *= 1e-2  # a row that is far shorter than the longest
+            G, u = ops.gramian(rows), random(5, m, seed=1).double()
+            for kind in ("upgrad", "dualproj", "rows", "multipliers"):
+                mine, status = projected(kind, G.to(device), u.to(device), options)
+                theirs, _ = projected(kind, G, u, options)
+                if int(status) != 0:
+                    raise AssertionError(f"m = {m}: the status is {int(status)}")
+                # A multiplier of zero in exact arithmetic may come out as rounding beside the slopes.
+                limit = 1e-7 * max(1.0, float(theirs.norm()))
+                if not float((mine.cpu() - theirs).norm()) <= limit:
+                    raise AssertionError(f"m = {m}: off by {float((mine.cpu() - theirs).norm()):.1e}")
+                worst = max(worst, float((mine.cpu() - theirs).norm()) / max(1.0, float(theirs.norm())))
+            broken = G.to(device, copy=True)
+            broken[0, 0] = float("nan")
+            weights, status = ops.project_weights(broken, **options)
+            if not (bool(weights.isnan().all()) and int(status) == -1):
+                raise AssertionError(f"m = {m}: a NaN in the Gramian gives {weights.tolist()}, {int(status)}")
+        G = ops.gramian(conflicting(4)).to(device)
+        took = milliseconds(lambda: ops.project_weights(G, **options), device)
+    return f"error {worst:.1e}; m 4: {took}"
+
+
+def upgrad_weights(device: torch.device, regularizer: reference.Regularizer, path: str) -> str:
+    """From rows to weights, against the same op on the CPU."""
+    worst, options = 0.0, strict(regularizer)
+    with projected_by(path):
+        for m in (2, 4, 16, 20):
+            rows = conflicting(m)
+            weights, gramian, status = ops.upgrad_weights(rows.to(device), **options)
+            expected = ops.upgrad_weights(rows, **options)
+            if int(status) != 0:
+                raise AssertionError(f"m = {m}: the status is {int(status)}")
+            close([(gramian, expected[1])], 1e-12)
+            worst = max(worst, close([(weights, expected[0])], 1e-6))  # Gramians that differ by rounding
+        rows = random(4, 2**20).to(device)
+        ops.upgrad_weights(rows, **options)
+        took = milliseconds(lambda: ops.upgrad_weights(rows, **options), device)
+    return f"error {worst:.1e}; 4 x 1048576: {took}"
+
+
+def gramian_weights(device: torch.device) -> str:
+    """Every method against the same op on the CPU."""
+    worst = 0.0
+    for m in (1, 3, 8, 20):
+        G = ops.gramian(conflicting(m))
+        order = random(m, m, seed=1).argsort(1)
+        for method in METHODS:
+            met = order if method == "pcgrad" else None
+            expected = ops.gramian_weights(G, method, order=met)
+            found = ops.gramian_weights(G.to(device), method, order=None if met is None else met.to(device))
+            worst = max(worst, close([(found, expected)], 1e-7))
+    reason = extension.cuda_missing()
+    return f"error {worst:.1e}" + (f"; on the host: {reason}" if reason else "")
