@@ -85,11 +85,11 @@ def gradient_jobs(steps: int) -> Iterator[Job]:
         yield job(arch, dataset, "strict UPGrad", 0, lr=lr, **short)
 
 
-def training_jobs(seeds: int, epochs: int) -> Iterator[Job]:
+def training_jobs(seeds: int, epochs: int, precision: str) -> Iterator[Job]:
     """What training reaches on Fashion-MNIST."""
     ways = ("sum", "TorchJD's UPGrad", "strict UPGrad", "AlignedMTL")
     ways += ("sum, step projected", "sum, step projected in the optimizer's metric")
-    long = {"epochs": epochs, "batch_size": 128, "diagnose": 20}
+    long = {"epochs": epochs, "batch_size": 128, "diagnose": 20, "precision": precision}
     for seed, way, arch in itertools.product(range(seeds), ways, ("vae", "vq_vae", "betatc_vae")):
         yield job(arch, "fashion_mnist", way, seed, lr=1e-3, **long)
 
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", help="of the training runs")
     parser.add_argument("--graphs", action="store_true", help="one CUDA graph per step")
     parser.add_argument("--limit", type=float, default=1e6, help="seconds after which no more runs are begun")
     parser.add_argument("--archs", nargs="*", help="only these models")
@@ -288,8 +289,10 @@ def main() -> None:
     jobs = {
         "applied": lambda: applied_jobs(a.seeds, a.steps),
         "gradient": lambda: gradient_jobs(a.steps),
-        "training": lambda: training_jobs(a.seeds, a.epochs),
-        "all": lambda: by_seed([*training_jobs(a.seeds, a.epochs), *applied_jobs(a.seeds, a.steps)]),
+        "training": lambda: training_jobs(a.seeds, a.epochs, a.precision),
+        "all": lambda: by_seed(
+            [*training_jobs(a.seeds, a.epochs, a.precision), *applied_jobs(a.seeds, a.steps)]
+        ),
     }[a.what]()
     jobs = (todo for todo in jobs if not a.archs or todo["arch"] in a.archs)
     study(jobs, a.out, a.workers, a.slots, a.limit, a.device, a.data_dir, a.graphs)

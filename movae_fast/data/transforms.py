@@ -117,7 +117,7 @@ def batch_of(
     x = images[rows]
     if flip is not None:
         x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    # A compiled division of float32 is off by a last digit on a GPU; of float64 it is exact, and its rounding too.
+    # A compiled division of float32 is off by a last digit on a GPU; of float64 it is exact, its rounding too.
     x = (x.to(torch.float64) / 255).to(torch.float32)
     x = x * 2 - 1 if normalize else x
     return x.contiguous(memory_format=torch.channels_last), labels[rows]
