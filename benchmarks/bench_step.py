@@ -97,7 +97,9 @@ def repeated(run: Call, times: int) -> Call:
 
 def torchjd_loop(arch: str, size: int, x: Tensor) -> Call:
     """TorchJD's documented loop: mtl_backward, jac_to_grad with its UPGrad, optimizer; eager."""
-    model, losses, optimizer = network(arch, size)
+    model, losses, _ = network(arch, size)
+    # Not fused: on CUDA that refuses gradients whose strides are not the parameter's, as cuDNN leaves them.
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     own, shared, aggregator = model.own_parameters(), model.shared_parameters(), UPGrad()
 
     def run() -> None:

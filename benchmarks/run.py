@@ -63,6 +63,8 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown, one table a group."""
     lines = [f"# {result['machine']}", "", f"{result['versions']}, {result['threads']} threads"]
+    if "note" in result:
+        lines += ["", result["note"]]
     for group in dict.fromkeys(row["group"] for row in result["rows"]):
         members = [row for row in result["rows"] if row["group"] == group]
         extra = [k for k in dict.fromkeys(k for row in members for k in row) if k not in FIXED]
@@ -71,8 +73,8 @@ def table(result: dict[str, Any]) -> str:
         head = ["name", "p20 ms", "p50 ms", "p80 ms", *extra]
         stamp = f"{members[0]['date']}, commit {members[0]['commit'][:10]}"
         lines += ["", f"## {group}", "", stamp, "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        for row in sorted(members, key=lambda r: r["p50_ms"]):
-            times = [f"{row[k]:.4g}" for k in ("p20_ms", "p50_ms", "p80_ms")]
+        for row in sorted(members, key=lambda r: r["p50_ms"] or 0.0):
+            times = [_show(row[k]) for k in ("p20_ms", "p50_ms", "p80_ms")]
             values = [_show(row.get(k)) for k in extra]
             lines.append(f"| {' | '.join([row['name'], *times, *values])} |")
         for row in members:
