@@ -114,6 +114,33 @@ def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path, agg, norm):
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--agg upgrad --conflict_free step",
+        "--agg sum --conflict_free step --step_metric optimizer --optimizer adamw --eps 1e-3",
+        "--agg upgrad --gramian_at features",
+        pytest.param("--agg upgrad --gramian_at last:2 --accumulate 2", marks=pytest.mark.slow),
+        pytest.param("--agg upgrad --gramian_batch 0.5", marks=pytest.mark.slow),
+    ],
+)
+def test_projected_steps_and_cheaper_gramians_on_two_ranks(tmp_path, flags):
+    """The step's multipliers, and the weights, are the union's: all ranks apply the same bits."""
+    flags = [*flags.split(), "--layer_norm", "none", "--steps", "20"]
+    flags += [] if "adamw" in flags else ["--lr", "0.05"]
+    flags += ["--lr", "0.003"] if "adamw" in flags else []
+    one = run(tmp_path / "one", *flags, "--batch_size", "64")
+    two = run(tmp_path / "two", *flags, "--batch_size", "32", ranks=2)
+    if "--gramian_batch" in flags:  # of each rank's own first images, not of the union's
+        assert distance(two, one) < 0.05
+        return
+    assert distance(two, one) < 1e-5
+    for a, b in zip(read_lines(two / "metrics.jsonl"), read_lines(one / "metrics.jsonl"), strict=True):
+        for key in ("train/step_min_cosine", "train/min_cosine"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-2, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_a_padded_last_batch_on_two_ranks(tmp_path):
     """320 images at 50 a step: of the last step's 50, the second rank has none that counts."""

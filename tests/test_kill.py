@@ -38,11 +38,15 @@ def lines(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING_KEYS} for line in text]
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
-def test_kill_9_then_resume(tmp_path, loader):
+@pytest.mark.parametrize(
+    "flags",
+    ["--loader resident", "--loader torch", "--conflict_free step --step_metric optimizer"],
+    ids=["resident", "torch", "projected step"],
+)
+def test_kill_9_then_resume(tmp_path, flags):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(tmp_path, *FLAGS, "--loader", loader, "--exp_dir", str(whole)))
-    process = start(tmp_path, *FLAGS, "--loader", loader, "--exp_dir", str(killed))
+    finish(start(tmp_path, *FLAGS, *flags.split(), "--exp_dir", str(whole)))
+    process = start(tmp_path, *FLAGS, *flags.split(), "--exp_dir", str(killed))
     metrics = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:

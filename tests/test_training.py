@@ -407,6 +407,8 @@ def test_a_compiled_run_compiles_once_through_epochs_evaluation_and_resume(train
     [
         "--gramian_every 2",
         "--gramian_batch 0.5",
+        "--gramian_at last:2",
+        "--conflict_free step --step_metric optimizer",
         "--accumulate 2",
         "--precision bf16",
         "--batch_size 110 --last_batch pad",

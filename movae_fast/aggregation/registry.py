@@ -166,7 +166,9 @@ def weights_rows(name: str) -> bool:
 
 def weights_by_gramian(name: str) -> bool:
     """Whether the aggregator called `name` weights rows by their Gramian alone."""
-    return weights_rows(name) and name not in ("jd_sum", "mean", "constant", "random")
+    by_rows = ("excess_mtl", "nash_mtl")
+    by_nothing = ("jd_sum", "mean", "constant", "random")
+    return weights_rows(name) and name not in by_rows + by_nothing
 
 
 def is_weighting(aggregator: nn.Module) -> bool:

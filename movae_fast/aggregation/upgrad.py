@@ -40,12 +40,21 @@ class FusedProjector(DualConeProjector):
     def __post_init__(self) -> None:
         check_options(self.norm_eps, self.reg_eps, "dualproj", self.regularizer)
 
+    def __repr__(self) -> str:
+        return f"FusedProjector({_shown(self.norm_eps, self.reg_eps, self.regularizer)})"
+
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
         """Return, for each vector u [m] of U [..., m], the v >= u of least v' A v, in the dtype of G."""
         projected, _ = ops.project_rows(
             U, G, norm_eps=self.norm_eps, reg_eps=self.reg_eps, regularizer=self.regularizer
         )
         return projected.to(G.dtype)
+
+
+def _shown(norm_eps: float, reg_eps: float, regularizer: Regularizer) -> str:
+    """The options as in a call; TorchJD has no regularizer but the trace, so that one is not named."""
+    text = f"norm_eps={norm_eps}, reg_eps={reg_eps}"
+    return text if regularizer == "trace" else f"{text}, regularizer={regularizer!r}"
 
 
 class ProjectionWeighting(GramianWeighting):
@@ -120,11 +129,8 @@ class ProjectionAggregator(FusedAggregator):
 
     def __repr__(self) -> str:
         inner = self.gramian_weighting
-        regularizer = "" if inner.regularizer == "trace" else f", regularizer={inner.regularizer!r}"
-        return (
-            f"{type(self).__name__}(pref_vector={inner.pref_vector!r}, norm_eps={inner.norm_eps}, "
-            f"reg_eps={inner.reg_eps}{regularizer})"
-        )
+        options = _shown(inner.norm_eps, inner.reg_eps, inner.regularizer)
+        return f"{type(self).__name__}(pref_vector={inner.pref_vector!r}, {options})"
 
 
 class UPGrad(ProjectionAggregator):

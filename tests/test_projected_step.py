@@ -1,0 +1,159 @@
+"""The projection of an optimizer's step: against quadprog in float64, and in somebody else's loop."""
+
+import warnings
+
+import numpy as np
+import pytest
+import pytorch_optimizer
+import torch
+from torch import nn
+
+from movae_fast import jacobian, ops, reference
+from movae_fast.aggregation import UPGrad
+from movae_fast.projected_step import flatten, metric_roots, multipliers, project_step
+from tests.gramians import FAMILIES
+from tests.gramians import jacobian as rows_of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import quadprog
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02),
+    "adam, fused": lambda p: torch.optim.Adam(p, lr=0.02, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "lamb": lambda p: pytorch_optimizer.Lamb(p, lr=0.02),
+}
+
+
+def closest(rows, step, metric):
+    """argmin (x - s)' D^-1 (x - s) subject to J x >= 0, by quadprog over all P coordinates at once."""
+    root = np.sqrt(metric)
+    scaled = rows * root / np.linalg.norm(rows * root, axis=1, keepdims=True)
+    found = quadprog.solve_qp(np.eye(len(step)), step / root, scaled.T, np.zeros(len(rows)))[0]
+    return found * root
+
+
+@pytest.mark.parametrize("metric", ["identity", "positive"])
+def test_it_is_the_closest_step_that_worsens_no_objective(metric):
+    """The primal problem in P unknowns, which knows nothing of multipliers or Gramians."""
+    rng = np.random.default_rng(0)
+    corrected = 0
+    for t in range(60):
+        m = int(rng.integers(1, 7))
+        J = rows_of(rng, ("gaussian", "conflicting", "row norms 1e-6 to 1e6")[t % 3], m)
+        s, D = rng.standard_normal(J.shape[1]), np.ones(J.shape[1])
+        if metric == "positive":
+            D = 10.0 ** rng.uniform(-2, 2, J.shape[1])
+        both = torch.tensor(np.concatenate([J * np.sqrt(D), (s / np.sqrt(D))[None]]))
+        found = multipliers(ops.gramian(both)).numpy()
+        ours = s + D * (J.T @ found)
+        theirs = closest(J, s, D)
+        assert np.linalg.norm((ours - theirs) / np.sqrt(D)) <= 1e-6 * np.linalg.norm(s / np.sqrt(D)), (t, m)
+        corrected += np.linalg.norm(ours - s) > 1e-3
+    assert corrected > 20
+
+
+def test_multipliers_are_zero_where_an_overflow_left_nothing_to_correct():
+    both = torch.ones(3, 3, dtype=torch.float64)
+    both[0, 0] = torch.inf
+    assert multipliers(both).tolist() == [0.0, 0.0]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
+        self.decoder = nn.Linear(4, 6)
+
+    def losses(self, x):
+        z = self.encoder(x)
+        # Two that pull z apart, and one a thousand times smaller against both.
+        return [z], [(self.decoder(z) - x).square().mean(), z.square().mean(), -1e-3 * z.abs().mean()]
+
+
+def cosines(rows, step):
+    rows, step = rows.double(), step.double()
+    return (rows @ step / (rows.norm(dim=1) * step.norm()).clamp_min(1e-300)).tolist()
+
+
+@pytest.mark.parametrize("metric", [False, True], ids=["identity", "optimizer"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_in_somebody_elses_loop_no_applied_step_conflicts(name, metric):
+    if metric and name == "sgd":
+        pytest.skip("has no metric")
+    worst = {}
+    for project in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = OPTIMIZERS[name](list(model.parameters()))
+        shared = list(model.encoder.parameters())
+        worst[project] = 1.0
+        for _ in range(30):
+            optimizer.zero_grad()
+            features, losses = model.losses(torch.randn(16, 6))
+            _, rows = jacobian.backward(
+                losses, features=features, shared=shared, aggregator=UPGrad.strict(), return_rows=True
+            )
+            before = jacobian.flatten(shared)
+            optimizer.step()
+            if project:
+                jacobian.project_step(shared, before, rows, optimizer=optimizer if metric else None)
+            worst[project] = min(worst[project], *cosines(rows, before - flatten(shared)))
+    assert worst[True] >= -1e-4  # float32's rounding of parameters beside a step
+    assert worst[False] < -0.01
+
+
+def test_the_metric_is_adams():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, betas=(0.9, 0.95), eps=1e-3)
+    out = [torch.empty_like(p) for p in layer.parameters()]
+    metric_roots(optimizer, list(layer.parameters()), out)
+    assert all(bool((root == 1).all()) for root in out)  # before the first step
+    for _ in range(3):
+        layer(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+    metric_roots(optimizer, list(layer.parameters()), out)
+    for p, root in zip(layer.parameters(), out, strict=True):
+        state = optimizer.state[p]
+        unbiased = state["exp_avg_sq"] / (1 - 0.95**3)
+        torch.testing.assert_close(root**2, 1 / (unbiased.sqrt() + 1e-3))
+
+
+def test_a_factor_on_the_metric_changes_nothing():
+    rng = np.random.default_rng(1)
+    J, s = rows_of(rng, FAMILIES[-1], 4), rng.standard_normal(8)
+    D = rng.uniform(0.1, 1, 8)
+    steps = []
+    for factor in (1.0, 1e8):
+        root = np.sqrt(factor * D)
+        both = torch.tensor(np.concatenate([J * root, (s / root)[None]]))
+        steps.append(s + factor * D * (J.T @ multipliers(ops.gramian(both)).numpy()))
+    np.testing.assert_allclose(*steps, rtol=1e-6, atol=1e-9)
+
+
+def test_the_op_is_the_reference():
+    torch.manual_seed(2)
+    for m in (1, 2, 4, 9):
+        J, s = torch.randn(m, 20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+        J -= 0.9 * J.mean(0)
+        found, status = ops.step_multipliers(J @ J.T, J @ s)
+        assert status == 0
+        torch.testing.assert_close(
+            found, reference.step_multipliers(J @ J.T, J @ s, 1e-9), rtol=1e-7, atol=1e-9
+        )
+
+
+def test_bad_arguments_are_named():
+    layer = nn.Linear(3, 2)
+    parameters, rows = list(layer.parameters()), torch.randn(2, 8)
+    before = jacobian.flatten(parameters)
+    with pytest.raises(ValueError, match=r"before must be \[8\] and rows \[m, 8\], got \[7\] and \[2, 8\]"):
+        project_step(parameters, before[1:], rows)
+    with pytest.raises(ValueError, match=r"got \[8\] and \[2, 7\]"):
+        project_step(parameters, before, rows[:, 1:])
+    sgd = torch.optim.SGD(parameters, lr=1)
+    with pytest.raises(ValueError, match="SGD has no second moments to measure by; leave out optimizer="):
+        project_step(parameters, before, rows, optimizer=sgd)
