@@ -1,36 +1,49 @@
-"""What `gramian_every` and `gramian_batch` cost, and how often their updates conflict with an objective.
+"""What cheaper Gramians cost, and how often their updates conflict with an objective.
 
 pytest benchmarks/bench_approximations.py --benchmark-only -s
-The vae trains on rendered sprites; after each step the whole batch's rows are taken once more, in the same
-state, and the update's cosine with each is computed in float64.
+Each model trains on rendered sprites. After each step the whole batch's rows are taken once more, in the same
+state, and the update's cosine with each is computed in float64. The costs are those of steps of all settings in
+turn, eager, on one batch.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.bench_step import DEVICE, network
+from benchmarks.measure import Call, interleaved
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.data.sprites import Sprites, split_index
 from movae_fast.training.step import GradientStep, keeping_buffers
 
-STEPS, BATCH = 120, 64
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sum": ("sum", {}),
-    "upgrad": ("upgrad", {}),
-    "upgrad, TorchJD's epsilons": ("upgrad", {"norm_eps": 1e-4, "reg_eps": 1e-4}),
-    "gramian_every 2": ("upgrad", {"gramian_every": 2}),
-    "gramian_every 4": ("upgrad", {"gramian_every": 4}),
-    "gramian_every 16": ("upgrad", {"gramian_every": 16}),
-    "gramian_batch 0.5": ("upgrad", {"gramian_batch": 0.5}),
-    "gramian_batch 0.25": ("upgrad", {"gramian_batch": 0.25}),
-    "gramian_batch 0.125": ("upgrad", {"gramian_batch": 0.125}),
+STEPS, BATCH = int(os.environ.get("MOVAE_BENCH_STEPS", "60")), 64
+ARCHS = ["vae", "betatc_vae", "vq_vae", "provlae"]
+TORCHJD = {"norm_eps": 1e-4, "reg_eps": 1e-4}
+# Name -> (aggregator, its options, options of GradientStep).
+SETTINGS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
+    "sum": ("sum", {}, {}),
+    "TorchJD's epsilons": ("upgrad", TORCHJD, {}),
+    "strict": ("upgrad", {}, {}),
+    "gramian_every 2": ("upgrad", {}, {"gramian_every": 2}),
+    "gramian_every 4": ("upgrad", {}, {"gramian_every": 4}),
+    "gramian_every 16": ("upgrad", {}, {"gramian_every": 16}),
+    "gramian_batch 0.25": ("upgrad", {}, {"gramian_batch": 0.25}),
+    "gramian_at features": ("upgrad", {}, {"gramian_at": "features"}),
+    "gramian_at last:2": ("upgrad", {}, {"gramian_at": "last:2"}),
+    "gramian_at last:4": ("upgrad", {}, {"gramian_at": "last:4"}),
 }
+
+
+def gradient_step(arch: str, name: str) -> tuple[GradientStep, torch.optim.Optimizer]:
+    agg, epsilons, options = SETTINGS[name]
+    model, losses, optimizer = network(arch, 32)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active), **epsilons).to(DEVICE)
+    return GradientStep(model, losses, aggregator, **options), optimizer
 
 
 def cosines(step: GradientStep, x: torch.Tensor, noise: torch.Tensor) -> list[float]:
@@ -38,42 +51,66 @@ def cosines(step: GradientStep, x: torch.Tensor, noise: torch.Tensor) -> list[fl
     update = step.flat.shared_grad.double()
     kept = step.flat.grad.clone()
     with keeping_buffers(step.model):
-        step.fill_rows([(x, noise)], step.losses.weights_at(1000)[step.active])
+        step.fill_rows([(x, noise, None)], step.losses.weights_at(1000)[step.active])
     step.flat.grad.copy_(kept)
     rows = step.rows.double()
     return (rows @ update / (rows.norm(dim=1) * update.norm()).clamp_min(1e-300)).tolist()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_conflicts(benchmark: Any, name: str) -> None:
-    agg, options = SETTINGS[name]
-    model, losses, optimizer = network("vae", 32)
-    index = split_index("train")
-    sprites = Sprites(index, 32, DEVICE, True)
-    epsilons = {k: options[k] for k in ("norm_eps", "reg_eps") if k in options}
-    approximations = {k: v for k, v in options.items() if k not in epsilons}
-    aggregator = None if agg == "sum" else make_aggregator(agg, 2, **epsilons).to(DEVICE)
-    step = GradientStep(model, losses, aggregator, **approximations)
+def trained(arch: str, name: str) -> list[float]:
+    """The least cosine of each step's update with a row."""
+    step, optimizer = gradient_step(arch, name)
+    sprites = Sprites(split_index("train"), 32, DEVICE, True)
     order = torch.randperm(len(sprites), generator=torch.Generator().manual_seed(0))
-    times, worst = [], []
+    least = []
     for number in range(STEPS):
         images, _ = sprites.gather(order[number * BATCH : (number + 1) * BATCH].to(DEVICE))
         x = images.float().div(255).expand(-1, 3, -1, -1)
-        noise = model.draw_noise(BATCH)
-        start = time.perf_counter()
+        noise = step.model.draw_noise(BATCH)
         step(x, number, noise)
-        times.append(1e3 * (time.perf_counter() - start))
-        worst.append(min(cosines(step, x, noise)))
+        least.append(min(cosines(step, x, noise)))
         optimizer.step()
-    conflicts = sum(w < -1e-3 for w in worst) / STEPS
-    benchmark.group = f"approximations: vae 32x32 batch {BATCH} on sprites, {STEPS} steps"
-    benchmark.extra_info |= {
-        "share_of_steps_in_conflict": conflicts,
-        "worst_cosine": min(worst),
-        "mean_step_ms": statistics.fmean(times[8:]),
-    }
-    print(
-        f"\n{name:28s} {conflicts:6.1%} of steps in conflict, worst cosine {min(worst):+.3f}, "
-        f"{statistics.fmean(times[8:]):.0f} ms"
-    )
-    benchmark.pedantic(lambda: step(x, 0, noise), rounds=1)
+    return least
+
+
+def one_turn(arch: str, name: str, x: torch.Tensor) -> Call:
+    """As many whole training steps as make one turn of what the setting does only every so often."""
+    step, optimizer = gradient_step(arch, name)
+    number = 0
+
+    def run() -> None:
+        nonlocal number
+        step(x, number, step.model.draw_noise(BATCH))
+        optimizer.step()
+        number += 1
+
+    turn = step.gramian_every
+    return run if turn == 1 else lambda: [run() for _ in range(turn)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_conflicts_and_costs(benchmark: Any, arch: str) -> None:
+    x = torch.rand(BATCH, 3, 32, 32, device=DEVICE)
+    medians = interleaved({name: one_turn(arch, name, x) for name in SETTINGS}, 5 if arch == "vq_vae" else 15)
+    turns = {name: options.get("gramian_every", 1) for name, (_, _, options) in SETTINGS.items()}
+    medians = {name: ms / turns[name] for name, ms in medians.items()}
+    found = {}
+    for name in SETTINGS:
+        least = trained(arch, name)
+        found[name] = {
+            "share_of_steps_in_conflict": sum(c < -1e-3 for c in least) / STEPS,
+            "worst_cosine": min(least),
+            "median_ms": medians[name],
+            "over_the_sum": medians[name] / medians["sum"],
+        }
+        shown = found[name]
+        print(
+            f"{arch:11s} {name:20s} {shown['share_of_steps_in_conflict']:6.1%} of steps in conflict, "
+            f"worst cosine {shown['worst_cosine']:+.4f}, "
+            f"{shown['median_ms']:6.1f} ms, {shown['over_the_sum']:.3f}x the sum's",
+            flush=True,
+        )
+    benchmark.group = f"approximations: {arch} 32x32 batch {BATCH} on sprites, {STEPS} steps"
+    benchmark.extra_info["settings"] = found
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.pedantic(one_turn(arch, "strict", x), rounds=1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from movae_fast.data.machine import ahead, in_threads
 from movae_fast.data.sources import ImageFiles, stack
 from movae_fast.data.transforms import Binarizer, batch_of, finish, pick
+from movae_fast.own_code import with_own_code
 
 
 @dataclass
@@ -187,7 +188,12 @@ class ResidentLoader(Loader):
         rows, flip = rows.to(self.device), None if flip is None else flip.to(self.device)
         for at in range(start * self.batch_size, len(rows), self.batch_size):
             here = slice(at, at + self.batch_size)
-            yield compiled_batch_of()(*table, rows[here], None if flip is None else flip[here], self.normalize)
+            yield self.batch_of(*table, rows[here], None if flip is None else flip[here], self.normalize)
+
+    @cached_property
+    def batch_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """This loader's own compiled gather: the sets of other loaders are no recompilation of it."""
+        return compiled_batch_of()
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         starts = range(start * self.batch_size, len(rows), self.batch_size)
@@ -209,9 +215,8 @@ class ResidentLoader(Loader):
         return images, labels.pin_memory() if self.device.type == "cuda" else labels
 
 
-@cache
 def compiled_batch_of() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(batch_of, fullgraph=True)
+    return torch.compile(with_own_code(batch_of), fullgraph=True)
 
 
 class DecodedFiles:

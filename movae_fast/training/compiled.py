@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from movae_fast.own_code import with_own_code
+
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 # With inductor's own limits on what it recomputes, each gate's upstream gradient is kept beside the gradient
 # made of it: a fifth more activations at the step's peak (cnn_vae_28). With these it is formed twice instead.
@@ -44,7 +46,8 @@ class Compiled:
             # Off by default in torch 2.11; without it the traced function would have to stop at each gradient.
             torch._dynamo.config.trace_autograd_ops = True
             options = {**torch._inductor.list_mode_options(mode), **(limits or {})}
-            self.call = torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
+            own = with_own_code(function)
+            self.call = torch.compile(own, fullgraph=True, dynamic=False, options=options or None)
 
     def __call__(self, *args: Any) -> Any:
         self.pending = False
