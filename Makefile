@@ -34,7 +34,9 @@ test-all: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m 'not gpu'
 
 gpu: $(VENV)/.ready-dev
+	$(BIN)/movae doctor --gpu
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.run
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python -m benchmarks.run
