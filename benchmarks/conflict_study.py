@@ -194,7 +194,7 @@ def study(jobs: Iterable[Job], out: Path, workers: int, slots: int, limit: float
     waiting, results = context.Queue(), context.Queue()
     for todo in [*left, *[None] * workers]:
         waiting.put(todo)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     arguments = (waiting, results, slots, threads, *where)
     processes = [context.Process(target=work, args=arguments, daemon=True) for _ in range(workers)]
     for process in processes:

@@ -10,7 +10,7 @@ int project_rows(const Projection& p, const double* A, const double* scales, int
     int unfinished = 0;
     for (int r = first; r < last; ++r) {
         double* out = p.out + static_cast<long>(r) * p.m;
-        const double* given = p.given + static_cast<long>(r) * p.m;
+        const double* given = p.given + (sum ? 0 : static_cast<long>(r) * p.m);
         const double preference = sum ? p.given[r] : 1;
         if (sum && !(preference > 0)) {  // u = preference e_r <= 0: nothing to add (and a NaN stays one)
             for (int k = 0; k < p.m; ++k) out[k] = preference <= 0 ? 0 : preference;

@@ -159,11 +159,16 @@ def backward(
     return_rows: return (weights, rows) with the Jacobian's rows [m, P] over the shared parameters, for
         `project_step`; not with an approximation, which does not have them.
 
+    In one process: the gradients are not exchanged, as `DistributedDataParallel`'s hooks are not called (the
+    trainer's own step sums rows over processes).
+
     The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError for losses that
     are not scalars, for an empty list, for features that no loss reaches, for a parameter that is both
     shared and own, and for a `gramian_at` that does not apply.
     """
     losses = list(losses)
+    shared = None if shared is None else list(shared)
+    own = None if own is None else list(own)
     if not losses or any(loss.numel() != 1 for loss in losses):
         shapes = ", ".join(str(tuple(loss.shape)) for loss in losses)
         raise ValueError(f"losses must be one or more scalars: got ({shapes})")
@@ -217,9 +222,11 @@ def _check_gramian_at(
             raise ValueError(f"gramian_at must be shared, features or shared parameters; got {gramian_at!r}")
         if gramian_at == "shared":
             return None
-        gramian_at = ()
-    elif not gramian_at:
-        raise ValueError("gramian_at names no parameter; give some, or features")
+        places: list[Tensor] = []
+    else:
+        places = [gramian_at] if isinstance(gramian_at, Tensor) else list(gramian_at)
+        if not places:
+            raise ValueError("gramian_at names no parameter; give some, or features")
     if not features:
         raise ValueError("gramian_at needs features=: without them there is nothing before all parameters")
     if not is_weighting(aggregator):
@@ -229,9 +236,9 @@ def _check_gramian_at(
     if return_rows:
         raise ValueError("gramian_at computes no rows of the shared parameters; leave out return_rows")
     known = {id(p) for p in shared}
-    if any(id(p) not in known for p in gramian_at):
+    if any(id(p) not in known for p in places):
         raise ValueError("gramian_at names a parameter that is not shared")
-    return list(gramian_at)
+    return places
 
 
 def cheap_rows(
@@ -306,7 +313,7 @@ def cosines_with_update(
 ) -> tuple[Tensor, Tensor]:  # [m], [m]
     """Cosine of the update with each row, and each row's norm; free from the Gramian where rows are weighted.
 
-    A row of zeros has cosine 0.
+    A row of zeros has cosine 0; NaN where the Gramian is not finite.
     """
     norms = gramian.diagonal().sqrt()
     if weights is not None:
@@ -316,4 +323,4 @@ def cosines_with_update(
         assert update is not None
         inner, length = (rows @ update).to(gramian), update.norm().to(gramian)
     scale = norms * length
-    return torch.where(scale > 0, inner / scale, 0.0).float(), norms.float()
+    return torch.where(scale == 0, 0.0, inner / scale).float(), norms.float()

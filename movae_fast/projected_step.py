@@ -16,8 +16,9 @@ sense of length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,27 +37,67 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def multipliers(gramian: Tensor) -> Tensor:  # [m] float64
-    """Return lambda from the Gramian [m + 1, m + 1] of J D^(1/2) with D^(-1/2) s as its last row.
-
-    Zero where it is not finite: an overflow in fp16, whose step the loss scale left out.
-    """
+    """Return lambda from the Gramian [m + 1, m + 1] of J D^(1/2) with D^(-1/2) s as its last row."""
     m = len(gramian) - 1
     found, _ = ops.step_multipliers(gramian[:m, :m], gramian[:m, m], reg_eps=REG_EPS)
-    return torch.where(found.isfinite(), found, 0.0)
+    return found
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a row this process works on, and how the processes put their results together."""
+
+    share: Callable[[Tensor], Tensor] = lambda tensor: tensor  # this process's stretch of [..., P]
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the sum over the processes
+    gather: Callable[[Tensor], None] = lambda row: None  # fills in the others' stretches of a row [P]
+
+
+def correction(
+    both: Tensor,  # [m + 1, P] the rows J and, last, the step s; overwritten
+    roots: Tensor | None = None,  # [P] D^(1/2); overwritten
+    loss_scale: Tensor | None = None,  # [] by which the rows are too long
+    columns: Columns = Columns(),
+) -> tuple[Tensor, Tensor]:  # [P], [m] float64
+    """Return -D J' lambda, what a step's projection adds to the parameters, and lambda.
+
+    Zero where the Gramian is not finite: an overflow in fp16, whose step the loss scale left out; a product
+    with lambda = 0 would be NaN.
+    """
+    mine = columns.share(both)
+    if roots is not None:
+        root = columns.share(roots)
+        bounded(root, mine[:-1], loss_scale)
+        mine[:-1] *= root
+        mine[-1] /= root
+    products = columns.total(ops.gramian(mine))
+    found = multipliers(products)
+    change = both[-1]  # the step's place: it has been used
+    ops.combine(mine[:-1], found, out=mine[-1])
+    if roots is not None:
+        mine[-1] *= root
+    columns.gather(change)
+    usable = products.isfinite().all()
+    return torch.where(usable, -change, 0.0), torch.where(usable, found, 0.0)
 
 
 def step_cosines(gramian: Tensor) -> Tensor:  # [m] float64
     """Return the cosine of a step with each row, from the Gramian [m + 1, m + 1] of the rows and the step.
 
-    Zero for a row or a step of norm zero.
+    Zero for a row of norm zero; NaN for a step of norm zero, and where the Gramian is not finite.
     """
     norms = gramian.diagonal().sqrt()
-    scale = norms[:-1] * norms[-1]
-    return torch.where(scale > 0, gramian[:-1, -1] / scale, 0.0)
+    cosines = gramian[:-1, -1] / (norms[:-1] * norms[-1])
+    return torch.where((norms[:-1] == 0) & (norms[-1] > 0), 0.0, cosines)
 
 
 def has_metric(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer divides by the root of second moments, as Adam does (`metric_roots`)."""
+    """Whether the optimizer divides by the root of second moments that `metric_roots` finds, as Adam does.
+
+    Asked of its state after a step; before the first, of what such optimizers are told.
+    """
+    states = [state for state in optimizer.state.values() if state]
+    if states:
+        return all("exp_avg_sq" in state for state in states)
     betas = [group.get("betas") for group in optimizer.param_groups]
     return all(b is not None and len(b) >= 2 for b in betas)
 
@@ -68,35 +109,44 @@ def metric_roots(
 ) -> None:
     """Write D^(1/2) of the optimizer's metric, D = 1 / (sqrt(v_hat) + eps), for each parameter into `out`.
 
-    v_hat is the second moment `exp_avg_sq` of Adam and its kin, free of its bias. Ones where there is no moment
-    yet: before the first step.
+    v_hat is the second moment of Adam and its kin, free of its bias (with amsgrad the largest so far). Ones
+    where there is no moment yet: before the first step.
     """
-    known = []
+    known: dict[int, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}  # by group
     for p, root in zip(parameters, out, strict=True):
-        moment = optimizer.state.get(p, {}).get("exp_avg_sq")
+        state = optimizer.state.get(p, {})
+        moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
         if moment is None:
             root.fill_(1.0)
-        else:
-            known.append((p, moment, root))
-    if not known:
-        return
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    roots = [root for _, _, root in known]
-    torch._foreach_copy_(roots, [moment for _, moment, _ in known])
-    torch._foreach_sqrt_(roots)
-    unbiased: dict[int, float | Tensor] = {}  # the steps of a group's parameters are alike
-    for p, _, _ in known:
-        group = groups[id(p)]
-        if id(group) not in unbiased:
-            step = optimizer.state[p].get("step", group.get("step"))
-            bias = 1 - group["betas"][1] ** step if step is not None else 1.0
-            unbiased[id(group)] = bias.rsqrt().float() if isinstance(bias, Tensor) else bias**-0.5
-    for key, factor in unbiased.items():
-        mine = [root for p, _, root in known if id(groups[id(p)]) == key]
-        eps = next(groups[id(p)]["eps"] for p, _, _ in known if id(groups[id(p)]) == key)
-        torch._foreach_mul_(mine, factor if not isinstance(factor, Tensor) else factor.to(mine[0].device))
-        torch._foreach_add_(mine, eps)
-    torch._foreach_rsqrt_(roots)
+            continue
+        number = next(k for k, g in enumerate(optimizer.param_groups) if any(p is q for q in g["params"]))
+        known.setdefault(number, []).append((moment, root, state))
+    for number, members in known.items():
+        group, roots = optimizer.param_groups[number], [root for _, root, _ in members]
+        torch._foreach_copy_(roots, [moment for moment, _, _ in members])
+        torch._foreach_sqrt_(roots)
+        # The steps of a group's parameters are alike; 0 is a state whose first step overflowed.
+        step = members[0][2].get("step", group.get("step"))
+        if step is not None:
+            step = torch.as_tensor(step, dtype=torch.float32, device=roots[0].device).clamp_min(1)
+            torch._foreach_mul_(roots, (1 - group["betas"][1] ** step).rsqrt())
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_rsqrt_(roots)
+
+
+def bounded(roots: Tensor, rows: Tensor, loss_scale: Tensor | None = None) -> None:
+    """Keep D^(1/2) [P] from being larger than the rows [m, P] themselves justify, in place.
+
+    v_hat is of aggregated gradients. Where the objectives' gradients all but cancel it is nearly zero, and D so
+    large that the whole correction would move that one coordinate, by hundreds of learning rates. Here v_hat
+    counts as at least the largest squared entry of a row. The guarantee holds for every positive D.
+    """
+    steepest = rows[0].abs()
+    for row in rows[1:]:
+        torch.maximum(steepest, row.abs(), out=steepest)
+    if loss_scale is not None:
+        steepest /= loss_scale
+    torch.minimum(roots, steepest.clamp_min_(1e-30).rsqrt_(), out=roots)
 
 
 @torch.no_grad()
@@ -112,11 +162,13 @@ def project_step(
     parameters: those that the rows are about, in the rows' order; corrected in place.
     before: `flatten(parameters)` from before `optimizer.step()`.
     rows: each objective's gradient at the parameters, end to end (`jacobian.backward(..., return_rows=True)`).
+        With gradients that are accumulated over several batches, the sum of their rows.
     optimizer: measure the correction in this optimizer's metric (Adam, AdamW and their kin), or in plain length
         (None).
 
     Returns the multipliers lambda: zero where the step was without conflict. Nothing is read on the host. See
-    the module's text for what is guaranteed.
+    the module's text for what is guaranteed. In one process only: on several, each would correct by its own
+    rows (the trainer's `--conflict_free step` sums them).
 
     Raises ValueError for shapes that do not fit, and for an optimizer without second moments.
     """
@@ -130,21 +182,16 @@ def project_step(
         )
     if optimizer is not None and not has_metric(optimizer):
         raise ValueError(
-            f"project_step: {type(optimizer).__name__} has no second moments to measure by; "
+            f"project_step: {type(optimizer).__name__} has no second moments (exp_avg_sq) to measure by; "
             "leave out optimizer="
         )
-    both = torch.cat([rows, (before - flatten(parameters))[None].to(rows)])
-    root = None
+    roots = None
     if optimizer is not None:
-        root = torch.empty_like(before)
-        views = [part.view(p.shape) for part, p in zip(root.split(sizes), parameters, strict=True)]
+        roots = torch.empty_like(before)
+        views = [part.view(p.shape) for part, p in zip(roots.split(sizes), parameters, strict=True)]
         metric_roots(optimizer, parameters, views)
-        both[:-1] *= root
-        both[-1] /= root
-    found = multipliers(ops.gramian(both))
-    correction = ops.combine(both[:-1], found)
-    if root is not None:
-        correction *= root
-    for p, part in zip(parameters, correction.split(sizes), strict=True):
-        p.sub_(part.view(p.shape).to(p))
+    both = torch.cat([rows, (before - flatten(parameters))[None].to(rows)])
+    change, found = correction(both, roots)
+    for p, part in zip(parameters, change.split(sizes), strict=True):
+        p.add_(part.view(p.shape).to(p))
     return found

@@ -132,6 +132,18 @@ def test_three_hundred_steps(arch, dataset):
         assert (gradient >= CONFLICT).all()
 
 
+def test_a_model_whose_objectives_do_not_reach_the_features_trains():
+    """Of vq_vae only the codebook's objective: no row, nothing to project, nothing measured."""
+    flags = {"arch": "vq_vae", "dataset": "digits", "image_size": 16, "hidden_dims": [8], "batch_size": 16}
+    flags |= {"loss_weights": [0.0, 1.0, 0.0], "agg": "upgrad", "conflict_free": "step", "device": "cpu"}
+    config = TrainConfig.from_flat(flags | {"steps": 2, "seed": 0, "limit_train": 64, "limit_test": 16})
+    validate(config)
+    run = assemble(config, torch.device("cpu"), World())
+    x = torch.rand(16, 1, 16, 16)
+    record = run.training_step(x, 0, run.noise(16), diagnose=True)
+    assert record.step_cosines.isnan().all()
+
+
 # What is logged.
 
 

@@ -111,6 +111,21 @@ def test_bf16_and_fp16():
         assert 1e-4 < relative(b, a) < 0.2
 
 
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "crmogm"])
+def test_an_aggregator_that_draws_or_remembers_is_asked_once_per_step(name):
+    """The weights of the log are those of the update: the gradient is their weighted sum of rows."""
+    made = step("betatc_vae", agg=name, gramian_at="features", dtype=torch.float64)
+    calls = []
+    made.aggregator.gramian_weighting.register_forward_hook(lambda *_: calls.append(1))
+    x = images(dtype=torch.float64)
+    for number in range(3):
+        torch.manual_seed(2)
+        record = made(x, number, made.model.draw_noise(len(x)), diagnose=True)
+        expected = (record.weights.double() @ made.rows).float()
+        assert relative(made.flat.shared_grad, expected) < 1e-5
+        assert len(calls) == number + 1
+
+
 @pytest.mark.parametrize("name", [name for name in AGGREGATORS if weights_by_gramian(name)])
 def test_every_aggregator_that_weights_by_the_gramian(name):
     made = step("betatc_vae", agg=name, gramian_at="features")
@@ -144,11 +159,11 @@ def test_overflow_keeps_the_last_finite_weights():
 
 def test_models_and_counts_that_cannot_work_are_named():
     model = MODELS["vae"]((3, 16, 16), "tanh", latent_dim=4, hidden_dims=[8])
-    assert len(last_parameters(model, "last:4")) > len(last_parameters(model, "last:1")) == 2
-    for wrong in ("last:0", "last:5", "last:99"):
-        with pytest.raises(
-            ValueError, match=r"the model has 4 shared modules with parameters; give last:1 to last:4"
-        ):
+    heads = {id(p) for head in (model.mu, model.logvar) for p in head.parameters()}
+    assert {id(p) for p in last_parameters(model, "last:1")} == heads  # both heads are the last layer
+    assert len(last_parameters(model, "last:3")) == len(model.shared_parameters())
+    for wrong in ("last:0", "last:4", "last:99"):
+        with pytest.raises(ValueError, match=r"the model has 3 shared layers; give last:1 to last:3"):
             last_parameters(model, wrong)
     with pytest.raises(ValueError, match="valid: shared, features, last:1"):
         last_parameters(model, "first:2")
@@ -167,7 +182,7 @@ def test_models_and_counts_that_cannot_work_are_named():
     [
         ("--agg upgrad --gramian_at first", "--gramian_at first: valid: shared, features, last:1"),
         ("--agg upgrad --gramian_at last:0", "--gramian_at last:0: valid: shared, features, last:1"),
-        ("--agg upgrad --gramian_at last:99", "gramian_at last:99: the model has 6 shared modules"),
+        ("--agg upgrad --gramian_at last:99", "gramian_at last:99: the model has 5 shared layers"),
         ("--agg graddrop --gramian_at features", "graddrop does not"),
         ("--agg constant --gramian_at features", "constant needs the rows themselves; these do with their"),
         ("--agg upgrad --gramian_at features --jacobian all", "leave --jacobian at shared"),
@@ -179,6 +194,11 @@ def test_models_and_counts_that_cannot_work_are_named():
             "--upgrad_regularizer rows: unknown; valid: trace, diagonal",
         ),
         ("--agg upgrad --upgrad_norm_eps 1e-4", "add --upgrad_regularizer trace"),
+        (
+            "--agg mgda --upgrad_reg_eps 0.1",
+            "is a setting of upgrad, dualproj, crmogm; --agg mgda does not have it",
+        ),
+        ("--conflict_free step --gramian_every 2", "needs every step's rows"),
         ("--agg upgrad --upgrad_reg_eps -1", "--upgrad_reg_eps -1.0 must be zero or more"),
         ("--agg upgrad --step_metric optimizer", "add --conflict_free step"),
         ("--conflict_free step --step_metric optimizer --optim sgd", "sgd has no second moments"),
@@ -217,6 +237,35 @@ def test_backward_with_a_cheaper_gramian(at):
     torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum().backward()
     for p, g in zip(model.shared, ours, strict=True):
         torch.testing.assert_close(p.grad, g)
+
+
+def test_every_parameter_before_the_features_is_in_one_layer():
+    for arch, options in (
+        ("vae", {}),
+        ("vq_vae", {}),
+        ("provlae", {"hidden_dim": 8, "fc_dim": 16}),
+        ("cnn_vae", {"dim": 8, "dim_mults": [1, 2, 4]}),
+    ):
+        model = MODELS[arch]((3, 32, 32), "tanh", **options)
+        layers = model.shared_layers()
+        assert sorted(id(p) for layer in layers for p in layer) == sorted(map(id, model.shared_parameters()))
+        assert all(layers)
+    ladder = MODELS["provlae"]((3, 32, 32), "tanh", hidden_dim=8, fc_dim=16).shared_layers()
+    assert len(ladder[-1]) == 2 * 3  # a weight and a bias of every rung's head
+
+
+def test_backward_takes_an_iterator_or_one_parameter():
+    found = []
+    for place in (lambda m: iter(m.a.parameters()), lambda m: list(m.a.parameters())):
+        model, x = net()
+        features, losses = model(x)
+        found.append(
+            jacobian.backward(losses, features=features, aggregator=UPGrad.strict(), gramian_at=place(model))
+        )
+    assert torch.equal(*found)
+    model, x = net()
+    features, losses = model(x)
+    jacobian.backward(losses, features=features, aggregator=UPGrad.strict(), gramian_at=model.a.weight)
 
 
 def test_backward_returns_its_rows():

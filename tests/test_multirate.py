@@ -448,7 +448,11 @@ def test_a_step_is_the_mean_over_examples_each_with_its_beta(agg):
             value = (out.preactivation.sigmoid() - x[i]).square().sum() if k == 0 else noise[i, -1].exp() * kl
             grads = torch.autograd.grad(value / 6, parameters, allow_unused=True)
             total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
-        rows.append(torch.cat([t.flatten() for t in total]))
+        row = torch.zeros_like(taken.flat.data)  # laid out as the step's own, with its gaps
+        own = [*taken.flat.shared, *taken.flat.own]
+        for t, p in zip(total, own, strict=True):
+            taken.flat.view(row, p).copy_(t)
+        rows.append(row)
     if agg == "sum":
         assert relative(found, rows[0] + rows[1]) < 1e-12
     else:

@@ -11,8 +11,12 @@ from torch import nn
 from movae_fast import jacobian, ops, reference
 from movae_fast.aggregation import UPGrad
 from movae_fast.projected_step import flatten, metric_roots, multipliers, project_step
+from movae_fast.training.captured import TrainingStep
+from movae_fast.training.precision import Precision
 from tests.gramians import FAMILIES
 from tests.gramians import jacobian as rows_of
+from tests.test_step import images
+from tests.test_step import step as gradient_step
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -55,10 +59,48 @@ def test_it_is_the_closest_step_that_worsens_no_objective(metric):
     assert corrected > 20
 
 
-def test_multipliers_are_zero_where_an_overflow_left_nothing_to_correct():
-    both = torch.ones(3, 3, dtype=torch.float64)
-    both[0, 0] = torch.inf
-    assert multipliers(both).tolist() == [0.0, 0.0]
+@pytest.mark.parametrize("metric", [False, True], ids=["identity", "optimizer"])
+def test_an_overflow_corrects_nothing(metric):
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    before, rows = jacobian.flatten(list(layer.parameters())), torch.randn(2, 8)
+    optimizer.step()
+    stepped = flatten(list(layer.parameters()))
+    rows[0, 1] = torch.inf
+    found = project_step(list(layer.parameters()), before, rows, optimizer=optimizer if metric else None)
+    assert found.tolist() == [0.0, 0.0]
+    assert torch.equal(flatten(list(layer.parameters())), stepped)
+
+
+@pytest.mark.parametrize("metric", ["identity", "optimizer"])
+def test_fp16_overflows_leave_the_parameters_finite(metric):
+    """The first step overflows (Adam has no state), later ones do, and between them steps are projected."""
+    gradient = gradient_step("vq_vae", precision=Precision("fp16", torch.device("cpu")))
+    optimizer = torch.optim.Adam(gradient.model.parameters(), lr=1e-3, fused=True)
+    step = TrainingStep(gradient, optimizer, step_metric=metric)
+    for number, power in enumerate((60, 10, 10, 100, 10)):
+        gradient.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power)
+        before = gradient.flat.data.clone()
+        record = step(images(), number, gradient.model.draw_noise(16), diagnose=True)
+        assert gradient.flat.data.isfinite().all(), number
+        assert torch.equal(gradient.flat.data, before) == (power > 10), number
+        # A step that was left out is not a measured step without conflict.
+        assert bool(record.step_cosines.isnan().all()) == (power > 10)
+        if power == 10:
+            assert record.step_cosines.nan_to_num(1).min() > -1e-3
+
+
+def test_in_adams_metric_no_coordinate_jumps_where_gradients_cancel():
+    """v_hat of a sum that cancels is all but zero: unbounded, D moves that coordinate by 274 and 503 rates."""
+    for arch in ("betatc_vae", "vq_vae"):
+        gradient = gradient_step(arch, agg="jd_sum")
+        optimizer = torch.optim.Adam(gradient.model.parameters(), lr=1e-4)
+        step = TrainingStep(gradient, optimizer, step_metric="optimizer")
+        for number in range(5):
+            before = gradient.flat.shared_data.clone()
+            step(images(), number, gradient.model.draw_noise(16))
+            assert (before - gradient.flat.shared_data).abs().max() < 30 * 1e-4, (arch, number)
 
 
 class Net(nn.Module):
@@ -155,5 +197,10 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"got \[8\] and \[2, 7\]"):
         project_step(parameters, before, rows[:, 1:])
     sgd = torch.optim.SGD(parameters, lr=1)
-    with pytest.raises(ValueError, match="SGD has no second moments to measure by; leave out optimizer="):
+    with pytest.raises(ValueError, match=r"SGD has no second moments \(exp_avg_sq\) to measure by; leave out"):
         project_step(parameters, before, rows, optimizer=sgd)
+    adamax = torch.optim.Adamax(parameters, lr=1)
+    layer(torch.ones(1, 3)).sum().backward()
+    adamax.step()
+    with pytest.raises(ValueError, match="Adamax has no second moments"):
+        project_step(parameters, before, rows, optimizer=adamax)

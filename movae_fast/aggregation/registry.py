@@ -30,8 +30,11 @@ def _dualproj(pref_vector: Tensor | None = None, cone: Mapping[str, Any] | None 
     return DualProj(pref_vector, **(cone or {}))
 
 
-def _crmogm(weighting: str = "upgrad", alpha: float = 0.9) -> jd.Aggregator:
-    inner = AGGREGATORS[weighting]()
+def _crmogm(
+    weighting: str = "upgrad", alpha: float = 0.9, cone: Mapping[str, Any] | None = None
+) -> jd.Aggregator:
+    takes_cone = "cone" in inspect.signature(AGGREGATORS[weighting]).parameters
+    inner = AGGREGATORS[weighting](**({"cone": cone} if takes_cone else {}))
     return jd.GramianWeightedAggregator(jd.CRMOGMWeighting(inner.gramian_weighting, alpha=alpha))
 
 
@@ -94,6 +97,9 @@ AGGREGATORS: dict[str, Callable[..., jd.Aggregator]] = {
 
 # Those that run where the rows are and read nothing on the host; the rest are TorchJD's.
 FUSED = ("upgrad", "dualproj", "aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad")
+
+# Those that project onto the dual cone, and so have a regularizer.
+CONES = ("upgrad", "dualproj", "crmogm")
 
 # TorchJD's weightings that want two independent mini-batches a step: on one, they lose what they are for.
 NEED_TWO_BATCHES = ("modo", "sdmgrad")

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from movae_fast.aggregation.registry import CONES
 from movae_fast.names import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -223,6 +224,14 @@ def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     for key in values:
         if key not in kinds:
             raise ValueError(f"--config {path}: {key} is no flag{nearest(str(key), kinds)}")
+    return with_its_regularizer(values)
+
+
+def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
+    """Flags of a run as it recorded them, with the regularizer that it had before there were two: the trace."""
+    recorded = {"upgrad_norm_eps", "upgrad_reg_eps"} <= values.keys()
+    if recorded and "upgrad_regularizer" not in values and values.get("agg") in CONES:
+        return values | {"upgrad_regularizer": "trace"}
     return values
 
 

@@ -114,7 +114,7 @@ def continued(
 ) -> TrainConfig:
     """The saved configuration with what a resumed run may change."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
-    known.setdefault("upgrad_regularizer", "trace")  # the only one when the run began
+    known = parsing.with_its_regularizer(known)
     values = parsing.parse(parser, words, known)
     kept = {"epochs", "steps"} if known["arch"] == "provlae" else set()  # they are its stages' lengths
     changed = [k for k, v in known.items() if (k not in RESUMABLE or k in kept) and values[k] != v]
@@ -188,6 +188,9 @@ def describe(work: Run, console: Console) -> None:
     )
     shape = "x".join(map(str, config.image_shape))
     processes = f"{work.world.size} x " if work.world.size > 1 else ""
+    # Where the aggregator is on the host, or other processes must be asked, the Gramian parts the graph.
+    gradient = work.gradient
+    eager = gradient.gramian_at != "shared" and gradient.by_rows.mode != gradient.by_cheap_gramian.mode
     compiled = (", compiled" if work.gradient.by_sum.mode != "off" else "") + graph_note(work)
     images = f"{processes}{config.data.batch_size}"
     loader = type(work.train_loader).__name__.removesuffix("Loader").lower()
@@ -195,7 +198,7 @@ def describe(work: Run, console: Console) -> None:
     for line in (
         f"{config.model.arch} ({size:,} parameters) on {config.data.dataset} {shape}, "
         f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
-        f"objectives: {weights}; {aggregation(config)}",
+        f"objectives: {weights}; {aggregation(config, eager)}",
         *rate_line(config),
         *stage_line(work),
         f"{work.total_steps:,} steps of {images} on {work.device}, {config.run.precision}{compiled}; "
@@ -206,7 +209,7 @@ def describe(work: Run, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def aggregation(config: TrainConfig) -> str:
+def aggregation(config: TrainConfig, eager: bool) -> str:
     """The aggregator, what it aggregates, and whether its gradient or the whole step is without conflict."""
     o = config.objective
     text = f"aggregator {o.agg}"
@@ -214,6 +217,8 @@ def aggregation(config: TrainConfig) -> str:
         text += f" over the {o.jacobian} Jacobian"
     if o.gramian_at != "shared":
         text += f", weights from {o.gramian_at} (approximate)"
+        if eager:
+            text += ", which runs uncompiled"
     if o.conflict_free == "step":
         metric = "" if o.step_metric == "identity" else f" in the metric of {config.optimizer.optimizer}"
         text += f"; the step is projected{metric}"

@@ -8,6 +8,7 @@ features, and only from there on does each one cost a backward pass of its own.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -127,6 +128,30 @@ class VAE(nn.Module):
         """Objective -> the parameters after the features that only this objective trains."""
         raise NotImplementedError
 
+    def shared_heads(self) -> list[nn.Module]:
+        """Parallel parts that end the shared part, one or more per feature; they count as one in
+        `shared_layers`."""
+        return []
+
+    def shared_layers(self) -> list[list[nn.Parameter]]:
+        """Parameters before the features by layer, those next to the features last.
+
+        A layer is a module with parameters of its own; the k-th last layers of all `shared_heads` are one
+        layer.
+        """
+        shared = {id(p) for p in self.shared_parameters()}
+
+        def layers(module: nn.Module) -> list[list[nn.Parameter]]:
+            found = [[p for p in m.parameters(recurse=False) if id(p) in shared] for m in module.modules()]
+            return [parameters for parameters in found if parameters]
+
+        heads = [layers(head) for head in self.shared_heads()]
+        in_heads = {id(p) for head in heads for layer in head for p in layer}
+        trunk = [[p for p in layer if id(p) not in in_heads] for layer in layers(self)]
+        side_by_side = itertools.zip_longest(*(reversed(head) for head in heads), fillvalue=[])
+        ends = [[p for layer in together for p in layer] for together in side_by_side]
+        return [layer for layer in trunk if layer] + ends[::-1]
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images [B, C, S, S] to their deterministic reconstruction (posterior mean, or nearest codes)."""
         raise NotImplementedError
@@ -160,6 +185,9 @@ class GaussianVAE(VAE):
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         """The modules after the features, the image's layer last."""
         return (self.decoder,)
+
+    def shared_heads(self) -> list[nn.Module]:
+        return [self.mu, self.logvar]
 
     def own_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"reconstruction": [p for part in self.decoder_parts() for p in part.parameters()]}

@@ -133,6 +133,9 @@ class ProVLAE(GaussianVAE):
         """alpha for the rung that fades in, 1 for the others."""
         return 1 + self.fading * (self.alpha - 1)
 
+    def shared_heads(self) -> list[nn.Module]:
+        return [nn.Sequential(rung, head) for rung, head in zip(self.rungs, self.heads, strict=True)]
+
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         return self.generators, self.joins, self.ups, self.finish, self.out
 

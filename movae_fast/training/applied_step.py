@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from movae_fast import ops
-from movae_fast.projected_step import StepMetric, metric_roots, multipliers, step_cosines
+from movae_fast.projected_step import Columns, StepMetric, correction, metric_roots, step_cosines
 from movae_fast.training.step import GradientStep, Kind
 
 
@@ -35,7 +35,8 @@ class AppliedStep:
         self, gradient: GradientStep, optimizer: torch.optim.Optimizer, metric: StepMetric | None
     ) -> None:
         self.gradient, self.optimizer, self.metric = gradient, optimizer, metric
-        flat = gradient.flat
+        flat, world = gradient.flat, gradient.world
+        self.columns = Columns(world.shard, world.sum_, world.gather_)
         if metric == "optimizer":
             self.roots = torch.ones_like(flat.shared_data)
             self.root_views = [flat.view(self.roots, p) for p in flat.shared]
@@ -45,37 +46,30 @@ class AppliedStep:
         """Run the optimizer's step inside; project it and measure it afterwards, as the kind of step asks."""
         seen = Watched(self.gradient.unknown)
         project = self.metric is not None
-        if not kind.rows or not (project or kind.diagnose):
+        if not kind.rows or not self.gradient.reached or not (project or kind.diagnose):
             yield seen
             return
         buffer, parameters = self.gradient.buffer, self.gradient.flat.shared_data
-        before = parameters.clone() if kind.diagnose else None
-        buffer[-1].copy_(parameters)
+        before = parameters.clone()
         yield seen
         if project:
             with record_function("step projection"):
-                buffer[-1].sub_(parameters)
+                torch.sub(before, parameters, out=buffer[-1])
                 self.project(buffer)
-        if before is not None:
+        if kind.diagnose:
             torch.sub(before, parameters, out=buffer[-1])
             seen.cosines = self.gradient.scatter(self.gradient.spread(step_cosines(self.gramian(buffer))))
 
     def gramian(self, rows: Tensor) -> Tensor:
         """Return the Gramian of rows [n, P], each process contributing its share of the columns."""
-        world = self.gradient.world
-        return world.sum_(ops.gramian(world.shard(rows)))
+        return self.columns.total(ops.gramian(self.columns.share(rows)))
 
     @torch.no_grad()
     def project(self, buffer: Tensor) -> None:
         """Correct the parameters by the step projection of buffer [m + 1, P], the rows and the step."""
-        world = self.gradient.world
+        roots = None
         if self.metric == "optimizer":
+            roots, buffer = self.roots, buffer.clone()  # the rows themselves are wanted for the log
             metric_roots(self.optimizer, self.gradient.flat.shared, self.root_views)
-            buffer = torch.cat([buffer[:-1] * self.roots, (buffer[-1] / self.roots)[None]])
-        found = multipliers(self.gramian(buffer))
-        correction = buffer[-1]  # the step's place: it has been used
-        ops.combine(world.shard(buffer[:-1]), found, out=world.shard(correction))
-        world.gather_(correction)
-        if self.metric == "optimizer":
-            correction.mul_(self.roots)
-        self.gradient.flat.shared_data.sub_(correction)
+        change, _ = correction(buffer, roots, self.gradient.precision.loss_scale(), self.columns)
+        self.gradient.flat.shared_data.add_(change)

@@ -16,6 +16,7 @@ import torch
 
 from movae_fast.aggregation.registry import (
     AGGREGATORS,
+    CONES,
     NEED_TWO_BATCHES,
     weights_by_gramian,
     weights_rows,
@@ -169,7 +170,7 @@ class ObjectiveConfig:
         gramian_every: Approximation: find the aggregator's weights every so many steps and reuse them between.
         gramian_batch: Approximation: find the weights on this fraction of the batch.
         gramian_at: Approximation: find the weights from the gradients at the features (`features`), or at the
-            last K shared modules before them (`last:K`); `shared` is exact.
+            last K shared layers before them (`last:K`); `shared` is exact.
         conflict_free: What is without conflict: the aggregated gradient, or the optimizer's whole step, which
             is projected onto the steps that worsen no objective to first order (with any agg, also sum).
         step_metric: In what the projected step is closest to the optimizer's: plain length (identity), or
@@ -595,7 +596,16 @@ def check_aggregation(config: TrainConfig) -> None:
             "--upgrad_norm_eps is a threshold of the trace: add --upgrad_regularizer trace (TorchJD's), "
             "or leave it out"
         )
+    default = ObjectiveConfig()
+    names = ("upgrad_regularizer", "upgrad_norm_eps", "upgrad_reg_eps")
+    given = [name for name in names if getattr(o, name) != getattr(default, name)]
+    if given and agg not in CONES:
+        raise ValueError(f"--{given[0]} is a setting of {', '.join(CONES)}; --agg {agg} does not have it")
     approximate = o.gramian_every > 1 or o.gramian_batch < 1 or o.gramian_at != "shared"
+    if o.conflict_free == "step" and approximate:
+        raise ValueError(
+            "--conflict_free step needs every step's rows; leave out the approximation --gramian_*"
+        )
     if approximate and not (config.needs_jacobian and weights_rows(agg)):
         raise ValueError(
             "--gramian_every, --gramian_batch and --gramian_at need an aggregator that weights rows; "
@@ -622,10 +632,6 @@ def check_aggregation(config: TrainConfig) -> None:
             raise ValueError(
                 f"--gramian_at: {agg} needs the rows themselves; these do with their Gramian: {able}"
             )
-    if o.conflict_free == "step" and approximate:
-        raise ValueError(
-            "--conflict_free step needs every step's rows; leave out the approximation --gramian_*"
-        )
     if o.conflict_free != "step" and o.step_metric != "identity":
         raise ValueError("--step_metric is a setting of the projected step: add --conflict_free step")
     if o.step_metric == "optimizer" and config.optimizer.optimizer not in SECOND_MOMENTS:

@@ -47,6 +47,10 @@ class Precision:
         one = torch.ones((), dtype=gramian.dtype, device=gramian.device)
         return gramian / self.scaler.scale(one).square()
 
+    def loss_scale(self) -> Tensor | None:  # []
+        """What the rows are multiplied by, on the device; None without a loss scale."""
+        return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
+
     def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide `.grad` by the loss scale; before clipping."""
         if self.scaler is not None:

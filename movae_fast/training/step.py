@@ -66,7 +66,12 @@ class Differentiated(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How a step finds its gradient, and what else it computes."""
+    """How a step finds its gradient, and what else it computes.
+
+    gradient: "sum", one backward of the weighted sum; "aggregated", from all rows; "weighted", by the weights
+        of an earlier step (gramian_every); "weighted cheaply", by those of another place (gramian_at);
+        "weighted by part", by those of the batch's first images (gramian_batch).
+    """
 
     gradient: Literal["sum", "aggregated", "weighted", "weighted cheaply", "weighted by part"]
     rows: bool = False  # whether all rows of the whole batch lie in `GradientStep.rows` afterwards
@@ -88,8 +93,9 @@ class GradientStep:
     Three approximations, off by default: with `gramian_every` k the weights found at a step serve the k - 1
     steps after it too; with `gramian_batch` f the Gramian is that of the first fraction f of the batch; with
     `gramian_at` "features" or "last:K" it is that of the gradients at the features, or at the parameters of the
-    last K shared modules before them. Either way the update is then one backward of the weighted losses, and on
-    steps that `diagnose` the rows are computed once more, so that the cosines of the log are the true ones.
+    last K shared layers before them (`VAE.shared_layers`). Either way the update is then one backward of the
+    weighted losses, and on steps that `diagnose` the rows are computed once more, so that the cosines of the
+    log are the true ones.
 
     `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
     before they are aggregated, so the update is that of the whole batch.
@@ -132,6 +138,7 @@ class GradientStep:
         # A record's values that a step did not compute: made once, for nobody writes into a record.
         self.unknown = torch.full((len(losses.names),), torch.nan, device=model.device)
         self.reached: list[int] = []  # objectives with a row that is not zero by construction; found at once
+        self.reached_index = torch.tensor(self.reached, dtype=torch.int64, device=model.device)
         self.buffer = self.flat.data.new_zeros(1, self.flat.n_shared)  # the rows and, last, a step
         self.views: list[list[Tensor]] = []
         # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
@@ -213,7 +220,8 @@ class GradientStep:
         if self.aggregator is None:
             regions = [self.by_sum]
         elif self.gramian_at != "shared":
-            regions = [self.by_cheap_gramian]
+            reuses = self.gramian_every > 1 or self.accumulate > 1
+            regions = [self.by_cheap_gramian, self.by_weights] if reuses else [self.by_cheap_gramian]
         else:
             regions = [self.by_rows, self.by_weights] if self.approximate else [self.by_rows]
         return ", ".join(region.name for region in regions if region.pending)
@@ -239,13 +247,14 @@ class GradientStep:
         if kind.gradient == "weighted by part":
             done = [self.write(self.weighted_by_part(*parts[0], scale), 0)]
         elif kind.gradient == "weighted cheaply" and len(parts) == 1:
-            result, gramian = self.by_cheap_gramian(*parts[0], scale)
-            self.keep_weights(gramian)
+            result, weights = self.by_cheap_gramian(*parts[0], scale)
+            self.weights.copy_(weights)
             done = [self.write(result, 0)]
         elif kind.gradient == "weighted cheaply":
             # The weights are the whole batch's, so all parts go forward once before any goes back.
             with keeping_buffers(self.model):
-                self.keep_weights(self.cheap_gramian([self.cheap_rows_of(part, scale) for part in parts]))
+                rows = [self.cheap_rows_of(part, scale) for part in parts]
+            self.weights.copy_(self.weigh(self.cheap_gramian(rows)))
         for k, part in enumerate(parts[len(done) :], len(done)):
             done.append(self.write(self.by_weights(*part, scale, self.weights), k))
         self.exchange()
@@ -266,7 +275,7 @@ class GradientStep:
             few = self.model.encode(x[:n].contiguous(memory_format=torch.channels_last))
         upstream = [[None if g is None else g[:n] for g in row] for row in found.features]
         rows = self.world.sum_(cheap_rows(few, upstream, self.flat.shared))
-        self.keep_weights(ops.gramian(rows))
+        self.weights.copy_(self.weigh(ops.gramian(rows)))
         row = weighted_row(features, found.features, self.weights, self.flat.shared)
         return Differentiated(losses, usage, found.own, [row])
 
@@ -291,9 +300,6 @@ class GradientStep:
         assert self.aggregator is not None
         weights = self.aggregator.gramian_weighting(self.precision.unscaled(gramian))  # type: ignore[operator]
         return torch.where(weights.isfinite().all(), weights, self.weights)
-
-    def keep_weights(self, gramian: Tensor) -> None:
-        self.weights.copy_(self.weigh(gramian))
 
     # Differentiation: functions of tensors, each one region for the compiler.
 
@@ -325,9 +331,10 @@ class GradientStep:
     ) -> tuple[Differentiated, Tensor]:
         features, weighted, losses, usage = self.forward(x, noise, share, scale)
         found = at_features(weighted, features, self.flat.own)
-        gramian = self.cheap_gramian([cheap_rows(features, found.features, self.last)])
-        row = weighted_row(features, found.features, self.weigh(gramian), self.flat.shared)
-        return Differentiated(losses, usage, found.own, [row]), gramian
+        # Weighed once: an aggregator may draw or remember.
+        weights = self.weigh(self.cheap_gramian([cheap_rows(features, found.features, self.last)]))
+        row = weighted_row(features, found.features, weights, self.flat.shared)
+        return Differentiated(losses, usage, found.own, [row]), weights
 
     def _by_weights(
         self, x: Tensor, noise: Tensor, share: Tensor | None, scale: Tensor, weights: Tensor
@@ -363,7 +370,7 @@ class GradientStep:
             if last:
                 pending = [self.world.start_sum(self.flat.own_grad)]
             pending += self.write_rows(result.shared, result.reached, add=k > 0, last=last)
-            found.append(Differentiated(result.losses, result.usage))
+            found.append(self.kept(result))
         for exchange in pending:
             exchange.wait()
         return found
@@ -432,7 +439,16 @@ class GradientStep:
         self.flat.write_own(result.own, add=k > 0)
         (row,) = result.shared
         self.flat.write_shared(row, add=k > 0)
-        return Differentiated(result.losses, result.usage)
+        return self.kept(result)
+
+    def kept(self, result: Differentiated) -> Differentiated:
+        """What of one part is still wanted when the next has been differentiated.
+
+        A copy: a graph that --compile reduce-overhead replays writes its outputs where they were before.
+        """
+        if self.accumulate == 1:
+            return Differentiated(result.losses, result.usage)
+        return Differentiated(result.losses.clone(), result.usage.clone())
 
     def exchange(self) -> None:
         """Sum `.grad` over the ranks."""
@@ -451,10 +467,10 @@ class GradientStep:
         return StepRecord(losses, weights, cosines, norms, self.unknown, usage)
 
     def spread(self, values: Tensor) -> Tensor:  # [a]
-        """Put values of the reached objectives at their places among the active ones; zero elsewhere."""
+        """Put values of the reached objectives at their places among the active ones; NaN elsewhere."""
         if len(self.reached) == self.m:
             return values
-        return values.new_zeros(self.m).index_copy(0, self.reached_index, values)
+        return values.new_full((self.m,), torch.nan).index_copy(0, self.reached_index, values)
 
     def scatter(self, values: Tensor | None) -> Tensor:
         """Values of the active objectives [a] at their places among all m; NaN elsewhere."""
@@ -482,12 +498,10 @@ def last_parameters(model: VAE, gramian_at: str) -> list[nn.Parameter]:
     kind, _, count = gramian_at.partition(":")
     if kind != "last" or not count.isdecimal():
         raise ValueError(f"gramian_at {gramian_at}: valid: shared, features, last:1, last:2, …")
-    shared = {id(p) for p in model.shared_parameters()}
-    modules = [[p for p in module.parameters(recurse=False) if id(p) in shared] for module in model.modules()]
-    modules = [parameters for parameters in modules if parameters]
+    modules = model.shared_layers()
     if not 1 <= int(count) <= len(modules):
         raise ValueError(
-            f"gramian_at {gramian_at}: the model has {len(modules)} shared modules with parameters; "
+            f"gramian_at {gramian_at}: the model has {len(modules)} shared layers; "
             f"give last:1 to last:{len(modules)}"
         )
     return [p for parameters in modules[-int(count) :] for p in parameters]

@@ -136,8 +136,8 @@ class Telemetry:
                 for name, value in zip(self.names, values, strict=True):
                     if not math.isnan(value):
                         line[f"train/{kind}{name}"] = value
-            line |= conflict_figures(snapshot.window[:, 2], "train/")
-            line |= conflict_figures(snapshot.window[:, 4], "train/step_")
+            for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
+                line |= conflict_figures(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
             yield line | {f"train/{k}": v for k, v in codebook_figures(snapshot.usage).items()}
 
     def clock(self, world: World) -> dict[str, float]:
