@@ -6,6 +6,9 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 # The ordinary CUDA build: it runs on a CPU too.
 PINS := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 
+# Tests use one thread each; a process of them takes up to 2 GB.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
+
 .PHONY: all demo test test-all lint format bench gpu doctor clean
 all: $(VENV)/.ready
 
@@ -28,10 +31,10 @@ demo: $(VENV)/.ready
 	$(BIN)/movae train --config demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov=movae_fast --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow and not gpu' --cov=movae_fast --cov-report=term:skip-covered --cov-fail-under=90
 
 test-all: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not gpu'
 
 gpu: $(VENV)/.ready-dev
 	$(BIN)/movae doctor --gpu

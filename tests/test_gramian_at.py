@@ -85,7 +85,7 @@ def test_the_pass_for_the_weights_leaves_no_mark_on_running_statistics():
     assert any(not torch.equal(a, b) for a, b in zip(before, twice.model.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("at", ["features", "last:1"])
+@pytest.mark.parametrize("at", ["features", pytest.param("last:1", marks=pytest.mark.slow)])
 def test_compiled_it_is_one_graph(at):
     before = graph_counters()
     eager, compiled = step(gramian_at=at), step(gramian_at=at, compile_mode="default")

@@ -21,6 +21,11 @@ def test_the_drop_in_parts_are_shown() -> None:
         assert any(part in source for source in SNIPPETS)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_placeholder_is_left(page: Path) -> None:
+    assert "@@" not in page.read_text()
+
+
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippet(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = SNIPPETS[number]
