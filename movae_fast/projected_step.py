@@ -112,6 +112,7 @@ def metric_roots(
     v_hat is the second moment of Adam and its kin, free of its bias (with amsgrad the largest so far). Ones
     where there is no moment yet: before the first step.
     """
+    group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     known: dict[int, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}  # by group
     for p, root in zip(parameters, out, strict=True):
         state = optimizer.state.get(p, {})
@@ -119,8 +120,7 @@ def metric_roots(
         if moment is None:
             root.fill_(1.0)
             continue
-        number = next(k for k, g in enumerate(optimizer.param_groups) if any(p is q for q in g["params"]))
-        known.setdefault(number, []).append((moment, root, state))
+        known.setdefault(group_of[id(p)], []).append((moment, root, state))
     for number, members in known.items():
         group, roots = optimizer.param_groups[number], [root for _, root, _ in members]
         torch._foreach_copy_(roots, [moment for moment, _, _ in members])

@@ -9,7 +9,7 @@ from movae_fast.ops.extension import DTYPES
 isa = ""
 
 # The projection's path on CUDA: "triton", "cuda" (C++, where it was built), or "" for the default. Set by
-# tests.
+# tests, benchmarks and `movae doctor --gpu`, which compare the two: they share no code.
 cuda_path = ""
 
 

@@ -14,6 +14,9 @@ from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run
 from movae_fast.training.signals import Interrupted, Signals
+from movae_fast.training.telemetry import NonFiniteError
+
+NOT_FINITE = 1 << 16  # among the signal numbers that processes agree on, and above all of them
 
 
 def fit(run: Run, bar: Bar) -> dict[str, float]:
@@ -22,6 +25,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     Raises Interrupted after a signal (the run is saved), NonFiniteError for a loss that became NaN or infinite.
     """
     final: dict[str, float] = {}
+    failed: NonFiniteError | None = None  # until all processes know of it
     with Signals() as signals, Profiler(run) as profiler:
         while not run.ended:
             run.model.train()
@@ -37,19 +41,49 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 profiler.step()
                 if log_due(run) or stage_ends(run):
                     run.telemetry.close(position(run), run.world)
-                log(run, bar)
+                failed = failed or log_unless_failed(run, bar)
                 bar.step()
-                if stage_ends(run):
+                if stage_ends(run) and not failed:
                     end_stage(run, bar)
-                if signum := run.world.agree(signals.received):
+                signum = run.world.agree(NOT_FINITE if failed else signals.received)
+                if signum == NOT_FINITE:
+                    raise failed or failure_elsewhere(run)
+                if signum:
                     save(run)
                     raise Interrupted(signum)
                 if run.config.run.checkpoint_every and run.step % run.config.run.checkpoint_every == 0:
                     save(run)
                 if run.finished:
                     break
+            if failed:  # the others wait for the same window here, and find the same
+                raise failed
             final = end_epoch(run, bar) or final
     return final
+
+
+def log_unless_failed(run: Run, bar: Bar) -> NonFiniteError | None:
+    """Write the log lines that have arrived; return the error of a loss that is not finite.
+
+    On several GPUs a window arrives on each at its own time. A process that raised at once would leave the
+    others in an exchange that it never joins, so all of them agree first, and raise after the same step.
+    """
+    try:
+        log(run, bar)
+    except NonFiniteError as error:
+        if run.world.size == 1:
+            raise
+        return error
+    return None
+
+
+def failure_elsewhere(run: Run) -> Exception:
+    """The error that another process found, from this one's own copy of the window (or, if lost, its message)."""
+    try:
+        for _ in run.telemetry.lines(wait=True):
+            pass
+    except NonFiniteError as error:
+        return error
+    return FloatingPointError(f"another process found a loss that is not finite, by step {run.step}")
 
 
 def log_due(run: Run, ahead: int = 0) -> bool:
