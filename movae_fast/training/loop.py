@@ -77,7 +77,7 @@ def log_unless_failed(run: Run, bar: Bar) -> NonFiniteError | None:
 
 
 def failure_elsewhere(run: Run) -> Exception:
-    """The error that another process found, from this one's own copy of the window (or, if lost, its message)."""
+    """The error that another process found, from this one's own copy of the window."""
     try:
         for _ in run.telemetry.lines(wait=True):
             pass
