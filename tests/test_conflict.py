@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from movae_fast.cli import parsing
 from movae_fast.cli.train import conflict_rows
 from movae_fast.figures import loss_curves
 from movae_fast.training import checkpoint
-from movae_fast.training.config import TrainConfig, validate
+from movae_fast.training.config import SECTIONS, TrainConfig, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.run import assemble
 from movae_fast.training.step import GradientStep, keeping_buffers
@@ -235,3 +236,17 @@ def test_an_old_run_goes_on_with_its_regularizer(train):
     checkpoint.save(path, record)
     train(f"--resume {folder} --steps 5")
     assert checkpoint.load(path)["config"]["upgrad_regularizer"] == "trace"
+
+
+def test_an_old_runs_configuration_keeps_its_regularizer(tmp_path):
+    """`--config RUN/config.yaml` of a run from before there were two; a file of a user's own is not touched."""
+    kinds = parsing.flag_types(list(SECTIONS.values()))
+    for text, expected in {
+        "agg: upgrad\nupgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\n": "trace",
+        "agg: upgrad\nupgrad_reg_eps: 1.0e-06\n": None,
+        "agg: sum\nupgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\n": None,
+        "agg: upgrad\nupgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\nupgrad_regularizer: diagonal\n": "diagonal",
+    }.items():
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        assert parsing.read_config(str(path), kinds).get("upgrad_regularizer") == expected
