@@ -241,11 +241,12 @@ def test_an_old_run_goes_on_with_its_regularizer(train):
 def test_an_old_runs_configuration_keeps_its_regularizer(tmp_path):
     """`--config RUN/config.yaml` of a run from before there were two; a file of a user's own is not touched."""
     kinds = parsing.flag_types(list(SECTIONS.values()))
+    recorded = "upgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\n"
     for text, expected in {
-        "agg: upgrad\nupgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\n": "trace",
+        f"agg: upgrad\n{recorded}": "trace",
+        f"agg: sum\n{recorded}": None,
+        f"agg: upgrad\n{recorded}upgrad_regularizer: diagonal\n": "diagonal",
         "agg: upgrad\nupgrad_reg_eps: 1.0e-06\n": None,
-        "agg: sum\nupgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\n": None,
-        "agg: upgrad\nupgrad_norm_eps: 0.0\nupgrad_reg_eps: 1.0e-06\nupgrad_regularizer: diagonal\n": "diagonal",
     }.items():
         path = tmp_path / "config.yaml"
         path.write_text(text)
