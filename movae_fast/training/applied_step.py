@@ -55,7 +55,7 @@ class AppliedStep:
         if project:
             with record_function("step projection"):
                 torch.sub(before, parameters, out=buffer[-1])
-                self.project(buffer)
+                self.project(buffer, keep=kind.diagnose)
         if kind.diagnose:
             torch.sub(before, parameters, out=buffer[-1])
             seen.cosines = self.gradient.scatter(self.gradient.spread(step_cosines(self.gramian(buffer))))
@@ -65,11 +65,14 @@ class AppliedStep:
         return self.columns.total(ops.gramian(self.columns.share(rows)))
 
     @torch.no_grad()
-    def project(self, buffer: Tensor) -> None:
-        """Correct the parameters by the step projection of buffer [m + 1, P], the rows and the step."""
+    def project(self, buffer: Tensor, keep: bool) -> None:
+        """Correct the parameters by the step projection of buffer [m + 1, P], the rows and the step.
+
+        The rows are spoilt unless they are to be kept, for the log: the next step writes them anew.
+        """
         roots = None
         if self.metric == "optimizer":
-            roots, buffer = self.roots, buffer.clone()  # the rows themselves are wanted for the log
+            roots, buffer = self.roots, buffer.clone() if keep else buffer
             metric_roots(self.optimizer, self.gradient.flat.shared, self.root_views)
         change, _ = correction(buffer, roots, self.gradient.precision.loss_scale(), self.columns)
         self.gradient.flat.shared_data.add_(change)
