@@ -43,7 +43,9 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                     run.telemetry.close(position(run), run.world)
                 failed = failed or log_unless_failed(run, bar)
                 bar.step()
-                if stage_ends(run) and not failed:
+                if stage_ends(run):
+                    if failed:  # as at an epoch's end
+                        raise failed
                     end_stage(run, bar)
                 signum = run.world.agree(NOT_FINITE if failed else signals.received)
                 if signum == NOT_FINITE:
