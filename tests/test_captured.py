@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -11,6 +13,7 @@ from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.cli import main
 from movae_fast.models import MODELS, build_model
+from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector, resolve_weights
 from movae_fast.training.captured import WARM, CudaGraphs, TrainingStep, why_not_captured
 from movae_fast.training.config import OptimizerConfig
@@ -48,6 +51,9 @@ class Tape(TorchDispatchMode):
     def play(self):
         for func, args, kwargs, out in self.operations:
             returns = func._schema.returns
+            if func.namespace == "c10d":  # an exchange, in place
+                Work.unbox(func(*args, **kwargs)[-1]).wait()
+                continue
             view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
             if view or func.name() in ("aten::unsqueeze_", "aten::squeeze_"):
                 continue  # of memory that stays where it is
@@ -106,26 +112,33 @@ def training_step(
     compile_mode="off",
     dtype=torch.float32,
     step_metric=None,
+    fp16=False,
     **options,
 ):
     torch.manual_seed(0)
     model = build_model(arch, SHAPE, "sigmoid", MODEL_OPTIONS[arch]).to(device, dtype)
+    if options.pop("sync", False):
+        convert_sync_batchnorm(model)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
     losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=6)
     if agg == "sum":
         aggregator = None if step_metric is None else Sum()
     else:
         aggregator = make_aggregator(agg, len(losses.active)).to(device)
+    if fp16:
+        options["precision"] = Precision("fp16", device)
+        # Too large at first, and again after every two steps that do not overflow.
+        options["precision"].scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24, growth_interval=2)
     gradient = GradientStep(model, losses, aggregator, compile_mode=compile_mode, **options)
     made = make_optimizer(OptimizerConfig(optimizer=optimizer, lr=3e-3), model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda i: 1 / (1 + i))
     return TrainingStep(gradient, made, clip, recorder, step_metric), scheduler
 
 
-def train(step, scheduler, steps=10, diagnose_every=0, stages=None, shares=False):
+def train(step, scheduler, steps=10, diagnose_every=0, stages=None, shares=False, seed=1):
     """Records of the steps, each on its own images; parameters and buffers at the end."""
     model, flat = step.gradient.model.train(), step.gradient.flat.data
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     records = []
     for i in range(steps):
         x = torch.rand(12, *SHAPE, generator=generator).to(flat)
@@ -154,6 +167,15 @@ CASES = {
     "weights at the last modules": ("betatc_vae", "upgrad", "adam", {"gramian_at": "last:2"}, {}),
     "step projected": ("vq_vae", "upgrad", "adam", {"step_metric": "identity"}, {"diagnose_every": 1}),
     "sum, step projected": ("betatc_vae", "sum", "adamw", {"step_metric": "optimizer"}, {}),
+    "fp16": ("vae", "upgrad", "adam", {"fp16": True, "clip": 0.01}, {"steps": 20}),
+    "fp16, sum": ("vq_vae", "sum", "sgd", {"fp16": True}, {"steps": 20}),
+    "fp16, step projected": (
+        "vae",
+        "upgrad",
+        "adamw",
+        {"fp16": True, "step_metric": "identity"},
+        {"steps": 20},
+    ),
     "padded": ("vae", "imtl_g", "adam", {}, {"shares": True}),
     "ladder": ("provlae", "upgrad", "adam", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
     "ladder, sum": ("provlae", "sum", "sgd", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
@@ -186,6 +208,26 @@ def test_what_is_recorded_reads_nothing_on_the_host(optimizer):
     guarded = Guarded()
     train(*training_step("betatc_vae", "upgrad", optimizer, guarded, clip=0.1), steps=5)
     assert len(guarded.tapes) == 1
+
+
+@pytest.mark.parametrize("agg", ["sum", "upgrad"])
+def test_fp16_s_scale_grows_and_shrinks_inside_a_recording(agg):
+    step, scheduler = training_step("vae", agg, "adam", Tapes(), fp16=True)
+    assert why_not_captured("auto", torch.device("cuda"), "adam", step.gradient.aggregator) == ""
+    scales = []
+    record = step.gradient.scale_at
+
+    def watched(i):
+        scales.append(step.gradient.precision.scaler.get_scale())
+        return record(i)
+
+    step.gradient.scale_at = watched
+    train(step, scheduler, steps=40)
+    assert step.recorded
+    replayed = scales[WARM + 1 :]
+    assert any(a > b for a, b in zip(replayed, replayed[1:], strict=False)), "no overflow was replayed"
+    assert any(a < b for a, b in zip(replayed, replayed[1:], strict=False)), "no growth was replayed"
+    assert step.gradient.flat.data.isfinite().all()
 
 
 def test_what_is_not_a_tensor_is_frozen_by_a_recording():
@@ -286,16 +328,70 @@ def test_a_loaded_optimizer_is_recorded_too():
 
 
 def test_what_keeps_a_step_from_being_one_graph():
-    cuda, world, fp32 = torch.device("cuda"), World(), Precision("fp32", CPU)
+    cuda = torch.device("cuda")
     upgrad = make_aggregator("upgrad", 2)
-    assert why_not_captured("auto", cuda, world, fp32, "adam", upgrad) == ""
-    assert why_not_captured("max-autotune", cuda, world, fp32, "sgd", None) == ""
-    assert why_not_captured("auto", CPU, world, fp32, "adam", None) == "not asked for"
-    assert why_not_captured("default", cuda, world, fp32, "adam", None) == "not asked for"
-    assert why_not_captured("auto", cuda, world, Precision("fp16", CPU), "adam", None) == "fp16's loss scale"
-    assert why_not_captured("auto", cuda, world, fp32, "lamb", None) == "--optimizer lamb"
+    assert why_not_captured("auto", cuda, "adam", upgrad) == ""
+    assert why_not_captured("max-autotune", cuda, "sgd", None) == ""
+    assert why_not_captured("auto", CPU, "adam", None) == "not asked for"
+    assert why_not_captured("default", cuda, "adam", None) == "not asked for"
+    assert why_not_captured("auto", cuda, "lamb", None) == "--optimizer lamb"
     nash = make_aggregator("nash_mtl", 2)
-    assert why_not_captured("auto", cuda, world, fp32, "adam", nash) == f"TorchJD's {type(nash).__name__}"
+    assert why_not_captured("auto", cuda, "adam", nash) == f"TorchJD's {type(nash).__name__}"
+
+
+RANKED = {
+    "upgrad": ("vae", "upgrad", "adam", {}, {}),
+    "sum": ("vq_vae", "sum", "sgd", {}, {}),
+    "all parameters, accumulated": ("vae", "cagrad", "adam", {"jacobian": "all", "accumulate": 2}, {}),
+    "weights at the features": ("vae", "upgrad", "adam", {"gramian_at": "features"}, {}),
+    "weights of a part": ("vae", "mgda", "adam", {"gramian_batch": 0.5}, {}),
+    "step projected": ("vae", "upgrad", "adam", {"step_metric": "optimizer"}, {"diagnose_every": 1}),
+    "statistics over all images": ("vae", "upgrad", "adam", {"sync": True}, {}),
+    "fp16": ("vae", "upgrad", "adam", {"fp16": True}, {"steps": 16}),
+}
+
+
+class Refusing(OneByOne):
+    """A Recorder that fails on one rank, and on the others records without doing the work."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def record(self, work):
+        if self.fails:
+            raise RuntimeError("operation not permitted")
+        return super().record(work)
+
+
+def _ranks(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+    world = World(rank, 2, dist.new_group(backend="gloo"))
+    for name, (arch, agg, optimizer, options, how) in RANKED.items():
+        states = []
+        for recorder in (Tapes(), OneByOne()):
+            step = training_step(arch, agg, optimizer, recorder, world=world, **options)
+            states.append(train(*step, seed=rank, **how)[1])
+            assert step[0].recorded
+        for a, b in zip(*states, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+        total = torch.cat([v.flatten().double() for v in states[0]])
+        if "sync" in options:
+            other = world.broadcast_(total.clone())
+            assert torch.equal(total, other), f"{name}: the ranks' parameters or statistics differ"
+    refusing = training_step("vae", "upgrad", "adam", Refusing(rank == 1), world=world)
+    reason = "operation not permitted" if rank else "another process could not record it"
+    with pytest.warns(RuntimeWarning, match=f"not a CUDA graph: {reason}$"):
+        _, state = train(*refusing, seed=rank)
+    assert refusing[0].recorder is None
+    _, expected = train(*training_step("vae", "upgrad", "adam", OneByOne(), world=world), seed=rank)
+    for a, b in zip(state, expected, strict=True):
+        assert torch.equal(a, b)
+    dist.destroy_process_group()
+
+
+def test_the_exchanges_of_two_processes_are_part_of_the_recording(tmp_path):
+    torch.multiprocessing.spawn(_ranks, (str(tmp_path),), nprocs=2)
 
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -7,7 +7,9 @@ from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import LossVector, resolve_weights
 from movae_fast.training.compiled import graph_counters
+from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.flat import FlatParameters
+from movae_fast.training.optim import make_optimizer
 from movae_fast.training.precision import Precision
 from movae_fast.training.step import GradientStep
 
@@ -203,6 +205,22 @@ def test_fp16_s_scale_does_not_choose_the_objectives_and_overflow_skips():
     large.precision.step(optimizer)
     assert torch.equal(large.flat.data, before)
     assert large.precision.scaler.get_scale() == 2.0**59
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_first_step_that_overflows_in_fp16_leaves_the_optimizer_new(name):
+    results = []
+    for overflows in (True, False):
+        parameter = torch.nn.Parameter(torch.ones(1000))
+        optimizer = make_optimizer(OptimizerConfig(optimizer=name, lr=0.1), [parameter])
+        precision = Precision("fp16", torch.device("cpu"))
+        gradients = [torch.full((1000,), torch.inf)] if overflows else []
+        for gradient in [*gradients, torch.ones(1000), -3 * torch.ones(1000)]:
+            parameter.grad = precision.scale(gradient)
+            precision.unscale_gradients(optimizer)
+            precision.step(optimizer)
+        results.append(parameter.detach().clone())
+    assert torch.equal(*results)
 
 
 def test_tf32_on_a_cpu_is_refused():

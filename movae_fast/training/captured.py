@@ -25,9 +25,7 @@ from movae_fast.projected_step import StepMetric
 from movae_fast.training.applied_step import AppliedStep
 from movae_fast.training.compiled import CompileMode
 from movae_fast.training.config import FROM_EXTRA
-from movae_fast.training.precision import Precision
 from movae_fast.training.step import GradientStep, Kind, StepRecord
-from movae_fast.training.world import World
 
 WARM = 3  # steps of a kind before it is recorded: they compile, choose algorithms, allocate
 
@@ -92,7 +90,8 @@ class TrainingStep:
     one.
 
     With a `recorder` each kind of step is recorded once it has been done `WARM` times, and replayed from then
-    on. A replay's record is overwritten by the next.
+    on: the exchanges between processes and fp16's loss scale are part of the recording. Either all processes
+    replay, or none. A replay's record is overwritten by the next.
     """
 
     def __init__(
@@ -130,12 +129,18 @@ class TrainingStep:
             return self.recorder.warm(lambda: self.run(kind, inputs))
         x, noise, share, scale = inputs
         held = (x.clone(), noise.clone(), None if share is None else share.clone(), scale.clone())
+        reason = "another process could not record it"
         try:
             replay = self.recorder.record(lambda: self.run(kind, held))
+            recorded = True
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason, recorded = str(error).strip().partition("\n")[0], False
+        # NCCL wants an exchange that is part of a graph to be part of one in every process.
+        if not self.gradient.world.all(recorded):
             warnings.warn(f"the step is not a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
             self.recorder = None
+            self.recorded.clear()
+            self.gradient.precision.restart()
             return self.run(kind, inputs)
         self.recorded[key] = held, replay
         return replay()
@@ -169,18 +174,12 @@ CAPTURED_MODES = {"auto": "default", "reduce-overhead": "default", "max-autotune
 def why_not_captured(
     mode: CompileMode,
     device: torch.device,
-    world: World,
-    precision: Precision,
     optimizer: str,
     aggregator: nn.Module | None,
 ) -> str:
     """What keeps a step from being one graph; empty if nothing does."""
     if device.type != "cuda" or mode not in CAPTURED_MODES:
         return NOT_ASKED
-    if world.size > 1:
-        return "several processes"
-    if precision.scaler is not None:
-        return "fp16's loss scale"
     if optimizer in FROM_EXTRA:
         return f"--optimizer {optimizer}"
     if aggregator is not None and not isinstance(aggregator, FusedAggregator):

@@ -33,7 +33,13 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
             return pytorch_optimizer.MADGRAD(parameters, momentum=config.momentum, **options)
         kinds = {"lamb": pytorch_optimizer.Lamb, "diffgrad": pytorch_optimizer.DiffGrad}
         return kinds[config.optimizer](parameters, **options)
-    return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
+    made = torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
+    if config.momentum:
+        # torch makes them at the first step, of memory as it finds it: if fp16 overflows there, the step is
+        # skipped, and the next one goes on from garbage. Zeros are what a first step begins with.
+        for parameter in made.param_groups[0]["params"]:
+            made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return made
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:

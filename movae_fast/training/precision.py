@@ -64,6 +64,13 @@ class Precision:
             self.scaler.step(optimizer)
             self.scaler.update()
 
+    def restart(self) -> None:
+        """Leave a step that broke off: the scaler counts on every step to come to its end."""
+        if self.scaler is not None:
+            state = self.scaler.state_dict()
+            self.scaler = torch.amp.GradScaler(self.device.type)
+            self.scaler.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict() if self.scaler is not None else {}
 

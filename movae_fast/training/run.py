@@ -304,9 +304,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     )
     precision = Precision(config.run.precision, device)
     mode = resolve_mode(config.run.compile, device)
-    why_not = why_not_captured(
-        config.run.compile, device, world, precision, config.optimizer.optimizer, aggregator
-    )
+    why_not = why_not_captured(config.run.compile, device, config.optimizer.optimizer, aggregator)
     if not why_not:
         mode = CAPTURED_MODES[config.run.compile]
     if config.objective.gramian_batch < 1:

@@ -84,6 +84,14 @@ class World:
         dist.broadcast_object_list(box, 0, group=self.control)
         return box[0]
 
+    def all(self, value: bool) -> bool:
+        """Return whether every rank passed true; all ranks call it at the same point, and wait for each other."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor(int(value))
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.control)
+        return bool(flag)
+
     def agree(self, signum: int) -> int:
         """The largest signal number that any rank passed to the previous call: the same answer on all ranks.
 
