@@ -1,5 +1,6 @@
 """A step that is recorded once and replayed: the same parameters as steps that are done one by one."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -225,8 +226,8 @@ def test_fp16_s_scale_grows_and_shrinks_inside_a_recording(agg):
     train(step, scheduler, steps=40)
     assert step.recorded
     replayed = scales[WARM + 1 :]
-    assert any(a > b for a, b in zip(replayed, replayed[1:], strict=False)), "no overflow was replayed"
-    assert any(a < b for a, b in zip(replayed, replayed[1:], strict=False)), "no growth was replayed"
+    assert any(a > b for a, b in pairwise(replayed)), "no overflow was replayed"
+    assert any(a < b for a, b in pairwise(replayed)), "no growth was replayed"
     assert step.gradient.flat.data.isfinite().all()
 
 

@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from movae_fast.training.step import StepRecord
 from movae_fast.training.world import World
 
 T = TypeVar("T")
+Mark = float | torch.cuda.Event  # seconds of the host's clock, or a point in the work of a device's stream
 CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding leaves of zero
 
 
@@ -27,12 +29,23 @@ class NonFiniteError(FloatingPointError):
         self.step, self.objective = step, objective
 
 
+class Times(NamedTuple):
+    """Points in time of a window's steps: the host's clock, or events of the device's stream."""
+
+    began: Mark
+    ended: Mark
+    waits: list[tuple[Mark, Mark]]  # from when a batch was wanted to when it was there
+    steps: list[Mark]  # the end of each step
+
+
 class Snapshot(NamedTuple):
     """A full window on its way to the host."""
 
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
     line: dict[str, Any]  # what the host knew already
+    times: Times
+    images: int  # of all ranks
     arrived: torch.cuda.Event | None
 
 
@@ -58,20 +71,22 @@ class Telemetry:
         self.usage = torch.zeros(codes, device=device)
         self.filled = 0
         self.queue: list[Snapshot] = []
-        self.started = self.last = time.perf_counter()
-        self.images, self.waited = 0, 0.0
-        self.times: list[float] = []
+        self.restart_clock()
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time spent waiting for them is measured."""
+        """The same batches; the time spent waiting for them is measured.
+
+        On CUDA that is the time for which the device had nothing to do: the host may wait as long as earlier
+        steps are still running there.
+        """
         iterator = iter(batches)
         while True:
-            start = time.perf_counter()
+            wanted = self.mark()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            self.waited += time.perf_counter() - start
+            self.waits.append((wanted, self.mark()))
             yield batch
 
     def record(self, record: StepRecord, images: int) -> None:
@@ -81,9 +96,7 @@ class Telemetry:
             self.usage += record.usage.to(self.usage)
         self.filled += 1
         self.images += images
-        now = time.perf_counter()
-        self.times.append(now - self.last)
-        self.last = now
+        self.steps.append(self.mark())
 
     def merge(self, world: World) -> None:
         """Make the window's losses the mean over ranks and the usage their share of the sum."""
@@ -106,7 +119,10 @@ class Telemetry:
     def close(self, line: dict[str, Any], world: World) -> None:
         """End the window; `line` (with its `step`) gets the window's figures when they have arrived."""
         self.merge(world)
-        line = line | self.clock(world)
+        line = line | {"train/peak_memory_mib": self.peak_memory()}
+        times = Times(self.began, self.mark(), self.waits, self.steps)
+        images = self.images * world.size
+        self.restart_clock()
         window = self.window[: self.filled].clone()
         usage = self.usage * world.size
         arrived = None
@@ -115,7 +131,7 @@ class Telemetry:
             usage = usage.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.queue.append(Snapshot(window, usage, line, arrived))
+        self.queue.append(Snapshot(window, usage, line, times, images, arrived))
         self.filled = 0
         self.window.fill_(torch.nan)
         self.usage.zero_()
@@ -131,7 +147,7 @@ class Telemetry:
             self.queue.pop(0)
             self._check(snapshot.window, snapshot.line["step"])
             means = snapshot.window.nanmean(0).tolist()
-            line = dict(snapshot.line)
+            line = snapshot.line | speed(snapshot.times, snapshot.images)
             for kind, values in zip(self.FIELDS.values(), means, strict=True):
                 for name, value in zip(self.names, values, strict=True):
                     if not math.isnan(value):
@@ -139,22 +155,6 @@ class Telemetry:
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
                 line |= conflict_figures(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
             yield line | {f"train/{k}": v for k, v in codebook_figures(snapshot.usage).items()}
-
-    def clock(self, world: World) -> dict[str, float]:
-        """Speed since the last line: images/s of all ranks, share of time spent waiting for data, ms a step."""
-        now = time.perf_counter()
-        elapsed = max(now - self.started, 1e-9)
-        figures = {
-            "train/images_per_s": self.images * world.size / elapsed,
-            "train/data_wait_share": self.waited / elapsed,
-            "train/peak_memory_mib": self.peak_memory(),
-        }
-        if self.times:
-            ordered = sorted(self.times)
-            figures["train/step_ms_p50"] = 1e3 * statistics.median(ordered)
-            figures["train/step_ms_p95"] = 1e3 * ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
-        self.restart_clock()
-        return figures
 
     def peak_memory(self) -> float:
         """MiB: the device's peak allocation, or the process's peak resident set on a CPU."""
@@ -164,8 +164,17 @@ class Telemetry:
 
     def restart_clock(self) -> None:
         """Leave out of the speed what was not training (evaluation, checkpoints, figures)."""
-        self.started = self.last = time.perf_counter()
-        self.images, self.waited, self.times = 0, 0.0, []
+        self.began, self.images = self.mark(), 0
+        self.waits: list[tuple[Mark, Mark]] = []
+        self.steps: list[Mark] = []
+
+    def mark(self) -> Mark:
+        """Return this point in time: on CUDA that at which the device will have done what it was given."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -179,6 +188,27 @@ class Telemetry:
         self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
         self.usage.copy_(state["usage"])
         self.restart_clock()
+
+
+def seconds(start: Mark, end: Mark) -> float:
+    """Return the time from one mark to another, both of which have been reached."""
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    return start.elapsed_time(end) / 1e3  # type: ignore[union-attr]
+
+
+def speed(times: Times, images: int) -> dict[str, float]:
+    """Return images per second, the share of the time spent waiting for data, and milliseconds per step."""
+    elapsed = max(seconds(times.began, times.ended), 1e-9)
+    figures = {
+        "train/images_per_s": images / elapsed,
+        "train/data_wait_share": sum(seconds(*wait) for wait in times.waits) / elapsed,
+    }
+    if times.steps:
+        ordered = sorted(seconds(a, b) for a, b in pairwise([times.began, *times.steps]))
+        figures["train/step_ms_p50"] = 1e3 * statistics.median(ordered)
+        figures["train/step_ms_p95"] = 1e3 * ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
+    return figures
 
 
 def conflict_figures(cosines: Tensor, prefix: str) -> dict[str, float]:

@@ -85,7 +85,7 @@ class World:
         return box[0]
 
     def all(self, value: bool) -> bool:
-        """Return whether every rank passed true; all ranks call it at the same point, and wait for each other."""
+        """Return whether every rank passed true. All ranks call it at the same point, and wait there."""
         if self.size == 1:
             return value
         flag = torch.tensor(int(value))
