@@ -192,9 +192,9 @@ class Telemetry:
 
 def seconds(start: Mark, end: Mark) -> float:
     """Return the time from one mark to another, both of which have been reached."""
-    if isinstance(start, float) and isinstance(end, float):
-        return end - start
-    return start.elapsed_time(end) / 1e3  # type: ignore[union-attr]
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # type: ignore[arg-type]
+    return start.elapsed_time(end) / 1e3
 
 
 def speed(times: Times, images: int) -> dict[str, float]:
