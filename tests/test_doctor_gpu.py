@@ -54,6 +54,30 @@ def test_every_op_has_a_check():
         assert stem in text, op
 
 
+def test_compiling_ahead_does_every_check_once_and_survives_one_that_fails(monkeypatch):
+    done = []
+
+    def check(i):
+        done.append(i)
+        if i == 3:
+            raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(
+        gpu_checks, "op_checks", lambda device: [(str(i), lambda i=i: check(i)) for i in range(7)]
+    )
+    for k in range(3):
+        gpu_checks.compile_share(CPU, 3, k)
+    assert sorted(done) == list(range(7))
+
+
+def test_compiling_ahead_starts_processes_and_sees_one_that_dies(monkeypatch):
+    monkeypatch.setattr(gpu_checks.sys, "executable", "/bin/true")
+    assert gpu_checks.compiled_ahead(CPU).endswith(("process", "processes"))
+    monkeypatch.setattr(gpu_checks.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="exit statuses"):
+        gpu_checks.compiled_ahead(CPU)
+
+
 CHECKS = dict(op_checks.op_checks(CPU))
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +72,12 @@ def run_checks(checks: Iterable[tuple[str, str, Check]]) -> tuple[int, int]:
 def every_check() -> Iterator[tuple[str, str, Check]]:
     """Yield the checks of every visible GPU, and those of all of them together."""
     count = torch.cuda.device_count()
+    known: set[tuple[int, int]] = set()
     for i in range(count):
         device = torch.device("cuda", i)
+        if (kind := torch.cuda.get_device_capability(device)) not in known:
+            known.add(kind)
+            yield str(device), "kernels compiled ahead", partial(compiled_ahead, device)
         for name, check in [*op_checks(device), *capture_checks(device), *training_checks(i)]:
             yield str(device), name, check
         yield str(device), "DALI decodes on the device", partial(decodes, device)
@@ -81,6 +86,31 @@ def every_check() -> Iterator[tuple[str, str, Check]]:
     yield where, "nccl exchanges in a CUDA graph", partial(exchanged, count, captured=True)
     if count > 1:
         yield where, "two steps by torchrun", partial(trained_by_torchrun, count)
+
+
+def compiled_ahead(device: torch.device) -> str:
+    """Do the op checks once in several processes, which leave what they compiled in Triton's cache.
+
+    One process compiles for minutes. A check that fails here fails again in its own row, which says why.
+    """
+    count = max(1, min(8, (os.cpu_count() or 1) // 2))
+    command = [sys.executable, "-m", "movae_fast.cli.gpu_checks", "compile", str(device), str(count)]
+    processes = [subprocess.Popen([*command, str(k)], stdout=subprocess.DEVNULL) for k in range(count)]
+    try:
+        statuses = [process.wait(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(statuses):
+        raise RuntimeError(f"exit statuses {statuses}")
+    return f"{count} process{'es' if count > 1 else ''}"
+
+
+def compile_share(device: torch.device, count: int, k: int) -> None:
+    """Be process k of the `count` of `compiled_ahead`."""
+    for _, check in list(op_checks(device))[k::count]:
+        with suppress(Exception):
+            check()
 
 
 def capture_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
@@ -184,7 +214,14 @@ def decodes(device: torch.device) -> str:
 def exchanged(count: int, captured: bool) -> str:
     """Sum, scatter and gather among one process a GPU, by nccl."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "movae_fast.cli.gpu_checks", str(count), f"{folder}/meeting"]
+        command = [
+            sys.executable,
+            "-m",
+            "movae_fast.cli.gpu_checks",
+            "exchange",
+            str(count),
+            f"{folder}/meeting",
+        ]
         kind = "captured" if captured else "plain"
         processes = [
             subprocess.Popen(
@@ -235,4 +272,8 @@ def exchange(count: int, meeting: str, rank: int, kind: str, backend: str = "ncc
 
 
 if __name__ == "__main__":
-    exchange(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    what, *arguments = sys.argv[1:]
+    if what == "compile":
+        compile_share(torch.device(arguments[0]), int(arguments[1]), int(arguments[2]))
+    else:
+        exchange(int(arguments[0]), arguments[1], int(arguments[2]), arguments[3])
