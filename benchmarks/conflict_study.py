@@ -1,9 +1,9 @@
 """What strict aggregation and the projected step do: shares of steps in conflict, and what training reaches.
 
-    python -m benchmarks.conflict_study applied --out results.jsonl      # 300 steps of every model and
-    optimizer python -m benchmarks.conflict_study training --out results.jsonl     # epochs on Fashion-MNIST,
-    three seeds python -m benchmarks.conflict_study tables results.jsonl             # the Markdown tables of
-    what is there
+    python -m benchmarks.conflict_study applied --out results.jsonl   # 300 steps of every model and optimizer
+    python -m benchmarks.conflict_study gradient --out results.jsonl  # strict UPGrad at two learning rates
+    python -m benchmarks.conflict_study training --out results.jsonl  # epochs on Fashion-MNIST, three seeds
+    python -m benchmarks.conflict_study tables results.jsonl          # Markdown tables of the lines there are
 
 Each run is the trainer's own (`assemble`), its cosines those of its log, taken at every step of `applied`. One
 line is appended per run; a run whose line is there is left out, so an interrupted study goes on where it
