@@ -18,12 +18,13 @@ from benchmarks.bench_step import DEVICE, network
 from benchmarks.measure import Call, interleaved
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.data.sprites import Sprites, split_index
-from movae_fast.training.step import GradientStep, keeping_buffers
+from movae_fast.training.gradients import Batch, keeping_buffers
+from movae_fast.training.train_step import TrainStep
 
 STEPS, BATCH = int(os.environ.get("MOVAE_BENCH_STEPS", "60")), 64
 ARCHS = ["vae", "betatc_vae", "vq_vae", "provlae"]
 TORCHJD = {"norm_eps": 1e-4, "reg_eps": 1e-4}
-# Name -> (aggregator, its options, options of GradientStep).
+# Name -> (aggregator, its options, options of TrainStep).
 SETTINGS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
     "sum": ("sum", {}, {}),
     "TorchJD's epsilons": ("upgrad", TORCHJD, {}),
@@ -38,28 +39,28 @@ SETTINGS: dict[str, tuple[str, dict[str, float], dict[str, Any]]] = {
 }
 
 
-def gradient_step(arch: str, name: str) -> tuple[GradientStep, torch.optim.Optimizer]:
+def train_step(arch: str, name: str) -> TrainStep:
     agg, epsilons, options = SETTINGS[name]
     model, losses, optimizer = network(arch, 32)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active), **epsilons).to(DEVICE)
-    return GradientStep(model, losses, aggregator, **options), optimizer
+    return TrainStep(model, losses, aggregator, optimizer, **options)
 
 
-def cosines(step: GradientStep, x: torch.Tensor, noise: torch.Tensor) -> list[float]:
+def cosines(step: TrainStep, x: torch.Tensor, noise: torch.Tensor) -> list[float]:
     """The update's cosine with each objective's gradient at the shared parameters, float64, whole batch."""
     update = step.flat.shared_grad.double()
     kept = step.flat.grad.clone()
     with keeping_buffers(step.model):
-        step.fill_rows([(x, noise, None)], step.losses.weights_at(1000)[step.active])
+        step.fill_rows([Batch(x, noise, None)], step.losses.weights_at(1000)[step.active])
     step.flat.grad.copy_(kept)
-    rows = step.rows.double()
+    rows = step.rows.rows.double()
     return (rows @ update / (rows.norm(dim=1) * update.norm()).clamp_min(1e-300)).tolist()
 
 
 def trained(arch: str, name: str) -> list[float]:
     """The least cosine of each step's update with a row."""
-    step, optimizer = gradient_step(arch, name)
+    step = train_step(arch, name)
     sprites = Sprites(split_index("train"), 32, DEVICE, True)
     order = torch.randperm(len(sprites), generator=torch.Generator().manual_seed(0))
     least = []
@@ -67,21 +68,20 @@ def trained(arch: str, name: str) -> list[float]:
         images, _ = sprites.gather(order[number * BATCH : (number + 1) * BATCH].to(DEVICE))
         x = images.float().div(255).expand(-1, 3, -1, -1)
         noise = step.model.draw_noise(BATCH)
-        step(x, number, noise)
+        step.gradient(x, number, noise)
         least.append(min(cosines(step, x, noise)))
-        optimizer.step()
+        step.optimizer.step()  # type: ignore[union-attr]
     return least
 
 
 def one_turn(arch: str, name: str, x: torch.Tensor) -> Call:
     """As many whole training steps as make one turn of what the setting does only every so often."""
-    step, optimizer = gradient_step(arch, name)
+    step = train_step(arch, name)
     number = 0
 
     def run() -> None:
         nonlocal number
         step(x, number, step.model.draw_noise(BATCH))
-        optimizer.step()
         number += 1
 
     turn = step.gramian_every

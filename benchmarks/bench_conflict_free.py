@@ -19,14 +19,14 @@ from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
-from movae_fast.training.captured import CudaGraphs, TrainingStep
+from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.precision import Precision
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 BATCH = 128
 ON_GPU = DEVICE.type == "cuda"
 STRICT = {"norm_eps": 0.0, "reg_eps": 1e-6, "regularizer": "diagonal"}
-# Name -> (aggregator, metric of the step's projection, options of GradientStep).
+# Name -> (aggregator, metric of the step's projection, options of TrainStep).
 VARIANTS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "sum": ("sum", None, {}),
     "strict UPGrad": ("upgrad", None, {}),
@@ -38,9 +38,7 @@ VARIANTS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
-def graph(
-    arch: str, agg: str, metric: Any, precision: Any, options: dict[str, Any]
-) -> tuple[Call, TrainingStep]:
+def graph(arch: str, agg: str, metric: Any, precision: Any, options: dict[str, Any]) -> tuple[Call, TrainStep]:
     """A training step on one batch; on a GPU recorded as a graph once it has been warmed up."""
     model, losses, optimizer = network(arch, 32)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -49,9 +47,9 @@ def graph(
         aggregator = None if metric is None else Sum()
     else:
         aggregator = make_aggregator(agg, len(losses.active)).to(DEVICE)
-    gradient = GradientStep(model, losses, aggregator, precision=Precision(precision, DEVICE), **options)
-    recorder = CudaGraphs(DEVICE) if ON_GPU else None
-    step = TrainingStep(gradient, optimizer, recorder=recorder, step_metric=metric)
+    options = options | {"precision": Precision(precision, DEVICE), "step_metric": metric}
+    options |= {"recorder": CudaGraphs(DEVICE) if ON_GPU else None}
+    step = TrainStep(model, losses, aggregator, optimizer, **options)
     x = torch.rand(BATCH, 3, 32, 32, device=DEVICE)
     return lambda: step(x, 0, model.draw_noise(BATCH)), step
 

@@ -20,7 +20,7 @@ from movae_fast.models import ProVLAE, build_model
 from movae_fast.objectives import LossVector
 from movae_fast.training.optim import forget
 from movae_fast.training.progression import Progression
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(32, 64, 32), (64, 64, 32)]  # side, batch, channels
@@ -40,16 +40,15 @@ class Ours:
     def __init__(self, size: int, width: int, mode: str) -> None:
         self.model = network(size, width)
         self.losses = LossVector(self.model, [1.0, 8.0, 8.0, 8.0], "bernoulli", "sum", n_data=1)
-        self.gradient = GradientStep(self.model, self.losses, None, compile_mode=mode)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
+        self.step = TrainStep(self.model, self.losses, None, self.optimizer, compile_mode=mode)
         self.stages = Progression(1, 3, STEPS, FADE, 0.5)
 
     def __call__(self, x: Tensor, step: int) -> None:
         if self.stages.starts(step):
             forget(self.optimizer)
         self.stages.apply(step, self.model, self.losses)
-        self.gradient(x, step)
-        self.optimizer.step()
+        self.step(x, step, self.model.draw_noise(len(x)))
 
 
 class Usual:

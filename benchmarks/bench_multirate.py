@@ -24,7 +24,7 @@ from movae_fast.training.curve import Point, curve_points, data_covariance, log_
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import load_model, make_loader, setup
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (1, 28, 28)
@@ -45,13 +45,12 @@ def step(arch: str, multirate: bool, x: torch.Tensor) -> Call:
     model = network(arch, multirate)
     losses = LossVector(model, resolve_weights(MODELS[arch], SHAPE, None), "bernoulli", "sum", n_data=50_000)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    gradient = GradientStep(model, losses, None, compile_mode="default")
+    train_step = TrainStep(model, losses, None, optimizer, compile_mode="default")
     number = 0
 
     def run() -> None:
         nonlocal number
-        gradient(x, number, model.draw_noise(len(x)))
-        optimizer.step()
+        train_step(x, number, model.draw_noise(len(x)))
         number += 1
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()

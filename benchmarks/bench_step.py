@@ -27,14 +27,14 @@ from movae_fast.jacobian import backward
 from movae_fast.models import MODELS, VAE, build_model
 from movae_fast.objectives import LossVector, resolve_weights
 from movae_fast.ops.extension import keep_freed_memory
-from movae_fast.training.captured import WARM, CudaGraphs, TrainingStep
+from movae_fast.training.cuda_graph import WARM, CudaGraphs
 from movae_fast.training.precision import Precision
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(32, 128), (64, 64)]
 ARCHS = ["vae", "vq_vae", "betatc_vae"]
-# Name -> (aggregator, precision, options of GradientStep).
+# Name -> (aggregator, precision, options of TrainStep).
 OURS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "sum eager": ("sum", "fp32", {}),
     "sum compiled": ("sum", "fp32", {"compile_mode": "default"}),
@@ -78,8 +78,8 @@ def ours(arch: str, size: int, x: Tensor, agg: str, precision: Any, options: dic
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active)).to(DEVICE)
     options = dict(options)
     recorder = CudaGraphs(DEVICE) if options.pop("captured", False) else None
-    gradient = GradientStep(model, losses, aggregator, precision=Precision(precision, DEVICE), **options)
-    step = TrainingStep(gradient, optimizer, recorder=recorder)
+    options |= {"precision": Precision(precision, DEVICE), "recorder": recorder}
+    step = TrainStep(model, losses, aggregator, optimizer, **options)
     number = 0
 
     def run() -> None:
@@ -267,7 +267,7 @@ torch.set_num_threads(1)
 from benchmarks.bench_step import network
 from benchmarks.measure import interleaved
 from movae_fast.aggregation.registry import make_aggregator
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 from movae_fast.training.world import connect
 world, _ = connect("cpu")
 x = torch.rand(64, 3, 32, 32)
@@ -275,10 +275,9 @@ calls = {}
 for agg in ("sum", "upgrad"):
     model, losses, optimizer = network("vae", 32)
     aggregator = None if agg == "sum" else make_aggregator(agg, 2)
-    step = GradientStep(model, losses, aggregator, world=world)
-    def run(step=step, optimizer=optimizer):
-        step(x, 0)
-        optimizer.step()
+    step = TrainStep(model, losses, aggregator, optimizer, world=world)
+    def run(step=step, model=model):
+        step(x, 0, model.draw_noise(64))
     calls[agg] = run
 medians = interleaved(calls, 9)
 if world.main:

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from movae_fast.training.captured import CudaGraphs
 from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.evaluate import evaluate
 from movae_fast.training.run import Run, assemble
 from movae_fast.training.telemetry import CONFLICT
@@ -123,15 +123,15 @@ def trained(job: Job, device: str, data_dir: str, graphs: bool) -> Generator[Non
     began = time.perf_counter()
     run = set_up(job, device, data_dir)
     if graphs and run.config.optimizer.optimizer != "lamb":
-        run.training_step.recorder = CudaGraphs(run.device)
-        run.training_step.adopt()
+        run.train_step.recordings.recorder = CudaGraphs(run.device)
+        run.train_step.prepare_optimizer()
     gradient, applied, losses = [], [], []
     run.model.train()
     while not run.finished:
         for x, _ in run.train_loader.epoch(run.epoch):
             run.begin_step()
             diagnose = run.step % job["diagnose"] == 0
-            record = run.training_step(x, run.step, run.noise(len(x)), diagnose)
+            record = run.train_step(x, run.step, run.noise(len(x)), diagnose)
             run.scheduler.step()
             run.step += 1
             if diagnose:

@@ -16,29 +16,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.bench_approximations import ARCHS, BATCH, gradient_step
+from benchmarks.bench_approximations import ARCHS, BATCH, train_step
 from benchmarks.bench_step import DEVICE
 from movae_fast import ops
 from movae_fast.data.sprites import Sprites, split_index
-from movae_fast.training.step import GradientStep, keeping_buffers, last_parameters
+from movae_fast.training.gradients import Batch, cheap_rows_of, keeping_buffers, last_parameters
 from movae_fast.training.telemetry import CONFLICT
+from movae_fast.training.train_step import TrainStep
 
 Gramians = dict[str, Tensor]  # of one step: exact, cheap and sketched, [m, m] each
 SKETCHES = (4, 32)  # random directions, each of which costs a forward with tangents
 
 
-def gramians(
-    step: GradientStep, x: Tensor, noise: Tensor, scale: Tensor, generator: torch.Generator
-) -> Gramians:
+def gramians(step: TrainStep, x: Tensor, noise: Tensor, scale: Tensor, generator: torch.Generator) -> Gramians:
     """Return the Gramians of one step; the exact rows are at `step.rows`."""
-    found = {"exact": ops.gramian(step.rows)}
+    found = {"exact": ops.gramian(step.rows.rows)}
     for at in ("features", "last:1", "last:2", "last:4"):
-        step.last = last_parameters(step.model, at)
+        places = last_parameters(step.model, at)
         with keeping_buffers(step.model):
-            found[at] = ops.gramian(step.cheap_rows_of((x, noise, None), scale))
+            found[at] = ops.gramian(cheap_rows_of(step.network, Batch(x, noise, None), scale, places))
     for count in SKETCHES:
-        directions = torch.randn(step.rows.shape[1], count, generator=generator)
-        seen = (step.rows @ directions).double()
+        directions = torch.randn(step.flat.n_shared, count, generator=generator)
+        seen = (step.rows.rows @ directions).double()
         found[f"{count} random directions"] = seen @ seen.T / count
     return found
 
@@ -84,7 +83,7 @@ def least_cosine(weights: Tensor, exact: Tensor) -> float:
 
 
 def judged(arch: str, steps: int, say: Callable[[str], None]) -> None:
-    step, optimizer = gradient_step(arch, "strict")
+    step = train_step(arch, "strict")
     sprites = Sprites(split_index("train"), 32, DEVICE, True)
     order = torch.randperm(len(sprites), generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
@@ -94,12 +93,12 @@ def judged(arch: str, steps: int, say: Callable[[str], None]) -> None:
         images, _ = sprites.gather(order[number * BATCH : (number + 1) * BATCH].to(DEVICE))
         x = images.float().div(255).expand(-1, 3, -1, -1)
         noise = step.model.draw_noise(BATCH)
-        step(x, number, noise)
+        step.gradient(x, number, noise)
         history.append(gramians(step, x, noise, step.scale_at(number), generator))
         for name, estimate in {"strict": history[-1]["exact"], **estimates(history)}.items():
             weights = step.aggregator.gramian_weighting(estimate)  # type: ignore[union-attr,operator]
             cosines.setdefault(name, []).append(least_cosine(weights, history[-1]["exact"]))
-        optimizer.step()
+        step.optimizer.step()  # type: ignore[union-attr]
     say(f"{arch}, {steps} steps, batch {BATCH}")
     for name, values in cosines.items():
         share = sum(value < CONFLICT for value in values) / len(values)

@@ -314,11 +314,15 @@ def candidates(D: int, exact: bool, capability: int, wide: bool = False) -> list
 
     Up to D = 128 a program holds its vectors for the whole search; above it reads them again with every tile
     of codes, and addresses of both operands compete for registers. So it does from D = 33 on where operands
-    are `wide`, loaded as float64 or multiplied as TF32.
+    are `wide`, loaded as float64 or multiplied as TF32, and before sm_80, which multiplies bfloat16 without
+    tensor cores, in the registers of single threads.
     """
-    held = 32 if exact and wide else 128
+    before_ampere = 0 < capability < 80
+    held = 32 if (exact and wide) or before_ampere else 128
     depth = max(16, triton.next_power_of_2(D)) if held >= D else 32
-    if exact and wide:
+    if before_ampere:
+        tiles = [(32, 32, 2, 4, 1)]
+    elif exact and wide:
         tiles = [(64, 64, 2, 8, 2)]
     elif held < D:
         tiles = [(64, 64, 2, 8, 3)] if exact else [(64, 64, 1, 8, 3)]

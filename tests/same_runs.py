@@ -23,6 +23,10 @@ SMALL = (
     "--dataset sprites --image_size 32 --batch_size 16 --limit_train 128 --limit_test 32 --log_every 2 "
     "--hidden_dims 8 16 --latent_dim 4 --seed 5 --device cpu --steps 8"
 )
+MMD = (
+    "--dataset sprites --arch mmd_vae --image_size 32 --batch_size 16 --limit_train 64 --limit_test 32 "
+    "--log_every 2 --latent_dim 4 --dim 8 --seed 5 --device cpu --steps 4"
+)
 LADDER = (
     "--dataset sprites --image_size 32 --batch_size 16 --limit_train 128 --limit_test 32 --log_every 2 "
     "--arch provlae --hidden_dim 8 --fc_dim 16 --latent_dim 2 --seed 5 --device cpu --steps 5 --mode seq_train "
@@ -37,7 +41,7 @@ RUNS: dict[str, tuple[str, int]] = {
     "vae upgrad": (f"{SMALL} --arch vae --agg upgrad", 1),
     "vae sum bf16": (f"{SMALL} --arch vae --agg sum --precision bf16", 1),
     "betatc_vae aligned_mtl adamw": (f"{SMALL} --arch betatc_vae --agg aligned_mtl --optimizer adamw", 1),
-    "mmd_vae torchjd": (f"{SMALL} --arch mmd_vae --agg graddrop", 1),
+    "mmd_vae torchjd": (f"{MMD} --agg graddrop", 1),
     "vq_vae upgrad accumulate": (
         f"{SMALL} --arch vq_vae --num_embeddings 32 --embedding_dim 8 --accumulate 2 --agg upgrad",
         1,

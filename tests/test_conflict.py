@@ -12,10 +12,11 @@ from movae_fast.cli.train import conflict_rows
 from movae_fast.figures import loss_curves
 from movae_fast.training import checkpoint
 from movae_fast.training.config import SECTIONS, TrainConfig, validate
+from movae_fast.training.gradients import Batch, keeping_buffers
 from movae_fast.training.logs import read_lines
 from movae_fast.training.run import assemble
-from movae_fast.training.step import GradientStep, keeping_buffers
 from movae_fast.training.telemetry import CONFLICT, conflict_figures
+from movae_fast.training.train_step import Gradient, TrainStep
 from movae_fast.training.world import World
 
 ARCHS = ("vae", "betatc_vae", "vq_vae", "mmd_vae", "provlae")
@@ -35,8 +36,8 @@ class Judge:
         self.run = run
         model = copy.deepcopy(run.model).double()
         losses = copy.copy(run.losses)
-        aggregator = run.gradient.aggregator
-        self.step = GradientStep(model, losses, aggregator, accumulate=1)
+        aggregator = run.train_step.aggregator
+        self.step = TrainStep(model, losses, aggregator, accumulate=1)
 
     def look(self, x, noise):
         """Take the parameters and the running statistics as they are now, and the rows there."""
@@ -46,24 +47,24 @@ class Judge:
                 mine.copy_(theirs)
             for mine, theirs in zip(self.step.model.buffers(), self.run.model.buffers(), strict=True):
                 mine.copy_(theirs)
-        scale = self.run.losses.weights_at(self.run.step)[self.run.gradient.active]
+        scale = self.run.losses.weights_at(self.run.step)[self.run.train_step.active]
         with keeping_buffers(self.step.model):
-            self.step.fill_rows([(x.double(), noise.double(), None)], scale)
-        self.before = [p.detach().clone() for p in self.run.gradient.flat.shared]
+            self.step.fill_rows([Batch(x.double(), noise.double(), None)], scale)
+        self.before = [p.detach().clone() for p in self.run.train_step.flat.shared]
 
     def cosine(self, change):
         """The least cosine of a change of the shared parameters (theirs) with a row."""
         update = torch.cat([(c.double()).reshape(-1) for c in change])
-        views = [torch.cat([v.reshape(-1) for v in row]) for row in self.step.views]
+        views = [torch.cat([v.reshape(-1) for v in row]) for row in self.step.rows.views]
         rows = torch.stack(views)
         inner = rows @ update / (rows.norm(dim=1) * update.norm()).clamp_min(1e-300)
         return float(inner.min())
 
     def gradient(self):
-        return self.cosine([p.grad for p in self.run.gradient.flat.shared])
+        return self.cosine([p.grad for p in self.run.train_step.flat.shared])
 
     def applied(self):
-        shared = self.run.gradient.flat.shared
+        shared = self.run.train_step.flat.shared
         return self.cosine([b - p.detach() for b, p in zip(self.before, shared, strict=True)])
 
 
@@ -81,7 +82,7 @@ def least_cosines(steps, data_dir="data", **flags):
             run.begin_step()
             noise = run.noise(len(x))
             judge.look(x, noise)
-            run.training_step(x, run.step, noise)
+            run.train_step(x, run.step, noise)
             gradient.append(judge.gradient())
             applied.append(judge.applied())
             run.step += 1
@@ -141,7 +142,7 @@ def test_a_model_whose_objectives_do_not_reach_the_features_trains():
     validate(config)
     run = assemble(config, torch.device("cpu"), World())
     x = torch.rand(16, 1, 16, 16)
-    record = run.training_step(x, 0, run.noise(16), diagnose=True)
+    record = run.train_step(x, 0, run.noise(16), log=True)
     assert record.step_cosines.isnan().all()
 
 
@@ -196,23 +197,23 @@ def test_the_log_has_true_cosines_of_gradients_and_steps(train, flags, gradient,
 def test_an_approximations_logged_cosine_is_the_exact_one(train, monkeypatch):
     """The cosines of reused weights are those of the update with rows of this very batch."""
     seen = []
-    differentiate = GradientStep.differentiate
+    differentiate = TrainStep.differentiate
 
-    def checked(self, kind, x, noise, share, scale):
-        record = differentiate(self, kind, x, noise, share, scale)
-        if kind.diagnose:
+    def checked(self, kind, batch, scale):
+        record = differentiate(self, kind, batch, scale)
+        if kind.log:
             update = self.flat.shared_grad.double()
-            rows = self.rows.double()
+            rows = self.rows.rows.double()
             true = rows @ update / (rows.norm(dim=1) * update.norm())
             torch.testing.assert_close(record.cosines.double(), true, rtol=1e-4, atol=1e-5)
             seen.append(kind.gradient)
         return record
 
-    monkeypatch.setattr(GradientStep, "differentiate", checked)
+    monkeypatch.setattr(TrainStep, "differentiate", checked)
     train("--agg upgrad --gramian_every 4 --log_every 1 --layer_norm none --epochs 2")
     train("--agg upgrad --gramian_at last:1 --log_every 1 --layer_norm none")
     train("--agg sum --log_every 1 --layer_norm none")
-    assert set(seen) == {"aggregated", "weighted", "weighted cheaply", "sum"}
+    assert set(seen) == {Gradient.ROWS, Gradient.REUSED_WEIGHTS, Gradient.CHEAP_GRAMIAN, Gradient.SUM}
 
 
 def test_the_figure_has_a_panel_of_conflict(tmp_path):

@@ -203,17 +203,17 @@ def test_multi_rate_betas_on_two_ranks(tmp_path, flags):
 
 WATCHED = """
 import sys, torch
-from movae_fast.training.captured import TrainingStep
-original = TrainingStep.__call__
+from movae_fast.training.train_step import TrainStep
+original = TrainStep.__call__
 def call(self, x, step, *args):
     record = original(self, x, step, *args)
-    flat = self.gradient.flat.data
+    flat = self.flat.data
     other = flat.clone()
     torch.distributed.broadcast(other, 0)
-    assert torch.equal(flat, other), f"rank {self.gradient.world.rank} is apart after step {step}"
+    assert torch.equal(flat, other), f"rank {self.world.rank} is apart after step {step}"
     print("same", step, flush=True)
     return record
-TrainingStep.__call__ = call
+TrainStep.__call__ = call
 from movae_fast.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -10,7 +10,7 @@ from movae_fast.jacobian import at_features
 from movae_fast.models import MODELS, ConvVAE
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.precision import Precision
-from movae_fast.training.step import last_parameters
+from movae_fast.training.gradients import Batch, forward, last_parameters
 from tests.test_jacobian import net
 from tests.test_step import gradient, images, relative, step
 
@@ -21,7 +21,7 @@ ARGS = {"constant": {"weights": [1.0, 2.0]}, "nash_mtl": {}, "krum": {}, "trimme
 def by_hand(made, x, noise, at):
     """The definition: rows where `at` says, their Gramian, its weights, the weighted losses' gradient."""
     scale = made.scale_at(0)
-    features, weighted, _, _ = made.forward(x, noise, None, scale)
+    features, weighted, _, _ = forward(made.network, Batch(x, noise, None), scale)
     upstream = at_features(weighted, features, []).features
     rows = []
     last = last_parameters(made.model, at)
@@ -120,8 +120,8 @@ def test_an_aggregator_that_draws_or_remembers_is_asked_once_per_step(name):
     x = images(dtype=torch.float64)
     for number in range(3):
         torch.manual_seed(2)
-        record = made(x, number, made.model.draw_noise(len(x)), diagnose=True)
-        expected = (record.weights.double() @ made.rows).float()
+        record = made.gradient(x, number, made.model.draw_noise(len(x)), log=True)
+        expected = (record.weights.double() @ made.rows.rows).float()
         assert relative(made.flat.shared_grad, expected) < 1e-5
         assert len(calls) == number + 1
 

@@ -14,11 +14,12 @@ from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import Gated, Rates, build_model, gated_layers, make_multirate
 from movae_fast.models.multirate import LAYERS, GatedVariance, from_product, gate
 from movae_fast.objectives import LossVector
+from movae_fast.training import gradients
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.logs import read_lines
 from movae_fast.training.precision import Precision
 from movae_fast.training.run import load_model
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 from tests.test_training import StopAfter, figures_of, same_weights
 
 KINDS = ("sigmoid", "sqrt")
@@ -422,11 +423,11 @@ def step(model, agg="sum", weights=None, **options):
     weights = weights or [1.0] * len(model.objectives)
     losses = LossVector(model, weights, "gaussian", "sum", n_data=1000)
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active))
-    return GradientStep(model, losses, aggregator, **options)
+    return TrainStep(model, losses, aggregator, **options)
 
 
 def gradient(s, x, noise):
-    record = s(x, 0, noise)
+    record = s.gradient(x, 0, noise)
     return s.flat.grad.clone(), record
 
 
@@ -458,7 +459,7 @@ def test_a_step_is_the_mean_over_examples_each_with_its_beta(agg):
     else:
         n = taken.flat.n_shared
         expected = sum(w * row[:n] for w, row in zip(record.weights.double(), rows, strict=True))
-        assert relative(taken.rows, torch.stack([row[:n] for row in rows])) < 1e-12
+        assert relative(taken.rows.rows, torch.stack([row[:n] for row in rows])) < 1e-12
         assert relative(found[:n], expected) < 1e-6  # the recorded weights are float32
         assert relative(found[n:], (rows[0] + rows[1])[n:]) < 1e-12
 
@@ -488,7 +489,7 @@ def test_bfloat16_networks_have_float32_gates_and_near_gradients():
 def compiles_once(arch, agg, backend):
     model = multirate(arch)
     eager, compiled = step(copy.deepcopy(model), agg), step(model, agg, compile_mode="default")
-    regions = {compiled.by_sum: compiled._by_sum, compiled.by_rows: compiled._by_rows}
+    regions = {compiled.by_sum: gradients.of_sum, compiled.by_rows: gradients.exact_rows}
     for region, function in regions.items() if backend != "inductor" else ():
         region.call = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
     before = graph_counters()

@@ -11,12 +11,11 @@ from torch import nn
 from movae_fast import jacobian, ops, reference
 from movae_fast.aggregation import UPGrad
 from movae_fast.projected_step import flatten, metric_roots, multipliers, project_step
-from movae_fast.training.captured import TrainingStep
 from movae_fast.training.precision import Precision
 from tests.gramians import FAMILIES
 from tests.gramians import jacobian as rows_of
 from tests.test_step import images
-from tests.test_step import step as gradient_step
+from tests.test_step import step as train_step
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -76,15 +75,13 @@ def test_an_overflow_corrects_nothing(metric):
 @pytest.mark.parametrize("metric", ["identity", "optimizer"])
 def test_fp16_overflows_leave_the_parameters_finite(metric):
     """The first step overflows (Adam has no state), later ones do, and between them steps are projected."""
-    gradient = gradient_step("vq_vae", precision=Precision("fp16", torch.device("cpu")))
-    optimizer = torch.optim.Adam(gradient.model.parameters(), lr=1e-3, fused=True)
-    step = TrainingStep(gradient, optimizer, step_metric=metric)
+    step = train_step("vq_vae", lr=1e-3, step_metric=metric, precision=Precision("fp16", torch.device("cpu")))
     for number, power in enumerate((60, 10, 10, 100, 10)):
-        gradient.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power)
-        before = gradient.flat.data.clone()
-        record = step(images(), number, gradient.model.draw_noise(16), diagnose=True)
-        assert gradient.flat.data.isfinite().all(), number
-        assert torch.equal(gradient.flat.data, before) == (power > 10), number
+        step.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**power)
+        before = step.flat.data.clone()
+        record = step(images(), number, step.model.draw_noise(16), log=True)
+        assert step.flat.data.isfinite().all(), number
+        assert torch.equal(step.flat.data, before) == (power > 10), number
         # A step that was left out is not a measured step without conflict.
         assert bool(record.step_cosines.isnan().all()) == (power > 10)
         if power == 10:
@@ -94,13 +91,11 @@ def test_fp16_overflows_leave_the_parameters_finite(metric):
 def test_in_adams_metric_no_coordinate_jumps_where_gradients_cancel():
     """v_hat of a sum that cancels is all but zero: unbounded, D moves that coordinate by 274 and 503 rates."""
     for arch in ("betatc_vae", "vq_vae"):
-        gradient = gradient_step(arch, agg="jd_sum")
-        optimizer = torch.optim.Adam(gradient.model.parameters(), lr=1e-4)
-        step = TrainingStep(gradient, optimizer, step_metric="optimizer")
+        step = train_step(arch, lr=1e-4, agg="jd_sum", step_metric="optimizer")
         for number in range(5):
-            before = gradient.flat.shared_data.clone()
-            step(images(), number, gradient.model.draw_noise(16))
-            assert (before - gradient.flat.shared_data).abs().max() < 30 * 1e-4, (arch, number)
+            before = step.flat.shared_data.clone()
+            step(images(), number, step.model.draw_noise(16))
+            assert (before - step.flat.shared_data).abs().max() < 30 * 1e-4, (arch, number)
 
 
 class Net(nn.Module):

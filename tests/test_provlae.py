@@ -15,13 +15,12 @@ from movae_fast.cli.ladder import traversals
 from movae_fast.models import build_model
 from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
-from movae_fast.training.captured import TrainingStep
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.logs import read_lines
 from movae_fast.training.optim import forget, make_optimizer
 from movae_fast.training.progression import Cycles, Progression
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import Gradient, TrainStep
 
 SMALL = {"latent_dim": 2, "num_ladders": 3, "hidden_dim": 6, "fc_dim": 10}
 FLAGS = (
@@ -158,7 +157,7 @@ def test_each_stages_loss_recomputed(stage, reduction):
     assert float(model.alpha) == (1.0 if stage == 1 else 3 / 8)
     x = torch.rand(n, 1, 32, 32)
     out = model(x, torch.randn(n, 6))
-    gradient = GradientStep(model, losses, None)
+    gradient = TrainStep(model, losses, None)
     total = (torch.stack(losses(out, x)) * losses.weights_at(step)).sum()
     assert gradient.m == 4
     p = torch.sigmoid(out.preactivation.double())
@@ -281,15 +280,16 @@ def test_all_stages_one_after_another(train):
 def test_a_stage_begins_with_weights_of_its_own(train, monkeypatch):
     found = []
 
-    differentiate = GradientStep.differentiate
+    differentiate = TrainStep.differentiate
 
     def counted(self, kind, *inputs):
         found.append(kind.gradient)
         return differentiate(self, kind, *inputs)
 
-    monkeypatch.setattr(GradientStep, "differentiate", counted)
+    monkeypatch.setattr(TrainStep, "differentiate", counted)
     train(FLAGS, "--agg upgrad", "--gramian_every 2")
-    assert found == ["aggregated", "weighted", "aggregated", "weighted", "aggregated"] * 3
+    rows, reused = Gradient.ROWS, Gradient.REUSED_WEIGHTS
+    assert found == [rows, reused, rows, reused, rows] * 3
 
 
 @pytest.mark.parametrize("name", ["lamb", "diffgrad", "madgrad"])
@@ -311,7 +311,7 @@ def test_other_optimizers_train_every_stage_and_resume(train, name):
 @pytest.mark.parametrize("agg", ["sum", "upgrad"])
 def test_resume_in_the_middle_of_a_fade_in_is_bit_exact(train, monkeypatch, agg):
     through = train(FLAGS, f"--agg {agg}", "--warmup_steps 2")
-    call = TrainingStep.__call__
+    call = TrainStep.__call__
 
     def stop_at_seven(self, x, step, *args):
         record = call(self, x, step, *args)
@@ -320,7 +320,7 @@ def test_resume_in_the_middle_of_a_fade_in_is_bit_exact(train, monkeypatch, agg)
         return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", stop_at_seven)
+        patch.setattr(TrainStep, "__call__", stop_at_seven)
         part = train(FLAGS, f"--agg {agg}", "--warmup_steps 2", status=143)
     saved = state_of(part)
     assert saved["position"]["step"] == 7

@@ -8,10 +8,10 @@ from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import LossVector, resolve_weights
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
-from movae_fast.training.flat import FlatParameters
+from movae_fast.training.flat import FlatParameters, Rows
 from movae_fast.training.optim import make_optimizer
 from movae_fast.training.precision import Precision
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 SHAPE = (3, 16, 16)
 OPTIONS = {
@@ -22,13 +22,14 @@ OPTIONS = {
 }
 
 
-def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", network=None, **options):
+def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", network=None, lr=None, **options):
     torch.manual_seed(0)
     model = build_model(arch, SHAPE, "tanh", OPTIONS[arch] | (network or {})).to(dtype)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
     losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=10)
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active))
-    return GradientStep(model, losses, aggregator, jacobian, **options)
+    optimizer = None if lr is None else torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    return TrainStep(model, losses, aggregator, optimizer, jacobian=jacobian, **options)
 
 
 WITHOUT_BATCH_NORM = {"vae": {"layer_norm": "none"}, "vq_vae": {}}
@@ -39,9 +40,9 @@ def images(n=16, dtype=torch.float32):
     return torch.rand(n, *SHAPE).to(dtype)
 
 
-def gradient(step, x, number=0, share=None):
+def gradient(step, x, number=0, sample_weight=None):
     torch.manual_seed(2)
-    record = step(x, number, step.model.draw_noise(len(x)), share=share)
+    record = step.gradient(x, number, step.model.draw_noise(len(x)), sample_weight=sample_weight)
     return step.flat.grad.clone(), record
 
 
@@ -57,9 +58,9 @@ def test_float32_rows_are_float64_rows(arch):
     x = images()
     gradient(single, x)
     torch.manual_seed(2)
-    double(x.double(), 0, single.model.draw_noise(len(x)).double())
+    double.gradient(x.double(), 0, single.model.draw_noise(len(x)).double())
     # A convolution network's backward in float32: some tens of roundings of 6e-8.
-    assert relative(single.rows, double.rows) < 1e-5
+    assert relative(single.rows.rows, double.rows.rows) < 1e-5
     assert relative(single.flat.own_grad, double.flat.own_grad) < 1e-5
 
 
@@ -119,12 +120,12 @@ def test_a_padded_batch_is_the_short_one_without_batch_statistics(arch):
         short.accumulate = 1
         noise = padded.model.draw_noise(16)
         for number in range(2):
-            record = padded(x, number, noise, share=share)
-            expected = short(x[:n], number, noise[:n])
+            record = padded.gradient(x, number, noise, sample_weight=share)
+            expected = short.gradient(x[:n], number, noise[:n])
             # float64's rounding through some ten layers.
             assert relative(padded.flat.grad, short.flat.grad) < 1e-12, options
             assert relative(record.losses, expected.losses) < 1e-12, options
-        whole = padded(x, 1, noise)
+        whole = padded.gradient(x, 1, noise)
         assert relative(whole.losses, expected.losses) > 1e-4  # what was added would have been seen
 
 
@@ -168,10 +169,13 @@ def test_flat_views_keep_shapes_strides_and_values():
         assert p.stride() == before[name][1]
         assert p.untyped_storage().data_ptr() == flat.data.untyped_storage().data_ptr()
         assert p.grad.untyped_storage().data_ptr() == flat.grad.untyped_storage().data_ptr()
-    rows, views = flat.rows(2)
-    views[1][0].fill_(1)
-    assert rows[0].abs().sum() == 0
-    assert rows[1].sum() == views[1][0].numel()
+    rows = Rows(flat, 3)
+    rows.resize([0, 2])
+    rows.views[1][0].fill_(1)
+    assert rows.rows[0].abs().sum() == 0
+    assert rows.rows[1].sum() == rows.views[1][0].numel()
+    assert torch.equal(rows.spread_rows()[[0, 2]], rows.rows)
+    assert rows.spread_rows()[1].abs().sum() == 0
 
 
 def test_bf16_gradients_are_near_and_losses_float32():
@@ -202,7 +206,8 @@ def test_fp16_s_scale_does_not_choose_the_objectives_and_overflow_skips():
     gradient(large, x)
     before = large.flat.data.clone()
     large.precision.unscale_gradients(optimizer)
-    large.precision.step(optimizer)
+    large.precision.scaler.step(optimizer)
+    large.precision.scaler.update()
     assert torch.equal(large.flat.data, before)
     assert large.precision.scaler.get_scale() == 2.0**59
 
@@ -218,7 +223,8 @@ def test_a_first_step_that_overflows_in_fp16_leaves_the_optimizer_new(name):
         for gradient in [*gradients, torch.ones(1000), -3 * torch.ones(1000)]:
             parameter.grad = precision.scale(gradient)
             precision.unscale_gradients(optimizer)
-            precision.step(optimizer)
+            precision.scaler.step(optimizer)
+            precision.scaler.update()
         results.append(parameter.detach().clone())
     assert torch.equal(*results)
 

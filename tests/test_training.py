@@ -205,9 +205,9 @@ def test_a_loss_that_blows_up_stops_the_run(train, capsys):
 
 def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
     """A NaN that appears at step 5 within a window of 4 is reported as step 5, with the epoch's checkpoint."""
-    from movae_fast.training.captured import TrainingStep
+    from movae_fast.training.train_step import TrainStep
 
-    original = TrainingStep.__call__
+    original = TrainStep.__call__
 
     def poisoned(self, x, step, *args, **kwargs):
         record = original(self, x, step, *args, **kwargs)
@@ -215,7 +215,7 @@ def test_the_step_and_objective_are_named_exactly(train, monkeypatch, capsys):
             record.losses[1] = math.nan
         return record
 
-    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
     folder = train("--epochs 3", "--log_every 4", status=1)
     error = capsys.readouterr().err
     assert "kl became nan at step 5" in error
@@ -251,9 +251,9 @@ def test_nothing_in_the_loop_reads_the_device(train, monkeypatch, flags):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    from movae_fast.training.captured import TrainingStep
+    from movae_fast.training.train_step import TrainStep
 
-    original_call = TrainingStep.__call__
+    original_call = TrainStep.__call__
 
     def call(self, *args, **kwargs):
         step["inside"] = True
@@ -267,7 +267,7 @@ def test_nothing_in_the_loop_reads_the_device(train, monkeypatch, flags):
             step["inside"] = False
         return original_due(run, ahead)
 
-    monkeypatch.setattr(TrainingStep, "__call__", call)
+    monkeypatch.setattr(TrainStep, "__call__", call)
     monkeypatch.setattr(loop, "log_due", log_due)
     given = ("--latent_dim null",) if "vq_vae" in flags else ()
     train(flags, *given, "--optimizer sgd", "--max_grad_norm 1", "--log_every 3")

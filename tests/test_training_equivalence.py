@@ -8,7 +8,7 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import LossVector, resolve_weights
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 SHAPE = (3, 32, 32)
 OPTIONS = {
@@ -42,16 +42,16 @@ def parameters(model):
 
 def ours(arch, aggregator, optimizer, dtype, jacobian="shared"):
     model, losses = build(arch, dtype)
-    gradient = GradientStep(model, losses, aggregator, jacobian)
+    gradient = TrainStep(model, losses, aggregator, jacobian=jacobian)
     optimizer = optimizer(model.parameters())
     for step, x in batches(dtype):
-        gradient(x, step)
+        gradient.gradient(x, step)
         optimizer.step()
     return parameters(model)
 
 
 def plain_sum(arch, optimizer, dtype):
-    """No part of GradientStep: forward, sum, backward."""
+    """No part of TrainStep: forward, sum, backward."""
     model, losses = build(arch, dtype)
     optimizer = optimizer(model.parameters())
     for step, x in batches(dtype):
@@ -136,9 +136,9 @@ def test_diagnosing_the_sum_leaves_its_gradient_alone():
     plain, losses = build("vae", torch.float32)
     watched, _ = build("vae", torch.float32)
     x = next(batches(torch.float32))[1]
-    for model, diagnose in ((plain, False), (watched, True)):
+    for model, log in ((plain, False), (watched, True)):
         torch.manual_seed(7)
-        record = GradientStep(model, losses, None, "shared")(x, 0, diagnose=diagnose)
+        record = TrainStep(model, losses, None).gradient(x, 0, log=log)
     assert all(
         torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), watched.parameters(), strict=True)
     )
@@ -149,9 +149,9 @@ def test_diagnosing_the_sum_leaves_its_gradient_alone():
 def test_a_zero_weight_leaves_the_aggregation():
     model, _ = build("vae", torch.float32)
     losses = LossVector(model, [1.0, 0.0], "gaussian", "mean", 100)
-    step = GradientStep(model, losses, make_aggregator("upgrad", 1), "shared")
-    record = step(next(batches(torch.float32))[1], 0)
-    assert step.rows.shape[0] == 1
+    step = TrainStep(model, losses, make_aggregator("upgrad", 1))
+    record = step.gradient(next(batches(torch.float32))[1], 0)
+    assert step.rows.rows.shape[0] == 1
     assert record.losses.isfinite().all()
     assert record.weights[0] == pytest.approx(1.0)
     assert record.weights[1].isnan()

@@ -16,7 +16,6 @@ from rich.table import Table
 from movae_fast.cli import parsing
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
-from movae_fast.training.captured import NOT_ASKED
 from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
@@ -24,6 +23,7 @@ from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run, resume, setup
 from movae_fast.training.signals import Interrupted
 from movae_fast.training.telemetry import NonFiniteError
+from movae_fast.training.train_step import NOT_ASKED
 
 DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
 # What a resumed run may change without ceasing to be the same run.
@@ -189,9 +189,9 @@ def describe(work: Run, console: Console) -> None:
     shape = "x".join(map(str, config.image_shape))
     processes = f"{work.world.size} x " if work.world.size > 1 else ""
     # Where the aggregator is on the host, or other processes must be asked, the Gramian parts the graph.
-    gradient = work.gradient
-    eager = gradient.gramian_at != "shared" and gradient.by_rows.mode != gradient.by_cheap_gramian.mode
-    compiled = (", compiled" if work.gradient.by_sum.mode != "off" else "") + graph_note(work)
+    step = work.train_step
+    eager = step.gramian_at != "shared" and step.by_rows.mode != step.by_cheap_gramian.mode
+    compiled = (", compiled" if step.by_sum.mode != "off" else "") + graph_note(work)
     images = f"{processes}{config.data.batch_size}"
     loader = type(work.train_loader).__name__.removesuffix("Loader").lower()
     why = f" ({work.train_loader.why})" if work.train_loader.why else ""

@@ -49,11 +49,6 @@ class FlatParameters:
         strides = p.stride() if dense else torch.empty(p.shape).stride()
         return flat.as_strided(p.shape, strides, flat.storage_offset() + self.starts[id(p)])
 
-    def rows(self, m: int) -> tuple[Tensor, list[list[Tensor]]]:
-        """Make a buffer [m, n_shared] of zeros, and in each row a view for each shared parameter."""
-        buffer = self.data.new_zeros(m, self.n_shared)
-        return buffer, [[self.view(row, p) for p in self.shared] for row in buffer]
-
     @property
     def shared_data(self) -> Tensor:
         return self.data[: self.n_shared]
@@ -71,6 +66,59 @@ class FlatParameters:
     @property
     def own_grad(self) -> Tensor:
         return self.grad[self.n_shared :]
+
+
+class Rows:
+    """The Jacobian's rows over the shared parameters, in one buffer with room for a step of theirs.
+
+    `nonzero` are the objectives whose row is not zero by construction; only they have a row, in their order.
+    It is known once a batch has been differentiated.
+    """
+
+    def __init__(self, flat: FlatParameters, m: int) -> None:
+        self.flat, self.m = flat, m
+        self._fit([])
+
+    def resize(self, nonzero: Sequence[int]) -> None:
+        """Make room for the rows of these objectives, unless there is."""
+        if list(nonzero) != self.nonzero:
+            self._fit(nonzero)
+
+    def _fit(self, nonzero: Sequence[int]) -> None:
+        self.nonzero = list(nonzero)
+        self.index = torch.tensor(self.nonzero, dtype=torch.int64, device=self.flat.data.device)
+        self.with_step = self.flat.data.new_zeros(len(self.nonzero) + 1, self.flat.n_shared)
+        self.rows, self.step = self.with_step[:-1], self.with_step[-1]
+        self.views = [[self.flat.view(row, p) for p in self.flat.shared] for row in self.rows]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every objective has a row."""
+        return len(self.nonzero) == self.m
+
+    def pick(self, values: Tensor) -> Tensor:  # [rows]
+        """Return those of the objectives' values [m] that belong to rows."""
+        return values if self.complete else values[self.index]
+
+    def spread(self, values: Tensor) -> Tensor:  # [m]
+        """Return the rows' values at the places of their objectives; NaN elsewhere."""
+        if self.complete:
+            return values
+        return values.new_full((self.m,), torch.nan).index_copy(0, self.index, values)
+
+    def spread_square(self, gramian: Tensor) -> Tensor:  # [m, m]
+        """Return the Gramian of all objectives' rows, of which the missing ones are zero."""
+        if self.complete:
+            return gramian
+        full = gramian.new_zeros(self.m, self.m)
+        full[self.index[:, None], self.index] = gramian
+        return full
+
+    def spread_rows(self) -> Tensor:  # [m, n_shared]
+        """Return all objectives' rows, of which the missing ones are zero."""
+        if self.complete:
+            return self.rows
+        return self.rows.new_zeros(self.m, self.flat.n_shared).index_copy_(0, self.index, self.rows)
 
 
 def _aligned(size: int, to: int = ALIGNMENT) -> int:

@@ -1,8 +1,8 @@
 """The training loop.
 
-A step is: forward, Jacobian rows, Gramian, aggregation (`GradientStep`), then clipping and optimizer (with the
-former `TrainingStep`), then the schedule. Nothing in it reads a value on the host; metrics stay on the device
-until a log line is due.
+A step (`TrainStep`) is: forward, Jacobian rows, Gramian, weights, combine, clipping, the optimizer; the
+learning rate's schedule follows. Nothing in it reads a value on the host; metrics stay on the device until a
+log line is due.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
             left = () if run.finished else run.train_loader.epoch(run.epoch, start=run.batch)
             for x, _ in run.telemetry.waiting(left):
                 run.begin_step()
-                bar.compiling(run.gradient)
+                bar.compiling(run.train_step)
                 share = run.train_loader.share_of(run.batch)
-                record = run.training_step(x, run.step, run.noise(len(x)), log_due(run, 1), share)
+                record = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), share)
                 run.scheduler.step()
                 run.telemetry.record(record, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1

@@ -42,6 +42,15 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
     return made
 
 
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
+    """Put what a recorded step reads, the learning rate, onto the device; a number again for None."""
+    for group in optimizer.param_groups:
+        rate = float(group["lr"])
+        group["lr"] = rate if device is None else torch.tensor(rate, device=device)
+        if "capturable" in group:
+            group["capturable"] = device is not None
+
+
 def forget(optimizer: torch.optim.Optimizer) -> None:
     """Make an optimizer as good as new: no moments, no step count; its groups and rates stay.
 

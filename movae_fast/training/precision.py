@@ -56,14 +56,6 @@ class Precision:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's step, unless fp16 overflowed."""
-        if self.scaler is None:
-            optimizer.step()
-        else:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-
     def restart(self) -> None:
         """Leave a step that broke off: the scaler counts on every step to come to its end."""
         if self.scaler is not None:

@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from movae_fast.training.captured import WARM
+from movae_fast.training.cuda_graph import WARM
 from movae_fast.training.run import Run
 
 SKIPPED = WARM + 1  # steps before the trace: they compile, choose algorithms, allocate, record

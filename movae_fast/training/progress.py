@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from movae_fast.training.run import Run
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep
 
 
 class Bar:
@@ -55,9 +55,9 @@ class Bar:
         """One optimizer step is done."""
         self.progress.update(self.task, completed=self.run.step, epoch=self.epoch, figures=self.figures)
 
-    def compiling(self, gradient: GradientStep) -> None:
+    def compiling(self, step: TrainStep) -> None:
         """Say what the next step compiles, if it does: minutes that would look like a frozen screen."""
-        if region := gradient.compiles():
+        if region := step.compiles():
             self.progress.update(self.task, figures=f"compiling the step ({region})…")
             self.progress.refresh()
 

@@ -25,15 +25,15 @@ from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
-from movae_fast.training.captured import CAPTURED_MODES, CudaGraphs, TrainingStep, why_not_captured
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.logs import Logs, require_wandb
 from movae_fast.training.optim import forget, lr_factor, make_optimizer
 from movae_fast.training.precision import Precision
 from movae_fast.training.progression import Cycles, Progression
-from movae_fast.training.step import GradientStep
 from movae_fast.training.telemetry import Telemetry
+from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World, connect
 
 
@@ -48,9 +48,8 @@ class Run:
     train_loader: Loader
     test_loader: Loader
     losses: LossVector
-    gradient: GradientStep
     optimizer: torch.optim.Optimizer
-    training_step: TrainingStep
+    train_step: TrainStep
     scheduler: torch.optim.lr_scheduler.LambdaLR
     telemetry: Telemetry
     total_steps: int
@@ -89,7 +88,7 @@ class Run:
         if self.progression.starts(self.step):
             forget(self.optimizer)
             self.best = math.inf
-        self.gradient.first = self.step - self.progression.since(self.step)
+        self.train_step.first = self.step - self.progression.since(self.step)
         assert isinstance(self.model, ProVLAE)
         self.progression.apply(self.step, self.model, self.losses)
 
@@ -100,15 +99,15 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """The sections of a checkpoint."""
-        aggregator = self.gradient.aggregator
+        aggregator = self.train_step.aggregator
         return {
             "config": self.config.flat(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "aggregator": aggregator_state(aggregator) if aggregator is not None else {},
-            "reused_weights": self.gradient.weights,
-            "scaler": self.gradient.precision.state_dict(),
+            "reused_weights": self.train_step.weights,
+            "scaler": self.train_step.precision.state_dict(),
             "telemetry": self.telemetry.state_dict(),
             "position": {
                 "epoch": self.epoch,
@@ -132,7 +131,7 @@ class Run:
 
         All ranks call it; rank 0 writes.
         """
-        if not bool(self.gradient.flat.data.isfinite().all()):
+        if not bool(self.train_step.flat.data.isfinite().all()):
             raise FloatingPointError(f"the model's parameters are not finite after step {self.step}")
         self.world.average_buffers(self.model)
         self.telemetry.merge(self.world)
@@ -146,12 +145,12 @@ class Run:
         """Continue from a checkpoint's sections."""
         checkpoint.load_model(self.model, record["model"], path)
         self.optimizer.load_state_dict(record["optimizer"])
-        self.training_step.adopt()
+        self.train_step.prepare_optimizer()
         self.scheduler.last_epoch = record["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
-        if self.gradient.aggregator is not None:
-            load_aggregator_state(self.gradient.aggregator, record["aggregator"], self.device)
-        self.gradient.weights.copy_(record["reused_weights"])
-        self.gradient.precision.load_state_dict(record["scaler"])
+        if self.train_step.aggregator is not None:
+            load_aggregator_state(self.train_step.aggregator, record["aggregator"], self.device)
+        self.train_step.weights.copy_(record["reused_weights"])
+        self.train_step.precision.load_state_dict(record["scaler"])
         self.telemetry.load_state_dict(record["telemetry"])
         position = record["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
@@ -309,11 +308,19 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         mode = CAPTURED_MODES[config.run.compile]
     if config.objective.gramian_batch < 1:
         mode = "off"
-    gradient = GradientStep(
+    optimizer = make_optimizer(config.optimizer, model.parameters())
+    factor = lr_factor(config.optimizer, steps, per_epoch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, factor if total == steps else lambda step: factor(step % steps)
+    )
+    train_step = TrainStep(
         model,
         losses,
         aggregator,
-        config.objective.jacobian,
+        optimizer,
+        jacobian=config.objective.jacobian,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        step_metric=config.objective.step_metric if config.objective.conflict_free == "step" else None,
         precision=precision,
         # A layer that talks to other processes cannot be part of a compiled graph.
         compile_mode="off" if config.run.sync_batchnorm and world.size > 1 else mode,
@@ -322,15 +329,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         gramian_every=config.objective.gramian_every,
         gramian_batch=config.objective.gramian_batch,
         gramian_at=config.objective.gramian_at,
+        recorder=None if why_not else CudaGraphs(device),
     )
-    optimizer = make_optimizer(config.optimizer, model.parameters())
-    factor = lr_factor(config.optimizer, steps, per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, factor if total == steps else lambda step: factor(step % steps)
-    )
-    clip = config.optimizer.max_grad_norm
-    recorder = CudaGraphs(device) if not why_not else None
-    step_metric = config.objective.step_metric if config.objective.conflict_free == "step" else None
     codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
@@ -340,9 +340,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         train_loader=train_loader,
         test_loader=test_loader,
         losses=losses,
-        gradient=gradient,
         optimizer=optimizer,
-        training_step=TrainingStep(gradient, optimizer, clip, recorder, step_metric),
+        train_step=train_step,
         scheduler=scheduler,
         telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
         total_steps=total,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from movae_fast.training.step import StepRecord
+from movae_fast.training.train_step import StepRecord
 from movae_fast.training.world import World
 
 T = TypeVar("T")

@@ -16,12 +16,12 @@ from movae_fast.cli import main
 from movae_fast.models import MODELS, build_model
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector, resolve_weights
-from movae_fast.training.captured import WARM, CudaGraphs, TrainingStep, why_not_captured
 from movae_fast.training.config import OptimizerConfig
+from movae_fast.training.cuda_graph import WARM, CudaGraphs
 from movae_fast.training.optim import forget, make_optimizer
 from movae_fast.training.precision import Precision
 from movae_fast.training.progression import Progression
-from movae_fast.training.step import GradientStep
+from movae_fast.training.train_step import TrainStep, why_not_captured
 from movae_fast.training.world import World
 from tests.host_reads import NoHostRead
 
@@ -103,7 +103,7 @@ class OneByOne:
         return work
 
 
-def training_step(
+def train_step(
     arch,
     agg,
     optimizer,
@@ -130,15 +130,15 @@ def training_step(
         options["precision"] = Precision("fp16", device)
         # Too large at first, and again after every two steps that do not overflow.
         options["precision"].scaler = torch.amp.GradScaler(device.type, init_scale=2.0**24, growth_interval=2)
-    gradient = GradientStep(model, losses, aggregator, compile_mode=compile_mode, **options)
     made = make_optimizer(OptimizerConfig(optimizer=optimizer, lr=3e-3), model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(made, lambda i: 1 / (1 + i))
-    return TrainingStep(gradient, made, clip, recorder, step_metric), scheduler
+    options |= {"compile_mode": compile_mode, "max_grad_norm": clip, "step_metric": step_metric}
+    return TrainStep(model, losses, aggregator, made, recorder=recorder, **options), scheduler
 
 
-def train(step, scheduler, steps=10, diagnose_every=0, stages=None, shares=False, seed=1):
+def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, seed=1):
     """Records of the steps, each on its own images; parameters and buffers at the end."""
-    model, flat = step.gradient.model.train(), step.gradient.flat.data
+    model, flat = step.model.train(), step.flat.data
     generator = torch.Generator().manual_seed(seed)
     records = []
     for i in range(steps):
@@ -148,9 +148,9 @@ def train(step, scheduler, steps=10, diagnose_every=0, stages=None, shares=False
         if stages is not None:
             if stages.starts(i):
                 forget(step.optimizer)
-            stages.apply(i, model, step.gradient.losses)
-        diagnose = diagnose_every > 0 and i % diagnose_every == 0
-        record = step(x, i, noise, diagnose, share)
+            stages.apply(i, model, step.losses)
+        log = log_every > 0 and i % log_every == 0
+        record = step(x, i, noise, log, share)
         scheduler.step()
         records.append([v.clone() for v in record])
     return records, [*model.parameters(), *model.buffers()]
@@ -163,10 +163,10 @@ CASES = {
     "reused weights": ("vae", "upgrad", "adam", {"gramian_every": 3}, {"steps": 14}),
     "weights of a part": ("vae", "mgda", "adam", {"gramian_batch": 0.5}, {}),
     "all parameters, accumulated": ("vae", "cagrad", "adam", {"jacobian": "all", "accumulate": 2}, {}),
-    "sum, diagnosed": ("vae", "sum", "adam", {}, {"steps": 16, "diagnose_every": 3}),
+    "sum, logged": ("vae", "sum", "adam", {}, {"steps": 16, "log_every": 3}),
     "weights at the features": ("vae", "upgrad", "adam", {"gramian_at": "features"}, {}),
     "weights at the last modules": ("betatc_vae", "upgrad", "adam", {"gramian_at": "last:2"}, {}),
-    "step projected": ("vq_vae", "upgrad", "adam", {"step_metric": "identity"}, {"diagnose_every": 1}),
+    "step projected": ("vq_vae", "upgrad", "adam", {"step_metric": "identity"}, {"log_every": 1}),
     "sum, step projected": ("betatc_vae", "sum", "adamw", {"step_metric": "optimizer"}, {}),
     "fp16": ("vae", "upgrad", "adam", {"fp16": True, "clip": 0.01}, {"steps": 20}),
     "fp16, sum": ("vq_vae", "sum", "sgd", {"fp16": True}, {"steps": 20}),
@@ -187,11 +187,11 @@ CASES = {
 def test_a_replayed_step_is_the_step(case):
     arch, agg, optimizer, options, how = CASES[case]
     tapes = Tapes()
-    recorded = training_step(arch, agg, optimizer, tapes, **options)
+    recorded = train_step(arch, agg, optimizer, tapes, **options)
     records, state = train(*recorded, **how)
-    expected_records, expected = train(*training_step(arch, agg, optimizer, OneByOne(), **options), **how)
-    kinds = {("sum, diagnosed"): 2, "reused weights": 2}.get(case, 1)
-    assert len(tapes.tapes) == len(recorded[0].recorded) == kinds
+    expected_records, expected = train(*train_step(arch, agg, optimizer, OneByOne(), **options), **how)
+    kinds = {("sum, logged"): 2, "reused weights": 2}.get(case, 1)
+    assert len(tapes.tapes) == len(recorded[0].recordings.recorded) == kinds
     for i, (mine, other) in enumerate(zip(records, expected_records, strict=True)):
         for a, b in zip(mine, other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=f"step {i}")
@@ -207,36 +207,36 @@ def test_what_is_recorded_reads_nothing_on_the_host(optimizer):
                 return super().record(work)
 
     guarded = Guarded()
-    train(*training_step("betatc_vae", "upgrad", optimizer, guarded, clip=0.1), steps=5)
+    train(*train_step("betatc_vae", "upgrad", optimizer, guarded, clip=0.1), steps=5)
     assert len(guarded.tapes) == 1
 
 
 @pytest.mark.parametrize("agg", ["sum", "upgrad"])
 def test_fp16_s_scale_grows_and_shrinks_inside_a_recording(agg):
-    step, scheduler = training_step("vae", agg, "adam", Tapes(), fp16=True)
-    assert why_not_captured("auto", torch.device("cuda"), "adam", step.gradient.aggregator) == ""
+    step, scheduler = train_step("vae", agg, "adam", Tapes(), fp16=True)
+    assert why_not_captured("auto", torch.device("cuda"), "adam", step.aggregator) == ""
     scales = []
-    record = step.gradient.scale_at
+    record = step.scale_at
 
     def watched(i):
-        scales.append(step.gradient.precision.scaler.get_scale())
+        scales.append(step.precision.scaler.get_scale())
         return record(i)
 
-    step.gradient.scale_at = watched
+    step.scale_at = watched
     train(step, scheduler, steps=40)
-    assert step.recorded
+    assert step.recordings.recorded
     replayed = scales[WARM + 1 :]
     assert any(a > b for a, b in pairwise(replayed)), "no overflow was replayed"
     assert any(a < b for a, b in pairwise(replayed)), "no growth was replayed"
-    assert step.gradient.flat.data.isfinite().all()
+    assert step.flat.data.isfinite().all()
 
 
 def test_what_is_not_a_tensor_is_frozen_by_a_recording():
     """The judge above notices what it is there for."""
-    step, scheduler = training_step("vae", "upgrad", "adam", Tapes())
+    step, scheduler = train_step("vae", "upgrad", "adam", Tapes())
     step.optimizer.param_groups[0]["lr"] = 3e-3  # a number, which the schedule changes
     _, state = train(step, scheduler)
-    _, expected = train(*training_step("vae", "upgrad", "adam", OneByOne()))
+    _, expected = train(*train_step("vae", "upgrad", "adam", OneByOne()))
     assert any(not torch.equal(a, b) for a, b in zip(state, expected, strict=True))
 
 
@@ -245,11 +245,11 @@ def test_a_step_that_cannot_be_recorded_says_so_once_and_goes_on():
         def record(self, work):
             raise RuntimeError("operation not permitted\nmore")
 
-    broken = training_step("vae", "upgrad", "adam", Broken())
+    broken = train_step("vae", "upgrad", "adam", Broken())
     with pytest.warns(RuntimeWarning, match="not a CUDA graph: operation not permitted$") as said:
         _, state = train(*broken)
     assert len(said) == 1
-    _, expected = train(*training_step("vae", "upgrad", "adam", OneByOne()))
+    _, expected = train(*train_step("vae", "upgrad", "adam", OneByOne()))
     for a, b in zip(state, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -310,7 +310,7 @@ def test_a_capture_that_fails_leaves_stream_memory_and_generator_as_they_were(mo
 
 def test_a_loaded_optimizer_is_recorded_too():
     made = make_optimizer(OptimizerConfig(lr=0.5), [torch.nn.Parameter(torch.zeros(2))])
-    step, _ = training_step("vae", "upgrad", "adam", Tapes())
+    step, _ = train_step("vae", "upgrad", "adam", Tapes())
     step.optimizer.load_state_dict(
         {
             **made.state_dict(),
@@ -323,7 +323,7 @@ def test_a_loaded_optimizer_is_recorded_too():
         }
     )
     assert not step.optimizer.param_groups[0]["capturable"]
-    step.adopt()
+    step.prepare_optimizer()
     assert step.optimizer.param_groups[0]["capturable"]
     assert torch.equal(step.optimizer.param_groups[0]["lr"], torch.tensor(0.5))
 
@@ -346,7 +346,7 @@ RANKED = {
     "all parameters, accumulated": ("vae", "cagrad", "adam", {"jacobian": "all", "accumulate": 2}, {}),
     "weights at the features": ("vae", "upgrad", "adam", {"gramian_at": "features"}, {}),
     "weights of a part": ("vae", "mgda", "adam", {"gramian_batch": 0.5}, {}),
-    "step projected": ("vae", "upgrad", "adam", {"step_metric": "optimizer"}, {"diagnose_every": 1}),
+    "step projected": ("vae", "upgrad", "adam", {"step_metric": "optimizer"}, {"log_every": 1}),
     "statistics over all images": ("vae", "upgrad", "adam", {"sync": True}, {}),
     "fp16": ("vae", "upgrad", "adam", {"fp16": True}, {"steps": 16}),
 }
@@ -371,21 +371,21 @@ def _ranks(rank, folder):
     for name, (arch, agg, optimizer, options, how) in RANKED.items():
         states = []
         for recorder in (Tapes(), OneByOne()):
-            step = training_step(arch, agg, optimizer, recorder, world=world, **options)
+            step = train_step(arch, agg, optimizer, recorder, world=world, **options)
             states.append(train(*step, seed=rank, **how)[1])
-            assert step[0].recorded
+            assert step[0].recordings.recorded
         for a, b in zip(*states, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
         total = torch.cat([v.flatten().double() for v in states[0]])
         if "sync" in options:
             other = world.broadcast_(total.clone())
             assert torch.equal(total, other), f"{name}: the ranks' parameters or statistics differ"
-    refusing = training_step("vae", "upgrad", "adam", Refusing(rank == 1), world=world)
+    refusing = train_step("vae", "upgrad", "adam", Refusing(rank == 1), world=world)
     reason = "operation not permitted" if rank else "another process could not record it"
     with pytest.warns(RuntimeWarning, match=f"not a CUDA graph: {reason}$"):
         _, state = train(*refusing, seed=rank)
-    assert refusing[0].recorder is None
-    _, expected = train(*training_step("vae", "upgrad", "adam", OneByOne(), world=world), seed=rank)
+    assert refusing[0].recordings.recorder is None
+    _, expected = train(*train_step("vae", "upgrad", "adam", OneByOne(), world=world), seed=rank)
     for a, b in zip(state, expected, strict=True):
         assert torch.equal(a, b)
     dist.destroy_process_group()
@@ -410,11 +410,11 @@ def test_a_cuda_graph_is_the_step(case, compile_mode):
     # In float64: in float32 the sums of cuDNN and of atomics differ from run to run, and Adam makes whole steps
     # of that difference where a gradient is zero (a convolution's bias before BatchNorm).
     options = options | {"device": device, "compile_mode": compile_mode, "dtype": torch.float64}
-    recorded = training_step(arch, agg, optimizer, CudaGraphs(device), **options)
+    recorded = train_step(arch, agg, optimizer, CudaGraphs(device), **options)
     _, state = train(*recorded, **how)
-    assert recorded[0].recorded
-    assert recorded[0].recorder is not None
-    _, expected = train(*training_step(arch, agg, optimizer, None, **options), **how)
+    assert recorded[0].recordings.recorded
+    assert recorded[0].recordings.recorder is not None
+    _, expected = train(*train_step(arch, agg, optimizer, None, **options), **how)
     for a, b in zip(state, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 

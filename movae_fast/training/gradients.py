@@ -1,0 +1,214 @@
+"""The ways to differentiate a batch's vector of losses.
+
+Each is a function of tensors that the compiler can take as one region: `exact_rows` gives every objective's
+gradient, `of_sum` that of the weighted sum, `of_weighted` that with an aggregator's weights. The last three
+find weights without the exact rows: `cheap_rows_of`, `of_cheaply_weighted` and `of_subset_weighted`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast.jacobian import (
+    Gradients,
+    all_rows,
+    at_features,
+    cheap_rows,
+    reaching,
+    shared_rows,
+    weighted_row,
+)
+from movae_fast.models import VAE, VQOutput
+from movae_fast.objectives import LossVector
+from movae_fast.training.precision import Precision
+
+Weigh = Callable[[Tensor], Tensor]  # rows [m, Q] that stand for the exact ones -> weights [m]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a batch is differentiated through.
+
+    Rows are the gradients at the `shared` parameters; the `task` parameters receive the gradient of the sum.
+    `cut`: whether the model's features lie between the two; otherwise every parameter is shared.
+    """
+
+    model: VAE
+    losses: LossVector
+    precision: Precision
+    shared: list[nn.Parameter]
+    task: list[nn.Parameter]
+    cut: bool
+
+
+class Batch(NamedTuple):
+    """The images of one step, or a part of them that is differentiated on its own."""
+
+    images: Tensor  # [B, C, S, S]
+    noise: Tensor  # [B, …] the model's, see `VAE.draw_noise`
+    sample_weight: Tensor | None  # [B] how often each image counts
+
+    def split(self, count: int) -> list[Batch]:
+        """Return `count` parts of equal size."""
+        weights = [None] * count if self.sample_weight is None else self.sample_weight.chunk(count)
+        parts = zip(self.images.chunk(count), self.noise.chunk(count), weights, strict=True)
+        return [Batch(*part) for part in parts]
+
+
+class Differentiated(NamedTuple):
+    """One batch's losses and gradients."""
+
+    losses: Tensor  # [m] unweighted
+    usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
+    task: Gradients = ()
+    shared: Iterable[Gradients] = ()  # rows, or the one gradient
+    nonzero: Sequence[int] = ()  # the rows' objectives: the others' rows are zero by construction
+
+
+class Forward(NamedTuple):
+    """A batch through the network."""
+
+    features: tuple[Tensor, ...]
+    weighted: list[Tensor]  # the active objectives, as they are differentiated
+    losses: Tensor  # [m] unweighted
+    usage: Tensor  # [K] or [0]
+
+
+def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
+    """Run the model on a batch and compute its losses; the active ones are multiplied by `scale` [a]."""
+    images = batch.images.contiguous(memory_format=torch.channels_last)
+    network.model.condition(batch.noise)
+    with network.precision.autocast():
+        features = network.model.encode(images)
+        out = network.model.forward_features(features, batch.noise)
+    losses = network.losses(out, images, batch.sample_weight)
+    weighted = [losses[i] * scale[k].to(losses[i].dtype) for k, i in enumerate(network.losses.active)]
+    usage = out.usage if isinstance(out, VQOutput) else images.new_zeros(0)
+    return Forward(features, weighted, torch.stack(losses).detach(), usage)
+
+
+def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
+    """Differentiate every objective: one backward each through the shared part."""
+    features, weighted, losses, usage = forward(network, batch, scale)
+    if network.cut:
+        found = at_features(weighted, features, network.task)
+        task, nonzero = found.own, reaching(found.features)
+        rows = shared_rows(features, found.features, network.shared)
+    else:
+        task, nonzero = [], list(range(len(weighted)))
+        rows = all_rows(weighted, network.shared)
+    # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the rows' buffer.
+    kept = list(rows) if torch.compiler.is_compiling() else rows
+    return Differentiated(losses, usage, task, kept, nonzero)
+
+
+def of_sum(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
+    """Differentiate the weighted sum, in one backward."""
+    _, weighted, losses, usage = forward(network, batch, scale)
+    found = _gradient(torch.stack(weighted).sum(), [*network.shared, *network.task])
+    n = len(network.shared)
+    return Differentiated(losses, usage, found[n:], [found[:n]])
+
+
+def of_weighted(network: Network, batch: Batch, scale: Tensor, weights: Tensor) -> Differentiated:
+    """Differentiate with an aggregator's weights [a]: of the shared parameters' gradient alone, if there are
+    features."""
+    features, weighted, losses, usage = forward(network, batch, scale)
+    if network.cut:
+        found = at_features(weighted, features, network.task)
+        row = weighted_row(features, found.features, weights, network.shared)
+        return Differentiated(losses, usage, found.own, [row])
+    total = torch.stack([loss * w for loss, w in zip(weighted, weights, strict=True)]).sum()
+    return Differentiated(losses, usage, [], [_gradient(total, network.shared)])
+
+
+def cheap_rows_of(network: Network, batch: Batch, scale: Tensor, last: Sequence[Tensor]) -> Tensor:  # [a, Q]
+    """Return the rows at `last`, the shared parameters next to the features; without any, at the features."""
+    features, weighted, _, _ = forward(network, batch, scale)
+    return cheap_rows(features, at_features(weighted, features, []).features, last)
+
+
+def of_cheaply_weighted(
+    network: Network, batch: Batch, scale: Tensor, last: Sequence[Tensor], weigh: Weigh
+) -> tuple[Differentiated, Tensor]:
+    """Differentiate with the weights of the rows of `cheap_rows_of`, in one forward; return the weights too."""
+    features, weighted, losses, usage = forward(network, batch, scale)
+    found = at_features(weighted, features, network.task)
+    # Weighed once: an aggregator may draw or remember.
+    weights = weigh(cheap_rows(features, found.features, last))
+    row = weighted_row(features, found.features, weights, network.shared)
+    return Differentiated(losses, usage, found.own, [row]), weights
+
+
+def of_subset_weighted(
+    network: Network, batch: Batch, scale: Tensor, count: int, weigh: Weigh
+) -> tuple[Differentiated, Tensor]:
+    """Differentiate with the weights of the rows of the first `count` images; return the weights too.
+
+    The losses are differentiated to the features once, for the whole batch; the shared part then goes forward
+    and, once per row, backward with the first images alone. Not for the compiler: the aggregator decides
+    between two backwards of one graph.
+    """
+    features, weighted, losses, usage = forward(network, batch, scale)
+    found = at_features(weighted, features, network.task)
+    with keeping_buffers(network.model), network.precision.autocast():
+        network.model.condition(batch.noise[:count])
+        images = batch.images[:count].contiguous(memory_format=torch.channels_last)
+        few = network.model.encode(images)
+    upstream = [[None if g is None else g[:count] for g in row] for row in found.features]
+    weights = weigh(cheap_rows(few, upstream, network.shared))
+    row = weighted_row(features, found.features, weights, network.shared)
+    return Differentiated(losses, usage, found.own, [row]), weights
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def last_parameters(model: VAE, gramian_at: str) -> list[nn.Parameter]:
+    """Return the parameters that `gramian_at` "last:K" names; none for "shared" and "features".
+
+    Raises ValueError for another name, for a K that the model's shared part does not have, and for a model
+    without features.
+    """
+    if gramian_at == "shared":
+        return []
+    if not model.has_features:
+        raise ValueError(
+            f"gramian_at {gramian_at}: {type(model).__name__} has no features, so all its parameters are "
+            "shared; valid: shared"
+        )
+    if gramian_at == "features":
+        return []
+    kind, _, count = gramian_at.partition(":")
+    if kind != "last" or not count.isdecimal():
+        raise ValueError(f"gramian_at {gramian_at}: valid: shared, features, last:1, last:2, …")
+    modules = model.shared_layers()
+    if not 1 <= int(count) <= len(modules):
+        raise ValueError(
+            f"gramian_at {gramian_at}: the model has {len(modules)} shared layers; "
+            f"give last:1 to last:{len(modules)}"
+        )
+    return [p for parameters in modules[-int(count) :] for p in parameters]
+
+
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Run the model on copies of its running statistics: a forward for its gradients alone leaves no mark.
+
+    Copies, not values put back: BatchNorm's backward remembers the very tensors that its forward used.
+    """
+    kept = [(module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False)]
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            setattr(module, name, buffer)

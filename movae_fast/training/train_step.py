@@ -1,0 +1,430 @@
+"""A whole training step, from images to new parameters.
+
+`TrainStep.update` reads from top to bottom: forward, rows, exchange, Gramian, weights, combine, clipping, the
+optimizer. The ways to differentiate a batch are in `gradients`; on CUDA the whole of it is recorded once and
+replayed as one graph (`cuda_graph`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from movae_fast import ops
+from movae_fast.aggregation.fused import FusedAggregator
+from movae_fast.aggregation.registry import aggregate, is_weighting
+from movae_fast.aggregation.weightings import MethodAggregator
+from movae_fast.jacobian import cosines_with_update
+from movae_fast.models import VAE
+from movae_fast.objectives import LossVector
+from movae_fast.ops import extension
+from movae_fast.projected_step import Columns, StepMetric
+from movae_fast.training import gradients
+from movae_fast.training.applied_step import StepProjection, applied_cosines
+from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
+from movae_fast.training.config import FROM_EXTRA
+from movae_fast.training.cuda_graph import Recorder, Recordings
+from movae_fast.training.flat import FlatParameters, Rows, write
+from movae_fast.training.gradients import Batch, Differentiated, Network, keeping_buffers
+from movae_fast.training.optim import make_capturable
+from movae_fast.training.precision import Precision
+from movae_fast.training.world import Pending, World
+
+
+class StepRecord(NamedTuple):
+    """What a step leaves for the log, on the device: [m] each over all objectives, NaN where not computed."""
+
+    losses: Tensor  # unweighted, of this rank's images
+    weights: Tensor  # the aggregator's
+    cosines: Tensor  # of the aggregated gradient with each objective's, both of the whole batch
+    norms: Tensor  # of each objective's gradient
+    step_cosines: Tensor  # of the applied change of the parameters with each objective's gradient
+    usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
+
+
+class Gradient(Enum):
+    """Where a step's gradient comes from."""
+
+    SUM = "one backward of the weighted sum"
+    ROWS = "the aggregated rows of the whole batch"
+    REUSED_WEIGHTS = "one backward with the weights of an earlier step"
+    CHEAP_GRAMIAN = "one backward with the weights of the rows at another place"
+    SUBSET = "one backward with the weights of the batch's first images"
+
+
+class Kind(NamedTuple):
+    """What a step does: the same kernels for each batch of a kind."""
+
+    gradient: Gradient
+    rows: bool = False  # whether all rows of the whole batch are in `TrainStep.rows` afterwards
+    log: bool = False  # whether the step is one that is logged
+
+
+class TrainStep:
+    """Updates every parameter by a batch's vector of losses.
+
+    `aggregator` None is the ordinary backward of the weighted sum; then the rows are computed on steps that are
+    logged only, and do not touch the update. `jacobian` "shared" aggregates the gradients of the part before
+    the features (what MO-VAE does), "all" those of every parameter. Without an `optimizer` there is
+    `differentiate` alone.
+
+    Three approximations, off by default: with `gramian_every` k the weights found at a step serve the k - 1
+    steps after it too; with `gramian_batch` f the Gramian is that of the first fraction f of the batch; with
+    `gramian_at` "features" or "last:K" it is that of the gradients at the features, or at the parameters of the
+    last K shared layers before them (`VAE.shared_layers`). Either way the update is then one backward of the
+    weighted losses, and on steps that are logged the rows are computed once more, so that the cosines of the
+    log are the true ones.
+
+    `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
+    before they are aggregated, so the update is that of the whole batch. The gradient is clipped to
+    `max_grad_norm` (0: not at all). With a `step_metric` the optimizer's step is projected
+    (`projected_step`). With a `recorder` each kind of step becomes one graph, the exchanges between processes
+    and fp16's loss scale included; a replay's record is overwritten by the next.
+
+    Raises ValueError for a `gramian_at` that the model or the aggregator does not have.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        losses: LossVector,
+        aggregator: nn.Module | None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        jacobian: str = "shared",
+        max_grad_norm: float = 0.0,
+        step_metric: StepMetric | None = None,
+        precision: Precision | None = None,
+        compile_mode: str = "off",
+        world: World | None = None,
+        accumulate: int = 1,
+        gramian_every: int = 1,
+        gramian_batch: float = 1.0,
+        gramian_at: str = "shared",
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
+        self.precision = precision or Precision("fp32", model.device)
+        self.world = world or World()
+        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.gramian_every, self.gramian_batch, self.gramian_at = gramian_every, gramian_batch, gramian_at
+        self.last = gradients.last_parameters(model, gramian_at)
+        if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
+            raise ValueError(f"gramian_at {gramian_at}: the aggregator must weight rows by their Gramian alone")
+        self.first = 0  # the step that gramian_every counts from: a new stage's losses need new weights
+        task = [p for parameters in model.own_parameters().values() for p in parameters]
+        shared = model.shared_parameters()
+        if jacobian == "all":
+            shared, task = [*shared, *task], []
+        self.flat = FlatParameters(shared, task, align=self.world.size)
+        self.network = Network(model, losses, self.precision, shared, task, cut=jacobian == "shared")
+        self.m = len(losses.active)
+        self.active = torch.tensor(losses.active, device=model.device)
+        # A record's values that a step did not compute: made once, for nobody writes into a record.
+        self.unknown = torch.full((len(losses.names),), torch.nan, device=model.device)
+        self.rows = Rows(self.flat, self.m)
+        # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
+        self.weights = torch.full((self.m,), 1 / self.m, dtype=torch.float64, device=model.device)
+        self.columns = Columns(self.world.shard, self.world.sum_, self.world.gather_)
+        self.projection = None
+        if step_metric is not None and optimizer is not None:
+            self.projection = StepProjection(step_metric, optimizer, self.flat, self.columns)
+        self.compile_regions(compile_mode)
+        self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
+        self.prepare_optimizer()
+
+    def __call__(
+        self, images: Tensor, step: int, noise: Tensor, log: bool = False, sample_weight: Tensor | None = None
+    ) -> StepRecord:
+        """Update every parameter by this rank's images [B, C, S, S] of 0-based `step`.
+
+        noise: [B, …] the model's (`VAE.draw_noise`).
+        sample_weight: [B] how often each image counts, see `objectives`.
+        """
+        kind, inputs = self.kind(step, log), (images, noise, sample_weight, self.scale_at(step))
+        if self.recordings.recorder is None:
+            return self.update(kind, *inputs)
+        return StepRecord(*self.recordings(kind, partial(self.update, kind), inputs))
+
+    def gradient(
+        self,
+        images: Tensor,
+        step: int,
+        noise: Tensor | None = None,
+        log: bool = False,
+        sample_weight: Tensor | None = None,
+    ) -> StepRecord:
+        """Set every parameter's gradient as a step does, and update nothing; noise is drawn if not given."""
+        noise = self.model.draw_noise(len(images)) if noise is None else noise
+        batch = Batch(images, noise, sample_weight)
+        return self.differentiate(self.kind(step, log), batch, self.scale_at(step))
+
+    def update(
+        self, kind: Kind, images: Tensor, noise: Tensor, sample_weight: Tensor | None, scale: Tensor
+    ) -> StepRecord:
+        """Differentiate, clip, let the optimizer step, and project what it did: a function of tensors."""
+        assert self.optimizer is not None
+        record = self.differentiate(kind, Batch(images, noise, sample_weight), scale)
+        with record_function("optimizer"):
+            self.precision.unscale_gradients(self.optimizer)
+            if self.max_grad_norm:
+                norm = torch.linalg.vector_norm(self.flat.grad)
+                self.flat.grad.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+            looked_at = kind.rows and len(self.rows.nonzero) > 0 and (kind.log or self.projection is not None)
+            before = self.flat.shared_data.clone() if looked_at else None
+            if self.precision.scaler is None:
+                self.optimizer.step()
+            else:  # which leaves out a step whose gradients overflowed
+                self.precision.scaler.step(self.optimizer)
+                self.precision.scaler.update()
+        if before is None:
+            return record
+        if self.projection is not None:
+            self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
+        return record._replace(step_cosines=self.step_cosines(before)) if kind.log else record
+
+    def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepRecord:
+        """Set every parameter's gradient: forward, rows, exchange, Gramian, weights, combine."""
+        parts = batch.split(self.accumulate)
+        if kind.gradient is Gradient.ROWS:
+            found = self.fill_rows(parts, scale)
+            return self.record(found, *self.aggregate_rows(self.gramian()))
+        if kind.rows:  # once more, for the log alone; what they leave in `.grad` is overwritten below
+            with keeping_buffers(self.model):
+                self.fill_rows(parts, scale)
+        if kind.gradient is Gradient.SUM:
+            found = [self.write(self.by_sum(self.network, p, scale), k) for k, p in enumerate(parts)]
+            weights = torch.ones(self.m, device=self.active.device)
+        else:
+            found, weights = self.approximated(kind.gradient, parts, scale), self.weights
+        self.world.sum_(self.flat.grad)
+        if not kind.rows:
+            return self.record(found, None if kind.gradient is Gradient.SUM else weights)
+        return self.record(found, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None))
+
+    # What a step does, and by which functions.
+
+    @property
+    def approximate(self) -> bool:
+        """Whether some step's update does without all rows of the whole batch."""
+        return self.gramian_every > 1 or self.gramian_batch < 1 or self.gramian_at != "shared"
+
+    def kind(self, step: int, log: bool = False) -> Kind:
+        """Return what is done at 0-based `step`."""
+        if self.aggregator is None:
+            return Kind(Gradient.SUM, log, log)
+        if (step - self.first) % self.gramian_every:
+            return Kind(Gradient.REUSED_WEIGHTS, log, log)
+        if self.gramian_at != "shared":
+            return Kind(Gradient.CHEAP_GRAMIAN, log, log)
+        if self.gramian_batch < 1:
+            return Kind(Gradient.SUBSET, log, log)
+        return Kind(Gradient.ROWS, True, log)
+
+    def scale_at(self, step: int) -> Tensor:  # [a]
+        """Return what the active losses are multiplied by at 0-based `step`."""
+        # Sums over parts and ranks are means of the batch when each part's losses are divided beforehand.
+        scale = self.losses.weights_at(step)[self.active] / (self.accumulate * self.world.size)
+        return self.precision.scale(scale)
+
+    def compile_regions(self, mode: str) -> None:
+        """Make the functions that differentiate, each compiled as one region where the mode asks for it."""
+        limits = MULTIRATE_LIMITS if getattr(self.model, "rates", None) is not None else None
+        self.by_rows = Compiled(gradients.exact_rows, mode, limits)
+        self.by_weights = Compiled(gradients.of_weighted, mode, limits)
+        self.by_sum = Compiled(gradients.of_sum, mode, limits)
+        # One graph from the losses to the weighted gradient, where no other process and no host has to be
+        # asked.
+        one_graph = isinstance(self.aggregator, FusedAggregator) and self.world.size == 1
+        self.by_cheap_gramian = Compiled(gradients.of_cheaply_weighted, mode if one_graph else "off", limits)
+
+    def compiles(self) -> str:
+        """Return the names of what the next call may have to compile first; empty if nothing."""
+        if self.aggregator is None:
+            regions = [self.by_sum]
+        elif self.gramian_at != "shared":
+            reuses = self.gramian_every > 1 or self.accumulate > 1
+            regions = [self.by_cheap_gramian, self.by_weights] if reuses else [self.by_cheap_gramian]
+        else:
+            regions = [self.by_rows, self.by_weights] if self.approximate else [self.by_rows]
+        return ", ".join(region.name for region in regions if region.pending)
+
+    def prepare_optimizer(self) -> None:
+        """Put what a recorded optimizer reads onto the device: at first, and after a state was loaded."""
+        if self.optimizer is not None:
+            recorded = self.recordings.recorder is not None
+            make_capturable(self.optimizer, self.flat.data.device if recorded else None)
+
+    # Rows, their Gramian, their weights.
+
+    def fill_rows(self, parts: Sequence[Batch], scale: Tensor) -> list[Differentiated]:
+        """Fill `rows` with those of the whole batch, and the task parameters' gradients; both summed over
+        ranks."""
+        found: list[Differentiated] = []
+        pending: list[Pending] = []
+        for k, part in enumerate(parts):
+            last = k == len(parts) - 1
+            with record_function("forward and rows"):
+                result = self.by_rows(self.network, part, scale)
+            self.flat.write_own(result.task, add=k > 0)
+            if last:
+                pending.append(self.world.start_sum(self.flat.own_grad))
+            self.rows.resize(result.nonzero)
+            for row, views, gradient in zip(self.rows.rows, self.rows.views, result.shared, strict=True):
+                write(views, gradient, add=k > 0)
+                if last:  # at once: the exchange goes on behind the next row's backward
+                    pending.append(self.world.start_scatter(row))
+            found.append(self.kept(result))
+        for exchange in pending:
+            exchange.wait()
+        return found
+
+    def gramian(self) -> Tensor:  # [m, m] float64
+        """Return the Gramian of all ranks' rows, each rank contributing its stretch of them."""
+        with record_function("gramian"):
+            gramian = self.columns.total(ops.gramian(self.columns.share(self.rows.rows)))
+            return self.rows.spread_square(self.precision.unscaled(gramian))
+
+    def weigh(self, gramian: Tensor) -> Tensor:  # [m]
+        """Return the aggregator's weights of a Gramian [m, m] of scaled rows, or the last ones if not finite.
+
+        An overflow in fp16 leaves out its own step, not those after it that reuse the weights.
+        """
+        assert self.aggregator is not None
+        weights = self.aggregator.gramian_weighting(self.precision.unscaled(gramian))  # type: ignore[operator]
+        return torch.where(weights.isfinite().all(), weights, self.weights)
+
+    def aggregate_rows(self, gramian: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Combine the rows into the shared parameters' `.grad`: weights [m] or None, cosines and norms [m]."""
+        assert self.aggregator is not None
+        rows = self.rows.rows
+        if is_weighting(self.aggregator):
+            with record_function("projection"):
+                weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
+            with record_function("combine"):
+                mine = self.columns.share(self.flat.shared_grad)
+                ops.combine(self.columns.share(rows), self.rows.pick(weights), out=mine)
+                self.columns.gather(self.flat.shared_grad)
+            self.weights.copy_(torch.where(weights.isfinite().all(), weights, self.weights))
+            return weights, *cosines_with_update(gramian, weights, rows, None)
+        # Aggregators that look at single elements need whole rows on every rank.
+        for row in rows if self.world.size > 1 else ():
+            self.world.gather_(row)
+        rows = self.rows.spread_rows()
+        with record_function("aggregation"):
+            update, known = aggregate(self.aggregator, rows, gramian)
+            self.flat.shared_grad.copy_(update)
+        if known is not None:
+            self.weights.copy_(known)
+        return known, *cosines_with_update(gramian, known, rows, update)
+
+    # Weights without all rows of the whole batch.
+
+    def approximated(self, gradient: Gradient, parts: Sequence[Batch], scale: Tensor) -> list[Differentiated]:
+        """Find weights without all rows, or keep the last ones, and differentiate the losses so weighted."""
+        done: list[Differentiated] = []
+        if gradient is Gradient.SUBSET:
+            count = max(2, round(len(parts[0].images) * self.gramian_batch))
+            result, weights = gradients.of_subset_weighted(
+                self.network, parts[0], scale, count, self.weigh_parameter_rows
+            )
+            self.weights.copy_(weights)
+            done = [self.write(result, 0)]
+        elif gradient is Gradient.CHEAP_GRAMIAN and len(parts) == 1:
+            result, weights = self.by_cheap_gramian(
+                self.network, parts[0], scale, self.last, self.weigh_cheap_rows
+            )
+            self.weights.copy_(weights)
+            done = [self.write(result, 0)]
+        elif gradient is Gradient.CHEAP_GRAMIAN:
+            # The weights are the whole batch's, so all parts go forward once before any goes back.
+            with keeping_buffers(self.model):
+                rows = [gradients.cheap_rows_of(self.network, part, scale, self.last) for part in parts]
+            self.weights.copy_(self.weigh_cheap_rows(*rows))
+        for k, part in enumerate(parts[len(done) :], len(done)):
+            done.append(self.write(self.by_weights(self.network, part, scale, self.weights), k))
+        return done
+
+    def weigh_parameter_rows(self, *rows: Tensor) -> Tensor:  # [m]
+        """Return the weights of all parts' and ranks' rows at parameters, which add up."""
+        total = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+        return self.weigh(ops.gramian(self.world.sum_(total)))
+
+    def weigh_cheap_rows(self, *rows: Tensor) -> Tensor:  # [m]
+        """Return the weights of all parts' and ranks' rows of `gramian_at`.
+
+        Rows at features stand side by side, for each image has features of its own.
+        """
+        if self.last:
+            return self.weigh_parameter_rows(*rows)
+        found = [ops.gramian(part) for part in rows]
+        return self.weigh(self.world.sum_(found[0] if len(found) == 1 else torch.stack(found).sum(0)))
+
+    # From gradients to `.grad` and the record.
+
+    def write(self, result: Differentiated, k: int) -> Differentiated:
+        """Write one backward's gradients into `.grad`, added to those of the k parts before."""
+        self.flat.write_own(result.task, add=k > 0)
+        (row,) = result.shared
+        self.flat.write_shared(row, add=k > 0)
+        return self.kept(result)
+
+    def kept(self, result: Differentiated) -> Differentiated:
+        """Return what of one part is still wanted when the next has been differentiated.
+
+        A copy: a graph that --compile reduce-overhead replays writes its outputs where they were before.
+        """
+        if self.accumulate == 1:
+            return Differentiated(result.losses, result.usage)
+        return Differentiated(result.losses.clone(), result.usage.clone())
+
+    def record(
+        self,
+        found: Sequence[Differentiated],
+        weights: Tensor | None,
+        cosines: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> StepRecord:
+        """Put what a step computed in the order of all objectives."""
+        losses = found[0].losses if len(found) == 1 else torch.stack([f.losses for f in found]).mean(0)
+        usage = found[0].usage if len(found) == 1 else torch.stack([f.usage for f in found]).sum(0)
+        weights, cosines, norms = (self.of_all(values) for values in (weights, cosines, norms))
+        return StepRecord(losses, weights, cosines, norms, self.unknown, usage)
+
+    def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
+        """Return the cosine of the applied change of the shared parameters with each row."""
+        torch.sub(before, self.flat.shared_data, out=self.rows.step)
+        return self.of_all(self.rows.spread(applied_cosines(self.rows.with_step, self.columns)))
+
+    def of_all(self, values: Tensor | None) -> Tensor:
+        """Return values of the active objectives [a] at their places among all m; NaN elsewhere."""
+        if values is None:
+            return self.unknown
+        values = values.detach().to(self.unknown)
+        return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
+
+
+NOT_ASKED = "not asked for"
+# --compile where the whole step is a graph -> the compiler's own mode: no graphs inside it.
+CAPTURED_MODES = {"auto": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def why_not_captured(
+    mode: CompileMode, device: torch.device, optimizer: str, aggregator: nn.Module | None
+) -> str:
+    """Return what keeps a step from being one CUDA graph; empty if nothing does."""
+    if device.type != "cuda" or mode not in CAPTURED_MODES:
+        return NOT_ASKED
+    if optimizer in FROM_EXTRA:
+        return f"--optimizer {optimizer}"
+    if aggregator is not None and not isinstance(aggregator, FusedAggregator):
+        return f"TorchJD's {type(aggregator).__name__}"
+    if isinstance(aggregator, MethodAggregator) and (missing := extension.cuda_missing()):
+        return f"weights on the host: {missing}"
+    return ""
