@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, tars
+from movae_fast.data.files import found_below
 from movae_fast.data.prepared import prepare
 from tests.datafiles import jpeg, labelled, shard
 
@@ -60,7 +61,7 @@ def test_images_classes_and_order_are_those_of_dalis_reader(tmp_path):
     with pipe:
         pipe.set_outputs(*dali.fn.readers.webdataset(paths=paths, ext=["jpg", "cls"]))
     pipe.build()
-    images, classes = tars.images_in(tars.tars_below(tmp_path))
+    images, classes = tars.images_in(found_below(tmp_path).tars)
     assert len(images) == 8
     for image, label in zip(images, classes, strict=True):
         data, text = (out.at(0).tobytes() for out in pipe.run())
@@ -113,7 +114,7 @@ def test_where_tars_may_be(shards):
     (shards / "lone.jpg").write_bytes(jpeg(1))
     source = read(shards)
     assert [f.name for f in source.files] == ["lone.jpg"]
-    assert source.note == "3 tars (0.tar) are left aside: there are image files beside them"
+    assert source.note == "left aside: 3 tars, for there are image files beside them (0.tar, …)"
 
 
 def test_headers_are_read_once(shards, monkeypatch):
@@ -157,7 +158,7 @@ def test_a_tar_without_images_or_with_a_wrong_class_is_named(shards, train, caps
     shard(shards / "2.tar", {"0.cls": b"3", "0.txt": b"none"})
     flags = ("--dataset folder", f"--data_dir {shards}", "--limit_train 0", "--limit_test 0")
     train(*flags, status=2)
-    assert "2.tar holds no image (.png, .jpg, .jpeg, .webp, .bmp)" in capsys.readouterr().err
+    assert "2.tar holds no image (.png, .jpg, .jpeg, .webp, .bmp, .jfif" in capsys.readouterr().err
     shard(shards / "2.tar", {"0.jpg": jpeg(3), "0.cls": b"cat"})
     train(*flags, status=2)
     assert "2.tar/0.cls is no class: b'cat', expected one whole number" in capsys.readouterr().err

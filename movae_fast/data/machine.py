@@ -57,13 +57,18 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def remembered(name: str, work: Callable[[], T]) -> T:
-    """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user."""
+def remembered(name: str, work: Callable[[], T], lasting: Callable[[], bool] = lambda: True) -> T:
+    """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user.
+
+    An answer that is not `lasting` is not kept.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "movae" / f"{name}.json"
     if cache.is_file():
         with suppress(ValueError):
             return json.loads(cache.read_text())
     answer = work()
+    if not lasting():
+        return answer
     # A home that cannot be written costs time, not the run.
     with suppress(OSError), replacing(cache) as file:
         file.write(json.dumps(answer).encode())
