@@ -114,7 +114,7 @@ def test_where_tars_may_be(shards):
     (shards / "lone.jpg").write_bytes(jpeg(1))
     source = read(shards)
     assert [f.name for f in source.files] == ["lone.jpg"]
-    assert source.note == "left aside: 3 tars, for there are image files beside them (0.tar, …)"
+    assert source.note == "left aside: 3 .tar beside image files (0.tar, …)"
 
 
 def test_headers_are_read_once(shards, monkeypatch):

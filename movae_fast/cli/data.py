@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,12 +18,14 @@ from rich.table import Table
 
 from movae_fast.cli import parsing
 from movae_fast.data import DATASETS, DatasetInfo, ImageFiles, ReadOptions, dali
+from movae_fast.data.decode import MAX_PIXELS
 from movae_fast.data.prepared import OLD_FORMAT, damage, prepare, prepared_files, read_header
 from movae_fast.data.survey import unreadable
 from movae_fast.data.synthetic import synthetic_jpeg
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.names import nearest, pick, shown
 
+MAX_SIZE = math.isqrt(MAX_PIXELS)
 USAGE = """usage: movae data COMMAND [NAME] [flags]
 
   list                     the datasets: size, splits, factors, and which are in --data_dir
@@ -85,8 +88,8 @@ def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str
     else:
         info = DATASETS[pick("dataset", target, DATASETS)]
     size = info.default_size if config.image_size is None else config.image_size
-    if size < 1:
-        raise ValueError(f"--image_size {size} must be at least 1")
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"--image_size {size} must be from 1 to {MAX_SIZE:,}")
     assert config.crop in CELEBA_CROPS
 
     def options(split: str) -> ReadOptions:

@@ -126,14 +126,14 @@ def found_below(root: Path) -> Found:
     for entry in _entries(root, found.aside):
         name, suffix = entry.path[start:], os.path.splitext(entry.name)[1].lower()
         kind = _kind(entry)
-        if kind != "file" and (kind != "broken links" or suffix not in IMAGE_SUFFIXES):
+        if kind != "file" and (kind != "linked to nothing" or suffix not in IMAGE_SUFFIXES):
             found.aside.add(kind, name)
         elif suffix == ".tar":
             found.tars.append(Path(entry))
         elif suffix in IMAGE_SUFFIXES:  # of a broken link `decode` says what is wrong
             found.images.append(Path(entry))
         elif os.path.dirname(name) != PREPARED or suffix not in PREPARED_SUFFIXES:
-            others.add(f"{shown(suffix)} files" if suffix else "files without a suffix", name)
+            others.add(shown(suffix) or "without a suffix", name)
     found.images.sort()
     found.tars.sort()
     for kind, names in sorted(others.names.items()):
@@ -145,8 +145,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     try:
         regular = entry.is_file() or stat.S_ISREG(entry.stat().st_mode)
     except OSError:
-        return "broken links"
-    return "file" if regular else "pipes or devices"
+        return "linked to nothing"
+    return "file" if regular else "neither file nor folder"
 
 
 def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
@@ -162,18 +162,18 @@ def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
         folder = folders.pop() if folders else links.pop(0)
         identity, name = _identity(folder), folder[start:] or "."
         if identity is not None and identity in seen:
-            aside.add("folders that are read by another name or lie above", name)
+            aside.add("linked to a folder that is read already or lies above", name)
             continue
         seen.add(identity)
         try:
             with os.scandir(folder) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            aside.add(f"folders that cannot be read: {error.strerror}", name)
+            aside.add(f"unreadable: {error.strerror}", name)
             continue
         for entry in inside:
             if entry.name.startswith("."):
-                aside.add("hidden files or folders", entry.path[start:])
+                aside.add("hidden", entry.path[start:])
             elif not _is_folder(entry):
                 yield entry
             else:

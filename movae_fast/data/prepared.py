@@ -8,11 +8,13 @@ files, from which an interrupted preparation goes on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -241,6 +243,8 @@ def read_header(path: Path) -> dict[str, Any] | None:
         data = path.with_suffix(".labels.npy").read_bytes()
         if header["format"] == FORMAT:
             _check_sums(header, data)
+        elif absent := {"checksum", "files", "transform", "skipped"} - header.keys():
+            raise ValueError(f"the header has no {', '.join(sorted(absent))}")
         labels = np.load(io.BytesIO(data)).shape
         if labels != (header["shape"][0],):
             raise ValueError(f"labels {list(labels)}, expected [{header['shape'][0]}]")
@@ -276,8 +280,9 @@ def prepare(
     """Write a split's prepared file; its path and "written", "continued", "current" or "given checksums".
 
     Stopped at any moment, it goes on from the last whole chunk. Where another process prepares the same file,
-    that one's end is awaited; `say` is called with a line on that and on what is left aside. Raises ValueError for a set that lies in memory anyway, an
-    unreadable image (unless `on_bad_image` is skip), and a folder that cannot be written.
+    that one's end is awaited; `say` is called with a line on that and on what is left aside. Raises ValueError
+    for a set that lies in memory anyway, an unreadable image (unless `on_bad_image` is skip), and a folder that
+    cannot be written.
     """
     source = info.read(options)
     if not isinstance(source, ImageFiles | GridImages):
@@ -297,10 +302,10 @@ def prepare(
         leave_out_unreadable(source, info.name, options)
         header["skipped"] = source.skipped
     header["shape"] = [len(source), info.channels, options.image_size, options.image_size]
+    if (old := _current(path, header)) and old["format"] == FORMAT:
+        return path, "current"
     try:
-        with locked(
-            path.with_suffix(".lock"), lambda: say(f"{path}: waiting for the process that prepares it")
-        ):
+        with locked(path.with_suffix(".lock"), lambda: say(f"{path}: waiting for who prepares it already")):
             return path, _prepare(path, header, source, progress)
     except OSError as error:
         raise ValueError(
@@ -309,20 +314,26 @@ def prepare(
         ) from None
 
 
-def _prepare(path: Path, header: dict[str, Any], source: Any, progress: Callable[[int, int], None]) -> str:
-    """What `prepare` does once no other process does it; says which of its words it was."""
+def _current(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
+    """The header of the prepared file if that is whole, of these original files and made as `header` says."""
     try:
         old = read_header(path)
     except ValueError:
-        old = None  # written anew
-    if old is not None and all(old.get(k) == v for k, v in header.items()) and not damage(path, old):
+        return None  # written anew
+    matches = old is not None and all(old.get(key) == value for key, value in header.items())
+    return old if matches and old is not None and not damage(path, old) else None
+
+
+def _prepare(path: Path, header: dict[str, Any], source: Any, progress: Callable[[int, int], None]) -> str:
+    """What `prepare` does once no other process does it; says which of its words it was."""
+    old = _current(path, header)
+    header = header | {"block": images_per_block(header["shape"])}
+    if old is not None:
         if old["format"] == FORMAT:
             return "current"
-        header["block"] = images_per_block(header["shape"])
         blocks = np.split(mapped(path, old), range(header["block"], len(source), header["block"]))
         _finish(path, path, header, source, [_sum(block) for block in blocks])
         return "given checksums"
-    header["block"] = images_per_block(header["shape"])
     done, sums = _write_images(path, header, source, progress)
     _finish(path, path.with_suffix(".u8.part"), header, source, sums)
     path.with_suffix(".part.json").unlink()
@@ -355,6 +366,9 @@ def _write_images(
     item, total = int(np.prod(header["shape"][1:])), len(source)
     sums = _blocks_done(data, state, header)
     before = at = min(len(sums) * header["block"], total)
+    need, free = (total - before) * item, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f"{need / 1e9:.3g} GB to write and {free / 1e9:.3g} GB free")
     with data.open("r+b" if sums else "wb") as file:
         file.truncate(before * item)
         file.seek(0, os.SEEK_END)

@@ -115,7 +115,7 @@ def _folder(options: ReadOptions) -> Source:
     files, labels = images_in(found.images or found.tars, found.aside)
     if found.images and found.tars:
         names = (str(tar.relative_to(below)) for tar in found.tars)
-        found.aside.add("tars, for there are image files beside them", *names)
+        found.aside.add(".tar beside image files", *names)
     if not parted:
         files, labels = _every_tenth(files, labels, options.split)
     return _files("folder", files, labels, options, aside=found.aside)
@@ -210,7 +210,7 @@ def _imagenet(options: ReadOptions) -> Source:
     start, files, labels = len(folder.parts), [], []
     for path in found.images:
         if len(path.parts) == start + 1:
-            found.aside.add("images in no class folder", path.name)
+            found.aside.add("in no class folder", path.name)
         else:
             files.append(path)
             labels.append(label_of[path.parts[start]])
@@ -218,9 +218,9 @@ def _imagenet(options: ReadOptions) -> Source:
         raise _missing("imagenet", options, f"({folder} has no class folders with images)")
     used = set(labels)
     if empty := [name for name, label in label_of.items() if label not in used]:
-        found.aside.add("class folders without an image", *empty)
+        found.aside.add("class folder without an image", *empty)
     if found.tars:
-        found.aside.add("tars", *(str(tar.relative_to(folder)) for tar in found.tars))
+        found.aside.add(".tar", *(str(tar.relative_to(folder)) for tar in found.tars))
     return _files("imagenet", files, labels, options, aside=found.aside)
 
 

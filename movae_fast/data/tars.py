@@ -122,7 +122,7 @@ def _read_headers(shard: Path) -> dict[str, Any]:
         if stretch := found.stretch(name):
             rows.append((name, *stretch, labels.get(_sample(name))))
         else:
-            found.aside.add("links to files that are not in the tar", name)
+            found.aside.add("linked to nothing in the tar", name)
     return {"images": rows, "aside": found.aside.names}
 
 
@@ -144,16 +144,16 @@ def _add(found: _Contents, member: tarfile.TarInfo, shard: Path) -> None:
             )
         found.stretches[key] = (member.offset_data, member.size)
     else:
-        found.aside.add("pipes or devices", name)
+        found.aside.add("neither file nor folder", name)
         return
     if hidden(name):
-        found.aside.add("hidden files or folders", name)
+        found.aside.add("hidden", name)
     elif wanted is not None:
         wanted.append(name)
     elif key in found.links:
-        found.aside.add("links", name)
+        found.aside.add("linked", name)
     else:
-        found.aside.add(f"{shown(suffix)} files" if suffix else "files without a suffix", name)
+        found.aside.add(shown(suffix) or "without a suffix", name)
 
 
 def _sample(path: str) -> str:
