@@ -167,17 +167,19 @@ def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
         seen.add(identity)
         try:
             with os.scandir(folder) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
+                inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             aside.add(f"unreadable: {error.strerror}", name)
             continue
+        below = []
         for entry in inside:
             if entry.name.startswith("."):
                 aside.add("hidden", entry.path[start:])
             elif not _is_folder(entry):
                 yield entry
             else:
-                (links if entry.is_symlink() else folders).append(entry.path)
+                (links if entry.is_symlink() else below).append(entry.path)
+        folders += reversed(below)
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | None:
