@@ -145,6 +145,10 @@ DAMAGED = {
     "damaged comment": flipped(with_chunk(b"tEXt", b"Comment\0hello"), PNG.index(b"IDAT") + 10),
     "unknown critical chunk": with_chunk(b"ABCD", b"x"),
     "no end": PNG[:-12],
+    "bytes before the scan": JPEG[:SCAN] + bytes(4) + JPEG[SCAN:],
+    "a marker among the pixels": JPEG[: SCAN + 100] + b"\xff\xc8" + JPEG[SCAN + 102 :],
+    "an end among the pixels": JPEG[: SCAN + 100] + b"\xff\xd9" + JPEG[SCAN + 102 :],
+    "two frames": JPEG[:SCAN] + JPEG[JPEG.index(b"\xff\xc0") :],
 }
 LONG = {f"{h}x{w}": saved(gradient(h, w), "PNG") for h, w in ((1, 1), (1, 3000), (3000, 1), (2, 3))}
 LONG |= {f"{h}x{w} jpeg": saved(gradient(h, w), "JPEG") for h, w in ((1, 1), (1, 3000), (3000, 1), (1, 2))}

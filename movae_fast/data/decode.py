@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -112,9 +113,12 @@ def _reason(error: Exception, path: File) -> str:
     return first_line(error)
 
 
-# JPEG segments before the scan that change no pixel: tables, restarts, comments, and the applications' own but
-# for those that `_upright` and `_coded_as_usual` look into. (APP2 may announce further pictures: MPF.)
-JPEG_SEGMENTS = {0xDB, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)}
+JPEG_TABLES = {0xC4, 0xDB, 0xDD}  # of Huffman codes, of quantisation, the interval of restarts
+# Before the first scan also comments and the applications' own, into some of which `_plain_jpeg` looks.
+JPEG_SEGMENTS = {*JPEG_TABLES, 0xFE, *range(0xE0, 0xF0)}
+JPEG_SCAN = 0xDA
+# What is neither coded pixels (where a zero follows 0xFF) nor a restart between them.
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; none of them lossless or arithmetic
 # PNG chunks that change no pixel of an 8-bit grey or RGB picture, and those of text, which may hold a rotation.
 PNG_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"sBIT", b"bKGD", b"tIME"}
@@ -142,7 +146,7 @@ def plain_size(data: bytes, channels: int) -> tuple[int, int] | None:
 
 def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
     at, size, ask_pillow, jfif, adobe, ids = 2, None, False, False, -1, b""
-    while data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the scan
+    while data[at] == 0xFF and data[at + 1] != JPEG_SCAN:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         segment = data[at + 4 : at + 2 + length]
         if marker in JPEG_FRAMES and size is None:
@@ -156,7 +160,7 @@ def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
         adobe = segment[11] if marker == 0xEE and segment[:5] == b"Adobe" else adobe
         ask_pillow = ask_pillow or marker == 0xE1
         at += 2 + length
-    if data[at : at + 2] != b"\xff\xda" or adobe not in (-1, len(ids) // 3):
+    if not _scans_are_whole(data, at) or adobe not in (-1, len(ids) // 3):
         return None
     if len(ids) == 3 and not jfif and adobe < 0 and ids != b"\1\2\3":
         return None  # without a word on its colours, they are what the decoder takes them for
@@ -165,6 +169,16 @@ def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
         with Image.open(io.BytesIO(data)) as file:
             return size if file.format == "JPEG" and file.getexif().get(ORIENTATION, 1) == 1 else None
     return size
+
+
+def _scans_are_whole(data: bytes, at: int) -> bool:
+    """Whether from `at` on scans and tables follow each other up to the last two bytes, the image's end."""
+    while data[at] == 0xFF and (data[at + 1] == JPEG_SCAN or data[at + 1] in JPEG_TABLES):
+        scan, at = data[at + 1] == JPEG_SCAN, at + 2 + (data[at + 2] << 8 | data[at + 3])
+        if scan:
+            found = JPEG_MARKER.search(data, at)
+            at = found.start() if found else len(data)
+    return at == len(data) - 2  # of which the caller knows that they are the mark of the end
 
 
 def _plain_png(data: bytes, channels: int) -> tuple[int, int] | None:

@@ -171,7 +171,7 @@ def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
         except OSError as error:
             aside.add(f"unreadable: {error.strerror}", name)
             continue
-        below = []
+        below = list[str]()
         for entry in inside:
             if entry.name.startswith("."):
                 aside.add("hidden", entry.path[start:])
