@@ -127,6 +127,19 @@ def test_headers_are_read_once(shards, monkeypatch):
     assert read(shards).labels[:2] == [50, 51]
 
 
+def test_headers_that_were_remembered_wrongly_are_read_again(shards, tmp_path):
+    before = [(str(file), file.offset, label) for file, label in tars.index(shards / "0.tar")]
+    (cache,) = (tmp_path / "cache" / "movae").iterdir()
+    whole = cache.read_bytes()
+    for at in range(0, len(whole), 11):
+        cache.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert [(str(file), file.offset, label) for file, label in tars.index(shards / "0.tar")] == before
+    for content in (b"", whole[:-9], b"[1]", b"{}"):
+        cache.write_bytes(content)
+        assert [(str(file), file.offset, label) for file, label in tars.index(shards / "0.tar")] == before
+        assert cache.read_bytes() == whole
+
+
 def damaged_header(data):
     return data[:1030] + b"?" + data[1031:]  # in the second member's header, 1,024 bytes in
 

@@ -82,24 +82,22 @@ def opened(path: File) -> IO[bytes]:
 
 @dataclass
 class Aside:
-    """What was found and is not read: reason -> the names, in the order found."""
+    """What was found and is not read: how many by reason, and the first of them by name."""
 
-    names: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, reason: str, *names: str) -> None:
-        self.names.setdefault(reason, []).extend(names)
-
-    def update(self, other: Aside) -> None:
-        for reason, names in other.names.items():
-            self.add(reason, *names)
+    def add(self, reason: str, name: str, n: int = 1) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + n
+        self.first.setdefault(reason, name)
 
     def __str__(self) -> str:
         """Return "left aside: 3 hidden (a/.b.png, …), 1 …", escaped for a terminal, or ""."""
         parts = (
-            f"{len(names):,} {reason} ({shown(names[0])}{', …' * (len(names) > 1)})"
-            for reason, names in self.names.items()
+            f"{n:,} {reason} ({shown(self.first[reason])}{', …' * (n > 1)})"
+            for reason, n in self.counts.items()
         )
-        return f"left aside: {', '.join(parts)}" if self.names else ""
+        return f"left aside: {', '.join(parts)}" if self.counts else ""
 
 
 @dataclass
@@ -136,8 +134,8 @@ def found_below(root: Path) -> Found:
             others.add(shown(suffix) or "without a suffix", name)
     found.images.sort()
     found.tars.sort()
-    for kind, names in sorted(others.names.items()):
-        found.aside.add(kind, *names)
+    for suffix in sorted(others.counts):
+        found.aside.add(suffix, others.first[suffix], others.counts[suffix])
     return found
 
 

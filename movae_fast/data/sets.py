@@ -114,8 +114,7 @@ def _folder(options: ReadOptions) -> Source:
     found = found_below(below)
     files, labels = images_in(found.images or found.tars, found.aside)
     if found.images and found.tars:
-        names = (str(tar.relative_to(below)) for tar in found.tars)
-        found.aside.add(".tar beside image files", *names)
+        found.aside.add(".tar beside image files", str(found.tars[0].relative_to(below)), len(found.tars))
     if not parted:
         files, labels = _every_tenth(files, labels, options.split)
     return _files("folder", files, labels, options, aside=found.aside)
@@ -218,9 +217,9 @@ def _imagenet(options: ReadOptions) -> Source:
         raise _missing("imagenet", options, f"({folder} has no class folders with images)")
     used = set(labels)
     if empty := [name for name, label in label_of.items() if label not in used]:
-        found.aside.add("class folder without an image", *empty)
+        found.aside.add("class folder without an image", empty[0], len(empty))
     if found.tars:
-        found.aside.add(".tar", *(str(tar.relative_to(folder)) for tar in found.tars))
+        found.aside.add(".tar", str(found.tars[0].relative_to(folder)), len(found.tars))
     return _files("imagenet", files, labels, options, aside=found.aside)
 
 

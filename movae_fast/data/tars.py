@@ -72,8 +72,8 @@ def index(shard: Path, aside: Aside | None = None) -> list[tuple[Member, int | N
     key = hashlib.blake2b(os.fsencode(shard.resolve()) + state, digest_size=16)
     found = remembered(f"tar-2-{key.hexdigest()}", lambda: _read_headers(shard))
     if aside is not None:
-        for reason, names in found["aside"].items():
-            aside.add(reason, *(f"{shard.name}/{name}" for name in names))
+        for reason, name, n in found["aside"]:
+            aside.add(reason, f"{shard.name}/{name}", n)
     return [
         (Member(shard, name, at, size, stat.st_mtime_ns), label) for name, at, size, label in found["images"]
     ]
@@ -100,7 +100,7 @@ class _Contents:
 
 
 def _read_headers(shard: Path) -> dict[str, Any]:
-    """{"images": [name, offset, size, class or None] of each, "aside": reason -> names}."""
+    """{"images": [name, offset, size, class or None] of each, "aside": [reason, first name, count] of each}."""
     found, labels, rows = _Contents(), {}, []
     try:
         with opened(shard) as file, opened(shard) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
@@ -123,7 +123,8 @@ def _read_headers(shard: Path) -> dict[str, Any]:
             rows.append((name, *stretch, labels.get(_sample(name))))
         else:
             found.aside.add("linked to nothing in the tar", name)
-    return {"images": rows, "aside": found.aside.names}
+    aside = [(reason, found.aside.first[reason], n) for reason, n in found.aside.counts.items()]
+    return {"images": rows, "aside": aside}
 
 
 def _add(found: _Contents, member: tarfile.TarInfo, shard: Path) -> None:
