@@ -85,6 +85,10 @@ def test_every_kind_of_file_is_read_or_counted(tmp_path):
         assert decode(path).shape == (SIZE, SIZE, 3)
 
 
+def test_a_set_may_itself_be_hidden(tmp_path):
+    assert len(read(pictures(tmp_path / ".cache" / ".set"))) == 11
+
+
 def test_the_order_is_that_of_the_paths(tmp_path):
     for name in ("b/1.png", "b.png", "a/9.png", "B.png", "b/c/0.png", "a.b/0.png"):
         picture(tmp_path / name)

@@ -232,6 +232,22 @@ def test_files_of_the_old_format_are_read_and_given_checksums(root, monkeypatch,
         read(root)
 
 
+def test_labels_that_changed_since_are_noticed_and_given_without_decoding(tmp_path, monkeypatch):
+    for i in range(6):
+        photo(tmp_path / "imagenet" / "train" / f"n{i % 2 + 1:02d}" / f"{i}.jpg", i)
+    info, where = DATASETS["imagenet"], options(tmp_path)
+    path, how = prepare(info, where)
+    assert how == "written"
+    assert open_split(info, where).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    (tmp_path / "imagenet" / "train" / "n00").mkdir()
+    assert "out of date" in open_split(info, where).note
+    monkeypatch.setattr("movae_fast.data.sources.decode", None)
+    assert prepare(info, where)[1] == "given other labels"
+    assert open_split(info, where).labels.tolist() == [1, 1, 1, 2, 2, 2]
+    assert prepared.damage(path, prepared.read_header(path)) == ""
+    assert prepare(info, where)[1] == "current"
+
+
 class StoppedError(Exception):
     pass
 
@@ -399,6 +415,13 @@ def test_sizes_that_no_image_has_are_refused_before_anything_is_written(root, ca
         err = capsys.readouterr().err
         assert err == f"movae data: --image_size {size} must be from 1 to 10,000\n"
     assert not (root / "prepared").exists()
+
+
+def test_empty_names_are_refused(capsys):
+    assert main(["data", "prepare", ""]) == 2
+    assert capsys.readouterr().err == "movae data: NAME or FOLDER is empty\n"
+    assert main(["data", "verify", "mnist", "--data_dir", ""]) == 2
+    assert capsys.readouterr().err == "movae data: --data_dir is empty\n"
 
 
 def test_bytes_that_were_damaged_in_100_places_are_all_found(root):

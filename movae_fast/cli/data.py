@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -82,8 +83,11 @@ def run(argv: Sequence[str]) -> int:
 
 def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str], ReadOptions]]:
     """The dataset that is meant (a folder is the dataset `folder`) and the options of its splits."""
+    for flag, given in (("NAME or FOLDER", target), ("--data_dir", config.data_dir)):
+        if not given.strip():
+            raise ValueError(f"{flag} is empty")
     root = Path(config.data_dir).expanduser()
-    if Path(target).expanduser().exists() and target not in DATASETS:
+    if os.path.exists(Path(target).expanduser()) and target not in DATASETS:
         info, root = DATASETS["folder"], Path(target).expanduser()
     else:
         info = DATASETS[pick("dataset", target, DATASETS)]

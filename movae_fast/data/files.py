@@ -22,7 +22,7 @@ IMAGE_SUFFIXES: tuple[str, ...] = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"),
 )
 PREPARED = "prepared"  # the folder of prepared files, below the originals' own
-PREPARED_SUFFIXES = (".u8", ".npy", ".json", ".part")
+PREPARED_SUFFIXES = (".u8", ".npy", ".json", ".part", ".lock")
 
 
 class Stat(NamedTuple):

@@ -85,8 +85,11 @@ class Prepared:
         """Compare the blocks of `rows` [B] that were not read yet with their checksums. Raises ValueError."""
         if self.sums is None:
             return
-        blocks = (rows // self.header["block"]).unique()
+        blocks = rows // self.header["block"]
         new = blocks[self.checked[blocks] == 0]
+        if not len(new):
+            return
+        new = new.unique()
         if bad := damaged(self.images, self.header, self.sums, new.tolist()):
             raise ValueError(f"{shown(self.path)} is damaged ({said(bad)}): {MEND}")
         self.checked[new] = 1
@@ -162,7 +165,7 @@ def prepared_path(name: str, options: ReadOptions) -> Path:
 def _place(name: str, options: ReadOptions) -> tuple[Path, str]:
     """The folder of a dataset's prepared files, and how their names begin."""
     root = options.root
-    if root.is_file():  # a list of files
+    if os.path.isfile(root):  # a list of files
         return root.parent / PREPARED, f"{name}-{root.stem}"
     return root / PREPARED, name
 
@@ -193,7 +196,8 @@ def open_split(
             raise
         return Prepared(path, header, verify=verify)  # the original files may be elsewhere by now
     if header is not None:
-        if header["files"] == list_hash(source.files) and header["transform"] == transform(source):
+        same = header["files"] == list_hash(source.files) and header["transform"] == transform(source)
+        if same and (header["skipped"] or labels_agree(path, source)):
             if header["skipped"] and on_bad_image == "error":
                 raise ValueError(
                     f"{shown(path)} leaves out {len(header['skipped'])} unreadable images "
@@ -216,6 +220,11 @@ def leave_out_unreadable(source: ImageFiles, name: str, options: ReadOptions) ->
     source.leave_out(unreadable(source))
     if not source.files:
         raise ValueError(f"--dataset {name}: not one {options.split} image can be read ({source.skipped[0]})")
+
+
+def labels_agree(path: Path, source: Source) -> bool:
+    """Whether the labels of a prepared file are those of its original files now: a class folder may be new."""
+    return np.array_equal(np.load(path.with_suffix(".labels.npy")), np.asarray(_labels(source), np.int64))
 
 
 def transform(source: Source) -> dict[str, Any]:
@@ -277,7 +286,8 @@ def prepare(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, str]:
-    """Write a split's prepared file; its path and "written", "continued", "current" or "given checksums".
+    """Write a split's prepared file; its path and "written", "continued", "current", "given checksums" or
+    "given other labels".
 
     Stopped at any moment, it goes on from the last whole chunk. Where another process prepares the same file,
     that one's end is awaited; `say` is called with a line on that and on what is left aside. Raises ValueError
@@ -302,7 +312,8 @@ def prepare(
         leave_out_unreadable(source, info.name, options)
         header["skipped"] = source.skipped
     header["shape"] = [len(source), info.channels, options.image_size, options.image_size]
-    if (old := _current(path, header)) and old["format"] == FORMAT:
+    old = _current(path, header)
+    if old is not None and old["format"] == FORMAT and labels_agree(path, source):
         return path, "current"
     try:
         with locked(path.with_suffix(".lock"), lambda: say(f"{path}: waiting for who prepares it already")):
@@ -329,11 +340,11 @@ def _prepare(path: Path, header: dict[str, Any], source: Any, progress: Callable
     old = _current(path, header)
     header = header | {"block": images_per_block(header["shape"])}
     if old is not None:
-        if old["format"] == FORMAT:
+        if old["format"] == FORMAT and labels_agree(path, source):
             return "current"
         blocks = np.split(mapped(path, old), range(header["block"], len(source), header["block"]))
         _finish(path, path, header, source, [_sum(block) for block in blocks])
-        return "given checksums"
+        return "given checksums" if old["format"] == OLD_FORMAT else "given other labels"
     done, sums = _write_images(path, header, source, progress)
     _finish(path, path.with_suffix(".u8.part"), header, source, sums)
     path.with_suffix(".part.json").unlink()

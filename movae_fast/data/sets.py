@@ -104,12 +104,12 @@ def _folder(options: ReadOptions) -> Source:
     lists images and tars, one a line and relative to its folder: those.
     """
     root = options.root
-    if root.is_file():
+    if os.path.isfile(root):  # unlike Path's, also where a folder above may not be read
         aside = Aside()
         listed = [root] if is_tar(root) else _listed_files(options)
         files, labels = _every_tenth(*images_in(listed, aside), options.split)
         return _files("folder", files, labels, options, aside=aside)
-    parted = (root / "train").is_dir() and (root / "test").is_dir()
+    parted = all(os.path.isdir(root / part) for part in ("train", "test"))
     below = root / options.split if parted else root
     found = found_below(below)
     files, labels = images_in(found.images or found.tars, found.aside)
@@ -244,7 +244,7 @@ def _listed_files(options: ReadOptions) -> list[Path]:
     """The files that the text file data_dir names."""
     root = options.root
     every = [_listed_file(root.parent, line) for line in _lines(root) if line.strip()]
-    absent = [f for f in every if not f.is_file()]
+    absent = [f for f in every if not os.path.isfile(f)]
     if absent:
         found = f"({len(absent)} of {len(every)} listed files are missing, as {absent[0]})"
         raise _missing("folder", options, found)
@@ -254,7 +254,7 @@ def _listed_files(options: ReadOptions) -> list[Path]:
 def _listed_file(folder: Path, line: str) -> Path:
     """The file that a line names; blanks around it count only where a name has them."""
     exact = folder / line
-    return exact if line == line.strip() or exact.is_file() else folder / line.strip()
+    return exact if line == line.strip() or os.path.isfile(exact) else folder / line.strip()
 
 
 def _lines(path: Path) -> list[str]:

@@ -33,7 +33,8 @@ def unreadable(source: ImageFiles) -> dict[int, str]:
         nonlocal lasting
         pixels = tried(path, source.channels)
         if isinstance(pixels, str):
-            lasting = lasting and opens(path)
+            if not opens(path):  # threads may only ever take it away
+                lasting = False
             return pixels
         return misfit(source.box, *pixels.shape[:2]) or None
 
