@@ -1,7 +1,10 @@
-"""Files on disk: replaced whole, and their digests."""
+"""Files on disk: replaced whole, locked, and their digests."""
 
+import errno
+import fcntl
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -46,3 +49,45 @@ def sync(file: IO[Any]) -> None:
     """Wait until what was written lies on the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file `path`, once no other process does; `waiting` is called if one does.
+
+    The lock is the kernel's: it ends with its process, however that ends, and the file goes with it. Missing
+    folders are made. On a file system that has no locks this is a warning, and nobody is kept out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(lock, path, waiting)
+            if _is_at(lock, path):  # else whoever had it took the file with it: try for the next one
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(lock)
+
+
+def _lock(lock: int, path: Path, waiting: Callable[[], None]) -> None:
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"{path.parent} has no file locks: let one process write there at a time", stacklevel=3)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from movae_fast import __version__
-from movae_fast.names import nearest
+from movae_fast.names import nearest, shown
 
 COMMANDS = {
     "train": "train a model; every flag has a default, recipes are --config NAME",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What the user can mend is one line; anything else is a defect and keeps its traceback.
         if type(error) not in (ValueError, FileNotFoundError, CheckpointError):
             raise
-        print(f"movae {command}: {error}", file=sys.stderr)
+        print(f"movae {command}: {shown(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 1

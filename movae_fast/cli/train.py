@@ -16,6 +16,7 @@ from rich.table import Table
 from movae_fast.cli import parsing
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
+from movae_fast.names import shown
 from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
@@ -206,7 +207,7 @@ def describe(work: Run, console: Console) -> None:
         *notes(work),
         f"run: {work.folder}" + (f", continued at step {work.step:,}" if work.step else ""),
     ):
-        console.print(line, highlight=False, markup=False)
+        console.print(shown(line), highlight=False, markup=False)
 
 
 def aggregation(config: TrainConfig, eager: bool) -> str:

@@ -56,6 +56,8 @@ class DataConfig:
         prefetch: Batches that `dali` works ahead.
         on_bad_image: What an image file that cannot be read does: stop the run, or stay out of it (all files
             are read once before the first run to find out).
+        verify_prepared: Compare the images of a prepared file with its checksums as each is first read; a
+            difference stops the run.
         batch_size: Images a step and process.
         last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
             up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
@@ -83,6 +85,7 @@ class DataConfig:
     num_workers: int = 0
     prefetch: int = 2
     on_bad_image: Literal["error", "skip"] = "error"
+    verify_prepared: bool = True
     batch_size: int = 128
     last_batch: Literal["drop", "pad"] = "drop"
     eval_batch_size: int | None = None

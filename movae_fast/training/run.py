@@ -414,6 +414,7 @@ def make_loader(
             antialias=data.antialias,
         ),
         data.on_bad_image,
+        data.verify_prepared,
     )
     source = datasets.limited(source, data.limit_train if train else data.limit_test)
     kind, why = datasets.choose_loader(data.loader, source, device, data.resident_share)
