@@ -55,7 +55,7 @@ RUNS: dict[str, tuple[str, int]] = {
     ),
     "vae gramian_every fp16": (f"{VAE} --agg upgrad --gramian_every 3 --precision fp16", 1),
     "vae gramian_at features": (
-        f"{VAE} --agg upgrad --gramian_at features --kl_annealing linear",
+        f"{VAE} --agg upgrad --gramian_at features --kl_annealing monotonic",
         1,
     ),
     "provlae ladder": (f"{LADDER} --agg upgrad", 1),
