@@ -161,8 +161,8 @@ def backward(
     need no batching rule.
 
     A shared parameter that losses also reach around the features (a tied weight, a skip connection) has both
-    in its rows: each row is the loss's whole gradient. Each loss is then differentiated from end to end, which
-    costs m whole backwards.
+    in its rows: each row is the loss's whole gradient, as is that of an own parameter before the features. Each
+    loss is then differentiated from end to end, which costs m whole backwards.
 
     Parameters may have several dtypes; rows, and what is computed from them, have the dtype that holds them
     all.
@@ -176,16 +176,18 @@ def backward(
         (`torch.distributed.group.WORLD` for all). Rows and own gradients are averaged over them before they are
         aggregated, so every process receives the `.grad` that one process would compute on the union of the
         batches, each loss being the mean over the processes, as under DistributedDataParallel. The module may
-        be wrapped in it: its hooks are not called. Lists that are not given are compared between the processes,
-        which costs a host read. "local" keeps this process's own gradients. None is for one process.
+        be wrapped in it: its hooks are not called. (With `find_unused_parameters` or `static_graph` it returns
+        copies of the features, all from one node: give both lists then.) Lists that are not given are compared
+        between the processes, which costs a host read. "local" keeps this process's own gradients. None is for
+        one process.
     return_rows: return (weights, rows) with the Jacobian's rows [m, P] over the shared parameters, for
         `project_step`; not with an approximation, which does not have them.
 
     The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError, before
     anything is differentiated, for losses that are not scalars, that are constant or given twice, for features
     that are given twice or that no loss reaches, for a parameter without a gradient or without memory for one,
-    for one of `own` that is shared or lies before the features, for a `gramian_at` that does not apply, and for
-    several processes without a `group`; TypeError for what is not a tensor.
+    for one that is both shared and own, for a `gramian_at` that does not apply, and for several processes
+    without a `group`; TypeError for what is not a tensor.
     """
     ranks = ranks_of(group)
     parts = find_parts(losses, features, shared, own)
@@ -219,7 +221,7 @@ class Parts(NamedTuple):
     features: list[Tensor]
     shared: list[Tensor]
     own: list[Tensor]
-    whole: bool  # whether losses reach shared parameters around the features
+    whole: bool  # whether the features do not cut the graph in two, so that each loss is differentiated whole
 
     def sizes(self) -> tuple[int, int, int]:
         """Return numbers that differ, but for chance, where the parameters do: their shapes, in order."""
@@ -261,14 +263,14 @@ def find_parts(
         rest = [p for p in after if id(p) not in is_shared | is_before]
     else:
         rest = _parameters("own", own)
-        if any(id(p) in is_shared | is_before for p in rest):
-            raise ValueError(
-                "a parameter of own= lies before the features: give it in shared= alone, where its rows hold "
-                "all its uses"
-            )
+    if any(id(p) in is_shared for p in rest):
+        raise ValueError(
+            "a parameter is both in shared= and in own= (or before the features): give it in shared= alone, "
+            "where its rows hold all its uses"
+        )
     _check_memory(chosen, rest)
-    around = any(id(p) in is_shared for p in after) or _nested(features)
-    return Parts(losses, features, chosen, rest, around)
+    around = any(id(p) in is_shared for p in after) or any(id(p) in is_before for p in rest)
+    return Parts(losses, features, chosen, rest, around or _nested(features))
 
 
 def _tensors(name: str, given: Tensor | Iterable[Tensor], once: bool) -> list[Tensor]:

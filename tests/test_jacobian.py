@@ -114,11 +114,11 @@ def test_bad_arguments_are_named():
         jacobian.backward([features[0]], aggregator=jd.UPGrad())
     with pytest.raises(ValueError, match="no loss reaches the features"):
         jacobian.backward(losses[2:], features=features, aggregator=jd.UPGrad())
-    with pytest.raises(ValueError, match="own= lies before the features: give it in shared= alone"):
+    with pytest.raises(ValueError, match=r"both in shared= and in own=.*give it in shared= alone"):
         jacobian.backward(
             losses, features=features, shared=model.shared, own=model.shared, aggregator=jd.UPGrad()
         )
-    with pytest.raises(ValueError, match="own= lies before the features"):
+    with pytest.raises(ValueError, match="both in shared= and in own="):
         jacobian.backward(losses, features=features, own=model.trunk.parameters(), aggregator=jd.UPGrad())
     frozen = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
     for options, problem in (
@@ -243,6 +243,14 @@ def test_a_decoders_weight_among_the_shared_has_its_whole_row():
     rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
     torch.testing.assert_close(found, jd.UPGrad()(rows), rtol=1e-9, atol=1e-12)
     assert model.heads[1].weight.grad is not None
+
+
+def test_an_own_parameter_before_the_features_has_its_whole_gradient():
+    model, x = net()
+    features, losses = tied(model, x)
+    weight, bias = model.trunk[0].parameters()
+    found, expected = cut_and_whole(model, losses, features, shared=[bias], own=[weight])
+    assert_equal_gradients(found, expected)
 
 
 def test_parameters_given_twice_count_once_and_any_iterable_will_do():
