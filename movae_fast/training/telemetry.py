@@ -16,6 +16,7 @@ from movae_fast.training.step import StepRecord
 from movae_fast.training.world import World
 
 T = TypeVar("T")
+COLLAPSED = 0.02  # a share of codes in use below it is a collapsed codebook
 CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding leaves of zero
 
 
@@ -57,6 +58,7 @@ class Telemetry:
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
         self.filled = 0
+        self.used: float | None = None  # the share of codes in use in the last window that could tell
         self.queue: list[Snapshot] = []
         self.started = self.last = time.perf_counter()
         self.images, self.waited = 0, 0.0
@@ -138,7 +140,11 @@ class Telemetry:
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
                 line |= conflict_figures(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
-            yield line | {f"train/{k}": v for k, v in codebook_figures(snapshot.usage).items()}
+            codebook = codebook_figures(snapshot.usage)
+            # Fewer vectors than codes would leave codes unused in any case.
+            if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
+                self.used = codebook["codebook_usage"]
+            yield line | {f"train/{k}": v for k, v in codebook.items()}
 
     def clock(self, world: World) -> dict[str, float]:
         """Speed since the last line: images/s of all ranks, share of time spent waiting for data, ms a step."""
