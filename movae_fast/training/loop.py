@@ -142,8 +142,8 @@ def warn_of_collapse(run: Run, bar: Bar) -> None:
     if used is not None and used < COLLAPSED:
         bar.say(
             f"warning: the codebook has collapsed: {used:.1%} of its {run.telemetry.usage.numel():,} codes are "
-            "in use at the end of the first epoch. Try a lower learning rate, fewer codes (num_embeddings) or a "
-            "larger loss weight of embedding"
+            "in use at the end of the first epoch. Try a lower learning rate, fewer codes (num_embeddings) or "
+            "a larger loss weight of embedding"
         )
 
 
