@@ -118,8 +118,8 @@ class CAGrad(MethodAggregator):
 
     c: the radius; norm_eps: as `ops.gramian_weights` has it. Solved exactly. TorchJD's interior-point solver
     stops some 1e-8 of the squared gradients short of the optimum, so that its update differs from this one by
-    about 1e-5 of its length (1.2e-5 was seen on ordinary Jacobians): that is the solver's error, not a
-    difference in what is computed.
+    about 1e-5 of its length (a median of 8e-6 and at most 3e-4 over 400 Jacobians of three rows): that is the
+    solver's error, not a difference in what is computed.
     """
 
     c = _option("c")
