@@ -299,7 +299,9 @@ def _parameters(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
 def _check_memory(shared: list[Tensor], own: list[Tensor]) -> None:
     """Raise where there is nothing to aggregate, and for parameters of which this process has a part."""
     if not shared:
-        raise ValueError("no parameter that requires a gradient lies before the features")
+        raise ValueError(
+            "there is no shared parameter that requires a gradient, so there is nothing to aggregate"
+        )
     if any(hasattr(p, "device_mesh") for p in (*shared, *own)):
         raise ValueError("parameters that are sharded over processes (DTensor) are not supported")
 
@@ -364,7 +366,7 @@ def _check_gramian_at(
             return None
         places: list[Tensor] = []
     else:
-        places = [gramian_at] if isinstance(gramian_at, Tensor) else list(gramian_at)
+        places = _tensors("gramian_at", gramian_at, once=False)
         if not places:
             raise ValueError("gramian_at names no parameter; give some, or features")
     if not features:

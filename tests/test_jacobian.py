@@ -128,7 +128,7 @@ def test_bad_arguments_are_named():
         ({"features": [model(x)[0][0]]}, "no loss reaches the features"),
         ({"shared": [*model.shared, frozen]}, r"shared\[6\] \[2, 3\] does not require a gradient"),
         ({"shared": [features[0]]}, r"shared\[0\] \[7, 3\] is not a leaf"),
-        ({"shared": []}, "no parameter that requires a gradient"),
+        ({"shared": []}, "no shared parameter that requires a gradient"),
         ({"features": None, "own": model.heads.parameters()}, "own= needs features="),
         ({"group": "everyone"}, "group must be a process group"),
     ):
@@ -222,6 +222,14 @@ def test_what_goes_around_the_features_counts_with_weights_from_another_place(ca
         losses, features=features, aggregator=jd.UPGrad(), gramian_at=place, retain_graph=True
     )
     if at == "last":
+        again = jacobian.backward(
+            losses, features=features, aggregator=jd.UPGrad(), gramian_at=[*place, *place], retain_graph=True
+        )
+        assert torch.equal(weights, again)  # a parameter that is named twice counts once
+        model.zero_grad()
+        jacobian.backward(
+            losses, features=features, aggregator=jd.UPGrad(), gramian_at=place, retain_graph=True
+        )
         rows = torch.stack(
             [torch.autograd.grad(loss, shared[-1], retain_graph=True)[0].flatten() for loss in losses]
         )
