@@ -63,7 +63,8 @@ class VectorQuantizer(nn.Module):
     commitment_weight * mean (z_q - z)^2 in training and 0 in evaluation. Lookup, losses and codebook are
     float32, under autocast too. `mask` [...] or `lens` [B] exclude padding: there quantized is 0, the index -1,
     and x may hold anything, a NaN too. A batch without a single kept row changes nothing: k-means then starts
-    from the next one.
+    from the next one. (To know, the start reads one value on the host where there is a mask; under
+    `torch.compile(fullgraph=True)` take that step uncompiled.)
 
     In training the codebook follows an exponential moving average of the rows that chose each code
     (`decay`, Laplace smoothing `eps`), or its gradient with `learnable_codebook=True, ema_update=False`. Codes
