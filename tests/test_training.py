@@ -73,6 +73,17 @@ def test_config_yaml_reproduces_the_run(train):
     assert figures_of(first) == figures_of(second)
 
 
+@pytest.mark.parametrize(("below", "warns"), [(1.1, True), (0.0, False)])
+def test_a_collapsed_codebook_is_a_warning_after_the_first_epoch(train, capsys, monkeypatch, below, warns):
+    assert loop.COLLAPSED == 0.02
+    monkeypatch.setattr(loop, "COLLAPSED", below)
+    flags = "--arch vq_vae --embedding_dim 4 --num_embeddings 8 --num_residual_layers 1 --hidden_dims 4 8"
+    train(flags, "--latent_dim null", "--epochs 2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("the codebook has collapsed") == warns
+    assert ("8 codes are in use at the end of the first epoch. Try a lower learning rate" in said) == warns
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -14,7 +14,7 @@ from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run
 from movae_fast.training.signals import Interrupted, Signals
-from movae_fast.training.telemetry import NonFiniteError
+from movae_fast.training.telemetry import COLLAPSED, NonFiniteError
 
 NOT_FINITE = 1 << 16  # among the signal numbers that processes agree on, and above all of them
 
@@ -136,6 +136,17 @@ def save(run: Run) -> None:
     run.save("last")
 
 
+def warn_of_collapse(run: Run, bar: Bar) -> None:
+    """Say that hardly a code is in use, and what to try, while little time is lost."""
+    used = run.telemetry.used
+    if used is not None and used < COLLAPSED:
+        bar.say(
+            f"warning: the codebook has collapsed: {used:.1%} of its {run.telemetry.usage.numel():,} codes are "
+            "in use at the end of the first epoch. Try a lower learning rate, fewer codes (num_embeddings) or "
+            "a larger loss weight of embedding"
+        )
+
+
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     """Evaluate, save and draw where it is due; the test figures if there are any."""
     log(run, bar, wait=True)
@@ -143,6 +154,8 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     whole = run.batch == len(run.train_loader)  # not where --steps ends a run inside an epoch
     if whole:
         run.epoch, run.batch = number, 0
+    if number == 1:
+        warn_of_collapse(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     figures: dict[str, float] = {}
     if due or run.finished:
