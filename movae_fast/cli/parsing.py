@@ -48,8 +48,20 @@ ALIASES = {
     "train.resume": "resume",
     "dataloader.num_workers": "num_workers",
     "output_dir": "save_path",
+    "data.params.root": "data_dir",
+    "data.params.img_size": "image_size",
+    **{f"{part}.params.z_dim": "latent_dim" for part in ("encoder", "decoder")},
+    **{f"{part}.params.{name}": name for part in ("encoder", "decoder") for name in ("dim", "with_bn")},
+    "encoder.params.dim_mults": "dim_mults",
+    "n_images": "max_images",
 }
 SHORT = {"-c": "--config", "-e": "--exp_dir", "-r": "--resume"}
+# Other systems' names of values: (our flag, theirs) -> ours.
+VALUES = {
+    ("mode", "traverse"): "visualize",
+    ("dataset", "mpi3d"): "mpi3d_toy",
+    ("dataset", "oxford-flower-102"): "flowers102",
+}
 # MO-VAE calls the reconstruction's likelihood by its loss today.
 RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
 
@@ -130,7 +142,11 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
             if not values or values[0] not in RECONS_OBJECTIVE:
                 raise ValueError(f"--recons_objective {' '.join(values)}: valid: {', '.join(RECONS_OBJECTIVE)}")
             name, values = "recons_dist", [RECONS_OBJECTIVE[values[0]]]
+        if name == "data.params.root":
+            values = [collection_root(v) for v in values]
         name = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
+        own = typing.get_args(kinds.get(name))  # a value that this command knows itself is no other system's
+        values = [v if v in own else VALUES.get((name, v.lower()), v) for v in values]
         base = name.split(".")[0]
         if base not in known and base.replace("-", "_") in known:
             name = name.replace("-", "_")

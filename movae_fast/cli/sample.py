@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.cli import parsing
+from movae_fast.cli.generate import option_of
 from movae_fast.data import to_unit
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.models import VAE, GaussianVAE
@@ -113,7 +114,7 @@ def load(config: SampleConfig, expected: str | None) -> Job:
     trained, model = load_model(Path(config.weights), device)
     if expected is not None:
         kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
-        agree(parsing.read_config(expected, kinds), trained, expected)
+        agree(parsing.read_config(expected, kinds), trained, model, expected)
     point_at(trained, config.device, config.data_dir)
     validate(trained)
     if config.beta is not None:
@@ -145,12 +146,13 @@ def rates_of(flag: str, trained: TrainConfig, model: VAE) -> Rates:
     return model.rates
 
 
-def agree(wanted: dict[str, object], trained: TrainConfig, name: str) -> None:
+def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:
     """Refuse a configuration whose model is not the checkpoint's."""
-    flat = trained.flat()
-    for key in ("arch", "latent_dim", "dim", "dim_mults", "image_size"):
-        if key in wanted and flat[key] is not None and wanted[key] != flat[key]:
-            raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {flat[key]}")
+    has = {"arch": trained.model.arch, "image_size": trained.image_shape[1]}
+    has |= {key: option_of(trained, model, key) for key in ("latent_dim", "dim", "dim_mults")}
+    for key, value in has.items():
+        if value is not None and key in wanted and wanted[key] not in (None, value):
+            raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {value}")
 
 
 def run_folder(weights: Path) -> Path:

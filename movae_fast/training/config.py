@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.dali import require as require_dali
 from movae_fast.data.transforms import CELEBA_CROPS, Binarization
 from movae_fast.models import MODELS, VAE, Rates
+from movae_fast.models.provlae import LadderNet
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
 from movae_fast.projected_step import StepMetric
@@ -117,6 +119,8 @@ class ModelConfig:
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
         hidden_dim: Channels of the convolutions (provlae, vlae: 32).
         fc_dim: Width of the linear layers (provlae, vlae: 256).
+        ladder_net: The ladder's network and order of stages (provlae, vlae): the authors', from the most
+            abstract rung down, or the PyTorch port's, from the least abstract rung up.
         posterior_cov: linear_vae's posterior covariance, one for all images (shared) or predicted from each.
         residual_block: Two 3x3 convolutions (author), or pythae's bottleneck (resnet_vae_28/32/64: author).
     """
@@ -135,6 +139,7 @@ class ModelConfig:
     num_ladders: int | None = None
     hidden_dim: int | None = None
     fc_dim: int | None = None
+    ladder_net: LadderNet | None = None
     posterior_cov: Literal["shared", "predicted"] | None = None
     residual_block: Literal["author", "pythae"] | None = None
 
@@ -324,6 +329,7 @@ class RunConfig:
         steps: Stop (a stage) after this many steps instead; 0 means by epochs.
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
+        distributed: Not needed, as processes that torchrun started train together; false refuses them.
         precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
         compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU. There all but `default`
             and `off` record the whole step as one CUDA graph too, if optimizer, precision and aggregator allow.
@@ -347,6 +353,7 @@ class RunConfig:
     steps: int = 0
     seed: int | None = None
     device: str = "auto"
+    distributed: bool | None = None
     precision: PrecisionName = "fp32"
     compile: CompileMode = "auto"
     on_cudnn_benchmark: bool = True
@@ -578,6 +585,11 @@ def validate(config: TrainConfig) -> None:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
     if config.aggregated and sum(w != 0 for w in weights) < 1:
         raise ValueError("--loss_weights leave no objective to aggregate")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.distributed is False and processes > 1:
+        raise ValueError(
+            f"--distributed false: torchrun started {processes} processes, which train together; leave it out"
+        )
     if run.exp_dir is not None and run.resume is not None:
         raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
     if run.export is not None and Path(run.export).exists():
