@@ -134,7 +134,7 @@ def test_image_quality_by_hand():
 
 
 def published_ssim(x, y, c1=0.01**2, c2=0.03**2):
-    """Luminance and contrast terms [H - 10, W - 10] of two grey images, by SciPy's filter and without padding."""
+    """Luminance and contrast terms [H - 10, W - 10] of two grey images, by SciPy and without padding."""
     at = np.arange(-5, 6)
     window = np.exp(-(at**2) / 4.5)
     window = np.outer(window, window) / window.sum() ** 2

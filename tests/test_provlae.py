@@ -125,8 +125,7 @@ def test_a_stage_of_the_port_begins_where_the_last_one_ended(stage):
 
 
 def test_the_port_trains_its_rungs_in_order(train):
-    flags = FLAGS.split() + ["--ladder_net", "port", "--agg", "upgrad"]
-    folder = train(" ".join(flags))
+    folder = train(f"{FLAGS} --ladder_net port --agg upgrad")
     kept = {f"stage_{s}": checkpoint.load(folder / "checkpoints" / f"stage_{s}.pt")["model"] for s in (1, 2, 3)}
     fresh = kept["stage_1"]["generators.2.0.0.weight"]
     assert torch.equal(

@@ -28,7 +28,7 @@ from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import GaussianVAE
 from movae_fast.models.multirate import gated_layers
 from movae_fast.training.bounds import constant
-from movae_fast.training.config import point_at, resolve_device, validate
+from movae_fast.training.config import ZERO, Bounds, check_values, point_at, resolve_device, validate
 from movae_fast.training.curve import (
     against_run,
     curve_points,
@@ -98,17 +98,24 @@ def run(argv: Sequence[str]) -> int:
     if not any(w.startswith(("--runs=", "--help", "--print_config")) for w in words):
         raise ValueError("which runs? movae curve RUN [RUN …], folders of runs or of a sweep")
     config = CurveConfig(**parsing.parse(parser, words, {}))
+    check_curve(config)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for path in draw(config, expanded(config.runs), console):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
 
 
+def check_curve(config: CurveConfig) -> None:
+    """Raise ValueError for a flag that no run could be drawn with."""
+    check_values(config, betas=Bounds(1, 10_000), samples=ZERO)
+    least, most = config.beta_min, config.beta_max
+    if least is not None and most is not None and least >= most:
+        raise ValueError(f"--beta_min {least:g} must be above 0 and below --beta_max {most:g}")
+
+
 def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[Path]:
     """Evaluate the runs at `paths` and write the files; their paths."""
-    for name, least in (("betas", 1), ("limit", 0), ("batch_size", 1), ("samples", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+    check_curve(config)
     device = resolve_device(config.device)
     members = [read_member(p, device, config.betas, config.beta_min, config.beta_max) for p in paths]
     for member in members:

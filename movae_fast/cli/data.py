@@ -20,6 +20,7 @@ from movae_fast.data.survey import unreadable
 from movae_fast.data.synthetic import synthetic_jpeg
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.names import nearest, pick
+from movae_fast.training.config import check_values
 
 USAGE = """usage: movae data COMMAND [NAME] [flags]
 
@@ -70,6 +71,9 @@ def run(argv: Sequence[str]) -> int:
     kinds = parsing.flag_types([DataCommand])
     parser = parsing.build_parser(f"data {command}", [DataCommand], USAGE.splitlines()[0])
     config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
+    check_values(config)
+    if target is not None and not target.strip():
+        raise ValueError(f"data {command}: the NAME is empty")
     if (target is None) != (command == "list"):
         raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
     return COMMANDS[command](target, config, Console())
@@ -82,9 +86,7 @@ def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str
         info, root = DATASETS["folder"], Path(target).expanduser()
     else:
         info = DATASETS[pick("dataset", target, DATASETS)]
-    size = config.image_size or info.default_size
-    if size < 1:
-        raise ValueError(f"--image_size {size} must be at least 1")
+    size = info.default_size if config.image_size is None else config.image_size
     assert config.crop in CELEBA_CROPS
 
     def options(split: str) -> ReadOptions:

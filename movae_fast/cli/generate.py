@@ -14,7 +14,7 @@ from movae_fast.cli import parsing
 from movae_fast.data import to_unit
 from movae_fast.figures import grid, write_png
 from movae_fast.models import MODELS, VAE, model_options
-from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.config import TrainConfig, check_room, check_values, resolve_device
 from movae_fast.training.run import load_model
 
 DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
@@ -51,13 +51,13 @@ def run(argv: Sequence[str]) -> int:
     words = parsing.normalise(argv, parsing.flag_types([GenerateConfig]))
     parser = parsing.build_parser("generate", [GenerateConfig], DESCRIPTION)
     config = GenerateConfig(**parsing.parse(parser, words, {}))
-    if config.nsamples < 1:
-        raise ValueError(f"--nsamples {config.nsamples} must be at least 1")
+    check_values(config)
     trained, model = load_model(Path(config.model), resolve_device(config.device))
     check_model(trained, model, config.latent_dim, config.max_filters)
     channels = trained.image_shape[0]
     if config.nimg_channels not in (None, channels):
         raise ValueError(f"--nimg_channels {config.nimg_channels}: the model has {channels}")
+    check_room(f"--nsamples {config.nsamples}", config.nsamples, trained.image_shape)
     folder = new_outdir(Path(config.outdir))
     generator = torch.Generator().manual_seed(config.seed)
     images = to_unit(model.sample(config.nsamples, generator), trained.data.normalize)

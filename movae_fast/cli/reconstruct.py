@@ -16,7 +16,7 @@ from movae_fast.cli.sample import free, run_folder
 from movae_fast.data import DATASETS, to_unit
 from movae_fast.figures import grid, write_png
 from movae_fast.names import pick
-from movae_fast.training.config import point_at, resolve_device
+from movae_fast.training.config import check_values, point_at, resolve_device
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Write original and reconstruction side by side, one PNG an image."
@@ -60,6 +60,7 @@ def run(argv: Sequence[str]) -> int:
     words = parsing.normalise(argv, parsing.flag_types([ReconstructConfig]))
     parser = parsing.build_parser("reconstruct", [ReconstructConfig], DESCRIPTION)
     config = ReconstructConfig(**parsing.parse(parser, words, {}))
+    check_values(config)
     if config.rec_testdata and config.split != "test":
         raise ValueError(f"--rec_testdata asks for the test split and --split {config.split} for another")
     device = resolve_device(config.device)

@@ -19,7 +19,15 @@ from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, 
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.multirate import Rates
 from movae_fast.models.vq_vae import VQVAE
-from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
+from movae_fast.training.config import (
+    Bounds,
+    TrainConfig,
+    check_room,
+    check_values,
+    point_at,
+    resolve_device,
+    validate,
+)
 from movae_fast.training.curve import log_spaced, say_extrapolation
 from movae_fast.training.run import load_model, make_loader
 
@@ -107,9 +115,7 @@ def run(argv: Sequence[str]) -> int:
 
 def load(config: SampleConfig, expected: str | None) -> Job:
     """The model to draw from; `expected` is a training configuration that it must agree with."""
-    for name in ("n_samples", "batch_size", "n_interpolate", "n_traverse", "n_betas"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    check_values(config, traverse_dim=Bounds(-1))
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     if expected is not None:
@@ -117,6 +123,11 @@ def load(config: SampleConfig, expected: str | None) -> Job:
         agree(parsing.read_config(expected, kinds), trained, model, expected)
     point_at(trained, config.device, config.data_dir)
     validate(trained)
+    steps = {"interpolate": "n_interpolate", "traverse": "n_traverse", "beta_sweep": "n_betas"}.get(config.mode)
+    count, flags = config.n_samples, f"--n_samples {config.n_samples}"
+    if steps is not None:
+        count, flags = count * getattr(config, steps), f"{flags} --{steps} {getattr(config, steps)}"
+    check_room(flags, count, trained.image_shape)
     if config.beta is not None:
         choose_beta("sample", config.beta, trained, model)
     if config.mode == "beta_sweep":

@@ -17,7 +17,7 @@ from movae_fast.cli import parsing
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
 from movae_fast.training.captured import NOT_ASKED
-from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
+from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, check_fits, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -80,11 +80,14 @@ def run(argv: Sequence[str]) -> int:
     words = parsing.normalise(argv, kinds)
     parser = parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
     resumed, rest = parsing.take(words, "resume")
+    if resumed is not None and not resumed.strip():
+        raise ValueError("--resume is empty; name the run to go on with")
     if resumed is not None:
         work = resume(Path(resumed), lambda saved: continued(parser, rest, saved, resumed))
     else:
         config = TrainConfig.from_flat(flags(parser, argv, words, kinds, console))
         validate(config)
+        check_fits(config)
         if config.ladder.mode == "visualize":
             return visualize(config, console)
         work = setup(config)
@@ -152,6 +155,7 @@ def continued(
         )
     config = TrainConfig.from_flat(values)
     validate(config)
+    check_fits(config)
     return config
 
 

@@ -146,8 +146,8 @@ def ssim(
 ) -> Tensor:  # [N] float64
     """Return the structural similarity of each pair of images (Wang et al. 2004), the mean over its channels.
 
-    The window is a Gaussian of standard deviation 1.5, 11 x 11 pixels, and is laid only where it lies within the
-    image whole, as published: nothing is padded. Images have at least 11 x 11 pixels.
+    The window is a Gaussian of standard deviation 1.5, 11 x 11 pixels, and is laid only where it lies whole
+    within the image, as published: nothing is padded. Images have at least 11 x 11 pixels.
     """
     luminance, contrast = ssim_terms(x.double(), y.double())
     return (luminance * contrast).flatten(1).mean(1)
@@ -160,8 +160,8 @@ def ms_ssim(
 ) -> Tensor:  # [N] float64
     """Return the multi-scale structural similarity of each pair of images (Wang et al. 2003), in [0, 1].
 
-    From one scale to the next, images are averaged over 2 x 2 pixels; a contrast term below zero counts as zero.
-    With fewer `scales` than five the published exponents of those are divided by their sum.
+    From one scale to the next, images are averaged over 2 x 2 pixels; a contrast term below zero counts as
+    zero. With fewer `scales` than five the published exponents of those are divided by their sum.
     """
     x, y = x.double(), y.double()
     total = x.new_ones(len(x))

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -19,14 +19,16 @@ from movae_fast.aggregation.registry import (
     AGGREGATORS,
     CONES,
     NEED_TWO_BATCHES,
+    check_runs,
     weights_by_gramian,
     weights_rows,
 )
 from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.dali import require as require_dali
+from movae_fast.data.machine import all_memory
 from movae_fast.data.transforms import CELEBA_CROPS, Binarization
-from movae_fast.models import MODELS, VAE, Rates
+from movae_fast.models import MODELS, VAE, Rates, build_model
 from movae_fast.models.provlae import LadderNet
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
@@ -496,12 +498,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; valid: auto, cpu, cuda, cuda:0, …") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: only cpu and cuda devices are supported")
+    device = parsed_device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu, or see `movae doctor`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -509,6 +506,25 @@ def resolve_device(name: str) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that no machine has; whether this one has it, `resolve_device` says."""
+    if name != "auto":
+        parsed_device(name)
+
+
+def parsed_device(name: str) -> torch.device:
+    """The device called `name`, whether it is there or not. Raises ValueError for a name of none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; valid: auto, cpu, cuda, cuda:0, …") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda devices are supported")
+    if device.type == "cpu" and device.index:
+        raise ValueError(f"--device {name}: there is one CPU device, whatever its processors: cpu")
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def point_at(
@@ -525,6 +541,8 @@ def point_at(
 def validate(config: TrainConfig) -> None:
     """Normalise names and refuse what cannot work, before anything is allocated. Raises ValueError."""
     data, objective, run = config.data, config.objective, config.run
+    for section in vars(config).values():
+        check_values(section)
     data.dataset = pick("dataset", data.dataset, DATASETS)
     config.model.arch = pick("arch", config.model.arch, MODELS)
     if objective.agg in NEED_TWO_BATCHES:
@@ -535,31 +553,12 @@ def validate(config: TrainConfig) -> None:
     assert data.crop in CELEBA_CROPS
     if data.loader == "dali":
         require_dali()
-    if not 0 <= data.resident_share <= 1:
-        raise ValueError(f"--resident_share {data.resident_share} must be from 0 to 1")
-    _at_least(1, prefetch=data.prefetch)
     if data.chn_num not in (None, config.info.channels):
         raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
-    _at_least(1, batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, image_size=data.image_size)
-    _at_least(1, epochs=run.epochs, log_every=run.log_every, num_samples=run.num_samples)
-    _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)
-    _at_least(0, steps=run.steps, eval_freq=run.eval_freq, save_freq=run.save_freq, seed=run.seed)
-    _at_least(0, checkpoint_every=run.checkpoint_every, warmup_steps=config.optimizer.warmup_steps)
-    _at_least(0, warmup_epochs=config.optimizer.warmup_epochs)
-    _at_least(1, anneal_steps=objective.anneal_steps, gramian_every=objective.gramian_every)
-    _at_least(1, accumulate=run.accumulate)
-    _at_least(0, profile=run.profile)
+    check_device(run.device)
     if data.batch_size % run.accumulate:
         raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")
-    if not 0 < objective.gramian_batch <= 1:
-        raise ValueError(f"--gramian_batch {objective.gramian_batch} must be above 0 and at most 1")
     check_aggregation(config)
-    for name in ("lr", "weight_decay", "max_grad_norm", "scheduler_lr_min"):
-        value = getattr(config.optimizer, name)
-        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-            raise ValueError(
-                f"--{name} {value} must be {'positive' if name == 'lr' else 'zero or more'} and finite"
-            )
     check_optimizer(config.optimizer)
     if config.optimizer.warmup_epochs and config.optimizer.warmup_steps:
         raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
@@ -583,8 +582,16 @@ def validate(config: TrainConfig) -> None:
     weights = config.weights()
     if "tc" in config.model_class.objectives and data.batch_size < 2:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
-    if config.aggregated and sum(w != 0 for w in weights) < 1:
-        raise ValueError("--loss_weights leave no objective to aggregate")
+    if config.needs_jacobian:
+        check_runs(
+            objective.agg,
+            sum(w != 0 for w in weights),
+            objective.agg_args,
+            pref_weights=objective.pref_weights,
+            norm_eps=objective.upgrad_norm_eps,
+            reg_eps=objective.upgrad_reg_eps,
+            regularizer=objective.upgrad_regularizer,
+        )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if run.distributed is False and processes > 1:
         raise ValueError(
@@ -596,13 +603,64 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
 
 
+def check_fits(config: TrainConfig) -> None:
+    """Raise ValueError for a model or a batch that this device cannot hold whatever is done; nothing is allocated.
+
+    To be called after `validate`. The bound is below what training takes: of the model the weights, their
+    gradient and two moments; of a batch its images, their reconstruction and the gradient of that.
+    """
+    data, given = config.data, {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    sizes = {k: v for k, v in given.items() if isinstance(v, int | list) and not isinstance(v, bool)}
+    device = resolve_device(config.run.device)
+    has = all_memory(device)
+    image = 4 * math.prod(config.image_shape)
+    batch = max(data.batch_size // config.run.accumulate, data.eval_batch_size or 0)
+    flag = (
+        "image_size"
+        if 3 * image > has
+        else "eval_batch_size"
+        if batch == data.eval_batch_size
+        else "batch_size"
+    )
+    wanted = {"image_size": data.image_size, "batch_size": data.batch_size, "eval_batch_size": batch}[flag]
+    _refuse_above(has, device, 3 * image * batch, f"--{flag} {wanted}", "a batch's images alone take")
+    # The largest number of those that the model's size depends on.
+    name = max(
+        sizes,
+        key=lambda k: max(sizes[k], default=0) if isinstance(sizes[k], list) else sizes[k],
+        default="arch",
+    )
+    text = f"--{name} {getattr(config.model, name)}"
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model.arch, config.image_shape, config.activation, given)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{text}: no machine holds a model of that size ({reason[:120]})") from None
+    count = sum(p.numel() for p in model.parameters())
+    _refuse_above(has, device, 16 * count, text, f"training its {count:,} parameters takes")
+
+
+def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
+
+    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
+    """
+    device = torch.device("cpu")
+    needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)
+    _refuse_above(all_memory(device), device, needed, flag, "its images take")
+
+
+def _refuse_above(has: int, device: torch.device, needed: int, flag: str, what: str) -> None:
+    if needed > has:
+        raise ValueError(
+            f"{flag}: {what} at least {needed / 2**30:,.1f} GiB; {device} has {has / 2**30:,.1f} GiB"
+        )
+
+
 def check_aggregation(config: TrainConfig) -> None:
     """What `validate` asks of the aggregation's approximations, epsilons and projection."""
     o, agg = config.objective, config.objective.agg
-    for name in ("upgrad_norm_eps", "upgrad_reg_eps"):
-        value = getattr(o, name)
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"--{name} {value} must be zero or more and finite")
     if o.upgrad_regularizer == "diagonal" and o.upgrad_norm_eps:
         raise ValueError(
             "--upgrad_norm_eps is a threshold of the trace: add --upgrad_regularizer trace (TorchJD's), "
@@ -658,8 +716,6 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     name, betas, eps = optimizer.optimizer, optimizer.betas, optimizer.eps
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(f"--betas {betas}: give two numbers from 0 to below 1")
-    if eps is not None and not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"--eps {eps} must be positive and finite")
     if eps is not None and name == "sgd":
         raise ValueError("--eps does not apply to sgd")
     if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
@@ -685,14 +741,6 @@ def check_ladder(config: TrainConfig) -> None:
         raise ValueError("--train_seq is the stage of --mode indep_train; seq_train runs all of them")
     if ladder.mode == "visualize" and ladder.init_from is None:
         raise ValueError("--mode visualize draws a checkpoint: name it or its run, --init_from PATH")
-    _at_least(0, fade_in_duration=ladder.fade_in_duration)
-    _at_least(1, cycle_period=ladder.cycle_period, capacity_max_iter=ladder.capacity_max_iter)
-    for name in ("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"):
-        value = getattr(ladder, name)
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"--{name} {value} must be zero or more and finite")
-    if not 0 < ladder.ratio <= 1:
-        raise ValueError(f"--ratio {ladder.ratio} must be above 0 and at most 1")
     annealed = config.objective.kl_annealing != "none"
     if annealed and ladder.use_kl_annealing:
         raise ValueError("--kl_annealing and --use_kl_annealing both anneal the KL's weight; give one")
@@ -722,9 +770,6 @@ def check_multirate(config: TrainConfig) -> None:
         able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
         raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
     Rates(rate.beta_min, rate.beta_max)
-    for name in ("gate_bias", "gate_slope"):
-        if not math.isfinite(getattr(rate, name)):
-            raise ValueError(f"--{name} {getattr(rate, name)} must be finite")
     for name in ("beta", "coef_kl"):
         if getattr(o, name) is not None:
             raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")
@@ -732,7 +777,99 @@ def check_multirate(config: TrainConfig) -> None:
         raise ValueError("--use_capacity_increase replaces beta times the KL: leave it or --multirate out")
 
 
-def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} must be at least {least}")
+class Bounds(NamedTuple):
+    """What a number may be: from `least` (or above it) to `most` (or below it)."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # least itself is refused
+    below: bool = False  # most itself is refused
+
+    def refusal(self, value: float) -> str:
+        """Return what `value` must be instead, or "" where it is right."""
+        low = value > self.least if self.above else value >= self.least
+        high = value < self.most if self.below else value <= self.most
+        if low and high and math.isfinite(value):
+            return ""
+        if math.isinf(self.most) and math.isinf(self.least):
+            return "must be finite"
+        first = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
+        if math.isinf(self.most):
+            return f"must be {first}" if math.isfinite(value) else f"must be {first} and finite"
+        last = f"below {self.most:,.15g}" if self.below else f"at most {self.most:,.15g}"
+        return f"must be {first} and {last}"
+
+
+MOST = 10**12  # of any whole number: beyond it lie slips of the hand
+ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
+PROCESSES = Bounds(0, 1024)
+# Flags of all commands whose numbers are bounded by themselves; what depends on other flags is in `validate`.
+BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
+    **dict.fromkeys(("anneal_steps", "gramian_every", "cycle_period", "capacity_max_iter", "train_seq"), ONE),
+    **dict.fromkeys(("limit_train", "limit_test", "limit", "steps", "eval_freq", "save_freq"), ZERO),
+    **dict.fromkeys(("checkpoint_every", "warmup_steps", "warmup_epochs", "fade_in_duration"), ZERO),
+    **dict.fromkeys(("max_fid_samples", "max_images"), ZERO),
+    "iw": Bounds(0, 1_000_000),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "scheduler_lr_min"), ZERO),
+    **dict.fromkeys(("upgrad_norm_eps", "upgrad_reg_eps", "coef_kl", "traverse_range"), ZERO),
+    **dict.fromkeys(("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"), ZERO),
+    **dict.fromkeys(("lr", "eps", "beta_min", "beta_max"), POSITIVE),
+    **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
+    **dict.fromkeys(("iw_images", "n", "trials"), ONE),
+    "log_every": Bounds(1, 1_000_000),  # as many steps' figures wait on the device
+    "profile": Bounds(0, 10_000),
+    "num_samples": Bounds(1, 10_000),
+    "prefetch": Bounds(1, 1024),
+    "num_workers": PROCESSES,
+    "workers": Bounds(1, 1024),
+    "seed": Bounds(0, 2**32 - 1),  # NumPy's
+    "scheduler_milestones": ONE,
+    "resident_share": Bounds(0, 1),
+    "momentum": Bounds(0, 1, below=True),
+    "betas": Bounds(0, 1, below=True),
+    "gramian_batch": Bounds(0, 1, above=True),
+    "scheduler_gamma": Bounds(0, 1, above=True),
+    "ratio": Bounds(0, 1, above=True),
+    "pref_weights": POSITIVE,
+    "num_residual_layers": Bounds(0, 1000),
+    "num_ladders": Bounds(1, 32),
+}
+FREE = Bounds()
+
+
+def check_values(flags: Any, **own: Bounds) -> None:
+    """Raise ValueError for an empty text or a number out of its bounds among the fields of a dataclass of flags.
+
+    Numbers without `BOUNDS` of their own (or `own`, the command's) are finite, whole ones at most MOST.
+    """
+    for entry in fields(flags):
+        _check_value(entry.name, getattr(flags, entry.name), own.get(entry.name, BOUNDS.get(entry.name, FREE)))
+
+
+def _check_value(name: str, value: Any, bounds: Bounds) -> None:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
+        if "\0" in value:
+            raise ValueError(f"--{name} holds a zero byte, which no name has")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_value(name, part, bounds)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_value(f"{name}.{key}", part, bounds)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        whole = isinstance(value, int)
+        if whole and abs(value) > MOST:
+            raise ValueError(
+                f"--{name} {shortened(value)} is too large; a whole number here is at most {MOST:,}"
+            )
+        if refusal := bounds.refusal(value):
+            raise ValueError(f"--{name} {value} {refusal}")
+
+
+def shortened(value: int) -> str:
+    """Return a whole number in digits, or how many digits it has."""
+    digits = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return str(value) if digits <= 20 else f"of {digits} digits"
