@@ -1,8 +1,8 @@
 """Malformed command lines and YAML files, generated flag by flag, and what becomes of them.
 
 A line that is valid after all is not here: `--epochs 1e3` is none (a whole number has no exponent), but
-`--lr 1e-4`, `--steps 0`, `--data_dir "[1]"` (a strange name for a folder, and one) and a flag given twice (the last
-one counts, as everywhere) are.
+`--lr 1e-4`, `--steps 0`, `--data_dir "[1]"` (a strange name for a folder, and one) and a flag given twice (the
+last one counts, as everywhere) are.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from movae_fast.cli import main, parsing
 from movae_fast.models import MODELS, model_options
-from movae_fast.training.config import BOUNDS, FREE, SECTIONS
+from movae_fast.training.config import SECTIONS
+from movae_fast.training.limits import BOUNDS, FREE
 
 KINDS = parsing.flag_types(list(SECTIONS.values()))
 HUGE = "9" * 30
@@ -56,7 +57,20 @@ def wrong_words(name, kind):
     if bool in options:
         return [["maybe"], ["2"], [""], ["true", "false"], ["[true]"]]
     if int in options:
-        return [[""], ["abc"], ["1.5"], ["nan"], [".inf"], [HUGE], ["[1]"], ["true"], ["1", "2"], [], *below, *above]
+        return [
+            [""],
+            ["abc"],
+            ["1.5"],
+            ["nan"],
+            [".inf"],
+            [HUGE],
+            ["[1]"],
+            ["true"],
+            ["1", "2"],
+            [],
+            *below,
+            *above,
+        ]
     if float in options:
         return [[""], ["abc"], [".nan"], [".inf"], ["-.inf"], ["[1]"], ["true"], ["1", "2"], [], *below, *above]
     if str in options:
@@ -80,7 +94,10 @@ def train_lines():
     yield "--config", ["train", "--config", "x" * 5000]
     yield "--dataset", ["train", "--dataset", "x" * 5000]
     yield "--dataset", ["train", "--dataset", "two\nlines"]
-    yield "--agg_args", ["train", *"--dataset sprites --agg cagrad".split(), "--agg_args", "[" * 3000 + "]" * 3000]
+    yield (
+        "--agg_args",
+        ["train", *"--dataset sprites --agg cagrad".split(), "--agg_args", "[" * 3000 + "]" * 3000],
+    )
     yield "--lr", ["train", *"--dataset sprites".split(), "--lr", "[" * 3000 + "]" * 3000]
     yield "--lr", ["train", *"--dataset sprites".split(), "--lr", "&a [*a]"]
     yield "--agg_args", ["train", *"--dataset sprites --agg cagrad".split(), "--agg_args.c", "&a [*a]"]
@@ -196,6 +213,12 @@ TRAIN = [
     ("--use_capacity_increase", "--dataset sprites --use_capacity_increase --beta 2"),
     ("--kl_annealing", "--dataset sprites --arch vq_vae --kl_annealing cyclic"),
     ("nowhere", "--resume nowhere"),
+    ("--save_path", "--dataset sprites --save_path /dev/null/runs"),
+    ("--exp_dir", "--dataset sprites --exp_dir /dev/null/run"),
+    ("--exp_dir", "--dataset sprites --exp_dir /dev/null"),
+    ("--export", "--dataset sprites --export /dev/null/weights.pt"),
+    ("--export", "--dataset sprites --export /dev/null"),
+    ("--save_path", f"--dataset sprites --save_path {'x' * 300}"),
 ]
 
 
@@ -203,8 +226,17 @@ def command_lines(run):
     """Lines of the other commands for the run at `run`: a part of the message, and the line."""
     for command in ("evaluate", "sample", "curve"):
         for name, value in [
-            ("device", "cpu:7"), ("device", "nope"), ("device", ""), ("data_dir", ""), ("seed", "-1"), ("seed", HUGE),
-            ("batch_size", "0"), ("batch_size", "-1"), ("batch_size", "x"), ("batch_size", HUGE), ("batch_size", ".nan"),
+            ("device", "cpu:7"),
+            ("device", "nope"),
+            ("device", ""),
+            ("data_dir", ""),
+            ("seed", "-1"),
+            ("seed", HUGE),
+            ("batch_size", "0"),
+            ("batch_size", "-1"),
+            ("batch_size", "x"),
+            ("batch_size", HUGE),
+            ("batch_size", ".nan"),
         ]:
             yield f"--{name}", [command, run, f"--{name}={value}"]
         yield "--nope", [command, run, "--nope", "1"]
@@ -212,17 +244,46 @@ def command_lines(run):
         yield "no/such", [command, "no/such/run"]
         yield "which", [command]
     for name, value in [
-        ("metrics", ""), ("metrics", ","), ("metrics", "nope"), ("metrics", "mig,nope"), ("metrics", "mig"),
-        ("samples", "99"), ("samples", "x"), ("iw", "-1"), ("iw", HUGE), ("iw_images", "0"), ("fid_images", "1"),
-        ("limit_test", "-1"), ("beta", "0"), ("beta", "-1"), ("beta", ".nan"), ("beta", "2"), ("save_dir", ""),
-        ("fid_weights", ""), ("fid_weights", "no/such"),
+        ("metrics", ""),
+        ("metrics", ","),
+        ("metrics", "nope"),
+        ("metrics", "mig,nope"),
+        ("metrics", "mig"),
+        ("samples", "99"),
+        ("samples", "x"),
+        ("iw", "-1"),
+        ("iw", HUGE),
+        ("iw_images", "0"),
+        ("fid_images", "1"),
+        ("limit_test", "-1"),
+        ("beta", "0"),
+        ("beta", "-1"),
+        ("beta", ".nan"),
+        ("beta", "2"),
+        ("save_dir", ""),
+        ("fid_weights", ""),
+        ("fid_weights", "no/such"),
     ]:
         yield f"--{name}", ["evaluate", run, f"--{name}={value}"]
     for name, value in [
-        ("mode", "nope"), ("mode", ""), ("n_samples", "0"), ("n_samples", "x"), ("n_samples", HUGE),
-        ("n_samples", "1000000"), ("n_interpolate", "0"), ("n_traverse", "-1"), ("n_betas", "0"),
-        ("traverse_range", ".nan"), ("traverse_range", "-1"), ("traverse_range", ".inf"), ("beta", "2"),
-        ("save_dir", ""), ("config", ""), ("config", "nope"), ("config", "demo"), ("single_files", "maybe"),
+        ("mode", "nope"),
+        ("mode", ""),
+        ("n_samples", "0"),
+        ("n_samples", "x"),
+        ("n_samples", HUGE),
+        ("n_samples", "1000000"),
+        ("n_interpolate", "0"),
+        ("n_traverse", "-1"),
+        ("n_betas", "0"),
+        ("traverse_range", ".nan"),
+        ("traverse_range", "-1"),
+        ("traverse_range", ".inf"),
+        ("beta", "2"),
+        ("save_dir", ""),
+        ("config", ""),
+        ("config", "nope"),
+        ("config", "demo"),
+        ("single_files", "maybe"),
     ]:
         yield f"--{name}", ["sample", run, f"--{name}={value}"]
     yield "--n_interpolate", ["sample", run, "--mode=interpolate", "--n_interpolate=1000000"]
@@ -230,15 +291,32 @@ def command_lines(run):
     yield "--traverse_dim", ["sample", run, "--mode=traverse", "--traverse_dim=-2"]
     yield "--mode", ["sample", run, "--mode=beta_sweep"]
     for name, value in [
-        ("betas", "0"), ("betas", "x"), ("betas", "1000000"), ("beta_min", "0"), ("beta_min", "-1"),
-        ("beta_min", ".nan"), ("beta_max", ".inf"), ("split", "nope"), ("out", ""), ("limit", "-1"), ("samples", "-1"),
+        ("betas", "0"),
+        ("betas", "x"),
+        ("betas", "1000000"),
+        ("beta_min", "0"),
+        ("beta_min", "-1"),
+        ("beta_min", ".nan"),
+        ("beta_max", ".inf"),
+        ("split", "nope"),
+        ("out", ""),
+        ("limit", "-1"),
+        ("samples", "-1"),
     ]:
         yield f"--{name}", ["curve", run, f"--{name}={value}"]
     yield "--beta_min", ["curve", run, "--beta_min=2", "--beta_max=1"]
     yield "--runs", ["curve", "--runs="]
     for name, value in [
-        ("nsamples", "0"), ("nsamples", "-1"), ("nsamples", "x"), ("nsamples", "1000000"), ("nsamples", HUGE),
-        ("nimg_channels", "3"), ("nimg_channels", "x"), ("latent_dim", "9"), ("max_filters", "9"), ("seed", "-1"),
+        ("nsamples", "0"),
+        ("nsamples", "-1"),
+        ("nsamples", "x"),
+        ("nsamples", "1000000"),
+        ("nsamples", HUGE),
+        ("nimg_channels", "3"),
+        ("nimg_channels", "x"),
+        ("latent_dim", "9"),
+        ("max_filters", "9"),
+        ("seed", "-1"),
         ("device", "cpu:7"),
     ]:
         yield f"--{name}", ["generate", f"--model={run}", "--outdir=out", f"--{name}={value}"]
@@ -246,15 +324,32 @@ def command_lines(run):
     yield "outdir", ["generate", f"--model={run}"]
     yield "--model", ["generate", "--model=", "--outdir=out"]
     for name, value in [
-        ("max_images", "-1"), ("max_images", "x"), ("split", "valid"), ("dataset", "nope"), ("dataset", ""),
-        ("dataset", "cifar10"), ("latent_dim", "9"), ("batch_size", "0"), ("outdir", ""), ("data_dir", ""),
-        ("rec_testdata", "maybe"), ("device", "cpu:7"),
+        ("max_images", "-1"),
+        ("max_images", "x"),
+        ("split", "valid"),
+        ("dataset", "nope"),
+        ("dataset", ""),
+        ("dataset", "cifar10"),
+        ("latent_dim", "9"),
+        ("batch_size", "0"),
+        ("outdir", ""),
+        ("data_dir", ""),
+        ("rec_testdata", "maybe"),
+        ("device", "cpu:7"),
     ]:
         yield f"--{name}", ["reconstruct", f"--model={run}", f"--{name}={value}"]
     yield "--rec_testdata", ["reconstruct", f"--model={run}", "--rec_testdata", "--split=train"]
     for name, value in [
-        ("image_size", "0"), ("image_size", "-3"), ("image_size", "x"), ("image_size", HUGE), ("split", "nope"),
-        ("decoder", "nope"), ("resize", "nope"), ("on_bad_image", "nope"), ("data_dir", ""), ("download", "maybe"),
+        ("image_size", "0"),
+        ("image_size", "-3"),
+        ("image_size", "x"),
+        ("image_size", HUGE),
+        ("split", "nope"),
+        ("decoder", "nope"),
+        ("resize", "nope"),
+        ("on_bad_image", "nope"),
+        ("data_dir", ""),
+        ("download", "maybe"),
         ("crop", "nope"),
     ]:
         yield f"--{name}", ["data", "prepare", "digits", f"--{name}={value}"]
@@ -270,9 +365,22 @@ def command_lines(run):
     yield "--config", ["sweep", "--config", "nope"]
     yield "--config", ["sweep", "--config", ""]
     for name, value in [
-        ("trials", "0"), ("trials", "-1"), ("trials", "x"), ("workers", "0"), ("workers", "-1"), ("workers", "x"),
-        ("workers", "100000"), ("device", "cpu:7"), ("device", ""), ("data_dir", ""), ("seed", "-1"), ("seed", "x"),
-        ("sweep_dir", ""), ("storage", ""), ("storage", "no/such/folder/s.journal"), ("storage", "nope://x"),
+        ("trials", "0"),
+        ("trials", "-1"),
+        ("trials", "x"),
+        ("workers", "0"),
+        ("workers", "-1"),
+        ("workers", "x"),
+        ("workers", "100000"),
+        ("device", "cpu:7"),
+        ("device", ""),
+        ("data_dir", ""),
+        ("seed", "-1"),
+        ("seed", "x"),
+        ("sweep_dir", ""),
+        ("storage", ""),
+        ("storage", "no/such/folder/s.journal"),
+        ("storage", "nope://x"),
     ]:
         yield f"--{name}", ["sweep", "--config=provlae", f"--{name}={value}"]
 
@@ -300,7 +408,7 @@ DOCUMENTS = {
     "a list": "- lr\n- 1",
     "a text": "lr",
     "duplicate keys": "lr: 1\nlr: 2",
-    "duplicate keys, quoted": "lr: 1\n\"lr\": 2",
+    "duplicate keys, quoted": 'lr: 1\n"lr": 2',
     "duplicate keys inside": "loss_weights: {kl: 1, kl: 2}",
     "a null key": "null: 1",
     "an empty key": ": 1",
@@ -311,7 +419,7 @@ DOCUMENTS = {
     "a list that holds itself": "hidden_dims: &x [*x]",
     "a mapping that holds itself": "agg_args: &x {c: *x}",
     "a document that holds itself": "&x\nagg_args: *x",
-    "many laughs": "a0: &a0 [1, 2]\n" + "\n".join(f"a{i}: &a{i} [*a{i-1}, *a{i-1}]" for i in range(1, 40)),
+    "many laughs": "a0: &a0 [1, 2]\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)),
     "3,000 lists deep": "hidden_dims: " + "[" * 3000 + "]" * 3000,
     "3,000 mappings deep": "agg_args: " + "{a: " * 3000 + "1" + "}" * 3000,
     "900 lists deep": "hidden_dims: " + "[" * 900 + "]" * 900,
@@ -332,7 +440,7 @@ DOCUMENTS = {
     "not a bool": "normalize: !!bool 5",
     "5,000 digits": "epochs: " + "9" * 5000,
     "40 digits": "epochs: " + "9" * 40,
-    "a control character": "dataset: \"a\u0007\"\nlr: \u0007",
+    "a control character": 'dataset: "a\u0007"\nlr: \u0007',
     "a zero byte in a name": 'data_dir: "a\\0b"',
     "a merge of a number": "<<: 5",
     "large": "# " + "x" * 300_000,
@@ -353,33 +461,88 @@ DOCUMENTS = {
 }
 
 SWEEP = {
-    "config": "demo", "trials": 1, "search": {"lr": {"low": 1e-4, "high": 1e-3}}, "objectives": {"test/loss": "minimize"},
+    "config": "demo",
+    "trials": 1,
+    "search": {"lr": {"low": 1e-4, "high": 1e-3}},
+    "objectives": {"test/loss": "minimize"},
 }
 SWEEPS = [
-    {"search": None}, {"search": {}}, {"search": []}, {"search": 5}, {"search": {"lr": 5}}, {"search": {"lr": None}},
-    {"search": {"lr": {"low": 1}}}, {"search": {"lr": {"low": 2, "high": 1}}}, {"search": {"lr": {"low": 1, "high": 1}}},
-    {"search": {"lr": {"low": "a", "high": 1}}}, {"search": {"lr": {"low": float("nan"), "high": 1}}},
-    {"search": {"lr": {"low": 0.1, "high": float("inf")}}}, {"search": {"lr": {"low": True, "high": 2}}},
-    {"search": {"lr": {"low": 1, "high": 2, "step": 0}}}, {"search": {"lr": {"low": 1, "high": 2, "step": "x"}}},
-    {"search": {"lr": {"low": 1, "high": 2, "log": "x"}}}, {"search": {"lr": {"low": 0, "high": 2, "log": True}}},
-    {"search": {"lr": {"low": -1.0, "high": 1.0}}}, {"search": {"lr": {"low": 0.1, "high": 1, "nope": 2}}},
-    {"search": {"lr": {"choices": []}}}, {"search": {"lr": {"choices": 5}}}, {"search": {"lr": {"choices": ["a"]}}},
-    {"search": {"lr": {"choices": [0.1, -1]}}}, {"search": {"lr": {"choices": [0.1, None]}}},
-    {"search": {"lr": {"choices": [0.1, {"lr": 1}]}}}, {"search": {"x": {"choices": [{"nope": 1}]}}},
-    {"search": {"x": {"choices": [{"lr": 0.1}, {"lr": "b"}]}}}, {"search": {"x": {"choices": [{"lr": 0.1}, {"lr": -1}]}}},
-    {"search": {"arch": {"choices": ["vae", "nope"]}}}, {"search": {"nope": {"low": 1, "high": 2}}},
-    {"search": {"epochs": {"low": 1.5, "high": 2.5}}}, {"search": {"epochs": {"low": 1, "high": 3, "step": 0.5}}},
-    {"search": {"optimizer": {"low": 1, "high": 2}}}, {"search": {"latent_dim": {"choices": [8, 10**9]}}},
-    {"objectives": {}}, {"objectives": []}, {"objectives": 5}, {"objectives": {"test/loss": "most"}},
-    {"objectives": {"test/nope": "minimize"}}, {"objectives": {"nope": "maximize"}}, {"objectives": {"test/loss": None}},
-    {"objectives": {"test/embedding": "minimize"}}, {"objectives": {"test/perplexity": "maximize"}},
-    {"trials": 0}, {"trials": -1}, {"trials": "x"}, {"trials": 1.5}, {"workers": 0}, {"workers": "x"}, {"workers": None},
-    {"samples": 0}, {"samples": "x"}, {"prune": "maybe"}, {"prune": 5}, {"sampler": "nope"}, {"sampler": 5},
-    {"sampler": "grid"}, {"config": "nope"}, {"config": 5}, {"config": ""}, {"flags": 5}, {"flags": {"nope": 1}},
-    {"flags": {"lr": "x"}}, {"flags": {"batch_size": 0}}, {"flags": {"device": "cpu:7"}}, {"storage": 5},
-    {"storage": ""}, {"curve": 5}, {"curve": {"nope": 1}}, {"curve": {"betas": 0}}, {"curve": {"betas": "x"}},
-    {"curve": {"select": ["nope"]}}, {"curve": {"select": 5}}, {"nope": 1}, {"search": {"lr": {"low": 0.1, "high": 1, 5: 1}}},
-]  # fmt: skip
+    {"search": None},
+    {"search": {}},
+    {"search": []},
+    {"search": 5},
+    {"search": {"lr": 5}},
+    {"search": {"lr": None}},
+    {"search": {"lr": {"low": 1}}},
+    {"search": {"lr": {"low": 2, "high": 1}}},
+    {"search": {"lr": {"low": 1, "high": 1}}},
+    {"search": {"lr": {"low": "a", "high": 1}}},
+    {"search": {"lr": {"low": float("nan"), "high": 1}}},
+    {"search": {"lr": {"low": 0.1, "high": float("inf")}}},
+    {"search": {"lr": {"low": True, "high": 2}}},
+    {"search": {"lr": {"low": 1, "high": 2, "step": 0}}},
+    {"search": {"lr": {"low": 1, "high": 2, "step": "x"}}},
+    {"search": {"lr": {"low": 1, "high": 2, "log": "x"}}},
+    {"search": {"lr": {"low": 0, "high": 2, "log": True}}},
+    {"search": {"lr": {"low": -1.0, "high": 1.0}}},
+    {"search": {"lr": {"low": 0.1, "high": 1, "nope": 2}}},
+    {"search": {"lr": {"choices": []}}},
+    {"search": {"lr": {"choices": 5}}},
+    {"search": {"lr": {"choices": ["a"]}}},
+    {"search": {"lr": {"choices": [0.1, -1]}}},
+    {"search": {"lr": {"choices": [0.1, None]}}},
+    {"search": {"lr": {"choices": [0.1, {"lr": 1}]}}},
+    {"search": {"x": {"choices": [{"nope": 1}]}}},
+    {"search": {"x": {"choices": [{"lr": 0.1}, {"lr": "b"}]}}},
+    {"search": {"x": {"choices": [{"lr": 0.1}, {"lr": -1}]}}},
+    {"search": {"arch": {"choices": ["vae", "nope"]}}},
+    {"search": {"nope": {"low": 1, "high": 2}}},
+    {"search": {"epochs": {"low": 1.5, "high": 2.5}}},
+    {"search": {"epochs": {"low": 1, "high": 3, "step": 0.5}}},
+    {"search": {"optimizer": {"low": 1, "high": 2}}},
+    {"search": {"latent_dim": {"choices": [8, 10**9]}}},
+    {"objectives": {}},
+    {"objectives": []},
+    {"objectives": 5},
+    {"objectives": {"test/loss": "most"}},
+    {"objectives": {"test/nope": "minimize"}},
+    {"objectives": {"nope": "maximize"}},
+    {"objectives": {"test/loss": None}},
+    {"objectives": {"test/embedding": "minimize"}},
+    {"objectives": {"test/perplexity": "maximize"}},
+    {"trials": 0},
+    {"trials": -1},
+    {"trials": "x"},
+    {"trials": 1.5},
+    {"workers": 0},
+    {"workers": "x"},
+    {"workers": None},
+    {"samples": 0},
+    {"samples": "x"},
+    {"prune": "maybe"},
+    {"prune": 5},
+    {"sampler": "nope"},
+    {"sampler": 5},
+    {"sampler": "grid"},
+    {"config": "nope"},
+    {"config": 5},
+    {"config": ""},
+    {"flags": 5},
+    {"flags": {"nope": 1}},
+    {"flags": {"lr": "x"}},
+    {"flags": {"batch_size": 0}},
+    {"flags": {"device": "cpu:7"}},
+    {"storage": 5},
+    {"storage": ""},
+    {"curve": 5},
+    {"curve": {"nope": 1}},
+    {"curve": {"betas": 0}},
+    {"curve": {"betas": "x"}},
+    {"curve": {"select": ["nope"]}},
+    {"curve": {"select": 5}},
+    {"nope": 1},
+    {"search": {"lr": {"low": 0.1, "high": 1, 5: 1}}},
+]
 
 
 def yaml_files():

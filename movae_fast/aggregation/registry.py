@@ -163,7 +163,7 @@ def make_aggregator(
     if "n_tasks" in known:
         options["n_tasks"] = m
     if missing := [k for k in kinds if known[k].default is inspect.Parameter.empty and k not in options]:
-        raise ValueError(f"--agg {name} needs --agg_args.{missing[0]}")
+        raise ValueError(f"--agg {name} needs --agg_args.{missing[0]}; its parameters are {', '.join(kinds)}")
     try:
         return factory(**options)
     except ImportError as error:
@@ -185,7 +185,7 @@ def argument_kinds(name: str) -> dict[str, Any]:
 
 
 def checked_argument(name: str, key: str, value: Any, kind: Any) -> Any:
-    """Return an aggregator's argument if it is of its kind; numbers are finite and not negative in all of them."""
+    """Return an aggregator's argument if it is of its kind; all their numbers are finite and not negative."""
     options = typing.get_args(kind) or (kind,)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if typing.get_origin(kind) is typing.Literal:

@@ -64,6 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_line(message: str, most: int = 590) -> str:
-    """Return a message as one line of at most `most` characters: escaped where it would leave it, cut inside."""
+    """Return a message as one line of at most `most` characters: others than printable ones escaped, cut."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3 - 3) :]}"

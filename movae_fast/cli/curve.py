@@ -28,7 +28,7 @@ from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import GaussianVAE
 from movae_fast.models.multirate import gated_layers
 from movae_fast.training.bounds import constant
-from movae_fast.training.config import ZERO, Bounds, check_values, point_at, resolve_device, validate
+from movae_fast.training.config import point_at, resolve_device, validate
 from movae_fast.training.curve import (
     against_run,
     curve_points,
@@ -37,6 +37,7 @@ from movae_fast.training.curve import (
     log_spaced,
     say_extrapolation,
 )
+from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Rate and distortion over beta, from one set of weights: movae curve RUN [RUN …] --betas 20"
@@ -108,9 +109,13 @@ def run(argv: Sequence[str]) -> int:
 def check_curve(config: CurveConfig) -> None:
     """Raise ValueError for a flag that no run could be drawn with."""
     check_values(config, betas=Bounds(1, 10_000), samples=ZERO)
-    least, most = config.beta_min, config.beta_max
-    if least is not None and most is not None and least >= most:
-        raise ValueError(f"--beta_min {least:g} must be above 0 and below --beta_max {most:g}")
+    least = math.ulp(0.0) if config.beta_min is None else config.beta_min
+    most = sys.float_info.max if config.beta_max is None else config.beta_max
+    if not 0 < least < most or not math.isfinite(most):
+        ends = [f"--{name} {end:g}" for name in PAIRS if (end := getattr(config, name)) is not None]
+        raise ValueError(
+            f"{' and '.join(ends)}: --beta_min must be above 0 and below --beta_max, which is finite"
+        )
 
 
 def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[Path]:

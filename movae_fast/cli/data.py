@@ -20,7 +20,7 @@ from movae_fast.data.survey import unreadable
 from movae_fast.data.synthetic import synthetic_jpeg
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.names import nearest, pick
-from movae_fast.training.config import check_values
+from movae_fast.training.limits import check_values
 
 USAGE = """usage: movae data COMMAND [NAME] [flags]
 

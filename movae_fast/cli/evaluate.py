@@ -26,16 +26,9 @@ from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import nearest
 from movae_fast.objectives import LossVector
 from movae_fast.training import bounds
-from movae_fast.training.config import (
-    POSITIVE,
-    Bounds,
-    TrainConfig,
-    check_values,
-    point_at,
-    resolve_device,
-    validate,
-)
+from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
 from movae_fast.training.evaluate import evaluate
+from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
@@ -103,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
     if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
         raise ValueError("which model? give the run's folder: movae evaluate RUN, or --weights FILE")
     config = EvaluateConfig(**parsing.parse(parser, words, {}))
-    check_values(config, samples=Bounds(100), fid_images=Bounds(2), beta=POSITIVE)
+    check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     point_at(trained, config.device, config.data_dir, config.batch_size)

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from movae_fast.aggregation.registry import CONES
-from movae_fast.cli.yaml_file import BeyondBounds, check_shape, read_yaml
+from movae_fast.cli.yaml_file import BeyondBoundsError, check_shape, read_yaml
 from movae_fast.names import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -185,7 +185,7 @@ def check_words(name: str, values: Sequence[str]) -> None:
             continue
         try:
             check_shape(value)
-        except BeyondBounds as error:
+        except BeyondBoundsError as error:
             raise ValueError(f"--{name} {value:.40}: {error}") from None
         except yaml.YAMLError:
             continue  # a name with such a beginning
@@ -288,7 +288,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     options = typing.get_args(kind) if union else (kind,)
     for option in options:
-        with contextlib.suppress(Unfit):
+        with contextlib.suppress(UnfitError):
             return as_type(value, option)
     words = [w for option in options for w in type_words(option)]
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "…"
@@ -296,12 +296,12 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"--{name} {shown}: expected {' or '.join(words)}{close}")
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """A value is not of a type."""
 
 
 def as_type(value: Any, kind: Any) -> Any:
-    """Return the value as that one type has it. Raises Unfit."""
+    """Return the value as that one type has it. Raises UnfitError."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or (kind is types.NoneType and value is None):
         return value
@@ -320,7 +320,7 @@ def as_type(value: Any, kind: Any) -> Any:
         return [as_type(v, parts[0]) for v in value]
     if origin is dict and isinstance(value, dict):
         return {as_type(k, parts[0]): as_type(v, parts[1]) for k, v in value.items()}
-    raise Unfit
+    raise UnfitError
 
 
 def type_words(kind: Any) -> list[str]:
@@ -383,7 +383,7 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def within(tree: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """Return a part of a configuration, empty where it is left out. Raises ValueError for one that is no part."""
+    """Return a part of a configuration, empty where it is left out; ValueError for what is no part."""
     value = tree.get(part)
     if value is None:
         return {}

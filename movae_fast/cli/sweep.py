@@ -23,12 +23,13 @@ from rich.table import Table
 from movae_fast.cli import parsing
 from movae_fast.cli.curve import CurveConfig, check_curve, draw
 from movae_fast.cli.members import trial_folder
-from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.cli.study import Report, Study, assigned, is_bundle, parameter, report
+from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.figures import sweep_figure
 from movae_fast.metrics import METRICS
 from movae_fast.names import nearest
-from movae_fast.training.config import SECTIONS, ZERO, Bounds, TrainConfig, check_fits, check_values, validate
+from movae_fast.training.config import SECTIONS, TrainConfig, check_fits, validate
+from movae_fast.training.limits import ZERO, Bounds, check_values
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
 STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself ended
@@ -250,7 +251,7 @@ def measured_by(config: TrainConfig) -> dict[str, None]:
 
 
 def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
-    """Give each choice the type of its flag (of its own flags, where it is a mapping), and check the range's ends.
+    """Give each choice the type of its flag, or of its own flags where it is a mapping; check a range's ends.
 
     Raises ValueError for a value of another type.
     """

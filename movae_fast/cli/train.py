@@ -17,7 +17,7 @@ from movae_fast.cli import parsing
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
 from movae_fast.training.captured import NOT_ASKED
-from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, check_fits, validate
+from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, check_fits, check_places, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -90,6 +90,7 @@ def run(argv: Sequence[str]) -> int:
         check_fits(config)
         if config.ladder.mode == "visualize":
             return visualize(config, console)
+        check_places(config)
         work = setup(config)
     return train(work, console)
 

@@ -16,7 +16,7 @@ BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyY
 KNOWN_TAGS = [None, *(f"tag:yaml.org,2002:{tag}" for tag in "null bool int float str seq map".split())]
 
 
-class BeyondBounds(yaml.YAMLError):
+class BeyondBoundsError(yaml.YAMLError):
     """A document that is deeper or larger than flags are, or that contains itself."""
 
 
@@ -57,8 +57,8 @@ FlagsLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(lo
 def read_yaml(path: Path, what: str) -> Any:
     """Return the value in the YAML file at `path`.
 
-    Raises ValueError, of one line that begins with `what`, for a file that cannot be read, is no YAML, is larger
-    or deeper than a file of flags can be, repeats a key, or contains itself.
+    Raises ValueError, of one line that begins with `what`, for a file that cannot be read, is no YAML, is
+    larger or deeper than a file of flags can be, repeats a key, or contains itself.
     """
     try:
         if path.stat().st_size > LARGEST:
@@ -81,9 +81,10 @@ def read_yaml(path: Path, what: str) -> Any:
 def check_shape(text: str) -> None:
     """Refuse a document that is too deep, too long when its aliases are filled in, or that contains itself.
 
-    Raises BeyondBounds, or yaml.YAMLError for what is no YAML. The events of a document are read without recursion, whatever its depth.
+    Raises BeyondBoundsError, or yaml.YAMLError for what is no YAML. The events of a document are read without
+    recursion, whatever its depth.
     """
-    sizes: dict[str, int] = {}  # anchor -> values that an alias to it stands for
+    sizes: dict[str | None, int] = {}  # anchor -> values that an alias to it stands for
     parents: list[tuple[str | None, int]] = []  # of each open collection: its anchor, and the values before it
     open_anchors: set[str] = set()
     total = 0
@@ -100,11 +101,11 @@ def check_shape(text: str) -> None:
                 sizes[anchor] = total - before
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in open_anchors:
-                raise BeyondBounds(f"*{event.anchor} contains itself")
+                raise BeyondBoundsError(f"*{event.anchor} contains itself")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
         if len(parents) > DEEPEST:
-            raise BeyondBounds(f"deeper than {DEEPEST} levels of mappings and lists")
+            raise BeyondBoundsError(f"deeper than {DEEPEST} levels of mappings and lists")
         if total > MOST:
-            raise BeyondBounds(f"more than {MOST:,} values, those that aliases repeat included")
+            raise BeyondBoundsError(f"more than {MOST:,} values, those that aliases repeat included")

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
 from movae_fast.projected_step import StepMetric
 from movae_fast.reference import Regularizer
 from movae_fast.training.compiled import CompileMode
+from movae_fast.training.limits import check_values
 from movae_fast.training.precision import PrecisionName
 
 FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
@@ -604,41 +605,54 @@ def validate(config: TrainConfig) -> None:
 
 
 def check_fits(config: TrainConfig) -> None:
-    """Raise ValueError for a model or a batch that this device cannot hold whatever is done; nothing is allocated.
+    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
 
-    To be called after `validate`. The bound is below what training takes: of the model the weights, their
-    gradient and two moments; of a batch its images, their reconstruction and the gradient of that.
+    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
+    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
     """
-    data, given = config.data, {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
-    sizes = {k: v for k, v in given.items() if isinstance(v, int | list) and not isinstance(v, bool)}
     device = resolve_device(config.run.device)
-    has = all_memory(device)
-    image = 4 * math.prod(config.image_shape)
-    batch = max(data.batch_size // config.run.accumulate, data.eval_batch_size or 0)
-    flag = (
-        "image_size"
-        if 3 * image > has
-        else "eval_batch_size"
-        if batch == data.eval_batch_size
-        else "batch_size"
-    )
-    wanted = {"image_size": data.image_size, "batch_size": data.batch_size, "eval_batch_size": batch}[flag]
-    _refuse_above(has, device, 3 * image * batch, f"--{flag} {wanted}", "a batch's images alone take")
-    # The largest number of those that the model's size depends on.
-    name = max(
-        sizes,
-        key=lambda k: max(sizes[k], default=0) if isinstance(sizes[k], list) else sizes[k],
-        default="arch",
-    )
-    text = f"--{name} {getattr(config.model, name)}"
+    has, data = all_memory(device), config.data
+    image = 3 * 4 * math.prod(config.image_shape)
+    at_once = data.batch_size // config.run.accumulate
+    for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
+        flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
+        _refuse_above(has, device, image * count, flag, "the images of a batch take")
+    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    flag = largest_option(given) or f"--arch {config.model.arch}"
     try:
         with torch.device("meta"):
             model = build_model(config.model.arch, config.image_shape, config.activation, given)
     except (RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{text}: no machine holds a model of that size ({reason[:120]})") from None
+        raise ValueError(f"{flag}: no machine holds a model of that size ({reason:.120})") from None
     count = sum(p.numel() for p in model.parameters())
-    _refuse_above(has, device, 16 * count, text, f"training its {count:,} parameters takes")
+    _refuse_above(has, device, 16 * count, flag, f"training its {count:,} parameters takes")
+
+
+def largest_option(given: dict[str, Any]) -> str:
+    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
+    numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
+    largest = {name: max(values, default=0) for name, values in numbers.items()}
+    if not largest:
+        return ""
+    name = max(largest, key=lambda k: largest[k])
+    return f"--{name} {given[name]}"
+
+
+def check_places(config: TrainConfig) -> None:
+    """Raise ValueError for a folder or file of a new run that cannot be made where it is asked for."""
+    run = config.run
+    folder = ("save_path", Path(run.save_path)) if run.exp_dir is None else ("exp_dir", Path(run.exp_dir))
+    for flag, path in [folder, *([] if run.export is None else [("export", Path(run.export).parent)])]:
+        given = f"--{flag} {getattr(run, flag)}"
+        try:
+            there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise ValueError(f"{given}: {error.strerror}") from None
+        if not there.is_dir():
+            raise ValueError(f"{given}: {there} is no folder; name another place")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{given}: {there} may not be written; name another place")
 
 
 def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
@@ -775,101 +789,3 @@ def check_multirate(config: TrainConfig) -> None:
             raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")
     if config.ladder.use_capacity_increase:
         raise ValueError("--use_capacity_increase replaces beta times the KL: leave it or --multirate out")
-
-
-class Bounds(NamedTuple):
-    """What a number may be: from `least` (or above it) to `most` (or below it)."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False  # least itself is refused
-    below: bool = False  # most itself is refused
-
-    def refusal(self, value: float) -> str:
-        """Return what `value` must be instead, or "" where it is right."""
-        low = value > self.least if self.above else value >= self.least
-        high = value < self.most if self.below else value <= self.most
-        if low and high and math.isfinite(value):
-            return ""
-        if math.isinf(self.most) and math.isinf(self.least):
-            return "must be finite"
-        first = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
-        if math.isinf(self.most):
-            return f"must be {first}" if math.isfinite(value) else f"must be {first} and finite"
-        last = f"below {self.most:,.15g}" if self.below else f"at most {self.most:,.15g}"
-        return f"must be {first} and {last}"
-
-
-MOST = 10**12  # of any whole number: beyond it lie slips of the hand
-ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
-PROCESSES = Bounds(0, 1024)
-# Flags of all commands whose numbers are bounded by themselves; what depends on other flags is in `validate`.
-BOUNDS: dict[str, Bounds] = {
-    **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
-    **dict.fromkeys(("anneal_steps", "gramian_every", "cycle_period", "capacity_max_iter", "train_seq"), ONE),
-    **dict.fromkeys(("limit_train", "limit_test", "limit", "steps", "eval_freq", "save_freq"), ZERO),
-    **dict.fromkeys(("checkpoint_every", "warmup_steps", "warmup_epochs", "fade_in_duration"), ZERO),
-    **dict.fromkeys(("max_fid_samples", "max_images"), ZERO),
-    "iw": Bounds(0, 1_000_000),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "scheduler_lr_min"), ZERO),
-    **dict.fromkeys(("upgrad_norm_eps", "upgrad_reg_eps", "coef_kl", "traverse_range"), ZERO),
-    **dict.fromkeys(("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"), ZERO),
-    **dict.fromkeys(("lr", "eps", "beta_min", "beta_max"), POSITIVE),
-    **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
-    **dict.fromkeys(("iw_images", "n", "trials"), ONE),
-    "log_every": Bounds(1, 1_000_000),  # as many steps' figures wait on the device
-    "profile": Bounds(0, 10_000),
-    "num_samples": Bounds(1, 10_000),
-    "prefetch": Bounds(1, 1024),
-    "num_workers": PROCESSES,
-    "workers": Bounds(1, 1024),
-    "seed": Bounds(0, 2**32 - 1),  # NumPy's
-    "scheduler_milestones": ONE,
-    "resident_share": Bounds(0, 1),
-    "momentum": Bounds(0, 1, below=True),
-    "betas": Bounds(0, 1, below=True),
-    "gramian_batch": Bounds(0, 1, above=True),
-    "scheduler_gamma": Bounds(0, 1, above=True),
-    "ratio": Bounds(0, 1, above=True),
-    "pref_weights": POSITIVE,
-    "num_residual_layers": Bounds(0, 1000),
-    "num_ladders": Bounds(1, 32),
-}
-FREE = Bounds()
-
-
-def check_values(flags: Any, **own: Bounds) -> None:
-    """Raise ValueError for an empty text or a number out of its bounds among the fields of a dataclass of flags.
-
-    Numbers without `BOUNDS` of their own (or `own`, the command's) are finite, whole ones at most MOST.
-    """
-    for entry in fields(flags):
-        _check_value(entry.name, getattr(flags, entry.name), own.get(entry.name, BOUNDS.get(entry.name, FREE)))
-
-
-def _check_value(name: str, value: Any, bounds: Bounds) -> None:
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
-        if "\0" in value:
-            raise ValueError(f"--{name} holds a zero byte, which no name has")
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _check_value(name, part, bounds)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            _check_value(f"{name}.{key}", part, bounds)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        whole = isinstance(value, int)
-        if whole and abs(value) > MOST:
-            raise ValueError(
-                f"--{name} {shortened(value)} is too large; a whole number here is at most {MOST:,}"
-            )
-        if refusal := bounds.refusal(value):
-            raise ValueError(f"--{name} {value} {refusal}")
-
-
-def shortened(value: int) -> str:
-    """Return a whole number in digits, or how many digits it has."""
-    digits = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return str(value) if digits <= 20 else f"of {digits} digits"
