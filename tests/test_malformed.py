@@ -13,7 +13,7 @@ from movae_fast.cli.yaml_file import read_yaml
 from tests import malformed
 
 # So many apart, the lines and files of the quick tests; the slow ones take all.
-EVERY = 12
+EVERY = 31
 
 
 @pytest.fixture(scope="module")
