@@ -29,7 +29,7 @@ from movae_fast.figures import sweep_figure
 from movae_fast.metrics import METRICS
 from movae_fast.names import nearest
 from movae_fast.training.config import SECTIONS, TrainConfig, check_fits, validate
-from movae_fast.training.limits import ZERO, Bounds, check_values
+from movae_fast.training.limits import ONE, ZERO, check_values
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
 STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself ended
@@ -172,7 +172,7 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     if importlib.util.find_spec("optuna") is None:
         raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'")
     check_values(flags, worker=ZERO)
-    check_values(spec, samples=Bounds(100))
+    check_values(spec, samples=ONE)
     kinds = parsing.flag_types(list(SECTIONS.values()))
     for name, space in spec.search.items():
         check_space(name, space)
@@ -183,7 +183,6 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
             if name not in kinds:
                 raise ValueError(f"--config {flags.config}: {where}: {name} is no flag{nearest(name, kinds)}")
     check_sampler(flags.config, spec)
-    check_storage(flags.storage or spec.storage)
     spec.flags = {name: parsing.typed(name, value, kinds[name]) for name, value in spec.flags.items()}
     for name, space in spec.search.items():
         type_space(name, space, kinds)
@@ -222,6 +221,7 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20
     workers = spec.workers if flags.workers is None else flags.workers
     trials = next((n for n in (flags.trials, spec.trials) if n is not None), every)
+    check_storage(flags.storage or spec.storage)  # last: a database is made as it is opened
     return Study(
         name=stem,
         folder=Path(flags.sweep_dir or Path("runs", "sweeps", stem)),
@@ -240,7 +240,7 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
 
 
 def measured_by(config: TrainConfig) -> dict[str, None]:
-    """Check the configuration; the test figures of its runs, in order."""
+    """Check the configuration; return the names of its runs' test figures, in order."""
     validate(config)
     check_fits(config)
     names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))

@@ -35,7 +35,6 @@ class Bounds(NamedTuple):
 
 MOST = 10**12  # of any whole number: beyond it lie slips of the hand
 ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
-PROCESSES = Bounds(0, 1024)
 # Flags of all commands whose numbers are bounded by themselves; what depends on other flags is in `validate`.
 BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
@@ -54,7 +53,7 @@ BOUNDS: dict[str, Bounds] = {
     "profile": Bounds(0, 10_000),
     "num_samples": Bounds(1, 10_000),
     "prefetch": Bounds(1, 1024),
-    "num_workers": PROCESSES,
+    "num_workers": Bounds(0, 1024),
     "workers": Bounds(1, 1024),
     "seed": Bounds(0, 2**32 - 1),  # NumPy's
     "scheduler_milestones": ONE,
