@@ -44,10 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = args[0]
     if command not in COMMANDS:
-        print(
-            f"movae: unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
+        text = f"movae: unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}"
+        print(one_line(text), file=sys.stderr)
         return 2
     # Imported on demand: torch takes a second, and help should not.
     run: Callable[[list[str]], int] = import_module(f"movae_fast.cli.{command}").run
@@ -59,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What the user can mend is one line; anything else is a defect and keeps its traceback.
         if type(error) not in (ValueError, FileNotFoundError, CheckpointError):
             raise
-        print(f"movae {command}: {shown(error)}", file=sys.stderr)
+        print(one_line(f"movae {command}: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 1
+
+
+def one_line(message: str, most: int = 590) -> str:
+    """Return a message as one line of at most `most` characters: others than printable ones escaped, cut."""
+    text = shown(message)
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-(most // 3 - 3) :]}"

@@ -25,6 +25,7 @@ from movae_fast.data.survey import unreadable
 from movae_fast.data.synthetic import synthetic_jpeg
 from movae_fast.data.transforms import CELEBA_CROPS
 from movae_fast.names import nearest, pick, shown
+from movae_fast.training.limits import check_values
 
 MAX_SIZE = math.isqrt(MAX_PIXELS)
 USAGE = """usage: movae data COMMAND [NAME] [flags]
@@ -76,6 +77,9 @@ def run(argv: Sequence[str]) -> int:
     kinds = parsing.flag_types([DataCommand])
     parser = parsing.build_parser(f"data {command}", [DataCommand], USAGE.splitlines()[0])
     config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
+    check_values(config)
+    if target is not None and not target.strip():
+        raise ValueError(f"data {command}: the NAME is empty")
     if (target is None) != (command == "list"):
         raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
     return COMMANDS[command](target, config, Console())

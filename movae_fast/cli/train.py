@@ -17,7 +17,7 @@ from movae_fast.cli import parsing
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_run
 from movae_fast.names import shown
-from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
+from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, check_fits, check_places, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -53,8 +53,23 @@ TORCH_VAE = {
     "epochs": 100,
     "lr": 3e-4,
     "optimizer": "adamw",
+    "weight_decay": 0.01,  # torch's default for AdamW, which it leaves as it is
     "seed": 0,
 }
+# The PyTorch port of proVLAE has no --arch either; its defaults, and the side of each set's images.
+PORT = {
+    "arch": "provlae",
+    "ladder_net": "port",
+    "dataset": "shapes3d",
+    "recons_dist": "bernoulli",
+    "recons_reduction": "mean",
+    "beta": 8.0,
+    "batch_size": 100,
+    "epochs": 1,
+    "lr": 5e-4,
+}
+PORT_SIZES = {"mnist": 28, "fashionmnist": 28}
+PORT_SIZES |= dict.fromkeys(("celeba", "flowers102", "dtd", "imagenet", "ident3d"), 128)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -66,13 +81,17 @@ def run(argv: Sequence[str]) -> int:
     words = parsing.normalise(argv, kinds)
     parser = parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
     resumed, rest = parsing.take(words, "resume")
+    if resumed is not None and not resumed.strip():
+        raise ValueError("--resume is empty; name the run to go on with")
     if resumed is not None:
         work = resume(Path(resumed), lambda saved: continued(parser, rest, saved, resumed))
     else:
         config = TrainConfig.from_flat(flags(parser, argv, words, kinds, console))
         validate(config)
+        check_fits(config)
         if config.ladder.mode == "visualize":
             return visualize(config, console)
+        check_places(config)
         work = setup(config)
     return train(work, console)
 
@@ -95,6 +114,18 @@ def flags(
         console.print(f"torch-vae's flags: {shown}", highlight=False)
         if values["export"] is None:
             values["export"] = free_export(values, console)
+        return values
+    if (
+        name is None
+        and "--arch" not in spelt
+        and spelt & {"--num_ladders", "--hidden_dim", "--fade_in_duration"}
+    ):
+        values = parsing.parse(parser, words, dict(PORT))
+        if values["image_size"] is None:
+            squeezed = "".join(c for c in values["dataset"].lower() if c.isalnum())
+            values["image_size"] = PORT_SIZES.get(squeezed, 64)
+        shown = "  ".join(f"--{k} {values[k]}" for k in (*PORT, "image_size"))
+        console.print(f"proVLAE's flags, as its PyTorch port has them: {shown}", highlight=False)
         return values
     return parsing.parse(parser, words, defaults)
 
@@ -126,6 +157,7 @@ def continued(
         )
     config = TrainConfig.from_flat(values)
     validate(config)
+    check_fits(config)
     return config
 
 
@@ -229,6 +261,10 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
 def notes(work: Run) -> list[str]:
     """What is worth knowing about the splits' files: prepared, out of date, left out."""
     lines = []
+    if work.config.run.distributed and work.world.size == 1:
+        lines.append(
+            "--distributed: this is one process; torchrun --nproc_per_node=N -m movae_fast train … has N"
+        )
     for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
         if loader.note:
             lines.append(f"{split} images: {loader.note}")
@@ -299,11 +335,16 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
     for row in conflict_rows(read_lines(work.folder / "metrics.jsonl") if work.world.main else []):
         table.add_row(*row)
     console.print(table)
-    mean = figures["test/mse_mean_image"]  # 0 where all images are alike
-    below = (
-        f"reconstruction error {1 - figures['test/mse'] / mean:.1%} below the mean image's; " if mean else ""
-    )
     console.print(
-        f"{below}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
+        f"{against_mean_image(figures)}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
         highlight=False,
     )
+
+
+def against_mean_image(figures: Mapping[str, float]) -> str:
+    """Return the reconstruction's error beside the mean image's, in words; "" where all images are alike."""
+    mean = figures["test/mse_mean_image"]
+    if not mean:
+        return ""
+    less = 1 - figures["test/mse"] / mean
+    return f"reconstruction error {abs(less):.1%} {'below' if less >= 0 else 'above'} the mean image's; "

@@ -58,6 +58,16 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def all_memory(device: torch.device) -> int:
+    """Bytes that the device has, whoever uses them now: a GPU's, or this machine's within its container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(here, int(text)) if text.isdigit() else here
+
+
 def remembered(name: str, work: Callable[[], T], lasting: Callable[[], bool] = lambda: True) -> T:
     """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user.
 

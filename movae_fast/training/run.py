@@ -75,8 +75,9 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step to come, without asking the device."""
-        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        """The learning rate of the last step that is done, without asking the device."""
+        last = max(self.scheduler.last_epoch - 1, 0)
+        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](last)
 
     def begin_step(self) -> None:
         """Bring a progressive model to the stage and alpha of the step to come.
