@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from movae_fast.cli.errors import first_line
 from movae_fast.cli.evaluate import EvaluateConfig, measure
-from movae_fast.files import replacing
+from movae_fast.files import alive, replacing
 from movae_fast.training.config import TrainConfig, validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -233,6 +234,9 @@ class Reporting:
             if line["step"] < self.steps and self.trial.should_prune():
                 raise optuna.TrialPruned
 
+    def mark(self) -> dict[str, Any]:
+        return self.logs.mark()
+
     def close(self) -> None:
         self.logs.close()
 
@@ -278,18 +282,3 @@ def report(study: Study) -> Report:
     ]
     errors = [t.user_attrs["error"] for t in opened.trials if "error" in t.user_attrs]
     return Report(list(study.objectives), rows, errors[0] if errors else "no trial was run")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
