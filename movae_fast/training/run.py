@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import random
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -179,6 +180,7 @@ def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bo
     joined: the processes and the device, where they are known. take: start in an exp_dir that holds files, too.
     """
     require_wandb(config.wandb)
+    check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
     world.on_main(lambda: check_places(config, take))
     device = resolve_device(config.run.device)
@@ -222,6 +224,7 @@ def resume(
         )
     config = changes(record["config"])
     require_wandb(config.wandb)
+    check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
     keep_global_batch(config, record["position"]["processes"], world.size)
     run = assemble(config, resolve_device(config.run.device), world)
@@ -240,11 +243,16 @@ def resume(
 
 def go_on(run: Run, mark: dict[str, Any] | None) -> None:
     """Clear a resumed run's folder of what a killed process left; open its logs, unless it is finished."""
-    for folder in (run.folder, run.folder / "checkpoints", run.folder / "figures"):
-        remove_leftovers(folder)
+    tidy(run.folder)
     if not run.ended:
         open_logs(run, run.step, mark)
         write_config(run.folder, run.config)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a run's folder."""
+    for inside in (folder, folder / "checkpoints", folder / "figures"):
+        remove_leftovers(inside)
 
 
 def start_or_resume(config: TrainConfig, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
@@ -539,6 +547,20 @@ def check_places(config: TrainConfig, take: bool) -> None:
         check_place("save_path", Path(config.run.save_path))
     if config.run.export is not None and Path(config.run.export).exists():
         raise ValueError(f"--export {config.run.export} exists and is not overwritten; name another file")
+
+
+def check_descriptors(workers: int) -> None:
+    """Raise this process's limit on open files to what it needs, where it may; ValueError where it may not."""
+    need = 64 + 16 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard) or soft >= need:
+        return
+    if hard < need:
+        raise ValueError(
+            f"this process may open {hard} files at a time and needs {need}: raise the limit (ulimit -n {need})"
+            + (f", or lower --num_workers {workers}" if workers else "")
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 def check_place(flag: str, path: Path) -> None:
