@@ -138,7 +138,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
         labels = np.load(path.with_suffix(".labels.npy"), mmap_mode="r").shape
         if labels != (header["shape"][0],):
             raise ValueError(f"labels {list(labels)}, expected [{header['shape'][0]}]")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise ValueError(
             f"{path} is not a whole prepared file ({error}): delete it and prepare again"
         ) from None

@@ -6,6 +6,7 @@ digest of its contents, and a file whose contents do not match is refused with t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 from movae_fast.files import naming, replacing
 
 FORMAT = "movae-fast checkpoint 1"
+NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
 
 
 class CheckpointError(ValueError):
@@ -96,9 +98,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             raise CheckpointError(f"no checkpoint at {path}")
         try:
             record = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno not in NOT_READABLE:
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"{path} is truncated, damaged or not a checkpoint ({reason[:160]})"
