@@ -18,7 +18,8 @@ VAE = "--arch vae --hidden_dims 8 8 --latent_dim 4 --agg upgrad"
 KINDS = {
     "vae": VAE,
     "vq_vae": "--arch vq_vae --hidden_dims 8 8 --num_embeddings 8 --agg upgrad --flip true",
-    "ladder": "--arch provlae --image_size 32 --latent_dim 2 --hidden_dim 4 --epochs 1 --fade_in_duration 3",
+    "ladder": "--arch provlae --image_size 32 --num_ladders 2 --latent_dim 2 --hidden_dim 4 --epochs 1 "
+    "--fade_in_duration 3",
     "multi-rate": "--arch vae --hidden_dims 8 8 --latent_dim 4 --multirate true --loader torch --num_workers 1",
     "dali": f"{VAE} --loader dali",
     "two ranks": f"{VAE} --batch_size 10",

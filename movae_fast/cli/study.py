@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import optuna
 
 
+UNSIGNED = datetime.timedelta(minutes=1)  # after which a trial's process is taken for gone
+
+
 @dataclass
 class Report:
     """Complete trials: number, params, values, and whether one is the best or on the Pareto front."""
@@ -263,12 +266,12 @@ class Reporting:
 def lost(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether a running trial's process was on this machine and is gone.
 
-    One that nobody signs for a minute was lost between the two steps.
+    One that stays unsigned was lost between being asked for and being signed.
     """
     known = trial.user_attrs
     if "pid" not in known or "host" not in known:
         began = trial.datetime_start
-        return began is None or datetime.datetime.now() - began > datetime.timedelta(minutes=1)
+        return began is None or datetime.datetime.now() - began > UNSIGNED
     return known["host"] == socket.gethostname() and not alive(known["pid"])
 
 

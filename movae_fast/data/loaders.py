@@ -299,7 +299,7 @@ def started(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
             if hasattr(half, "_worker_init_fn") and half is not loader:
                 half._shutdown = True  # or its destructor fails over what it has not made yet
                 for process in getattr(half, "_workers", []):
-                    process.terminate()
+                    process.kill()
         raise
 
 

@@ -339,7 +339,8 @@ class RunConfig:
         max_fid_samples: Accepted for compatibility; training computes no FID.
         save_path: Folder under which a run gets dataset/arch/agg/time.
         exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.
-        resume: Continue this run (its folder or one of its checkpoints), bit for bit.
+        resume: Continue this run (its folder or one of its checkpoints), bit for bit; auto starts the run in
+            exp_dir, or goes on with it, whatever a process that was killed left there.
         export: Also write the final weights to this file; an existing file is never overwritten.
     """
 

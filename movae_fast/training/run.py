@@ -170,6 +170,15 @@ class Run:
         self.best, self.good = position["best"], path
         self.ended = self.finished and position.get("ended", True)
         checkpoint.set_rng_state(record["rng"], self.device)
+        if self.step:
+            self.repeat_schedules()
+
+    def repeat_schedules(self) -> None:
+        """Bring what the last step set by its number to where it was: an evaluation may be what comes next."""
+        if self.progression is not None:
+            assert isinstance(self.model, ProVLAE)
+            self.progression.apply(self.step - 1, self.model, self.losses)
+        self.losses.weights_at(self.step - 1)
 
 
 def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bool = False) -> Run:
