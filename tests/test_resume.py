@@ -10,6 +10,7 @@ from movae_fast.cli import main
 from movae_fast.training import checkpoint, loop
 from movae_fast.training.logs import TIMING_KEYS, Logs, read_lines
 from movae_fast.training.signals import Interrupted
+from movae_fast.training.telemetry import Telemetry
 
 WANDB = type("Off", (), {"use_wandb": False})()
 
@@ -332,3 +333,38 @@ def test_ctrl_c_is_one_line_and_status_130(train, monkeypatch, capsys, where):
 
 def test_interrupted_keeps_its_name():
     assert str(Interrupted(15)) == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--arch provlae --hidden_dims null --latent_dim 2 --hidden_dim 4 --image_size 32 --num_ladders 2 "
+        "--epochs 1 --fade_in_duration 3",
+        "--arch provlae --hidden_dims null --latent_dim 2 --hidden_dim 4 --image_size 32 --num_ladders 2 "
+        "--epochs 1 --use_capacity_increase true --max_capacity 40 --capacity_max_iter 12",
+    ],
+    ids=["stages", "capacity"],
+)
+def test_an_evaluation_is_the_first_thing_after_a_resume(train, monkeypatch, flags):
+    """Stopped after an epoch's last step: the weights and the capacity are those of that step."""
+    whole = train(flags)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        part = train(flags, status=143)
+    assert not any("test/loss" in line for line in lines(part))
+    train(f"--resume {part}")
+    assert lines(part) == lines(whole)
+    assert last(part) == last(whole)
+
+
+def test_a_log_line_on_its_way_to_the_host_is_part_of_the_checkpoint(train, monkeypatch):
+    """As on a GPU, where a window arrives later than the step that ends it."""
+    folder = train("--epochs 2")
+    late = Telemetry.lines
+    monkeypatch.setattr(Telemetry, "lines", lambda self, wait=False: late(self, wait) if wait else iter(()))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        part = train("--epochs 2", status=143)
+    assert [line["step"] for line in lines(part)] == [2]
+    train(f"--resume {part}")
+    assert lines(part) == lines(folder)

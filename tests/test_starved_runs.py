@@ -24,7 +24,7 @@ def test_a_disk_that_fails_at_any_operation(tmp_path, capsys):
     whole = Chain("vae", tmp_path / "whole")
     _, operations = whole.finish()
     expected = whole.result()
-    for number in range(60):
+    for number in range(24):
         chain = Chain("vae", tmp_path / f"{number}")
         error, at = ERRORS[number % len(ERRORS)], draw.randint(1, operations)
         said = chain.starve(at=at, error=error)
@@ -57,7 +57,7 @@ def mounted(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kilobytes", [20, 40, 56, 64, 80, 100, 140, 180, 220, 260, 300, 400])
+@pytest.mark.parametrize("kilobytes", [20, 56, 80, 140, 220, 300])
 def test_a_full_disk_and_then_a_larger_one(kilobytes, mounted, tmp_path):
     disk = mounted(f"size={kilobytes}k")
     lives.ready()
@@ -89,12 +89,12 @@ def test_a_disk_that_is_read_only(mounted, tmp_path, capsys):
 def test_out_of_descriptors(workers, tmp_path, capsys):
     lives.ready()
     counts = Counter()
-    for number, limit in enumerate((8, 10, 12, 16, 24, 32, 48, 63, 64, 80, 96, 112, 128)):
+    for number, limit in enumerate((8, 16, 32, 63, 64, 80, 96, 128)):
         chain = Chain("vae", tmp_path / f"{number}", "--loader", "torch", "--num_workers", str(workers))
         said = chain.starve(limits={resource.RLIMIT_NOFILE: limit})
         assert not said or "ulimit -n" in said
         counts["refused" if said else "trained"] += 1
-    assert counts["refused"] >= 8
+    assert counts["refused"] >= 4
     assert counts["trained"] >= 2
     with capsys.disabled():
         print(f"\nout of descriptors, {workers} workers: {dict(counts)}")
@@ -104,7 +104,7 @@ def test_out_of_descriptors(workers, tmp_path, capsys):
 def test_out_of_memory(tmp_path, capsys):
     lives.ready()
     counts = Counter()
-    for number, megabytes in enumerate((4, 16, 30, 45, 60, 80, 100, 150, 200, 300)):
+    for number, megabytes in enumerate((4, 16, 45, 80, 150, 300)):
         chain = Chain("vae", tmp_path / f"{number}", "--batch_size", "120", "--hidden_dims", "64", "128")
         said = chain.starve(limits={resource.RLIMIT_AS: megabytes << 20})
         assert not said or "memory" in said
