@@ -32,6 +32,10 @@ RESOURCES = {
     "CUBLAS_STATUS_ALLOC_FAILED": MEMORY,
     "Cannot allocate memory": MEMORY,
     "bad_alloc": MEMORY,
+    # oneDNN's, where memory for its code or buffers is lacking.
+    "could not create a primitive": f"memory is short: {MEMORY}",
+    "could not execute a primitive": f"memory is short: {MEMORY}",
+    "could not create a memory": f"memory is short: {MEMORY}",
     "failed to map segment from shared object": "raise the limit on memory (ulimit -v), or free some",
     "DataLoader worker": "see `ulimit -a` and the size of /dev/shm, or give --num_workers 0",
     "can't start new thread": "end other processes, or set OMP_NUM_THREADS=1",
