@@ -7,7 +7,8 @@ from itertools import islice
 
 import pytest
 
-from movae_fast.cli import main, one_line, parsing, train
+from movae_fast.cli import main, parsing, train
+from movae_fast.cli.errors import shortened
 from movae_fast.cli.study import Study
 from movae_fast.cli.yaml_file import read_yaml
 from tests import malformed
@@ -155,9 +156,9 @@ def test_the_files_of_the_package_are_read(tmp_path):
 
 
 def test_a_message_is_one_line_of_less_than_600_characters():
-    assert one_line("a\nb\tc\x1b[31m") == "a\\nb\\tc\\x1b[31m"
-    assert one_line("é ü 中") == "é ü 中"
-    cut = one_line("begin" + "x" * 5000 + "end")
+    assert shortened("a\nb\tc\x1b[31m") == "a\\nb\\tc\\x1b[31m"
+    assert shortened("é ü 中") == "é ü 中"
+    cut = shortened("begin" + "x" * 5000 + "end")
     assert len(cut) < 600
     assert cut.startswith("begin")
     assert cut.endswith("end")

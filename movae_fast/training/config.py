@@ -351,7 +351,8 @@ class RunConfig:
         max_fid_samples: Accepted for compatibility; training computes no FID.
         save_path: Folder under which a run gets dataset/arch/agg/time.
         exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.
-        resume: Continue this run (its folder or one of its checkpoints), bit for bit.
+        resume: Continue this run (its folder or one of its checkpoints), bit for bit; auto starts the run in
+            exp_dir, or goes on with it, whatever a process that was killed left there.
         export: Also write the final weights to this file; an existing file is never overwritten.
     """
 
@@ -640,22 +641,6 @@ def largest_option(given: dict[str, Any]) -> str:
         return ""
     name = max(largest, key=lambda k: largest[k])
     return f"--{name} {given[name]}"
-
-
-def check_places(config: TrainConfig) -> None:
-    """Raise ValueError for a folder or file of a new run that cannot be made where it is asked for."""
-    run = config.run
-    folder = ("save_path", Path(run.save_path)) if run.exp_dir is None else ("exp_dir", Path(run.exp_dir))
-    for flag, path in [folder, *([] if run.export is None else [("export", Path(run.export).parent)])]:
-        given = f"--{flag} {getattr(run, flag)}"
-        try:
-            there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        except OSError as error:  # a name that is too long, a folder that may not be entered
-            raise ValueError(f"{given}: {error.strerror}") from None
-        if not there.is_dir():
-            raise ValueError(f"{given}: {there} is no folder; name another place")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ValueError(f"{given}: {there} may not be written; name another place")
 
 
 def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
