@@ -19,7 +19,8 @@ from movae_fast.data import Images, ResidentLoader
 from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import MODELS, GaussianVAE, build_model, make_multirate
 from movae_fast.objectives import LossVector, resolve_weights
-from movae_fast.training.config import TrainConfig, validate
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.curve import Point, curve_points, data_covariance, log_spaced
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar

@@ -27,8 +27,10 @@ from typing import Any
 
 import torch
 
-from movae_fast.training.config import TrainConfig, resolve_device, validate
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.cuda_graph import CudaGraphs
+from movae_fast.training.device import resolve_device
 from movae_fast.training.evaluate import evaluate
 from movae_fast.training.run import Run, assemble
 from movae_fast.training.telemetry import CONFLICT

@@ -1,4 +1,4 @@
-"""Helping with misspelt names."""
+"""Names and messages as one line: those nearest to a misspelt name, what a terminal can show."""
 
 import difflib
 from collections.abc import Iterable
@@ -28,6 +28,12 @@ def shown(text: object) -> str:
     """
     line = str(text)
     return line if line.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in line)
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """Return the first line of an error's message; its type's name, or `otherwise`, if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__ if otherwise is None else otherwise
 
 
 def _escaped(character: str) -> str:

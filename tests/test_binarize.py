@@ -8,7 +8,8 @@ import torch
 
 from movae_fast.data import Binarizer, Images, ResidentLoader, TorchLoader, limited
 from movae_fast.data.transforms import mixed
-from movae_fast.training.config import TrainConfig, validate
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.evaluate import mean_image
 from movae_fast.training.run import make_loader
 

@@ -11,7 +11,8 @@ from movae_fast.cli import parsing
 from movae_fast.cli.train import conflict_rows
 from movae_fast.figures import loss_curves
 from movae_fast.training import checkpoint
-from movae_fast.training.config import SECTIONS, TrainConfig, validate
+from movae_fast.training.config import SECTIONS, TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.gradients import Batch, keeping_buffers
 from movae_fast.training.logs import read_lines
 from movae_fast.training.run import assemble

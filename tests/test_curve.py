@@ -13,7 +13,8 @@ from movae_fast.data import Images, ResidentLoader
 from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import build_model, make_multirate
 from movae_fast.training import bounds
-from movae_fast.training.config import TrainConfig, validate
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.curve import (
     Point,
     against_run,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from movae_fast.data import DaliLoader, ImageFiles, ReadOptions, TorchLoader, dali
-from movae_fast.training.config import TrainConfig, validate
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 from tests import datafiles
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from movae_fast.cli.study import Report, Study
 from movae_fast.cli.sweep import SweepFlags, check_space, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
 from movae_fast.figures import sweep_figure
-from movae_fast.training.config import SECTIONS, TrainConfig, validate
+from movae_fast.training.config import SECTIONS, TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.signals import Interrupted
 
 optuna = pytest.importorskip("optuna")

@@ -28,7 +28,8 @@ from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import GaussianVAE
 from movae_fast.models.multirate import gated_layers
 from movae_fast.training.bounds import constant
-from movae_fast.training.config import point_at, resolve_device, validate
+from movae_fast.training.config import point_at
+from movae_fast.training.config_checks import validate
 from movae_fast.training.curve import (
     against_run,
     curve_points,
@@ -37,6 +38,7 @@ from movae_fast.training.curve import (
     log_spaced,
     say_extrapolation,
 )
+from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 LIMIT = 590  # characters of a message
 DISK, DESCRIPTORS = "free space there, or name another place", "raise the limit (ulimit -n)"
@@ -83,9 +83,3 @@ def shortened(text: str) -> str:
     """One line of at most LIMIT characters, with what does not print escaped."""
     line = shown(text)
     return line if len(line) <= LIMIT else f"{line[: LIMIT // 2]} … {line[-(LIMIT // 2 - 3) :]}"
-
-
-def first_line(error: BaseException, otherwise: str | None = None) -> str:
-    """The first line of an error's message; its type's name, or `otherwise`, if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__ if otherwise is None else otherwise

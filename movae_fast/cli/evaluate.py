@@ -26,7 +26,9 @@ from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import nearest
 from movae_fast.objectives import LossVector
 from movae_fast.training import bounds
-from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
+from movae_fast.training.config import TrainConfig, point_at
+from movae_fast.training.config_checks import validate
+from movae_fast.training.device import resolve_device
 from movae_fast.training.evaluate import evaluate
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run import load_model, make_loader

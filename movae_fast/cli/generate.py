@@ -14,7 +14,9 @@ from movae_fast.cli import parsing
 from movae_fast.data import to_unit
 from movae_fast.figures import grid, write_png
 from movae_fast.models import MODELS, VAE, model_options
-from movae_fast.training.config import TrainConfig, check_room, resolve_device
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import check_room
+from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import check_values
 from movae_fast.training.run import load_model
 

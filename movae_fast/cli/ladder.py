@@ -12,7 +12,8 @@ from movae_fast.cli.sample import free
 from movae_fast.data import to_unit
 from movae_fast.figures import labelled_grid, write_gif, write_png
 from movae_fast.models import ProVLAE
-from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.device import resolve_device
 from movae_fast.training.run import load_model, make_loader
 
 REACH, FRAMES, SECONDS = 2.5, 10, 0.2  # prior standard deviations; pictures a traversal; 5 a second

@@ -16,7 +16,8 @@ from movae_fast.cli.sample import free, run_folder
 from movae_fast.data import DATASETS, to_unit
 from movae_fast.figures import grid, write_png
 from movae_fast.names import pick
-from movae_fast.training.config import point_at, resolve_device
+from movae_fast.training.config import point_at
+from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import check_values
 from movae_fast.training.run import load_model, make_loader
 

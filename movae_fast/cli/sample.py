@@ -19,8 +19,10 @@ from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, 
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.multirate import Rates
 from movae_fast.models.vq_vae import VQVAE
-from movae_fast.training.config import TrainConfig, check_room, point_at, resolve_device, validate
+from movae_fast.training.config import TrainConfig, point_at
+from movae_fast.training.config_checks import check_room, validate
 from movae_fast.training.curve import log_spaced, say_extrapolation
+from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 

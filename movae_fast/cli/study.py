@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from movae_fast.cli.errors import first_line
 from movae_fast.cli.evaluate import EvaluateConfig, measure
 from movae_fast.files import alive, replacing
-from movae_fast.training.config import TrainConfig, validate
+from movae_fast.names import first_line
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import setup, tidy

@@ -28,7 +28,8 @@ from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.figures import sweep_figure
 from movae_fast.metrics import METRICS
 from movae_fast.names import nearest
-from movae_fast.training.config import SECTIONS, TrainConfig, check_fits, validate
+from movae_fast.training.config import SECTIONS, TrainConfig
+from movae_fast.training.config_checks import check_fits, validate
 from movae_fast.training.limits import ONE, ZERO, check_values
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"

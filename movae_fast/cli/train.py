@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.cli.errors import explained, first_line
+from movae_fast.cli.errors import explained
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_missing, draw_run
-from movae_fast.names import shown
-from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, check_fits, validate
+from movae_fast.names import first_line, shown
+from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig
+from movae_fast.training.config_checks import check_fits, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from movae_fast.files import CHUNK, file_digest
+from movae_fast.names import first_line as first_line
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,3 @@ def fetch(remote: Remote, path: Path) -> None:
         part.unlink()
         raise OSError(f"{remote.url}: SHA-256 is {found}, expected {remote.sha256}; the download was removed")
     part.replace(path)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from movae_fast.names import first_line
+
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
 SUBSETS, SUBSET = 100, 1000  # KID: the published numbers
@@ -39,9 +41,9 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
         torch.load(path, weights_only=True)  # the library would run what a pickle holds
         made = FeatureExtractorInceptionV3("inception", [str(FEATURES)], str(path))
     except Exception as error:  # whatever a file of another kind makes of the reader
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"--fid_weights {path} is not torch-fidelity's Inception, which is {SOURCE}: {reason}"
+            f"--fid_weights {path} is not torch-fidelity's Inception, which is {SOURCE}: "
+            f"{first_line(error, '')}"
         ) from None
     return made.to(device)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.files import naming, replacing
+from movae_fast.names import first_line
 
 FORMAT = "movae-fast checkpoint 1"
 NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
@@ -103,9 +104,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         except Exception as error:
             if isinstance(error, OSError) and error.errno not in NOT_READABLE:
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{path} is truncated, damaged or not a checkpoint ({reason[:160]})"
+                f"{path} is truncated, damaged or not a checkpoint ({first_line(error)[:160]})"
             ) from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of movae-fast")

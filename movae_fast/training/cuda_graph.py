@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from movae_fast.names import first_line
+
 WARM = 3  # calls of a kind before it is recorded: they compile, choose algorithms, allocate
 
 Outputs = tuple[Tensor, ...]
@@ -127,4 +129,4 @@ class Recordings:
         try:
             return self.recorder.record(work), ""
         except RuntimeError as error:
-            return None, str(error).strip().partition("\n")[0]
+            return None, first_line(error, "")

@@ -29,8 +29,9 @@ from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import resolve_mode
-from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.training.config import TrainConfig
 from movae_fast.training.cuda_graph import CudaGraphs
+from movae_fast.training.device import resolve_device
 from movae_fast.training.logs import Logs, require_wandb
 from movae_fast.training.optim import forget, lr_factor, make_optimizer
 from movae_fast.training.precision import Precision

@@ -1,0 +1,312 @@
+"""Refuse what no run can do, before anything is allocated; a message names the flag and the remedy.
+
+`validate` makes all the checks of a configuration; `check_fits` asks whether the device can hold it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from movae_fast.aggregation.registry import (
+    AGGREGATORS,
+    CONES,
+    NEED_TWO_BATCHES,
+    check_runs,
+    weights_by_gramian,
+    weights_rows,
+)
+from movae_fast.data import DATASETS
+from movae_fast.data.dali import require as require_dali
+from movae_fast.data.machine import all_memory
+from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.models import MODELS, Rates, build_model
+from movae_fast.names import first_line, pick
+from movae_fast.training.config import (
+    FROM_EXTRA,
+    MultiRateConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from movae_fast.training.device import check_device, resolve_device
+from movae_fast.training.limits import check_values
+
+SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a metric for the projected step
+
+
+def validate(config: TrainConfig) -> None:
+    """Normalise names and refuse what cannot work, before anything is allocated. Raises ValueError."""
+    for section in vars(config).values():
+        check_values(section)
+    check_names(config)
+    check_data(config)
+    check_aggregation(config)
+    check_optimizer(config.optimizer)
+    check_likelihood(config)
+    if not config.aggregated and (config.objective.agg_args or config.objective.pref_weights):
+        raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
+    check_ladder(config)
+    check_multirate(config)
+    check_weights(config)
+    check_run(config.run)
+
+
+def check_names(config: TrainConfig) -> None:
+    """Spell dataset, arch and aggregator as the tables do, and give the images their size."""
+    data, objective = config.data, config.objective
+    data.dataset = pick("dataset", data.dataset, DATASETS)
+    config.model.arch = pick("arch", config.model.arch, MODELS)
+    if objective.agg in NEED_TWO_BATCHES:
+        raise ValueError(f"--agg {objective.agg} needs two independent batches a step; this trainer draws one")
+    objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
+    if data.image_size is None:
+        data.image_size = config.info.default_size
+
+
+def check_data(config: TrainConfig) -> None:
+    """Check the loader, the channels, and how a batch is divided on its device."""
+    data, run = config.data, config.run
+    assert data.crop in CELEBA_CROPS
+    if data.loader == "dali":
+        require_dali()
+    if data.chn_num not in (None, config.info.channels):
+        raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
+    check_device(run.device)
+    if data.batch_size % run.accumulate:
+        raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")
+
+
+def check_likelihood(config: TrainConfig) -> None:
+    """Check that reconstructions can reach the images, and that the likelihood is one of such images."""
+    data, objective = config.data, config.objective
+    if objective.recons_reduction == "scaled_sum" and objective.recons_dist != "gaussian":
+        raise ValueError(
+            f"--recons_reduction scaled_sum is for gaussian only; with --recons_dist {objective.recons_dist} "
+            "use mean or sum"
+        )
+    if objective.recons_dist == "bernoulli" and data.normalize:
+        raise ValueError("--recons_dist bernoulli needs images in [0, 1]; leave out --normalize")
+    if objective.recons_dist == "bernoulli" and config.activation != "sigmoid":
+        raise ValueError("--recons_dist bernoulli has sigmoid outputs; leave out --recons_activation")
+    if data.normalize and config.activation == "sigmoid":
+        raise ValueError("--normalize gives images in [-1, 1], which a sigmoid output cannot reach; use tanh")
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Check the objectives' weights, and that the aggregator and the batch suit the objectives."""
+    objective = config.objective
+    weights = config.weights()
+    if "tc" in config.model_class.objectives and config.data.batch_size < 2:
+        raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
+    if config.needs_jacobian:
+        check_runs(
+            objective.agg,
+            sum(w != 0 for w in weights),
+            objective.agg_args,
+            pref_weights=objective.pref_weights,
+            norm_eps=objective.upgrad_norm_eps,
+            reg_eps=objective.upgrad_reg_eps,
+            regularizer=objective.upgrad_regularizer,
+        )
+
+
+def check_run(run: RunConfig) -> None:
+    """Check the number of processes, and the places that the run continues in or writes to."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.distributed is False and processes > 1:
+        raise ValueError(
+            f"--distributed false: torchrun started {processes} processes, which train together; leave it out"
+        )
+    if run.exp_dir is not None and run.resume is not None:
+        raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
+    if run.export is not None and Path(run.export).exists():
+        raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
+
+
+def check_fits(config: TrainConfig) -> None:
+    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
+
+    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
+    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
+    """
+    device = resolve_device(config.run.device)
+    has, data = all_memory(device), config.data
+    image = 3 * 4 * math.prod(config.image_shape)
+    at_once = data.batch_size // config.run.accumulate
+    for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
+        flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
+        _refuse_above(has, device, image * count, flag, "the images of a batch take")
+    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    flag = largest_option(given) or f"--arch {config.model.arch}"
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model.arch, config.image_shape, config.activation, given)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
+    count = sum(p.numel() for p in model.parameters())
+    _refuse_above(has, device, 16 * count, flag, f"training its {count:,} parameters takes")
+
+
+def largest_option(given: dict[str, Any]) -> str:
+    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
+    numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
+    largest = {name: max(values, default=0) for name, values in numbers.items()}
+    if not largest:
+        return ""
+    name = max(largest, key=lambda k: largest[k])
+    return f"--{name} {given[name]}"
+
+
+def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
+
+    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
+    """
+    device = torch.device("cpu")
+    needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)
+    _refuse_above(all_memory(device), device, needed, flag, "its images take")
+
+
+def _refuse_above(has: int, device: torch.device, needed: int, flag: str, what: str) -> None:
+    if needed > has:
+        raise ValueError(
+            f"{flag}: {what} at least {needed / 2**30:,.1f} GiB; {device} has {has / 2**30:,.1f} GiB"
+        )
+
+
+def check_aggregation(config: TrainConfig) -> None:
+    """Check the aggregation's epsilons, approximations and projection."""
+    o, agg = config.objective, config.objective.agg
+    if o.upgrad_regularizer == "diagonal" and o.upgrad_norm_eps:
+        raise ValueError(
+            "--upgrad_norm_eps is a threshold of the trace: add --upgrad_regularizer trace (TorchJD's), "
+            "or leave it out"
+        )
+    default = ObjectiveConfig()
+    names = ("upgrad_regularizer", "upgrad_norm_eps", "upgrad_reg_eps")
+    given = [name for name in names if getattr(o, name) != getattr(default, name)]
+    if given and agg not in CONES:
+        raise ValueError(f"--{given[0]} is a setting of {', '.join(CONES)}; --agg {agg} does not have it")
+    check_approximations(config)
+    if o.conflict_free != "step" and o.step_metric != "identity":
+        raise ValueError("--step_metric is a setting of the projected step: add --conflict_free step")
+    if o.step_metric == "optimizer" and config.optimizer.optimizer not in SECOND_MOMENTS:
+        raise ValueError(
+            f"--step_metric optimizer: {config.optimizer.optimizer} has no second moments to measure by; "
+            f"these have: {', '.join(SECOND_MOMENTS)}"
+        )
+
+
+def check_approximations(config: TrainConfig) -> None:
+    """Check the approximations of the aggregator's weights against what they cut and reuse."""
+    o, agg = config.objective, config.objective.agg
+    approximate = o.gramian_every > 1 or o.gramian_batch < 1 or o.gramian_at != "shared"
+    if o.conflict_free == "step" and approximate:
+        raise ValueError(
+            "--conflict_free step needs every step's rows; leave out the approximation --gramian_*"
+        )
+    if approximate and not (config.needs_jacobian and weights_rows(agg)):
+        raise ValueError(
+            "--gramian_every, --gramian_batch and --gramian_at need an aggregator that weights rows; "
+            f"{agg} does not"
+        )
+    if o.gramian_batch < 1 and o.jacobian == "all":
+        raise ValueError("--gramian_batch cuts the network at its features: leave --jacobian at shared")
+    if o.gramian_batch < 1 and config.run.compile not in ("auto", "off"):
+        raise ValueError("--gramian_batch runs uncompiled; leave out --compile")
+    if o.gramian_at != "shared":
+        choices = "shared, features, last:1, last:2, …"
+        if o.gramian_at != "features" and not re.fullmatch(r"last:[1-9]\d*", o.gramian_at):
+            raise ValueError(f"--gramian_at {o.gramian_at}: valid: {choices}")
+        if o.jacobian == "all":
+            raise ValueError("--gramian_at cuts the network at its features: leave --jacobian at shared")
+        if not config.model_class.has_features:
+            raise ValueError(
+                f"--gramian_at {o.gramian_at}: {config.model.arch} has no features to cut it at; valid: shared"
+            )
+        if o.gramian_batch < 1:
+            raise ValueError("--gramian_at and --gramian_batch are two ways to the same weights; give one")
+        if not weights_by_gramian(agg):
+            able = ", ".join(name for name in AGGREGATORS if weights_by_gramian(name))
+            raise ValueError(
+                f"--gramian_at: {agg} needs the rows themselves; these do with their Gramian: {able}"
+            )
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Check the optimizer's parameters and its schedule."""
+    name, betas, eps = optimizer.optimizer, optimizer.betas, optimizer.eps
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"--betas {betas}: give two numbers from 0 to below 1")
+    if eps is not None and name == "sgd":
+        raise ValueError("--eps does not apply to sgd")
+    if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError(f"--optimizer {name} needs pytorch-optimizer: pip install 'movae-fast[optimizers]'")
+    if optimizer.warmup_epochs and optimizer.warmup_steps:
+        raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
+    if optimizer.scheduler == "multi_step" and not optimizer.scheduler_milestones:
+        raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
+
+
+def check_ladder(config: TrainConfig) -> None:
+    """Check the ladder's stages and the schedules of the KL."""
+    ladder, arch = config.ladder, config.model.arch
+    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
+    stages = len(names) - 1
+    progressive = getattr(config.model_class, "progressive", False)
+    if not progressive and (ladder.mode != "seq_train" or ladder.train_seq != 1 or ladder.init_from):
+        raise ValueError(f"--mode, --train_seq and --init_from are for provlae; {arch} has no stages")
+    if progressive and not 1 <= ladder.train_seq <= stages:
+        raise ValueError(f"--train_seq {ladder.train_seq}: a ladder of {stages} rungs has stages 1 to {stages}")
+    if ladder.mode == "indep_train" and ladder.train_seq > 1 and ladder.init_from is None:
+        raise ValueError(
+            f"--mode indep_train --train_seq {ladder.train_seq} starts from stage {ladder.train_seq - 1}: "
+            "name its run or checkpoint, --init_from PATH"
+        )
+    if ladder.mode == "seq_train" and ladder.train_seq != 1:
+        raise ValueError("--train_seq is the stage of --mode indep_train; seq_train runs all of them")
+    if ladder.mode == "visualize" and ladder.init_from is None:
+        raise ValueError("--mode visualize draws a checkpoint: name it or its run, --init_from PATH")
+    annealed = config.objective.kl_annealing != "none"
+    if annealed and ladder.use_kl_annealing:
+        raise ValueError("--kl_annealing and --use_kl_annealing both anneal the KL's weight; give one")
+    needs_kl = annealed or ladder.use_kl_annealing or ladder.use_capacity_increase
+    if needs_kl and not any(n.startswith("kl") for n in names):
+        raise ValueError(
+            f"--kl_annealing, --use_kl_annealing and --use_capacity_increase need a KL; {arch} has none"
+        )
+    if ladder.use_capacity_increase and (config.objective.beta is not None or config.objective.loss_weights):
+        raise ValueError(
+            "--use_capacity_increase weighs the KL by --gamma; leave out --beta and --loss_weights"
+        )
+    if hasattr(config.model_class, "progressive") and config.data.batch_size // config.run.accumulate < 2:
+        raise ValueError(f"--batch_size: {arch} normalises over the batch; give at least 2 images at a time")
+
+
+def check_multirate(config: TrainConfig) -> None:
+    """Check the multi-rate settings."""
+    rate, arch, o = config.multirate, config.model.arch, config.objective
+    if not rate.multirate:
+        default = MultiRateConfig()
+        given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
+        if given:
+            raise ValueError(f"--{given[0]} is a setting of multi-rate training: add --multirate")
+        return
+    if config.model_class.beta_objective not in ("kl", "tc"):
+        able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
+        raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
+    Rates(rate.beta_min, rate.beta_max)
+    for name in ("beta", "coef_kl"):
+        if getattr(o, name) is not None:
+            raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")
+    if config.ladder.use_capacity_increase:
+        raise ValueError("--use_capacity_increase replaces beta times the KL: leave it or --multirate out")
