@@ -32,7 +32,8 @@ from movae_fast.training.config_checks import validate
 from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.device import resolve_device
 from movae_fast.training.evaluate import evaluate
-from movae_fast.training.run import Run, assemble
+from movae_fast.training.run import Run
+from movae_fast.training.start import assemble
 from movae_fast.training.telemetry import CONFLICT
 from movae_fast.training.world import World
 

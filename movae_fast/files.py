@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import warnings
@@ -139,6 +140,16 @@ def alive(pid: int) -> bool:
 
 def set_aside(path: Path) -> Path:
     """Rename a file or folder to a free name beside it, `<name>.old`, `<name>.old-2`, …; the new path."""
-    names = (path.with_name(f"{path.name}.old{n}") for n in ("", *(f"-{i}" for i in range(2, 10_000))))
-    free = next(name for name in names if not name.exists())
-    return path.rename(free)
+    return path.rename(free_path(path.with_name(f"{path.name}.old")))
+
+
+def free_path(stem: Path, suffix: str = "") -> Path:
+    """Return the first of `numbered` paths where nothing is."""
+    return next(path for path in numbered(stem, suffix) if not path.exists())
+
+
+def numbered(stem: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield `<stem><suffix>`, `<stem>-2<suffix>`, `<stem>-3<suffix>`, … without an end."""
+    yield stem.with_name(f"{stem.name}{suffix}")
+    for number in itertools.count(2):
+        yield stem.with_name(f"{stem.name}-{number}{suffix}")

@@ -33,7 +33,7 @@ def shown(text: object) -> str:
 def first_line(error: BaseException, otherwise: str | None = None) -> str:
     """Return the first line of an error's message; its type's name, or `otherwise`, if it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__ if otherwise is None else otherwise
+    return lines[0].rstrip() if lines else type(error).__name__ if otherwise is None else otherwise
 
 
 def _escaped(character: str) -> str:

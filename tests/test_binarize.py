@@ -8,10 +8,10 @@ import torch
 
 from movae_fast.data import Binarizer, Images, ResidentLoader, TorchLoader, limited
 from movae_fast.data.transforms import mixed
+from movae_fast.training.build import make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.evaluate import mean_image
-from movae_fast.training.run import make_loader
 
 CPU = torch.device("cpu")
 GREYS = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(4000, 1, 1, 1)

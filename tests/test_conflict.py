@@ -15,7 +15,7 @@ from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.gradients import Batch, keeping_buffers
 from movae_fast.training.logs import read_lines
-from movae_fast.training.run import assemble
+from movae_fast.training.start import assemble
 from movae_fast.training.telemetry import CONFLICT, conflict_figures
 from movae_fast.training.train_step import Gradient, TrainStep
 from movae_fast.training.world import World

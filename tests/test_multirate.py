@@ -15,10 +15,10 @@ from movae_fast.models import Gated, Rates, build_model, gated_layers, make_mult
 from movae_fast.models.multirate import LAYERS, GatedVariance, from_product, gate
 from movae_fast.objectives import LossVector
 from movae_fast.training import gradients
+from movae_fast.training.build import load_model
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.logs import read_lines
 from movae_fast.training.precision import Precision
-from movae_fast.training.run import load_model
 from movae_fast.training.train_step import TrainStep
 from tests.test_training import StopAfter, figures_of, same_weights
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from movae_fast.cli import main
+from movae_fast.training.build import load_model
 from movae_fast.training.logs import read_lines
-from movae_fast.training.run import load_model
 
 # Written by commit 575f895: vq_vae, UPGrad, 6 steps; `--resume RUN --steps 12` took it to the loss below.
 RUN = Path(__file__).parent / "fixtures" / "run_before_the_move"

@@ -10,8 +10,8 @@ import torch
 from movae_fast import figures
 from movae_fast.cli import doctor, main
 from movae_fast.cli.generate import check_model
+from movae_fast.training.build import new_model
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.run import new_model
 
 # Colours in, colours out.
 RED, GREEN = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
@@ -117,7 +117,7 @@ def test_batches_do_not_change_the_picture(trained, tmp_path):
 
 
 def test_traverse_changes_the_latent_and_no_other(trained, tmp_path):
-    from movae_fast.training.run import load_model
+    from movae_fast.training.build import load_model
 
     _, model = load_model(trained, torch.device("cpu"))
     flags = ("--mode", "traverse", "--traverse_dim", "1", "--traverse_range", "2", "--n_traverse", "3")

@@ -14,11 +14,11 @@ from movae_fast.cli import main
 from movae_fast.cli.train import against_mean_image
 from movae_fast.data import DATASETS
 from movae_fast.training import checkpoint, loop
+from movae_fast.training.build import kl_factor, load_model
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig, TrainConfig
 from movae_fast.training.logs import TIMING_KEYS, read_lines
 from movae_fast.training.optim import lr_factor
-from movae_fast.training.run import kl_factor, load_model
 from movae_fast.training.signals import Signals
 
 

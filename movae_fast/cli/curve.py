@@ -20,14 +20,15 @@ from rich.table import Table
 from movae_fast.cli import parsing
 from movae_fast.cli.evaluate import factor_images
 from movae_fast.cli.members import Member, add_plain_betas, check_alike, expanded, label_members, read_member
-from movae_fast.cli.sample import free, run_folder
 from movae_fast.data import Loader
 from movae_fast.figures import Series, curve_figure, response_figure
+from movae_fast.files import free_path
 from movae_fast.metrics import METRICS, Codes
 from movae_fast.metrics.linear_oracle import LinearOracle
 from movae_fast.models import GaussianVAE
 from movae_fast.models.multirate import gated_layers
 from movae_fast.training.bounds import constant
+from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import point_at
 from movae_fast.training.config_checks import validate
 from movae_fast.training.curve import (
@@ -40,7 +41,7 @@ from movae_fast.training.curve import (
 )
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
-from movae_fast.training.run import load_model, make_loader
+from movae_fast.training.run_folder import folder_of
 
 DESCRIPTION = "Rate and distortion over beta, from one set of weights: movae curve RUN [RUN …] --betas 20"
 RESPONSES = 200  # betas of a response function
@@ -136,7 +137,7 @@ def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[P
     gates = evaluate_all(config, members, device, console)
     for member in members:
         console.print(table(member))
-    folder = Path(config.out) if config.out else run_folder(paths[0]) / "curve"
+    folder = Path(config.out) if config.out else folder_of(paths[0]) / "curve"
     return write(folder, config, members, gates)
 
 
@@ -261,13 +262,13 @@ def write(
         "runs": [described(m) for m in members],
         "against": comparisons(members),
     }
-    path = free(folder, "curve.json")
+    path = free_path(folder / "curve", ".json")
     path.write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
-    made = [path, write_csv(free(folder, "curve.csv"), members)]
+    made = [path, write_csv(free_path(folder / "curve", ".csv"), members)]
     series = [Series(m.label, m.multirate, [p.figures() for p in m.points], m.beside) for m in members]
-    made.append(curve_figure(free(folder, "curve.png"), series))
+    made.append(curve_figure(free_path(folder / "curve", ".png"), series))
     for betas, layers in gates.values():
-        made.append(response_figure(free(folder, "responses.png"), betas, layers))
+        made.append(response_figure(free_path(folder / "responses", ".png"), betas, layers))
     return made
 
 

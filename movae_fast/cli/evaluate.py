@@ -17,21 +17,23 @@ from rich.table import Table
 from torch import Tensor
 
 from movae_fast.cli import parsing
-from movae_fast.cli.sample import choose_beta, free, run_folder
+from movae_fast.cli.sample import choose_beta
 from movae_fast.data import Loader, to_unit
 from movae_fast.figures import evaluation_figure
+from movae_fast.files import free_path
 from movae_fast.metrics import METRICS, NEED_TEST_CODES, Codes
 from movae_fast.metrics.inception import distances, features_of, load_inception
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import nearest
 from movae_fast.objectives import LossVector
 from movae_fast.training import bounds
+from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig, point_at
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.evaluate import evaluate
 from movae_fast.training.limits import Bounds, check_values
-from movae_fast.training.run import load_model, make_loader
+from movae_fast.training.run_folder import folder_of
 
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
 # What is asked of test images rather than of factors.
@@ -113,7 +115,7 @@ def run(argv: Sequence[str]) -> int:
     if inception is not None:
         report.figures |= inception_distances(config, trained, model, inception, device, console)
     console.print(table(trained, report))
-    folder = Path(config.save_dir) if config.save_dir else run_folder(Path(config.weights)) / "evaluation"
+    folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "evaluation"
     for path in write(folder, config, trained, report):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
@@ -283,10 +285,10 @@ def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Re
         }
     if report.rates is not None:
         record["rate_of_latents"] = report.rates.tolist()
-    path = free(folder, "metrics.json")
+    path = free_path(folder / "metrics", ".json")
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     made = [path]
     if report.mutual is not None or report.rates is not None:
         rates = None if report.rates is None else report.rates.tolist()
-        made.append(evaluation_figure(free(folder, "metrics.png"), rates, report.mutual, factors))
+        made.append(evaluation_figure(free_path(folder / "metrics", ".png"), rates, report.mutual, factors))
     return made

@@ -14,11 +14,11 @@ from movae_fast.cli import parsing
 from movae_fast.data import to_unit
 from movae_fast.figures import grid, write_png
 from movae_fast.models import MODELS, VAE, model_options
+from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_room
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import check_values
-from movae_fast.training.run import load_model
 
 DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
 

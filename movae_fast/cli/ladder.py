@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from movae_fast.cli.sample import free
 from movae_fast.data import to_unit
 from movae_fast.figures import labelled_grid, write_gif, write_png
+from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
+from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
-from movae_fast.training.run import load_model, make_loader
+from movae_fast.training.run_folder import folder_of
 
 REACH, FRAMES, SECONDS = 2.5, 10, 0.2  # prior standard deviations; pictures a traversal; 5 a second
 
@@ -63,16 +64,9 @@ def visualize(config: TrainConfig, console: Console) -> int:
     trained.data.batch_size = trained.data.eval_batch_size = 1
     trained.run.device = config.run.device
     x, _ = next(iter(make_loader(trained, device, "test").epoch()))
-    folder = Path(config.run.exp_dir) if config.run.exp_dir else figures_folder(path)
+    folder = Path(config.run.exp_dir) if config.run.exp_dir else folder_of(path) / "figures"
     stage = int(model.stage)
-    gif, sheet = (free(folder, f"traversal_stage_{stage}.{kind}") for kind in ("gif", "png"))
+    gif, sheet = (free_path(folder / f"traversal_stage_{stage}", f".{kind}") for kind in ("gif", "png"))
     for made in draw_traversals(model, x, trained.data.normalize, gif, sheet):
         console.print(str(made), highlight=False, soft_wrap=True)
     return 0
-
-
-def figures_folder(path: Path) -> Path:
-    """figures/ of the run that `path`, its folder or one of its checkpoints, belongs to."""
-    if path.is_dir():
-        return path / "figures"
-    return (path.parent.parent if path.parent.name == "checkpoints" else path.parent) / "figures"

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from movae_fast.models import GaussianVAE
+from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.curve import Point, is_multirate, log_spaced, nominal_beta
 from movae_fast.training.logs import read_lines
-from movae_fast.training.run import load_trained
+from movae_fast.training.run_folder import folder_of
 
 # Flags by which runs of one curve may differ without being another kind of run.
 NOT_A_KIND = ("beta", "loss_weights", "coef_kl", "multirate", "beta_per", "data_dir", "loader", "limit_test")
@@ -41,8 +42,8 @@ class Member:
     @property
     def train_seconds(self) -> float:
         """Seconds in training steps, by the run's own log; 0 without one."""
-        folder = self.path if self.path.is_dir() else self.path.parent.parent
-        lines = [line for line in read_lines(folder / "metrics.jsonl") if line.get("train/images_per_s")]
+        metrics = read_lines(folder_of(self.path) / "metrics.jsonl")
+        lines = [line for line in metrics if line.get("train/images_per_s")]
         steps = [0, *(line["step"] for line in lines)]
         size = self.config.data.batch_size * self.processes
         return sum(

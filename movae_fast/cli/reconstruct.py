@@ -12,14 +12,15 @@ from rich.progress import track
 
 from movae_fast.cli import parsing
 from movae_fast.cli.generate import check_model, new_outdir
-from movae_fast.cli.sample import free, run_folder
 from movae_fast.data import DATASETS, to_unit
 from movae_fast.figures import grid, write_png
+from movae_fast.files import free_path
 from movae_fast.names import pick
+from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import point_at
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import check_values
-from movae_fast.training.run import load_model, make_loader
+from movae_fast.training.run_folder import folder_of
 
 DESCRIPTION = "Write original and reconstruction side by side, one PNG an image."
 
@@ -81,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
     trained.data.limit_train = trained.data.limit_test = 0
     latents = getattr(model, "latent_dim", getattr(model, "embedding_dim", 0))
     loader = make_loader(trained, device, config.split, in_order=True)  # unmirrored, and the last batch too
-    outdir = config.outdir or free(run_folder(Path(config.model)), "reconstructions")
+    outdir = config.outdir or free_path(folder_of(Path(config.model)) / "reconstructions")
     folder = Path(outdir, f"{trained.data.dataset}_{config.split}", f"{latents:04d}_latent_dims")
     new_outdir(folder)
     total = min(config.max_images or len(loader.source), len(loader.source))

@@ -16,15 +16,17 @@ from movae_fast.cli import parsing
 from movae_fast.cli.generate import option_of
 from movae_fast.data import to_unit
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
+from movae_fast.files import free_path
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.multirate import Rates
 from movae_fast.models.vq_vae import VQVAE
+from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig, point_at
 from movae_fast.training.config_checks import check_room, validate
 from movae_fast.training.curve import log_spaced, say_extrapolation
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import Bounds, check_values
-from movae_fast.training.run import load_model, make_loader
+from movae_fast.training.run_folder import folder_of
 
 DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
 
@@ -101,7 +103,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
     config = SampleConfig(**parsing.parse(parser, words, {}))
     job = load(config, name)
-    folder = Path(config.save_dir) if config.save_dir else run_folder(Path(config.weights)) / "figures"
+    folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "figures"
     with torch.no_grad():
         for path in MODES[config.mode](job, folder):
             print(path)
@@ -161,26 +163,11 @@ def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str
             raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {value}")
 
 
-def run_folder(weights: Path) -> Path:
-    """The folder of the run that the weights belong to, or the one they lie in."""
-    if weights.is_dir():
-        return weights
-    parent = weights.parent
-    return parent.parent if parent.name == "checkpoints" else parent
-
-
-def free(folder: Path, name: str) -> Path:
-    """folder/name, or name-2, name-3, … where files are: pictures are never overwritten."""
-    stem, dot, suffix = name.partition(".")
-    candidates = (folder / f"{stem}{tag}{dot}{suffix}" for tag in ("", *(f"-{i}" for i in range(2, 10_000))))
-    return next(c for c in candidates if not c.exists())
-
-
 def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> list[Path]:
     """On request, one PNG a picture (each [N, C, S, S] is a strip) in a folder of their own."""
     if not job.config.single_files:
         return []
-    target = free(folder, mode)
+    target = free_path(folder / mode)
     for i, images in enumerate(pictures):
         write_png(target / f"{i}.png", grid(images, columns=len(images), scale=1))
     return [target]
@@ -193,7 +180,7 @@ def sample(job: Job, folder: Path) -> list[Path]:
             for n in amounts(job.config.n_samples, job.config.batch_size)
         ]
     )
-    made = [write_png(free(folder, "sample.png"), grid(images))]
+    made = [write_png(free_path(folder / "sample", ".png"), grid(images))]
     return made + singles(job, folder, "sample", images.split(1))
 
 
@@ -243,9 +230,9 @@ def traverse(job: Job, folder: Path) -> list[Path]:
 
 def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
     """Strips [N, steps, C, S, S]: a grid with one a row, and a GIF that runs along all of them."""
-    made = [write_png(free(folder, f"{mode}.png"), grid(images.flatten(0, 1), columns=images.shape[1]))]
+    made = [write_png(free_path(folder / mode, ".png"), grid(images.flatten(0, 1), columns=images.shape[1]))]
     frames = [grid(images[:, k]) for k in range(images.shape[1])]
-    made.append(write_gif(free(folder, f"{mode}.gif"), back_and_forth(frames)))
+    made.append(write_gif(free_path(folder / mode, ".gif"), back_and_forth(frames)))
     return made + singles(job, folder, mode, list(images))
 
 
@@ -266,7 +253,7 @@ def reconstruct(job: Job, folder: Path) -> list[Path]:
     x, _ = test_images(job, job.config.n_samples)
     y = torch.cat([job.model.reconstruct(part) for part in x.split(job.config.batch_size)])
     x, y = job.unit(x), job.unit(y)
-    made = [write_png(free(folder, "reconstruct.png"), pairs(x, y))]
+    made = [write_png(free_path(folder / "reconstruct", ".png"), pairs(x, y))]
     return made + singles(job, folder, "reconstruct", list(torch.stack([x, y], dim=1)))
 
 
@@ -279,7 +266,7 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
         )
     x, labels = test_images(job, job.config.n_samples)
     means = torch.cat([model.encode(part)[0] for part in x.split(job.config.batch_size)])
-    return [latent_scatter(free(folder, "latent.png"), means, labels)]
+    return [latent_scatter(free_path(folder / "latent", ".png"), means, labels)]
 
 
 def beta_sweep(job: Job, folder: Path) -> list[Path]:
@@ -299,8 +286,10 @@ def beta_sweep(job: Job, folder: Path) -> list[Path]:
         frames.append(captioned(picture, f"beta {beta:.3g}"))
         strips_of.append(torch.cat([y, samples]))
     every = torch.stack(strips_of, dim=1)  # [2 n, betas, C, S, S]
-    made = [write_png(free(folder, "beta_sweep.png"), grid(every.flatten(0, 1), columns=every.shape[1]))]
-    made.append(write_gif(free(folder, "beta_sweep.gif"), back_and_forth(frames)))
+    made = [
+        write_png(free_path(folder / "beta_sweep", ".png"), grid(every.flatten(0, 1), columns=every.shape[1]))
+    ]
+    made.append(write_gif(free_path(folder / "beta_sweep", ".gif"), back_and_forth(frames)))
     return made + singles(job, folder, "beta_sweep", list(every))
 
 

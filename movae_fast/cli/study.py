@@ -19,14 +19,15 @@ import torch
 from rich.console import Console
 
 from movae_fast.cli.evaluate import EvaluateConfig, measure
-from movae_fast.files import alive, replacing
+from movae_fast.files import alive, free_path, replacing
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
-from movae_fast.training.run import setup, tidy
+from movae_fast.training.run_folder import tidy
 from movae_fast.training.signals import Interrupted
+from movae_fast.training.start import setup
 
 if TYPE_CHECKING:
     import optuna
@@ -201,11 +202,8 @@ class Study:
     def trial(self, trial: optuna.Trial) -> list[float]:
         """Train once with the trial's flags; the objectives' values."""
         flags = self.fixed | assigned({n: suggest(trial, n, space) for n, space in self.search.items()})
-        number = trial.number
-        tail = next(
-            s for s in ("", *(f"-{i}" for i in range(2, 99))) if not self.run_folder(number, s).exists()
-        )
-        config = TrainConfig.from_flat(flags | {"exp_dir": str(self.run_folder(number, tail))})
+        folder = free_path(self.folder / "trials" / f"{trial.number:04d}")
+        config = TrainConfig.from_flat(flags | {"exp_dir": str(folder)})
         validate(config)
         torch.compiler.reset()  # or the trials of one process would run into the limit on recompilations
         run = setup(config)
@@ -228,9 +226,6 @@ class Study:
         if missing:
             raise ValueError(f"objective {missing[0]}: this run has {', '.join(figures)}")
         return [figures[name] for name in self.objectives]
-
-    def run_folder(self, number: int, tail: str = "") -> Path:
-        return self.folder / "trials" / f"{number:04d}{tail}"
 
     def write(self, found: Report) -> Path:
         """results.json: every complete trial; made anew from the study each time."""

@@ -25,8 +25,10 @@ from movae_fast.training.config_checks import check_fits, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
-from movae_fast.training.run import Run, resume, setup, start_or_resume
+from movae_fast.training.run import Run
+from movae_fast.training.run_folder import folder_of
 from movae_fast.training.signals import Interrupted
+from movae_fast.training.start import resume, setup, start_or_resume
 from movae_fast.training.telemetry import NonFiniteError
 from movae_fast.training.train_step import NOT_ASKED
 
@@ -187,7 +189,7 @@ def continued(
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
     known = parsing.with_its_regularizer(known)
     values = parsing.parse(parser, words, {**known, **recipe})
-    folder = Path(resumed) if Path(resumed).is_dir() else Path(resumed).parent.parent
+    folder = folder_of(Path(resumed))
     where, values["exp_dir"] = values["exp_dir"], None
     if where is not None and Path(where).resolve() != folder.resolve():
         raise ValueError(f"--resume {resumed} goes on in {folder}; leave out --exp_dir {where}")

@@ -1,0 +1,256 @@
+"""The parts of a run, each built from its own section of the configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from movae_fast import data as datasets
+from movae_fast.aggregation.registry import make_aggregator
+from movae_fast.aggregation.weightings import Sum
+from movae_fast.data import Binarizer, Loader, ReadOptions
+from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate
+from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
+from movae_fast.objectives import LossVector
+from movae_fast.training import checkpoint
+from movae_fast.training.compiled import resolve_mode
+from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
+from movae_fast.training.cuda_graph import CudaGraphs
+from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.precision import Precision
+from movae_fast.training.progression import Cycles, Progression
+from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
+from movae_fast.training.world import World
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a run is, in steps; without stages it is one stage."""
+
+    epoch: int
+    stage: int
+    total: int
+
+
+def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
+    """The configuration and the model, in evaluation mode, of a run or checkpoint (or exported weights)."""
+    config, model, _ = load_trained(path, device)
+    return config, model
+
+
+def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, int]:
+    """The same, and by how many processes it was trained (1 where only weights are left)."""
+    path, record = checkpoint.read(path)
+    config = TrainConfig.from_flat(record["config"])
+    model = new_model(config).to(device)
+    checkpoint.load_model(model, record["model"], path)
+    return config, model.eval(), record.get("position", {}).get("processes", 1)
+
+
+def new_model(config: TrainConfig) -> VAE:
+    """The configuration's model with fresh weights, on the CPU."""
+    options = {name: value for name, value in vars(config.model).items() if name != "arch"}
+    model = build_model(config.model.arch, config.image_shape, config.activation, options)
+    rate = config.multirate
+    if rate.multirate:
+        assert isinstance(model, GaussianVAE)
+        gates = (rate.gate_encoder, rate.gate_decoder, rate.gate_position)
+        start = (rate.gate_bias, rate.gate_slope)
+        make_multirate(model, rate.beta_min, rate.beta_max, *gates, config.beta_per, *start)
+    return model
+
+
+def build_network(config: TrainConfig, device: torch.device, world: World) -> VAE:
+    """Return the model that training starts from, on its device."""
+    model = new_model(config).to(device)
+    # The layout that convolutions are fastest in, on CUDA's tensor cores and on a CPU alike.
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start_from(config.ladder, model)
+    if config.run.sync_batchnorm and world.size > 1:
+        convert_sync_batchnorm(model)
+    return model
+
+
+def build_aggregator(
+    objective: ObjectiveConfig, weights: Sequence[float], needs_jacobian: bool, device: torch.device
+) -> nn.Module | None:
+    """Return the aggregator of the weighted objectives; None where one backward pass of their sum will do."""
+    if needs_jacobian:
+        return make_aggregator(
+            objective.agg,
+            sum(w != 0 for w in weights),
+            objective.agg_args,
+            objective.pref_weights,
+            norm_eps=objective.upgrad_norm_eps,
+            reg_eps=objective.upgrad_reg_eps,
+            regularizer=objective.upgrad_regularizer,
+        ).to(device)
+    return Sum() if objective.conflict_free == "step" else None  # the projection needs the rows
+
+
+def build_losses(
+    config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths
+) -> LossVector:
+    """Return the objectives, with the schedules of their weights."""
+    objective, ladder = config.objective, config.ladder
+    return LossVector(
+        model,
+        weights,
+        objective.recons_dist,
+        config.reduction,
+        n_data=n_data,
+        tc_estimator=objective.tc_estimator,
+        anneal_steps=objective.anneal_steps,
+        kl_factor=kl_factor(config, lengths.stage, lengths.epoch),
+        capacity=(ladder.max_capacity, ladder.capacity_max_iter) if ladder.use_capacity_increase else None,
+    )
+
+
+def build_optimizer(
+    optimizer: OptimizerConfig, model: VAE, lengths: Lengths
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Return the optimizer and its schedule, which begins anew with each stage."""
+    built = make_optimizer(optimizer, model.parameters())
+    factor = lr_factor(optimizer, lengths.stage, lengths.epoch)
+    staged = lengths.total != lengths.stage
+    by_step = (lambda step: factor(step % lengths.stage)) if staged else factor
+    return built, torch.optim.lr_scheduler.LambdaLR(built, by_step)
+
+
+def build_step(
+    config: TrainConfig,
+    device: torch.device,
+    world: World,
+    model: VAE,
+    losses: LossVector,
+    aggregator: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[TrainStep, str]:
+    """Return the step, and what keeps it from being one CUDA graph ("" where nothing does)."""
+    objective, run = config.objective, config.run
+    why_not = why_not_captured(run.compile, device, config.optimizer.optimizer, aggregator)
+    step = TrainStep(
+        model,
+        losses,
+        aggregator,
+        optimizer,
+        jacobian=objective.jacobian,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        step_metric=objective.step_metric if objective.conflict_free == "step" else None,
+        precision=Precision(run.precision, device),
+        compile_mode=compile_mode(run, device, world, not why_not, objective.gramian_batch < 1),
+        world=world,
+        accumulate=run.accumulate,
+        gramian_every=objective.gramian_every,
+        gramian_batch=objective.gramian_batch,
+        gramian_at=objective.gramian_at,
+        recorder=None if why_not else CudaGraphs(device),
+    )
+    return step, why_not
+
+
+def compile_mode(
+    run: RunConfig, device: torch.device, world: World, captured: bool, part_of_batch: bool
+) -> Any:
+    """Return the mode of torch.compile for a step that is captured as a CUDA graph, or is not."""
+    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
+    if part_of_batch or (run.sync_batchnorm and world.size > 1):
+        return "off"
+    return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
+
+
+def plan_lengths(config: TrainConfig, model: VAE, per_epoch: int) -> tuple[Lengths, Progression | None]:
+    """Return the run's lengths, and its stages if it has any: `epochs` or `steps` is the length of one."""
+    stage = config.run.steps or config.run.epochs * per_epoch
+    progression = build_stages(config.ladder, model, stage)
+    count = 1 if progression is None else progression.last - progression.first + 1
+    return Lengths(per_epoch, stage, stage * count), progression
+
+
+def kl_factor(config: TrainConfig, steps: int, per_epoch: int) -> Callable[[int], float] | None:
+    """The factor on the KL's weight by 0-based step, over a stage of `steps` steps; None for always 1."""
+    ladder, kind = config.ladder, config.objective.kl_annealing
+    if ladder.use_kl_annealing:
+        weights = (ladder.min_kl_weight, ladder.max_kl_weight)
+        return Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
+    if kind == "none":
+        return None
+    cycles, ratio = (1, 0.3) if kind == "monotonic" else (4, 0.5)
+    by_epoch = Cycles("linear", math.ceil(steps / per_epoch), cycles, 0.0, 1.0, ratio)
+    return lambda step: by_epoch(step % steps // per_epoch)
+
+
+def build_stages(ladder: LadderConfig, model: VAE, steps: int) -> Progression | None:
+    """Return the stages, of `steps` steps each, that the configuration asks of a progressive model."""
+    if not (isinstance(model, ProVLAE) and model.progressive):
+        return None
+    alone = ladder.mode == "indep_train"
+    first, last = (ladder.train_seq, ladder.train_seq) if alone else (1, model.num_ladders)
+    return Progression(first, last, steps, ladder.fade_in_duration, ladder.coff if ladder.pre_kl else 0.0)
+
+
+def start_from(ladder: LadderConfig, model: VAE) -> None:
+    """Load the weights of the previous stage, for indep_train."""
+    if ladder.mode != "indep_train" or ladder.train_seq == 1:
+        return
+    assert ladder.init_from is not None
+    assert isinstance(model, ProVLAE)
+    path, record = checkpoint.read(Path(ladder.init_from))
+    checkpoint.load_model(model, record["model"], path)
+    if int(model.stage) != ladder.train_seq - 1:
+        raise ValueError(
+            f"--init_from {path} is of stage {int(model.stage)}; stage {ladder.train_seq} starts from stage "
+            f"{ladder.train_seq - 1}"
+        )
+
+
+def make_loader(
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    world: World | None = None,
+    in_order: bool = False,
+) -> Loader:
+    """The loader of one split by the configuration; `in_order` reads the training split as a test split."""
+    world = world or World()
+    data, info = config.data, config.info
+    train = split == "train"
+    source = datasets.open_split(
+        info,
+        ReadOptions(
+            root=Path(data.data_dir).expanduser(),
+            split=split,
+            image_size=config.image_shape[1],
+            download=data.download,
+            device=device if data.loader != "torch" else torch.device("cpu"),
+            crop=data.crop,
+            resize=data.resize,
+            antialias=data.antialias,
+        ),
+        data.on_bad_image,
+        data.verify_prepared,
+    )
+    source = datasets.limited(source, data.limit_train if train else data.limit_test)
+    kind, why = datasets.choose_loader(data.loader, source, device, data.resident_share)
+    options: dict[str, Any] = {
+        "train": train and not in_order,
+        "seed": config.run.seed or 0,
+        "flip": info.flip if data.flip is None else data.flip,
+        "normalize": data.normalize,
+        "binarizer": Binarizer(data.binarize, split, config.run.seed or 0),
+        "rank": world.rank,
+        "world": world.size,
+        "pad": data.last_batch == "pad",
+    }
+    size = data.batch_size if train else data.eval_batch_size or data.batch_size
+    options |= {"num_workers": data.num_workers, "prefetch": data.prefetch}
+    options["compiled"] = resolve_mode(config.run.compile, device) != "off"
+    loader = datasets.make_loader(kind, source, size, device, **options)
+    loader.why = why
+    return loader

@@ -1,0 +1,213 @@
+"""Starting a run from a configuration, and going on with one from its checkpoint."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from movae_fast.ops.extension import keep_freed_memory
+from movae_fast.training import checkpoint
+from movae_fast.training.build import (
+    build_aggregator,
+    build_losses,
+    build_network,
+    build_optimizer,
+    build_step,
+    make_loader,
+    plan_lengths,
+)
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.device import resolve_device
+from movae_fast.training.logs import Logs, require_wandb
+from movae_fast.training.run import Run
+from movae_fast.training.run_folder import check_places, folder_of, latest, make_folder, tidy, write_config
+from movae_fast.training.telemetry import Telemetry
+from movae_fast.training.world import World, connect
+
+
+def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bool = False) -> Run:
+    """A new run from a validated configuration: reads the data, builds everything, makes the run's folder.
+
+    The folder is made last, so that a configuration that fails leaves nothing behind, and `last` is the first
+    file in it: a run that is killed can always go on.
+    joined: the processes and the device, where they are known. take: start in an exp_dir that holds files, too.
+    """
+    require_wandb(config.wandb)
+    check_descriptors(config.data.num_workers)
+    world, config.run.device = joined or connect(config.run.device)
+    world.on_main(lambda: check_places(config, take))
+    device = resolve_device(config.run.device)
+    if config.run.seed is None:
+        config.run.seed = int(world.share(int.from_bytes(os.urandom(4), "little") >> 1))  # type: ignore[call-overload]
+    run = assemble(config, device, world)
+    run.folder = Path(world.on_main(lambda: str(begin(run, take))))
+    run.good = run.path_of("last")
+    return run
+
+
+def begin(run: Run, take: bool) -> Path:
+    """Make a new run's folder, its first checkpoint, its config.yaml and its logs; the folder."""
+    run.folder = make_folder(run.config, take)
+    checkpoint.save(run.path_of("last"), run.state())
+    write_config(run.folder, run.config)
+    open_logs(run, None, None)
+    return run.folder
+
+
+def resume(
+    path: Path,
+    changes: Callable[[dict[str, Any]], TrainConfig],
+    joined: tuple[World, str] | None = None,
+) -> Run:
+    """The run at `path` (its folder or a checkpoint in it) at the position where it was saved.
+
+    `changes` turns the saved flags into the configuration to continue with. On another number of processes the
+    global batch stays what it was, so that the run continues with the same steps. A run that is finished gets
+    no logs, and nothing of it is written. Raises CheckpointError for a checkpoint that is damaged or of another
+    model, ValueError for changes that end the run before the checkpoint.
+    """
+    path, record = checkpoint.read(path)
+    if "optimizer" not in record:
+        raise checkpoint.CheckpointError(
+            f"{path} holds weights only; a run is resumed from its checkpoints/last.pt"
+        )
+    if path.absolute().parent.name != "checkpoints":
+        raise checkpoint.CheckpointError(
+            f"{path} lies in no run: a run goes on in the folder of its checkpoints/"
+        )
+    config = changes(record["config"])
+    require_wandb(config.wandb)
+    check_descriptors(config.data.num_workers)
+    world, config.run.device = joined or connect(config.run.device)
+    keep_global_batch(config, record["position"]["processes"], world.size)
+    run = assemble(config, resolve_device(config.run.device), world)
+    run.restore(record, path)
+    if config.run.export is not None and not run.ended and Path(config.run.export).exists():
+        raise ValueError(f"--export {config.run.export} exists and is not overwritten; name another file")
+    if run.step > run.total_steps:
+        raise ValueError(
+            f"{path}: the run has done {run.step:,} steps ({run.epoch:,} epochs); "
+            f"--epochs {config.run.epochs} --steps {config.run.steps} end it at {run.total_steps:,}"
+        )
+    run.folder = folder_of(path)
+    world.on_main(lambda: go_on(run, record.get("log")))
+    return run
+
+
+def go_on(run: Run, mark: dict[str, Any] | None) -> None:
+    """Clear a resumed run's folder of what a killed process left; open its logs, unless it is finished."""
+    tidy(run.folder)
+    if not run.ended:
+        open_logs(run, run.step, mark)
+        write_config(run.folder, run.config)
+
+
+def start_or_resume(config: TrainConfig, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
+    """Go on with the run in `exp_dir`, or start it there: whatever a process that was killed left in it.
+
+    config: of the run if it starts. changes: as for `resume`.
+    """
+    assert config.run.exp_dir is not None
+    folder = Path(config.run.exp_dir)
+    joined = connect(config.run.device)
+    found, note = joined[0].on_main(lambda: latest(folder))
+    if found is None:
+        config.run.device = joined[1]
+        return setup(config, joined, take=True)
+    run = resume(found, changes, joined)
+    run.notes += [note] if note else []
+    return run
+
+
+def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
+    """Return a run without its folder and logs, at position zero."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    set_seeds(config.run.seed or 0)
+    torch.backends.cudnn.benchmark = config.run.on_cudnn_benchmark
+    # Built before any data is read: a size that does not fit is said at once.
+    model = build_network(config, device, world)
+    weights = config.weights()
+    aggregator = build_aggregator(config.objective, weights, config.needs_jacobian, device)
+    train_loader = make_loader(config, device, "train", world)
+    test_loader = make_loader(config, device, "test", world)
+    lengths, progression = plan_lengths(config, model, len(train_loader))
+    losses = build_losses(config, model, weights, len(train_loader.source), lengths)
+    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths)
+    train_step, why_not = build_step(config, device, world, model, losses, aggregator, optimizer)
+    codes = getattr(model, "num_embeddings", 0)
+    return Run(
+        config=config,
+        folder=Path(),
+        device=device,
+        model=model,
+        train_loader=train_loader,
+        test_loader=test_loader,
+        losses=losses,
+        optimizer=optimizer,
+        train_step=train_step,
+        scheduler=scheduler,
+        telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
+        total_steps=lengths.total,
+        world=world,
+        why_not_captured=why_not,
+        progression=progression,
+    )
+
+
+def set_seeds(seed: int) -> None:
+    """Start the random states of Python, NumPy and torch from the run's seed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
+    """Change the batch of each process so that all of them together take the images that they took before."""
+    if before == now:
+        return
+    old = config.data.batch_size
+    total = old * before
+    if total % now or total // now % config.run.accumulate:
+        raise ValueError(
+            f"--resume: the run's {total} images a step ({before} processes of {old}) cannot be divided among "
+            f"{now} processes" + (f" in {config.run.accumulate} parts" if config.run.accumulate > 1 else "")
+        )
+    config.data.eval_batch_size = config.data.eval_batch_size or old
+    config.data.batch_size = total // now
+
+
+def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
+    """A run's logs, from `step` on if it was resumed, with the unreadable images in the first line."""
+    run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark)
+    run.notes += [run.logs.note] if run.logs.note else []
+    if not run.logs.length and (left := left_out(run)):
+        run.logs.write({"step": 0, **left})
+
+
+def left_out(run: Run) -> dict[str, int]:
+    """How many unreadable images each split does without, where there are any."""
+    loaders = {"train": run.train_loader, "test": run.test_loader}
+    counts = {f"data/left_out_{split}": len(loader.left_out) for split, loader in loaders.items()}
+    return counts if any(counts.values()) else {}
+
+
+def check_descriptors(workers: int) -> None:
+    """Raise this process's limit on open files to what it needs, where it may; ValueError where it may not."""
+    need = 64 + 16 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard) or soft >= need:
+        return
+    if hard < need:
+        raise ValueError(
+            f"this process may open {hard} files at a time and needs {need}: raise the limit (ulimit -n {need})"
+            + (f", or lower --num_workers {workers}" if workers else "")
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
