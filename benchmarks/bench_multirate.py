@@ -16,13 +16,13 @@ from rich.console import Console
 
 from benchmarks.measure import Call, extra_memory, interleaved
 from movae_fast.data import Images, ResidentLoader
-from movae_fast.metrics.linear_oracle import LinearOracle
+from movae_fast.evaluation.linear_oracle import LinearOracle
+from movae_fast.evaluation.rate_distortion import Point, curve_points, data_covariance, log_spaced
 from movae_fast.models import MODELS, GaussianVAE, build_model, make_multirate
 from movae_fast.objectives import LossVector, resolve_weights
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
-from movae_fast.training.curve import Point, curve_points, data_covariance, log_spaced
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.start import setup

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class ArgumentError(ValueError):
+    """Wrong argument: the message begins with its name, before which the command line puts the dashes."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """ " (did you mean a, b?)" for the valid names nearest to `name`, or ""."""
     close = difflib.get_close_matches(name.lower(), list(valid), n=3, cutoff=0.4)

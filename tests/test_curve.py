@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from movae_fast.cli import main
-from movae_fast.cli.members import Member, expanded
 from movae_fast.data import Images, ResidentLoader
-from movae_fast.metrics.linear_oracle import LinearOracle
-from movae_fast.models import build_model, make_multirate
-from movae_fast.training import bounds
-from movae_fast.training.config import TrainConfig
-from movae_fast.training.config_checks import validate
-from movae_fast.training.curve import (
+from movae_fast.evaluation import likelihood
+from movae_fast.evaluation.curve_runs import Member, expanded
+from movae_fast.evaluation.linear_oracle import LinearOracle
+from movae_fast.evaluation.rate_distortion import (
     Point,
     against_run,
     curve_points,
@@ -23,6 +20,9 @@ from movae_fast.training.curve import (
     log_spaced,
     nominal_beta,
 )
+from movae_fast.models import build_model, make_multirate
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
 
 CPU = torch.device("cpu")
 N = 3000
@@ -136,11 +136,13 @@ def test_a_plain_model_is_what_the_bounds_say():
     data = loader(96, (1, 16, 16), batch=32)
     for dist in ("gaussian", "laplacian"):
         (point,) = curve_points(model, data, [2.0], dist, 0, rows=50)
-        figures, _ = bounds.elbo(model, data.epoch(), dist, 0)
+        figures, _ = likelihood.elbo(model, data.epoch(), dist, 0)
         assert point.rate == pytest.approx(figures["rate"], rel=1e-6)
         assert point.active_units == figures["active_units"]
         # The draws differ; untrained, the decoder hardly listens to them.
-        assert point.distortion + bounds.constant(dist, 256) == pytest.approx(figures["distortion"], rel=1e-2)
+        assert point.distortion + likelihood.constant(dist, 256) == pytest.approx(
+            figures["distortion"], rel=1e-2
+        )
         assert point.loss == pytest.approx(point.distortion + 2 * point.rate)
 
 

@@ -135,7 +135,7 @@ def test_journals(times, counted, tmp_path, monkeypatch, drawn_nothing):
     file.write_text(yaml.safe_dump({"flags": TRIAL | {"steps": 1}, "search": SEARCH, "trials": 2}))
     words = ["sweep", "--config", file, "--sweep_dir", tmp_path / "sweep"]
     assert main([str(w) for w in words]) == 0
-    monkeypatch.setattr("movae_fast.cli.study.Study.work", lambda self, worker: 0)
+    monkeypatch.setattr("movae_fast.sweeps.study.Study.work", lambda self, worker: 0)
     journal = tmp_path / "sweep" / "study.journal"
     data = journal.read_bytes()
     for draw, how in draws("journal", times, damage.TEXT):

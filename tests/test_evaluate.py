@@ -11,10 +11,9 @@ from torch import nn
 
 from movae_fast.cli import main
 from movae_fast.data.sprites import SIZE, Sprites, factors_of, index_of
-from movae_fast.metrics import inception
+from movae_fast.evaluation import image_quality, inception, likelihood
+from movae_fast.evaluation.likelihood import importance_weighted_bound
 from movae_fast.models.base import GaussianVAE
-from movae_fast.training import bounds
-from movae_fast.training.bounds import importance_weighted_bound
 
 pytestmark = pytest.mark.filterwarnings("ignore:Importing `spectral_angle_mapper`:FutureWarning")
 
@@ -58,7 +57,7 @@ def test_bounds_of_the_true_posterior_are_the_evidence():
     bound = importance_weighted_bound(model, [(x, None)], "gaussian", draws=7, seed=0)
     assert bound == pytest.approx(truth, abs=1e-5)  # float32 encode and decode
     # In expectation over z the ELBO is the evidence too; its draws scatter by the posterior's own entropy.
-    figures, rates = bounds.elbo(model, [(x.repeat(200, 1, 1, 1), None)], "gaussian", seed=0)
+    figures, rates = likelihood.elbo(model, [(x.repeat(200, 1, 1, 1), None)], "gaussian", seed=0)
     assert figures["elbo"] == pytest.approx(truth, abs=5 * 1.5 / math.sqrt(10_000))
     assert figures["rate"] == pytest.approx(float(rates.sum()))
     mu = x.flatten(1) @ a.T
@@ -99,14 +98,14 @@ def test_likelihoods_are_normalised(dist):
         x = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
         step = float(x[1] - x[0])
     x = x.view(-1, 1, 1, 1)
-    total = bounds.log_likelihood(pre.expand(x.shape), x, "none", dist).exp().sum() * step
+    total = likelihood.log_likelihood(pre.expand(x.shape), x, "none", dist).exp().sum() * step
     assert float(total) == pytest.approx(1, abs=1e-5)
 
 
 def test_an_inactive_unit_is_not_counted():
     w = torch.eye(4)[:, :2]
     model = Linear(torch.stack([torch.eye(4)[0], 0.05 * torch.eye(4)[1]]), w, torch.zeros(2)).eval()
-    figures, _ = bounds.elbo(model, [(torch.randn(4000, 1, 2, 2), None)], "gaussian", seed=0)
+    figures, _ = likelihood.elbo(model, [(torch.randn(4000, 1, 2, 2), None)], "gaussian", seed=0)
     assert figures["active_units"] == 1  # variances 1 and 0.0025
 
 
@@ -118,7 +117,9 @@ def test_image_quality_by_hand():
             return x.clamp(0, 1) * 0 + 0.5
 
     x = torch.rand(8, 1, 64, 64)
-    figures = bounds.image_quality(Constant(), [(x[:4], None), (x[4:], None)], False, torch.device("cpu"))
+    figures = image_quality.image_quality(
+        Constant(), [(x[:4], None), (x[4:], None)], False, torch.device("cpu")
+    )
     mse = float((x - 0.5).square().mean())
     assert figures["psnr"] == pytest.approx(-10 * math.log10(mse), abs=1e-4)
     assert figures["ssim"] < 0.1
@@ -128,7 +129,7 @@ def test_image_quality_by_hand():
         def reconstruct(self, x):
             return x
 
-    figures = bounds.image_quality(Same(), [(x, None)], False, torch.device("cpu"))
+    figures = image_quality.image_quality(Same(), [(x, None)], False, torch.device("cpu"))
     assert figures["ssim"] == pytest.approx(1, abs=1e-5)
     assert figures["ms_ssim"] == pytest.approx(1, abs=1e-5)
 
@@ -157,8 +158,8 @@ def test_ssim_has_the_published_window_and_no_padding(shape):
         np.mean([np.mean(np.prod(published_ssim(a.double().numpy(), b.double().numpy()), 0)) for a, b in pair])
         for pair in (zip(x[i], y[i], strict=True) for i in range(3))
     ]
-    assert bounds.ssim(x, y).tolist() == pytest.approx(expected, rel=1e-9)
-    assert bounds.ssim(x, x).tolist() == pytest.approx([1.0] * 3)
+    assert image_quality.ssim(x, y).tolist() == pytest.approx(expected, rel=1e-9)
+    assert image_quality.ssim(x, x).tolist() == pytest.approx([1.0] * 3)
 
 
 # structural_similarity(x, y, data_range=1, gaussian_weights=True, use_sample_covariance=False) of scikit-image
@@ -169,7 +170,7 @@ SCIKIT_IMAGE = {11: 0.9493464217049404, 28: 0.3723054370537221, 64: -0.056868539
 @pytest.mark.parametrize("size", SCIKIT_IMAGE)
 def test_ssim_is_scikit_images(size):
     x, y = waves(size)
-    assert float(bounds.ssim(x, y)) == pytest.approx(SCIKIT_IMAGE[size], rel=1e-9)
+    assert float(image_quality.ssim(x, y)) == pytest.approx(SCIKIT_IMAGE[size], rel=1e-9)
 
 
 def waves(size):
@@ -191,7 +192,7 @@ def test_ms_ssim_is_the_product_over_scales():
             total *= np.mean(contrast if n < 2 else luminance * contrast) ** beta
             a, b = (v.reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
         expected.append(total)
-    assert bounds.ms_ssim(x, y, 3).tolist() == pytest.approx(expected, rel=1e-9)
+    assert image_quality.ms_ssim(x, y, 3).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_image_quality_of_every_size(size, scales):
             return (x * 0.9 + 0.05).clamp(0, 1)
 
     x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
-    figures = bounds.image_quality(Close(), [(x, None)], False, torch.device("cpu"))
+    figures = image_quality.image_quality(Close(), [(x, None)], False, torch.device("cpu"))
     assert figures.get("ms_ssim_scales") == scales
     assert all(math.isfinite(v) for v in figures.values())
     assert set(figures) == {"psnr"} if scales is None else 0.9 < figures["ms_ssim"] < 1
@@ -267,7 +268,7 @@ def test_evaluate_a_codebook(train):
 )
 def test_refusals_are_one_line_before_work_starts(train, capsys, flags, message, monkeypatch):
     folder = train()
-    monkeypatch.setattr("movae_fast.cli.evaluate.make_loader", None)
+    monkeypatch.setattr("movae_fast.evaluation.measure.make_loader", None)
     capsys.readouterr()
     assert main(["evaluate", str(folder), *flags.split()]) == 2
     error = capsys.readouterr().err
@@ -349,7 +350,7 @@ def test_evaluate_fid_and_kid(train, inception_weights):
 
 def test_inception_weights_are_refused_before_work_starts(train, tmp_path, capsys, monkeypatch):
     folder = train()
-    monkeypatch.setattr("movae_fast.cli.evaluate.make_loader", None)
+    monkeypatch.setattr("movae_fast.evaluation.measure.make_loader", None)
     capsys.readouterr()
 
     def said(path, reason):

@@ -10,6 +10,7 @@ import movae_fast
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
 LEAVES = {"exchange", "files", "names", "own_code", "reference"}
+IN_TRAINING = {"ops", "nn", "aggregation", "jacobian", "projected_step", "models", "objectives", "data"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli", *LEAVES},
@@ -27,12 +28,10 @@ ALLOWED = {
     "models": {"ops", "nn", *LEAVES},
     "objectives": {"ops", "nn", "models", *LEAVES},
     "data": {*LEAVES},
-    "training": {
-        *("ops", "nn", "aggregation", "jacobian", "projected_step", "models", "objectives", "data"),
-        *LEAVES,
-    },
+    "training": {*IN_TRAINING, *LEAVES},
+    "evaluation": {"training", *IN_TRAINING, *LEAVES},
+    "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
     "figures": {*LEAVES},
-    "metrics": {*LEAVES},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 

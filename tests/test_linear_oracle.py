@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from movae_fast.metrics.linear_oracle import LinearOracle, linear_losses, linear_optimum
+from movae_fast.evaluation.linear_oracle import LinearOracle, linear_losses, linear_optimum
 
 BETAS = (0.01, 0.1, 0.5, 1.0, 3.0, 12.0)
 CONVENTIONS = [("gaussian", 1.0), ("gaussian", 0.3), ("squared_error", 1.0)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from movae_fast import metrics
-from movae_fast.metrics import (
+from movae_fast.evaluation import disentanglement as metrics
+from movae_fast.evaluation.disentanglement import (
     METRICS,
     Codes,
     active_latents,

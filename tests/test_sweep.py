@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from movae_fast.cli import main, parsing
-from movae_fast.cli.members import expanded
-from movae_fast.cli.study import Report, Study
 from movae_fast.cli.sweep import SweepFlags, check_space, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
+from movae_fast.evaluation.curve_runs import expanded
 from movae_fast.figures import sweep_figure
+from movae_fast.sweeps.study import Report, Study
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.signals import Interrupted
@@ -148,7 +148,7 @@ def test_a_trial_killed_before_it_was_signed_is_run_again(sweep, tmp_path, monke
     unsigned = study.open().ask()
     study.revive()
     assert study.left() == 0  # it may be about to be signed
-    monkeypatch.setattr("movae_fast.cli.study.UNSIGNED", datetime.timedelta(0))
+    monkeypatch.setattr("movae_fast.sweeps.study.UNSIGNED", datetime.timedelta(0))
     study.revive()
     assert study.left() == 1
     assert main(words) == 0

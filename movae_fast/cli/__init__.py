@@ -12,7 +12,7 @@ from typing import TextIO
 
 from movae_fast import __version__
 from movae_fast.cli.errors import explained, shortened
-from movae_fast.names import nearest
+from movae_fast.names import ArgumentError, nearest
 
 COMMANDS = {
     "train": "train a model; every flag has a default, recipes are --config NAME",
@@ -59,7 +59,7 @@ def guarded(args: list[str]) -> int:
         silence(sys.stdout)
         return 1
     except Exception as error:
-        text = shortened(str(error)) if mendable(error) else explained(error)
+        text = shortened(in_flags(error)) if mendable(error) else explained(error)
         if text is None:
             raise
         say(f"{name}: {text}")
@@ -84,7 +84,14 @@ def dispatch(args: list[str]) -> int:
 def mendable(error: Exception) -> bool:
     """Whether an error's own words are what the user needs: those that this package raises itself."""
     checkpoint = sys.modules.get("movae_fast.training.checkpoint")
-    return type(error) is ValueError or (checkpoint is not None and type(error) is checkpoint.CheckpointError)
+    return type(error) in (ValueError, ArgumentError) or (
+        checkpoint is not None and type(error) is checkpoint.CheckpointError
+    )
+
+
+def in_flags(error: Exception) -> str:
+    """Return an error's message as it is said to who gave flags."""
+    return f"--{error}" if isinstance(error, ArgumentError) else str(error)
 
 
 def say(text: str) -> None:

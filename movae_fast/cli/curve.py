@@ -18,27 +18,34 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.cli.evaluate import factor_images
-from movae_fast.cli.members import Member, add_plain_betas, check_alike, expanded, label_members, read_member
+from movae_fast.cli.trained import say_extrapolation
 from movae_fast.data import Loader
-from movae_fast.figures import Series, curve_figure, response_figure
-from movae_fast.files import free_path
-from movae_fast.metrics import METRICS, Codes
-from movae_fast.metrics.linear_oracle import LinearOracle
-from movae_fast.models import GaussianVAE
-from movae_fast.models.multirate import gated_layers
-from movae_fast.training.bounds import constant
-from movae_fast.training.build import load_model, make_loader
-from movae_fast.training.config import point_at
-from movae_fast.training.config_checks import validate
-from movae_fast.training.curve import (
+from movae_fast.evaluation.curve_runs import (
+    Member,
+    add_plain_betas,
+    check_alike,
+    expanded,
+    label_members,
+    read_member,
+)
+from movae_fast.evaluation.disentanglement import METRICS, Codes
+from movae_fast.evaluation.likelihood import constant
+from movae_fast.evaluation.linear_oracle import LinearOracle
+from movae_fast.evaluation.measure import factor_images
+from movae_fast.evaluation.rate_distortion import (
     against_run,
     curve_points,
     data_covariance,
     encode_at,
     log_spaced,
-    say_extrapolation,
 )
+from movae_fast.evaluation.trained import adapt_config
+from movae_fast.figures import Series, curve_figure, response_figure
+from movae_fast.files import free_path
+from movae_fast.models import GaussianVAE
+from movae_fast.models.multirate import gated_layers
+from movae_fast.training.build import load_model, make_loader
+from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
 from movae_fast.training.run_folder import folder_of
@@ -127,7 +134,7 @@ def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[P
     device = resolve_device(config.device)
     members = [read_member(p, device, config.betas, config.beta_min, config.beta_max) for p in paths]
     for member in members:
-        point_at(member.config, config.device, config.data_dir)
+        adapt_config(member.config, config.device, config.data_dir)
         member.config.data.limit_train = member.config.data.limit_test = config.limit
         validate(member.config)
     check_alike(members)

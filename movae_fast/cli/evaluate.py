@@ -4,41 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from movae_fast.cli import parsing
-from movae_fast.cli.sample import choose_beta
-from movae_fast.data import Loader, to_unit
+from movae_fast.cli.trained import choose_beta
+from movae_fast.evaluation.disentanglement import METRICS
+from movae_fast.evaluation.inception import load_inception
+from movae_fast.evaluation.measure import ON_IMAGES, QUICK, Report, applies, inception_distances, measure
+from movae_fast.evaluation.trained import adapt_config
 from movae_fast.figures import evaluation_figure
 from movae_fast.files import free_path
-from movae_fast.metrics import METRICS, NEED_TEST_CODES, Codes
-from movae_fast.metrics.inception import distances, features_of, load_inception
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import nearest
-from movae_fast.objectives import LossVector
-from movae_fast.training import bounds
-from movae_fast.training.build import load_model, make_loader
-from movae_fast.training.config import TrainConfig, point_at
+from movae_fast.training.build import load_model
+from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
-from movae_fast.training.evaluate import evaluate
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_folder import folder_of
 
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
-# What is asked of test images rather than of factors.
-ON_IMAGES = ("objectives", "elbo", "images")
-QUICK = ("mig", "mig_sup", "modularity", "jemmig")
 
 
 @dataclass
@@ -82,16 +75,6 @@ class EvaluateConfig:
     data_dir: str | None = None
 
 
-@dataclass
-class Report:
-    """What was found; the arrays are for the figure."""
-
-    figures: dict[str, float] = field(default_factory=dict)
-    rates: Tensor | None = None  # [D] nats a latent
-    mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
-    estimators: dict[str, str] = field(default_factory=dict)
-
-
 def run(argv: Sequence[str]) -> int:
     """Parse, check, load, measure, write; the exit status."""
     words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
@@ -103,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
     check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
-    point_at(trained, config.device, config.data_dir, config.batch_size)
+    adapt_config(trained, config.device, config.data_dir, config.batch_size)
     trained.data.limit_train, trained.data.limit_test = 0, config.limit_test
     validate(trained)
     if config.beta is not None:
@@ -111,9 +94,13 @@ def run(argv: Sequence[str]) -> int:
     names = chosen(config, trained, model)
     inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
     console = Console(width=None if sys.stdout.isatty() else 200)
-    report = measure(config, trained, model, names, device)
+    report = measure(trained, model, names, device, config.samples, config.seed, config.iw, config.iw_images)
     if inception is not None:
-        report.figures |= inception_distances(config, trained, model, inception, device, console)
+        shown = partial(track, console=console, transient=True)
+        count, size = config.fid_images, config.batch_size
+        report.figures |= inception_distances(
+            trained, model, inception, device, count, size, config.seed, shown
+        )
     console.print(table(trained, report))
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "evaluation"
     for path in write(folder, config, trained, report):
@@ -144,115 +131,6 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
     if not names:
         raise ValueError(f"--metrics is empty; valid: {', '.join(valid)}")
     return names
-
-
-def applies(name: str, codes: bool, factors: bool) -> bool:
-    """Whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
-    if name in METRICS:
-        return codes and factors
-    return codes if name == "elbo" else True
-
-
-def measure(
-    config: EvaluateConfig, trained: TrainConfig, model: VAE, names: list[str], device: torch.device
-) -> Report:
-    """Compute the named metrics."""
-    report, dist = Report(), trained.objective.recons_dist
-    on_factors = [n for n in names if n in METRICS]
-    if on_factors:
-        codes = read_codes(config, trained, model, device, test=any(n in NEED_TEST_CODES for n in names))
-        for name in on_factors:
-            report.figures |= METRICS[name](codes)
-        found = codes.histogram
-        report.mutual = found.mutual / np.where(found.factor_entropy > 0, found.factor_entropy, 1)
-        report.estimators["histogram"] = found.estimator
-        if any("sampled" in n for n in names):
-            report.estimators["sampled"] = codes.sampled.estimator
-    if on_factors == names and not config.iw:
-        return report
-    loader = make_loader(trained, device, "test")
-    if "objectives" in names:
-        o = trained.objective
-        losses = LossVector(
-            model, trained.weights(), dist, trained.reduction, n_data=trained.info.n_train or len(loader.source)
-        )
-        losses.tc_estimator = o.tc_estimator
-        found_losses = evaluate(model, losses, loader, config.seed)
-        report.figures |= {k.removeprefix("test/"): v for k, v in found_losses.items()}
-    if isinstance(model, GaussianVAE):
-        if "elbo" in names:
-            figures, report.rates = bounds.elbo(model, loader.epoch(), dist, config.seed)
-            report.figures |= figures
-        if config.iw:
-            n = min(config.iw_images, len(loader.source))
-            rows = torch.arange(n) * len(loader.source) // n
-            bound = bounds.importance_weighted_bound(model, loader.take(rows), dist, config.iw, config.seed)
-            report.figures[f"iw_bound_{config.iw}"] = bound
-    if "images" in names:
-        report.figures |= bounds.image_quality(model, loader.epoch(), loader.normalize, device)
-    return report
-
-
-def inception_distances(
-    config: EvaluateConfig,
-    trained: TrainConfig,
-    model: VAE,
-    inception: torch.nn.Module,
-    device: torch.device,
-    console: Console,
-) -> dict[str, float]:
-    """FID and KID to evenly spaced test images of reconstructions, and of samples where there is a prior."""
-    loader = make_loader(trained, device, "test")
-    n = min(config.fid_images, len(loader.source))
-    if n < 2:
-        raise ValueError(f"--fid_weights: FID needs two test images at least; there are {n}")
-    rows = torch.arange(n) * len(loader.source) // n
-    generator = torch.Generator().manual_seed(config.seed)
-
-    sizes = [len(part) for part in rows.split(config.batch_size)]
-
-    def features(kind: str, images: Iterable[Tensor]) -> Tensor:
-        shown = track(images, kind, len(sizes), console=console, transient=True)
-        return features_of(inception, (to_unit(x, loader.normalize) for x in shown))
-
-    made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
-    if isinstance(model, GaussianVAE):
-        made["samples"] = (model.sample(size, generator) for size in sizes)
-    real = features("test images", (x for x, _ in loader.take(rows)))
-    figures: dict[str, float] = {"fid_images": n}
-    for kind, images in made.items():
-        found = distances(real, features(kind, images), config.seed)
-        figures |= {f"{name}_{kind}": value for name, value in found.items()}
-    return figures
-
-
-@torch.no_grad()
-def read_codes(
-    config: EvaluateConfig, trained: TrainConfig, model: VAE, device: torch.device, test: bool
-) -> Codes:
-    """Posteriors and factors of images drawn without replacement from the training split by the seed."""
-    n, extra = config.samples, config.samples // 2 if test else 0
-    loader, rows = factor_images(trained, device, n, extra, config.seed)
-    parts = [model.encode(x) for x, _ in loader.take(rows)]
-    mu, logvar = (torch.cat([p[i] for p in parts]) for i in (0, 1))
-    return Codes(mu, logvar, loader.source.factors(rows.to(device)).to(device), n, config.seed)
-
-
-def factor_images(
-    trained: TrainConfig, device: torch.device, n: int, extra: int, seed: int
-) -> tuple[Loader, Tensor]:
-    """The training split, unmirrored, and n + extra of its rows, drawn without replacement by the seed."""
-    loader: Loader = make_loader(trained, device, "train", in_order=True)
-    if not hasattr(loader.source, "factors"):
-        raise ValueError(
-            f"{trained.data.dataset}: this copy of the data has lost its factors; use the original files"
-        )
-    if n + extra > len(loader.source):
-        raise ValueError(
-            f"--samples {n} needs {n + extra} images ({extra} of them to test); there are {len(loader.source)}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    return loader, torch.randperm(len(loader.source), generator=generator)[: n + extra]
 
 
 def table(trained: TrainConfig, report: Report) -> Table:

@@ -11,13 +11,13 @@ import torch
 from rich.progress import track
 
 from movae_fast.cli import parsing
-from movae_fast.cli.generate import check_model, new_outdir
+from movae_fast.cli.trained import new_outdir
 from movae_fast.data import DATASETS, to_unit
+from movae_fast.evaluation.trained import adapt_config, check_option
 from movae_fast.figures import grid, write_png
 from movae_fast.files import free_path
 from movae_fast.names import pick
 from movae_fast.training.build import load_model, make_loader
-from movae_fast.training.config import point_at
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import check_values
 from movae_fast.training.run_folder import folder_of
@@ -68,7 +68,8 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(f"--rec_testdata asks for the test split and --split {config.split} for another")
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.model), device)
-    check_model(trained, model, config.latent_dim, config.max_filters)
+    for name in ("latent_dim", "max_filters"):
+        check_option(trained, model, name, getattr(config, name))
     if config.dataset is not None:
         dataset = pick("dataset", config.dataset, DATASETS)
         if DATASETS[dataset].channels != trained.image_shape[0]:
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
             )
         trained.data.image_size = trained.image_shape[1]
         trained.data.dataset = dataset
-    point_at(trained, config.device, config.data_dir, config.batch_size)
+    adapt_config(trained, config.device, config.data_dir, config.batch_size)
     trained.data.limit_train = trained.data.limit_test = 0
     latents = getattr(model, "latent_dim", getattr(model, "embedding_dim", 0))
     loader = make_loader(trained, device, config.split, in_order=True)  # unmirrored, and the last batch too

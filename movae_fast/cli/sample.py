@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor
 
 from movae_fast.cli import parsing
-from movae_fast.cli.generate import option_of
+from movae_fast.cli.trained import choose_beta
 from movae_fast.data import to_unit
+from movae_fast.evaluation.rate_distortion import log_spaced
+from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.files import free_path
 from movae_fast.models import VAE, GaussianVAE
-from movae_fast.models.multirate import Rates
 from movae_fast.models.vq_vae import VQVAE
 from movae_fast.training.build import load_model, make_loader
-from movae_fast.training.config import TrainConfig, point_at
+from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_room, validate
-from movae_fast.training.curve import log_spaced, say_extrapolation
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_folder import folder_of
@@ -118,7 +117,7 @@ def load(config: SampleConfig, expected: str | None) -> Job:
     if expected is not None:
         kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
         agree(parsing.read_config(expected, kinds), trained, model, expected)
-    point_at(trained, config.device, config.data_dir)
+    adapt_config(trained, config.device, config.data_dir)
     validate(trained)
     steps = {"interpolate": "n_interpolate", "traverse": "n_traverse", "beta_sweep": "n_betas"}.get(config.mode)
     count, flags = config.n_samples, f"--n_samples {config.n_samples}"
@@ -128,30 +127,10 @@ def load(config: SampleConfig, expected: str | None) -> Job:
     if config.beta is not None:
         choose_beta("sample", config.beta, trained, model)
     if config.mode == "beta_sweep":
-        rates_of("mode beta_sweep", trained, model)
+        rates_of(trained, model, "mode beta_sweep")
         if config.beta is not None:
             raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
     return Job(config, trained, model, torch.Generator().manual_seed(config.seed))
-
-
-def choose_beta(command: str, beta: float, trained: TrainConfig, model: VAE) -> None:
-    """Set a multi-rate model to the beta asked for. Raises ValueError for a model that has one beta only."""
-    rates = rates_of("beta", trained, model)
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"--beta {beta:g} must be above 0 and finite")
-    say_extrapolation(command, beta, beta, rates.beta_min, rates.beta_max)
-    assert isinstance(model, GaussianVAE)
-    model.set_beta(beta)
-
-
-def rates_of(flag: str, trained: TrainConfig, model: VAE) -> Rates:
-    """A multi-rate model's rates, which the flag needs."""
-    if not isinstance(model, GaussianVAE) or model.rates is None:
-        raise ValueError(
-            f"--{flag} needs a multi-rate model; this {trained.model.arch} was trained for one beta "
-            "(train with --multirate)"
-        )
-    return model.rates
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:

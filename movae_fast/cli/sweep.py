@@ -22,12 +22,12 @@ from rich.table import Table
 
 from movae_fast.cli import parsing
 from movae_fast.cli.curve import CurveConfig, check_curve, draw
-from movae_fast.cli.members import trial_folder
-from movae_fast.cli.study import Report, Study, assigned, is_bundle, parameter, report
 from movae_fast.cli.yaml_file import read_yaml
+from movae_fast.evaluation.curve_runs import trial_folder
+from movae_fast.evaluation.disentanglement import METRICS
 from movae_fast.figures import sweep_figure
-from movae_fast.metrics import METRICS
 from movae_fast.names import nearest
+from movae_fast.sweeps.study import Report, Study, assigned, is_bundle, parameter, report
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import check_fits, validate
 from movae_fast.training.limits import ONE, ZERO, check_values

@@ -474,14 +474,3 @@ SECTIONS: dict[str, Any] = {
     "run": RunConfig,
     "wandb": WandbConfig,
 }
-
-
-def point_at(
-    trained: TrainConfig, device: str, data_dir: str | None = None, batch_size: int | None = None
-) -> None:
-    """Let a trained model's configuration read images for use: there, on that device, so many at a time."""
-    data, run = trained.data, trained.run
-    data.data_dir = data_dir or data.data_dir
-    if batch_size is not None:
-        data.batch_size = data.eval_batch_size = batch_size
-    run.device, run.accumulate, run.export = device, 1, None

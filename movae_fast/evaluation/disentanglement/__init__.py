@@ -11,8 +11,15 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from movae_fast.metrics.gaps import ACTIVE_STD, active_latents, jemmig, mig, mig_sup, modularity
-from movae_fast.metrics.information import (
+from movae_fast.evaluation.disentanglement.gaps import (
+    ACTIVE_STD,
+    active_latents,
+    jemmig,
+    mig,
+    mig_sup,
+    modularity,
+)
+from movae_fast.evaluation.disentanglement.information import (
     BINS,
     Information,
     discretise,
@@ -22,8 +29,15 @@ from movae_fast.metrics.information import (
     mutual_information,
     sampled_information,
 )
-from movae_fast.metrics.predictors import DCI, completeness, dci, disentanglement, sap, sap_table
-from movae_fast.metrics.votes import factor_vae_score
+from movae_fast.evaluation.disentanglement.predictors import (
+    DCI,
+    completeness,
+    dci,
+    disentanglement,
+    sap,
+    sap_table,
+)
+from movae_fast.evaluation.disentanglement.votes import factor_vae_score
 
 __all__ = [
     "ACTIVE_STD",

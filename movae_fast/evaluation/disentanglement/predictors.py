@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from movae_fast.metrics.information import check_codes
+from movae_fast.evaluation.disentanglement.information import check_codes
 
 
 class DCI(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader
+from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE, energy
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.objectives import ReconsDist, kl_of_latents
-from movae_fast.training.bounds import ACTIVE_VARIANCE, energy
 from movae_fast.training.config import TrainConfig
 
 
@@ -59,19 +58,6 @@ def log_spaced(least: float, most: float, n: int) -> list[float]:
 def is_multirate(model: VAE) -> bool:
     """Whether one set of weights has every beta of a range."""
     return isinstance(model, GaussianVAE) and model.rates is not None
-
-
-def say_extrapolation(command: str, least: float, most: float, beta_min: float, beta_max: float) -> bool:
-    """Warn on standard error of betas outside the trained range; whether there are any."""
-    # A range that went through float32 and back is still itself.
-    outside = least < beta_min * (1 - 1e-6) or most > beta_max * (1 + 1e-6)
-    if outside:
-        asked = f"beta {least:g}" if least == most else f"betas {least:g} to {most:g}"
-        print(
-            f"movae {command}: {asked}: trained for {beta_min:g} to {beta_max:g}, the model extrapolates",
-            file=sys.stderr,
-        )
-    return outside
 
 
 @torch.no_grad()

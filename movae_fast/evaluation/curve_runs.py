@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from movae_fast.evaluation.rate_distortion import Point, is_multirate, log_spaced, nominal_beta
 from movae_fast.models import GaussianVAE
 from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.curve import Point, is_multirate, log_spaced, nominal_beta
 from movae_fast.training.logs import read_lines
 from movae_fast.training.run_folder import folder_of
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from movae_fast.metrics.information import BINS, Information, discretise, entropy, joint_counts
+from movae_fast.evaluation.disentanglement.information import (
+    BINS,
+    Information,
+    discretise,
+    entropy,
+    joint_counts,
+)
 
 ACTIVE_STD = 0.05  # a latent whose means vary less than this over the data is not active
 

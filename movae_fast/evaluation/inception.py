@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from movae_fast.names import first_line
+from movae_fast.names import ArgumentError, first_line
 
 SOURCE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
@@ -22,28 +22,27 @@ SUBSETS, SUBSET = 100, 1000  # KID: the published numbers
 
 
 def require() -> None:
-    """Raise ValueError if torch-fidelity is not installed."""
+    """Raise ArgumentError if torch-fidelity is not installed."""
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError("--fid_weights needs torch-fidelity: pip install 'movae-fast[metrics]'")
+        raise ArgumentError("fid_weights needs torch-fidelity: pip install 'movae-fast[metrics]'")
 
 
 def load_inception(path: Path, device: torch.device) -> nn.Module:
     """The feature network, from uint8 images [N, 3, H, W] to a tuple of features [N, 2048] float32.
 
-    Raises ValueError for a file that is missing or is not these weights.
+    Raises ArgumentError for a file that is missing or is not these weights.
     """
     require()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if not path.is_file():
-        raise ValueError(f"--fid_weights {path}: no such file; it is {SOURCE}")
+        raise ArgumentError(f"fid_weights {path}: no such file; it is {SOURCE}")
     try:
         torch.load(path, weights_only=True)  # the library would run what a pickle holds
         made = FeatureExtractorInceptionV3("inception", [str(FEATURES)], str(path))
     except Exception as error:  # whatever a file of another kind makes of the reader
-        raise ValueError(
-            f"--fid_weights {path} is not torch-fidelity's Inception, which is {SOURCE}: "
-            f"{first_line(error, '')}"
+        raise ArgumentError(
+            f"fid_weights {path} is not torch-fidelity's Inception, which is {SOURCE}: {first_line(error, '')}"
         ) from None
     return made.to(device)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from movae_fast.metrics.gaps import ACTIVE_STD, active_latents
-from movae_fast.metrics.information import check_codes
+from movae_fast.evaluation.disentanglement.gaps import ACTIVE_STD, active_latents
+from movae_fast.evaluation.disentanglement.information import check_codes
 
 TRAIN_VOTES, TEST_VOTES, VOTE_BATCH = 10_000, 5_000, 64  # of the published study
 

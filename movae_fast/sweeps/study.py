@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from movae_fast.cli.evaluate import EvaluateConfig, measure
+from movae_fast.evaluation.measure import measure
 from movae_fast.files import alive, free_path, replacing
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
@@ -219,9 +219,9 @@ class Study:
         if self.metrics:
             run.model.eval()
             run.config.data.limit_train = 0
-            wanted = EvaluateConfig("", samples=self.samples, seed=config.run.seed or 0)
-            names = list(dict.fromkeys(self.metrics.values()))
-            figures = figures | measure(wanted, run.config, run.model, names, run.device).figures
+            names, seed = list(dict.fromkeys(self.metrics.values())), config.run.seed or 0
+            measured = measure(run.config, run.model, names, run.device, self.samples, seed)
+            figures = figures | measured.figures
         missing = [name for name in self.objectives if name not in figures]
         if missing:
             raise ValueError(f"objective {missing[0]}: this run has {', '.join(figures)}")

@@ -1,0 +1,1 @@
+"""What a trained model is worth: likelihoods, image quality, rate and distortion, disentanglement, samples."""

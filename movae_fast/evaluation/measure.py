@@ -1,0 +1,186 @@
+"""What a trained model is worth by name: objectives, bounds, image quality, disentanglement, FID and KID."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from movae_fast.data import Loader, to_unit
+from movae_fast.evaluation import image_quality, likelihood
+from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
+from movae_fast.evaluation.inception import distances, features_of
+from movae_fast.models import VAE, GaussianVAE
+from movae_fast.names import ArgumentError
+from movae_fast.objectives import LossVector
+from movae_fast.training.build import make_loader
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.evaluate import evaluate
+
+# What is asked of test images rather than of factors.
+ON_IMAGES = ("objectives", "elbo", "images")
+QUICK = ("mig", "mig_sup", "modularity", "jemmig")
+
+
+@dataclass
+class Report:
+    """What was measured; the arrays are for the figure."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    rates: Tensor | None = None  # [D] nats per latent
+    mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
+    estimators: dict[str, str] = field(default_factory=dict)
+
+
+def applies(name: str, codes: bool, factors: bool) -> bool:
+    """Whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
+    if name in METRICS:
+        return codes and factors
+    return codes if name == "elbo" else True
+
+
+def measure(
+    trained: TrainConfig,
+    model: VAE,
+    names: Sequence[str],
+    device: torch.device,
+    samples: int = 10_000,
+    seed: int = 0,
+    iw: int = 0,
+    iw_images: int = 256,
+) -> Report:
+    """Compute the named metrics of a model in evaluation mode, on the images that its configuration names.
+
+    samples: images whose codes the metrics of factors are fitted on. iw: draws of the importance-weighted bound
+    of `iw_images` test images; 0 leaves it out. Raises ArgumentError for more samples than there are images.
+    """
+    report = Report()
+    on_factors = [n for n in names if n in METRICS]
+    if on_factors:
+        measure_factors(report, on_factors, trained, model, device, samples, seed)
+    if on_factors == names and not iw:
+        return report
+    loader, dist = make_loader(trained, device, "test"), trained.objective.recons_dist
+    if "objectives" in names:
+        report.figures |= measure_objectives(trained, model, loader, seed)
+    if isinstance(model, GaussianVAE):
+        if "elbo" in names:
+            figures, report.rates = likelihood.elbo(model, loader.epoch(), dist, seed)
+            report.figures |= figures
+        if iw:
+            images = loader.take(spaced_rows(loader, iw_images))
+            bound = likelihood.importance_weighted_bound(model, images, dist, iw, seed)
+            report.figures[f"iw_bound_{iw}"] = bound
+    if "images" in names:
+        report.figures |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
+    return report
+
+
+def measure_factors(
+    report: Report,
+    names: Sequence[str],
+    trained: TrainConfig,
+    model: VAE,
+    device: torch.device,
+    samples: int,
+    seed: int,
+) -> None:
+    """Add the named metrics of codes and factors to the report, with the mutual information behind them."""
+    codes = read_codes(trained, model, device, samples, seed, test=any(n in NEED_TEST_CODES for n in names))
+    for name in names:
+        report.figures |= METRICS[name](codes)
+    information = codes.histogram
+    report.mutual = information.mutual / np.where(information.factor_entropy > 0, information.factor_entropy, 1)
+    report.estimators["histogram"] = information.estimator
+    if any("sampled" in n for n in names):
+        report.estimators["sampled"] = codes.sampled.estimator
+
+
+def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: int) -> dict[str, float]:
+    """Return what training's evaluation says of the loader's images, without `test/` before the names."""
+    objective = trained.objective
+    n_data = trained.info.n_train or len(loader.source)
+    losses = LossVector(model, trained.weights(), objective.recons_dist, trained.reduction, n_data=n_data)
+    losses.tc_estimator = objective.tc_estimator
+    figures = evaluate(model, losses, loader, seed)
+    return {name.removeprefix("test/"): value for name, value in figures.items()}
+
+
+def spaced_rows(loader: Loader, count: int) -> Tensor:  # [min(count, N)] int64
+    """Return the numbers of so many evenly spaced images of the loader's, or of all that there are."""
+    total = len(loader.source)
+    n = min(count, total)
+    return torch.arange(n) * total // n
+
+
+def inception_distances(
+    trained: TrainConfig,
+    model: VAE,
+    inception: torch.nn.Module,
+    device: torch.device,
+    count: int,
+    batch_size: int,
+    seed: int,
+    shown: Callable[[Iterable[Tensor], str, int], Iterable[Tensor]] = lambda images, kind, batches: images,
+) -> dict[str, float]:
+    """Return FID and KID to evenly spaced test images of reconstructions, and of samples if there is a prior.
+
+    count: test images, at most; as many are made. shown: passes the batches of one kind on, and shows how many
+    of them are done.
+    """
+    loader = make_loader(trained, device, "test")
+    n = min(count, len(loader.source))
+    if n < 2:
+        raise ArgumentError(f"fid_weights: FID needs two test images at least; there are {n}")
+    rows = spaced_rows(loader, n)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [len(part) for part in rows.split(batch_size)]
+
+    def features(kind: str, images: Iterable[Tensor]) -> Tensor:
+        batches = shown(images, kind, len(sizes))
+        return features_of(inception, (to_unit(x, loader.normalize) for x in batches))
+
+    made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
+    if isinstance(model, GaussianVAE):
+        made["samples"] = (model.sample(size, generator) for size in sizes)
+    real = features("test images", (x for x, _ in loader.take(rows)))
+    figures: dict[str, float] = {"fid_images": n}
+    for kind, images in made.items():
+        distance = distances(real, features(kind, images), seed)
+        figures |= {f"{name}_{kind}": value for name, value in distance.items()}
+    return figures
+
+
+@torch.no_grad()
+def read_codes(
+    trained: TrainConfig, model: VAE, device: torch.device, samples: int, seed: int, test: bool
+) -> Codes:
+    """Return posteriors and factors of training images, drawn without replacement by the seed.
+
+    test: half as many images again, to test predictors of the factors with.
+    """
+    loader, rows = factor_images(trained, device, samples, samples // 2 if test else 0, seed)
+    parts = [model.encode(x) for x, _ in loader.take(rows)]
+    mu, logvar = (torch.cat([p[i] for p in parts]) for i in (0, 1))
+    return Codes(mu, logvar, loader.source.factors(rows.to(device)).to(device), samples, seed)
+
+
+def factor_images(
+    trained: TrainConfig, device: torch.device, samples: int, extra: int, seed: int
+) -> tuple[Loader, Tensor]:
+    """Return the training split, unmirrored, and samples + extra of its rows, drawn without replacement."""
+    loader: Loader = make_loader(trained, device, "train", in_order=True)
+    if not hasattr(loader.source, "factors"):
+        raise ValueError(
+            f"{trained.data.dataset}: this copy of the data has lost its factors; use the original files"
+        )
+    count, total = samples + extra, len(loader.source)
+    if count > total:
+        raise ArgumentError(
+            f"samples {samples} needs {count} images ({extra} of them to test); there are {total}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return loader, torch.randperm(total, generator=generator)[:count]

@@ -1,0 +1,54 @@
+"""A trained model and its configuration, made ready to be used on images."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from movae_fast.models import MODELS, VAE, GaussianVAE, model_options
+from movae_fast.models.multirate import Rates
+from movae_fast.names import ArgumentError
+from movae_fast.training.config import TrainConfig
+
+
+def adapt_config(
+    trained: TrainConfig, device: str, data_dir: str | None = None, batch_size: int | None = None
+) -> None:
+    """Change a trained model's configuration to read images there, on that device, so many at a time."""
+    data, run = trained.data, trained.run
+    data.data_dir = data_dir or data.data_dir
+    if batch_size is not None:
+        data.batch_size = data.eval_batch_size = batch_size
+    run.device, run.accumulate, run.export = device, 1, None
+
+
+def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:
+    """Return an option as the model was built with it, given or by default; None if it has no such option."""
+    arch = trained.model.arch
+    if name not in model_options(arch):
+        return None
+    if (given := getattr(trained.model, name)) is not None:
+        return given
+    default = inspect.signature(MODELS[arch].__init__).parameters[name].default
+    # Where the default depends on the size of the images, the model knows what became of it.
+    return getattr(model, name, None) if default is None else default
+
+
+def check_option(trained: TrainConfig, model: VAE, name: str, value: object) -> None:
+    """Raise ArgumentError unless the model was built with this value of an option; None is any value."""
+    if value is None:
+        return
+    if name not in model_options(trained.model.arch):
+        raise ArgumentError(f"{name} {value}: {trained.model.arch} has no such option; leave it out")
+    if value != (has := option_of(trained, model, name)):
+        raise ArgumentError(f"{name} {value}: the model has {has}")
+
+
+def rates_of(trained: TrainConfig, model: VAE, argument: str) -> Rates:
+    """Return a multi-rate model's rates, which the argument needs. Raises ArgumentError for another model."""
+    if not isinstance(model, GaussianVAE) or model.rates is None:
+        raise ArgumentError(
+            f"{argument} needs a multi-rate model; this {trained.model.arch} was trained for one beta "
+            "(train with --multirate)"
+        )
+    return model.rates

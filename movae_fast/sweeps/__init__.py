@@ -1,0 +1,1 @@
+"""Studies: many training runs that search over flags; the published ones are the YAML files here."""
