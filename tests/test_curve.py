@@ -187,7 +187,7 @@ def test_a_curve_against_a_run():
 def undrawn(monkeypatch):
     """No figures: matplotlib takes seconds."""
     for name in ("curve_figure", "response_figure"):
-        monkeypatch.setattr(f"movae_fast.cli.curve.{name}", lambda path, *_: path)
+        monkeypatch.setattr(f"movae_fast.cli.curves.{name}", lambda path, *_: path)
 
 
 @pytest.fixture

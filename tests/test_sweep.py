@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from movae_fast.cli import main, parsing
-from movae_fast.cli.sweep import SweepFlags, check_space, make_study, read_sweep, sweep_names
+from movae_fast.cli.sweep import SweepFlags, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
 from movae_fast.evaluation.curve_runs import expanded
 from movae_fast.figures import sweep_figure
+from movae_fast.sweeps.search import check_space
 from movae_fast.sweeps.study import Report, Study
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import validate

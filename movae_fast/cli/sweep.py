@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import signal
-import statistics
 import subprocess
 import sys
 import typing
@@ -21,27 +19,29 @@ from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.cli.curve import CurveConfig, check_curve, draw
+from movae_fast.cli.curves import CurveConfig, check_curve, draw
 from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.evaluation.curve_runs import trial_folder
 from movae_fast.evaluation.disentanglement import METRICS
 from movae_fast.figures import sweep_figure
 from movae_fast.names import nearest
-from movae_fast.sweeps.study import Report, Study, assigned, is_bundle, parameter, report
+from movae_fast.sweeps.search import (
+    FIGURES,
+    assigned,
+    bundles,
+    check_space,
+    check_storage,
+    is_bundle,
+    measured_by,
+    selected,
+)
+from movae_fast.sweeps.study import Report, Study, report
 from movae_fast.training.config import SECTIONS, TrainConfig
-from movae_fast.training.config_checks import check_fits, validate
 from movae_fast.training.limits import ONE, ZERO, check_values
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
 STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself ended
 SWEEPS = Path(__file__).parent.parent / "sweeps"
-# Figures of `movae evaluate` besides its metrics of factors -> the metric that gives them.
-FIGURES = {
-    **dict.fromkeys(("rate", "distortion", "elbo", "active_units"), "elbo"),
-    **dict.fromkeys(("psnr", "ssim", "ms_ssim"), "images"),
-    **dict.fromkeys(("dci_disentanglement", "dci_completeness", "dci_informativeness"), "dci"),
-    **{name: name for name in METRICS if name != "dci"},
-}
 
 
 @dataclass
@@ -240,17 +240,6 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     )
 
 
-def measured_by(config: TrainConfig) -> dict[str, None]:
-    """Check the configuration; return the names of its runs' test figures, in order."""
-    validate(config)
-    check_fits(config)
-    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
-    names += ["loss", "mse", "mse_mean_image"]
-    if "commitment" in names:
-        names += ["codebook_usage", "perplexity"]
-    return dict.fromkeys(f"test/{name}" for name in names)
-
-
 def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
     """Give each choice the type of its flag, or of its own flags where it is a mapping; check a range's ends.
 
@@ -263,57 +252,6 @@ def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
     else:
         for end in ("low", "high"):
             parsing.typed(name, space[end], kinds[name])
-
-
-def check_storage(storage: str | None) -> None:
-    """Refuse a storage that cannot be, before the folder of the study is made."""
-    if storage is None:
-        return
-    if "://" not in storage:
-        if not Path(storage).expanduser().absolute().parent.is_dir():
-            raise ValueError(f"--storage {storage}: its folder is not there; make it first")
-        return
-    import optuna
-
-    try:
-        optuna.storages.get_storage(storage)
-    except Exception as error:  # SQLAlchemy's, or a driver that is not installed
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--storage {storage}: {type(error).__name__}: {reason:.200}") from None
-
-
-def check_space(name: str, space: Any) -> None:
-    """Refuse a range that is none."""
-    valid = "{low, high} with log or step, or {choices: [...]}"
-    if not isinstance(space, dict) or not (set(space) == {"choices"} or {"low", "high"} <= set(space)):
-        raise ValueError(f"search: {name}: give {valid}")
-    if "choices" in space:
-        if not isinstance(space["choices"], list) or not space["choices"]:
-            raise ValueError(f"search: {name}: choices are a list that is not empty")
-        mappings = [isinstance(choice, dict) for choice in space["choices"]]
-        if any(mappings) and not all(mappings):
-            raise ValueError(f"search: {name}: either every choice is a mapping of flags or none is")
-        return
-    if set(space) - {"low", "high", "log", "step"}:
-        raise ValueError(f"search: {name}: give {valid}")
-    low, high = space["low"], space["high"]
-    numbers = [v for v in (low, high) if type(v) in (int, float) and math.isfinite(v)]
-    if len(numbers) < 2 or not low < high:
-        raise ValueError(f"search: {name}: low {low} must be a number below high {high}")
-    step, log = space.get("step", 1), space.get("log", False)
-    if type(step) not in (int, float) or not 0 < step < math.inf:
-        raise ValueError(f"search: {name}: step {step} must be a number above 0")
-    if type(low) is int and type(high) is int and type(step) is not int:
-        raise ValueError(f"search: {name}: between whole numbers step {step} must be one, too")
-    if not isinstance(log, bool):
-        raise ValueError(f"search: {name}: log {log} must be true or false")
-    if space.get("log") and ("step" in space or low <= 0):
-        raise ValueError(f"search: {name}: a logarithmic range has no step and a low above 0")
-
-
-def bundles(search: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every choice that is a mapping of flags."""
-    return [choice for space in search.values() if is_bundle(space) for choice in space["choices"]]
 
 
 def check_sampler(name: str, spec: SweepFile) -> None:
@@ -348,30 +286,12 @@ def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> Curve
 def draw_curve(study: Study, spec: SweepFile, found: Report, console: Console) -> None:
     """The trials' rate-distortion curves, of those that are not selected out."""
     assert spec.curve is not None
-    rows = selected(study, found, spec.curve.get("select", []))
+    rows = selected(study.objectives, found.rows, spec.curve.get("select", []))
     paths = [trial_folder(study.folder, row["number"]) for row in rows]
     config = curve_config(spec, [str(p) for p in paths], study.folder / "curve")
     config.device = str(study.fixed.get("device", config.device))
     for path in draw(config, paths, console):
         console.print(str(path), highlight=False, soft_wrap=True)
-
-
-def selected(study: Study, found: Report, over: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows whose values of the names in `over` have the best first objective, everything else being equal.
-
-    Seeds are not compared but averaged.
-    """
-    worse = 1 if next(iter(study.objectives.values())) == "minimize" else -1
-    mine, kept = {parameter(name) for name in over}, []
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in found.rows:
-        settings = {k: v for k, v in row["params"].items() if k not in ("seed", parameter("seed"))}
-        rest = json.dumps({k: v for k, v in settings.items() if k not in mine}, sort_keys=True)
-        own = json.dumps({k: v for k, v in settings.items() if k in mine}, sort_keys=True)
-        groups.setdefault(rest, {}).setdefault(own, []).append(row)
-    for group in groups.values():
-        kept += min(group.values(), key=lambda rows: worse * statistics.mean(r["values"][0] for r in rows))
-    return sorted(kept, key=lambda row: row["number"])
 
 
 def show(console: Console, found: Report) -> None:

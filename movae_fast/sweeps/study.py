@@ -20,7 +20,8 @@ from rich.console import Console
 
 from movae_fast.evaluation.measure import measure
 from movae_fast.files import alive, free_path, replacing
-from movae_fast.names import first_line
+from movae_fast.names import ArgumentError, first_line
+from movae_fast.sweeps.search import assigned, parameter, suggest
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.loop import fit
@@ -75,8 +76,8 @@ class Study:
         known = study.user_attrs.get("asked", asked)
         differ = [name for name, value in asked.items() if known.get(name) != value]
         if differ:
-            raise ValueError(
-                f"--sweep_dir {self.folder} holds a study with other {' and '.join(differ)}; name a new folder"
+            raise ArgumentError(
+                f"sweep_dir {self.folder} holds a study with other {' and '.join(differ)}; name a new folder"
             )
         study.set_user_attr("asked", asked)
         if self.grid:
@@ -104,12 +105,12 @@ class Study:
             raise
         except Exception as error:  # whatever Optuna, or the database's own library, makes of a damaged one
             why = f"{type(error).__name__}: {first_line(error)[:200]}"
-            raise ValueError(
-                f"--storage {self.journal or where} cannot be read ({why}); restore it, or name a new one"
+            raise ArgumentError(
+                f"storage {self.journal or where} cannot be read ({why}); restore it, or name a new one"
             ) from None
         if self.name in known and len(known[self.name].directions) != len(self.objectives):
-            raise ValueError(
-                f"--sweep_dir {self.folder} holds a study with other objectives; name a new folder"
+            raise ArgumentError(
+                f"sweep_dir {self.folder} holds a study with other objectives; name a new folder"
             )
         pruner = optuna.pruners.MedianPruner() if self.pruned else optuna.pruners.NopPruner()
         with warnings.catch_warnings():
@@ -307,35 +308,6 @@ def ends_whole(path: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         return size == 0 or file.read() == b"\n"
-
-
-def parameter(name: str) -> str:
-    """What the study calls the index of a choice."""
-    return f"{name} (choice)"
-
-
-def is_bundle(space: Any) -> bool:
-    """Whether the choices are mappings of flags."""
-    return "choices" in space and isinstance(space["choices"][0], dict)
-
-
-def assigned(values: dict[str, Any]) -> dict[str, Any]:
-    """Flags by name from values of the search: a mapping's own flags in its place."""
-    flags: dict[str, Any] = {}
-    for name, value in values.items():
-        flags |= value if isinstance(value, dict) else {name: value}
-    return flags
-
-
-def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
-    """One flag's value; a range between whole numbers is of whole numbers."""
-    if "choices" in space:
-        # Optuna's own choices are scalars; ours may be lists.
-        return space["choices"][trial.suggest_int(parameter(name), 0, len(space["choices"]) - 1)]
-    low, high, log = space["low"], space["high"], bool(space.get("log", False))
-    if isinstance(low, int) and isinstance(high, int):
-        return trial.suggest_int(name, low, high, step=space.get("step", 1), log=log)
-    return trial.suggest_float(name, low, high, step=space.get("step"), log=log)
 
 
 def report(study: Study) -> Report:

@@ -1,0 +1,216 @@
+"""Rate-distortion curves as `movae curve` and a sweep's end draw them: flags, progress, tables, files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from movae_fast.cli.trained import say_extrapolation
+from movae_fast.evaluation.curve_runs import Member, add_plain_betas, check_alike, label_members, read_member
+from movae_fast.evaluation.curves import Responses, Started, comparisons, evaluate_runs, figures_of
+from movae_fast.evaluation.likelihood import constant
+from movae_fast.evaluation.trained import adapt_config
+from movae_fast.figures import Series, curve_figure, response_figure
+from movae_fast.files import free_path
+from movae_fast.training.config_checks import validate
+from movae_fast.training.device import resolve_device
+from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
+from movae_fast.training.run_folder import folder_of
+
+COLUMNS = (
+    "beta",
+    "rate",
+    "distortion",
+    "total",
+    "active_units",
+    "mig",
+    "excess_loss",
+    "rate_error",
+    "frontier_gap",
+)
+
+
+@dataclass
+class CurveConfig:
+    """Curves.
+
+    Args:
+        runs: Runs, checkpoints, folders of runs or of a sweep; may stand first without the flag. A multi-rate
+            run gives a curve, a plain run one point at its beta.
+        betas: Betas of a curve, evenly spaced in their logarithm; those of plain runs are added to them.
+        beta_min: Least beta; the default is the least that the run was trained for.
+        beta_max: Greatest beta, likewise.
+        split: Images to evaluate on.
+        out: Folder for the files; the default is curve/ in the first run's folder.
+        limit: Use this many evenly spaced images; 0 means all.
+        batch_size: Rows at a time, a row being an image at one beta: a pass over the images takes all betas
+            at once, batch_size / betas images at a time; more betas than batch_size take several passes.
+        samples: Images whose codes give MIG, for data with known discrete factors; 0 leaves it out.
+        seed: Seed of the draws.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        data_dir: Folder of the original files, if not where training had it.
+    """
+
+    runs: list[str]
+    betas: int = 20
+    beta_min: float | None = None
+    beta_max: float | None = None
+    split: Literal["test", "train"] = "test"
+    out: str | None = None
+    limit: int = 0
+    batch_size: int = 1000
+    samples: int = 10_000
+    seed: int = 0
+    device: str = "auto"
+    data_dir: str | None = None
+
+
+def check_curve(config: CurveConfig) -> None:
+    """Raise ValueError for a flag that no run could be drawn with."""
+    check_values(config, betas=Bounds(1, 10_000), samples=ZERO)
+    least = math.ulp(0.0) if config.beta_min is None else config.beta_min
+    most = sys.float_info.max if config.beta_max is None else config.beta_max
+    if not 0 < least < most or not math.isfinite(most):
+        ends = [f"--{name} {end:g}" for name in PAIRS if (end := getattr(config, name)) is not None]
+        raise ValueError(
+            f"{' and '.join(ends)}: --beta_min must be above 0 and below --beta_max, which is finite"
+        )
+
+
+def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[Path]:
+    """Evaluate the runs at `paths` and write the files; their paths."""
+    check_curve(config)
+    device = resolve_device(config.device)
+    members = [read_member(p, device, config.betas, config.beta_min, config.beta_max) for p in paths]
+    for member in members:
+        adapt_config(member.config, config.device, config.data_dir)
+        member.config.data.limit_train = member.config.data.limit_test = config.limit
+        validate(member.config)
+    check_alike(members)
+    add_plain_betas(members)
+    label_members(members)
+    warn_of_extrapolation(members)
+    with run_progress(console, len(members)) as started:
+        gates = evaluate_runs(
+            members, device, config.split, config.batch_size, config.samples, config.seed, started
+        )
+    for member in members:
+        console.print(table(member))
+    folder = Path(config.out) if config.out else folder_of(paths[0]) / "curve"
+    return write(folder, config, members, gates)
+
+
+@contextmanager
+def run_progress(console: Console, count: int) -> Iterator[Started]:
+    """Show a bar for the run under way, of so many: it begins anew with each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def started(number: int, rows: int) -> Callable[[int], None]:
+            progress.reset(task, total=rows, description=f"run {number + 1} of {count}")
+            return lambda done: progress.advance(task, done)
+
+        yield started
+
+
+def warn_of_extrapolation(members: Sequence[Member]) -> None:
+    """One line if betas lie outside what a run was trained for."""
+    for member in members:
+        if member.multirate:
+            trained = member.config.multirate
+            least, most = member.betas[0], member.betas[-1]
+            if say_extrapolation("curve", least, most, trained.beta_min, trained.beta_max):
+                return
+
+
+def table(member: Member) -> Table:
+    made = Table(title=f"{member.label}: {member.path}")
+    rows = figures_of(member)
+    names = [n for n in COLUMNS if n in rows[0]]
+    for name in names:
+        made.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        made.add_row(*(f"{row[n]:.4g}" if row[n] is not None else "" for n in names))
+    return made
+
+
+def write(
+    folder: Path,
+    config: CurveConfig,
+    members: Sequence[Member],
+    gates: dict[str, Responses],
+) -> list[Path]:
+    """curve.json, curve.csv, curve.png and a responses.png a multi-rate run, numbered where files are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = members[0].config
+    values = math.prod(first.image_shape)
+    record = {
+        "dataset": first.data.dataset,
+        "split": config.split,
+        "seed": config.seed,
+        "likelihood": first.objective.recons_dist,
+        "likelihood_constant": constant(first.objective.recons_dist, values),
+        "runs": [described(m) for m in members],
+        "against": comparisons(members),
+    }
+    path = free_path(folder / "curve", ".json")
+    path.write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
+    made = [path, write_csv(free_path(folder / "curve", ".csv"), members)]
+    series = [Series(m.label, m.multirate, [p.figures() for p in m.points], m.beside) for m in members]
+    made.append(curve_figure(free_path(folder / "curve", ".png"), series))
+    for betas, layers in gates.values():
+        made.append(response_figure(free_path(folder / "responses", ".png"), betas, layers))
+    return made
+
+
+def described(member: Member) -> dict[str, Any]:
+    """A run's part of curve.json."""
+    trained = member.config.multirate if member.multirate else None
+    return {
+        "run": str(member.path),
+        "label": member.label,
+        "arch": member.config.model.arch,
+        "multirate": member.multirate,
+        "trained_for": [trained.beta_min, trained.beta_max] if trained else member.betas,
+        "lr": member.config.optimizer.lr,
+        "train_seconds": member.train_seconds,
+        "curve_seconds": member.seconds,
+        "closed_gates": member.closed,
+        "points": figures_of(member),
+    }
+
+
+def finite(value: Any) -> Any:
+    """The value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: Path, members: Sequence[Member]) -> Path:
+    """A line a run and beta."""
+    rows = [
+        {"run": str(m.path), "label": m.label, "multirate": m.multirate, **row}
+        for m in members
+        for row in figures_of(m)
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

@@ -1,0 +1,123 @@
+"""The curves of several runs: every run's points, MIG, gates, and what stands beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from movae_fast.data import Loader
+from movae_fast.evaluation.curve_runs import Member
+from movae_fast.evaluation.disentanglement import METRICS, Codes
+from movae_fast.evaluation.linear_oracle import LinearOracle
+from movae_fast.evaluation.measure import factor_images
+from movae_fast.evaluation.rate_distortion import (
+    against_run,
+    curve_points,
+    data_covariance,
+    encode_at,
+    log_spaced,
+)
+from movae_fast.models import GaussianVAE
+from movae_fast.models.multirate import gated_layers
+from movae_fast.training.build import load_model, make_loader
+
+RESPONSES = 200  # betas of a response function
+Responses = tuple[list[float], dict[str, Tensor]]  # betas [N], gated layer -> its values at them [N, C]
+# Told the number of a run and how many rows it takes; what it returns is told of rows that are done.
+Started = Callable[[int, int], Callable[[int], None]]
+
+
+def evaluate_runs(
+    members: Sequence[Member],
+    device: torch.device,
+    split: Literal["test", "train"],
+    batch_size: int,
+    samples: int,
+    seed: int,
+    started: Started = lambda number, rows: lambda done: None,
+) -> dict[str, Responses]:
+    """Fill in every run's points; return the response functions of the multi-rate ones, by run.
+
+    batch_size: rows at a time, a row being an image at one beta. samples: images whose codes give MIG, for data
+    with known discrete factors; 0 leaves it out.
+    """
+    gates: dict[str, Responses] = {}
+    oracles: dict[int, LinearOracle] = {}
+    for number, member in enumerate(members):
+        _, model = load_model(member.path, device)
+        assert isinstance(model, GaussianVAE)
+        loader = make_loader(member.config, device, split, in_order=True)
+        loader.batch_size = batch_size
+        advance = started(number, len(loader.source) * len(member.betas))
+        began, dist = time.perf_counter(), member.config.objective.recons_dist
+        member.points = curve_points(model, loader, member.betas, dist, seed, batch_size, advance)
+        member.seconds = time.perf_counter() - began
+        if member.config.info.factor_sizes and samples:
+            add_mig(member, model, device, batch_size, samples, seed)
+        if (oracle := oracle_of(member, loader, oracles)) is not None:
+            member.beside = [oracle.compare(p.beta, p.rate, p.distortion) for p in member.points]
+        if member.multirate:
+            gates[str(member.path)] = responses(member, model)
+    return gates
+
+
+def add_mig(
+    member: Member, model: GaussianVAE, device: torch.device, batch_size: int, samples: int, seed: int
+) -> None:
+    """Add MIG to every point, from the means of the same images."""
+    member.config.data.limit_train = 0
+    loader, rows = factor_images(member.config, device, samples, 0, seed)
+    factors = loader.source.factors(rows.to(device))
+    for first in range(0, len(member.points), batch_size):
+        points = member.points[first : first + batch_size]
+        betas = [p.beta for p in points]
+        images = max(1, batch_size // len(points))
+        with torch.no_grad():
+            parts = [encode_at(model, x, betas) for batch, _ in loader.take(rows) for x in batch.split(images)]
+        mu, logvar = (torch.cat([p[i] for p in parts], dim=1) for i in (0, 1))
+        for k, point in enumerate(points):
+            point.mig = METRICS["mig"](Codes(mu[k], logvar[k], factors, len(rows), seed))["mig"]
+
+
+def oracle_of(member: Member, loader: Loader, known: dict[int, LinearOracle]) -> LinearOracle | None:
+    """Return the optimum of a linear model with a linear output and squared error, over the loader's images."""
+    config = member.config
+    exact = config.objective.recons_dist == "gaussian" and config.activation == "none"
+    if config.model.arch != "linear_vae" or not exact:
+        return None
+    k = member.latents
+    if k not in known:
+        one = next(iter(known.values()), None)
+        known[k] = one.with_latents(k) if one else LinearOracle(data_covariance(loader), k, "squared_error")
+    return known[k]
+
+
+@torch.no_grad()
+def responses(member: Member, model: GaussianVAE) -> Responses:
+    """Return betas [N] over the member's range, and each gated layer's values at them [N, C] on the CPU."""
+    betas = log_spaced(member.betas[0], member.betas[-1], RESPONSES)
+    logs = torch.tensor(betas, device=model.device).log()
+    values = {name: layer.gate_values(logs).cpu() for name, layer in gated_layers(model).items()}
+    member.closed = {name: float((v == 0).all(0).double().mean()) for name, v in values.items()}
+    return betas, values
+
+
+def figures_of(member: Member) -> list[dict[str, float]]:
+    """Return a dict of figures per point, the oracle's included."""
+    beside = member.beside or [{} for _ in member.points]
+    return [p.figures() | b for p, b in zip(member.points, beside, strict=True)]
+
+
+def comparisons(members: Sequence[Member]) -> list[dict[str, Any]]:
+    """Compare every curve with every plain run, curve minus run; see `against_run`."""
+    return [
+        {"curve": str(curve.path), "run": str(plain.path), **against_run(curve.points, plain.points[0])}
+        for curve in members
+        if curve.multirate
+        for plain in members
+        if not plain.multirate
+    ]

@@ -1,0 +1,137 @@
+"""What a study searches over and for: ranges and choices of flags, and the figures that a run has."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from movae_fast.evaluation.disentanglement import METRICS
+from movae_fast.names import ArgumentError
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import check_fits, validate
+
+if TYPE_CHECKING:
+    import optuna
+
+# Figures of `movae evaluate` besides its metrics of factors -> the metric that gives them.
+FIGURES = {
+    **dict.fromkeys(("rate", "distortion", "elbo", "active_units"), "elbo"),
+    **dict.fromkeys(("psnr", "ssim", "ms_ssim"), "images"),
+    **dict.fromkeys(("dci_disentanglement", "dci_completeness", "dci_informativeness"), "dci"),
+    **{name: name for name in METRICS if name != "dci"},
+}
+
+
+def check_space(name: str, space: Any) -> None:
+    """Refuse a range that is none."""
+    valid = "{low, high} with log or step, or {choices: [...]}"
+    if not isinstance(space, dict) or not (set(space) == {"choices"} or {"low", "high"} <= set(space)):
+        raise ValueError(f"search: {name}: give {valid}")
+    if "choices" in space:
+        if not isinstance(space["choices"], list) or not space["choices"]:
+            raise ValueError(f"search: {name}: choices are a list that is not empty")
+        mappings = [isinstance(choice, dict) for choice in space["choices"]]
+        if any(mappings) and not all(mappings):
+            raise ValueError(f"search: {name}: either every choice is a mapping of flags or none is")
+        return
+    if set(space) - {"low", "high", "log", "step"}:
+        raise ValueError(f"search: {name}: give {valid}")
+    low, high = space["low"], space["high"]
+    numbers = [v for v in (low, high) if type(v) in (int, float) and math.isfinite(v)]
+    if len(numbers) < 2 or not low < high:
+        raise ValueError(f"search: {name}: low {low} must be a number below high {high}")
+    step, log = space.get("step", 1), space.get("log", False)
+    if type(step) not in (int, float) or not 0 < step < math.inf:
+        raise ValueError(f"search: {name}: step {step} must be a number above 0")
+    if type(low) is int and type(high) is int and type(step) is not int:
+        raise ValueError(f"search: {name}: between whole numbers step {step} must be one, too")
+    if not isinstance(log, bool):
+        raise ValueError(f"search: {name}: log {log} must be true or false")
+    if space.get("log") and ("step" in space or low <= 0):
+        raise ValueError(f"search: {name}: a logarithmic range has no step and a low above 0")
+
+
+def bundles(search: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every choice that is a mapping of flags."""
+    return [choice for space in search.values() if is_bundle(space) for choice in space["choices"]]
+
+
+def parameter(name: str) -> str:
+    """What the study calls the index of a choice."""
+    return f"{name} (choice)"
+
+
+def is_bundle(space: Any) -> bool:
+    """Whether the choices are mappings of flags."""
+    return "choices" in space and isinstance(space["choices"][0], dict)
+
+
+def assigned(values: dict[str, Any]) -> dict[str, Any]:
+    """Flags by name from values of the search: a mapping's own flags in its place."""
+    flags: dict[str, Any] = {}
+    for name, value in values.items():
+        flags |= value if isinstance(value, dict) else {name: value}
+    return flags
+
+
+def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
+    """One flag's value; a range between whole numbers is of whole numbers."""
+    if "choices" in space:
+        # Optuna's own choices are scalars; ours may be lists.
+        return space["choices"][trial.suggest_int(parameter(name), 0, len(space["choices"]) - 1)]
+    low, high, log = space["low"], space["high"], bool(space.get("log", False))
+    if isinstance(low, int) and isinstance(high, int):
+        return trial.suggest_int(name, low, high, step=space.get("step", 1), log=log)
+    return trial.suggest_float(name, low, high, step=space.get("step"), log=log)
+
+
+def measured_by(config: TrainConfig) -> dict[str, None]:
+    """Check the configuration; return the names of its runs' test figures, in order."""
+    validate(config)
+    check_fits(config)
+    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
+    names += ["loss", "mse", "mse_mean_image"]
+    if "commitment" in names:
+        names += ["codebook_usage", "perplexity"]
+    return dict.fromkeys(f"test/{name}" for name in names)
+
+
+def check_storage(storage: str | None) -> None:
+    """Refuse a storage that cannot be, before the folder of the study is made."""
+    if storage is None:
+        return
+    if "://" not in storage:
+        if not Path(storage).expanduser().absolute().parent.is_dir():
+            raise ArgumentError(f"storage {storage}: its folder is not there; make it first")
+        return
+    import optuna
+
+    try:
+        optuna.storages.get_storage(storage)
+    except Exception as error:  # SQLAlchemy's, or a driver that is not installed
+        reason = " ".join(str(error).split())
+        raise ArgumentError(f"storage {storage}: {type(error).__name__}: {reason:.200}") from None
+
+
+def selected(
+    objectives: Mapping[str, str], rows: Sequence[dict[str, Any]], over: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows whose values of the names in `over` have the best first objective, everything else being equal.
+
+    Seeds are not compared but averaged.
+    """
+    worse = 1 if next(iter(objectives.values())) == "minimize" else -1
+    mine, kept = {parameter(name) for name in over}, []
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        settings = {k: v for k, v in row["params"].items() if k not in ("seed", parameter("seed"))}
+        rest = json.dumps({k: v for k, v in settings.items() if k not in mine}, sort_keys=True)
+        own = json.dumps({k: v for k, v in settings.items() if k in mine}, sort_keys=True)
+        groups.setdefault(rest, {}).setdefault(own, []).append(row)
+    for group in groups.values():
+        kept += min(group.values(), key=lambda same: worse * statistics.mean(r["values"][0] for r in same))
+    return sorted(kept, key=lambda row: row["number"])
