@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import movae_fast
+from movae_fast.cli import COMMANDS
 
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
@@ -33,26 +34,39 @@ ALLOWED = {
     "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
     "figures": {*LEAVES},
 }
-FILES = sorted(p for p in ROOT.rglob("*.py"))
+# A search does not follow the link to the kernels.
+FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")})
 
 
 def layer(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported_layers(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported_names(nodes, path):
+    """Every name that is imported, in full: movae_fast.nn.codebook.Codebook."""
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            # The kernels alone do not know the package's name.
+            assert node.level <= (layer(path) == "kernels"), f"{path}: relative import"
+            package = [*module(path).split(".")[: -node.level], node.module] if node.level else [node.module]
+            yield from (".".join([*filter(None, package), alias.name]) for alias in node.names)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "movae_fast" and len(parts) > 1 and parts[1] != "__version__":
-                yield parts[1]
+            yield from (alias.name for alias in node.names)
+
+
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_layers(path):
+    for name in imported_names(ast.walk(parsed(path)), path):
+        parts = name.split(".")
+        if parts[0] == "movae_fast" and len(parts) > 1 and parts[1] != "__version__":
+            yield parts[1]
+
+
+def module(path):
+    return ".".join(["movae_fast", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -73,3 +87,50 @@ def test_nothing_imports_the_command_line(path):
 def test_kernels_are_reached_by_one_name():
     assert (ROOT / "kernels").is_symlink()
     assert (ROOT / "kernels").resolve() == (ROOT.parent / "kernels").resolve()
+
+
+def test_commands_do_not_import_each_other():
+    for command in COMMANDS:
+        path = ROOT / "cli" / f"{command}.py"
+        for name in imported_names(ast.walk(parsed(path)), path):
+            parts = name.split(".")
+            if parts[:2] == ["movae_fast", "cli"] and len(parts) > 2:
+                assert parts[2] == command or parts[2] not in COMMANDS, f"{command} imports {parts[2]}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module(path): path for path in FILES}
+    imports = {}
+    for name, path in modules.items():
+        names = imported_names(parsed(path).body, path)
+        imports[name] = {n if n in modules else n.rpartition(".")[0] for n in names} - {name}
+    for name in modules:
+        seen, ahead = set(), [name]
+        while ahead:
+            ahead += (found := imports.get(ahead.pop(), set()) - seen)
+            seen |= found
+        assert name not in seen, f"{name} imports itself by way of others"
+
+
+def test_every_layer_is_below_the_next():
+    """What is allowed has no circle: layers can be taken off the top, one after the other."""
+    left = {name: there & set(ALLOWED) for name, there in ALLOWED.items()}
+    while left:
+        top = [name for name in left if not any(name in there for there in left.values())]
+        assert top, f"a circle among {sorted(left)}"
+        for name in top:
+            del left[name]
+
+
+def test_a_library_error_names_an_argument_and_no_flag():
+    """Where a layer above training raises, the command line adds the dashes."""
+    for path in FILES:
+        if layer(path) in ("evaluation", "sweeps"):
+            raised = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Raise)]
+            for text in (
+                n.value
+                for r in raised
+                for n in ast.walk(r)
+                if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ):
+                assert not text.startswith("--"), f"{path.name}: {text}"

@@ -9,7 +9,7 @@ import torch
 
 from movae_fast import figures
 from movae_fast.cli import doctor, main
-from movae_fast.cli.generate import check_model
+from movae_fast.evaluation.trained import check_option
 from movae_fast.training.build import new_model
 from movae_fast.training.config import TrainConfig
 
@@ -185,11 +185,14 @@ def test_reconstruct_takes_the_test_split_and_no_more_than_asked(trained, tmp_pa
 def test_a_model_is_compared_by_its_own_defaults(options, latents, filters):
     config = TrainConfig.from_flat({"dataset": "digits", "image_size": 32} | options)
     model = new_model(config)
-    check_model(config, model, latents, filters)
     for name, has in (("latent_dim", latents), ("max_filters", filters)):
-        asked = {"latent_dim": None, "max_filters": None} | {name: 77}
-        with pytest.raises(ValueError, match=f"the model has {has}" if has else "has no such option"):
-            check_model(config, model, **asked)
+        check_option(config, model, name, has)
+        check_option(config, model, name, None)
+        with pytest.raises(
+            ValueError, match=f"^{name} 77: .*(the model has {has}|has no such option)"
+        ) as raised:
+            check_option(config, model, name, 77)
+        assert ("no such option" in str(raised.value)) is (has is None)
 
 
 def test_generate_takes_a_default_latent_dim_by_its_number(tmp_path, capsys):

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
 from movae_fast.cli import main
-from movae_fast.cli.ladder import traversals
+from movae_fast.evaluation.sampling import ladder_traversals
 from movae_fast.models import build_model
 from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
@@ -474,7 +474,7 @@ def test_pictures_of_every_stage_and_of_a_checkpoint(train, capsys):
 def test_a_traversal_moves_one_latent_and_only_active_rungs():
     model = ladder().eval()
     model.set_stage(2)
-    values, images = traversals(model, torch.rand(1, 1, 32, 32), normalize=False)
+    values, images = ladder_traversals(model, torch.rand(1, 1, 32, 32), normalize=False)
     assert images.shape == (3, 2, 10, 1, 32, 32)
     assert (float(values[0]), float(values[-1])) == (-2.5, 2.5)
     assert bool((images[:2, :, 0] != images[:2, :, -1]).flatten(1).any(1).all())

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from rich.table import Table
 from movae_fast.cli.trained import say_extrapolation
 from movae_fast.evaluation.curve_runs import Member, add_plain_betas, check_alike, label_members, read_member
 from movae_fast.evaluation.curves import Responses, Started, comparisons, evaluate_runs, figures_of
-from movae_fast.evaluation.likelihood import constant
+from movae_fast.evaluation.likelihood import likelihood_constant
+from movae_fast.evaluation.rate_distortion import log_spaced
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.figures import Series, curve_figure, response_figure
 from movae_fast.files import free_path
@@ -88,11 +90,20 @@ def check_curve(config: CurveConfig) -> None:
         )
 
 
+def betas_within(config: CurveConfig, trained_min: float, trained_max: float) -> list[float]:
+    """Return the betas of a curve of a run that was trained for this range."""
+    least = trained_min if config.beta_min is None else config.beta_min
+    most = trained_max if config.beta_max is None else config.beta_max
+    if not 0 < least < most or not math.isfinite(most):
+        raise ValueError(f"--beta_min {least:g} must be above 0 and below --beta_max {most:g}")
+    return log_spaced(least, most, config.betas)
+
+
 def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[Path]:
     """Evaluate the runs at `paths` and write the files; their paths."""
     check_curve(config)
     device = resolve_device(config.device)
-    members = [read_member(p, device, config.betas, config.beta_min, config.beta_max) for p in paths]
+    members = [read_member(p, device, partial(betas_within, config)) for p in paths]
     for member in members:
         adapt_config(member.config, config.device, config.data_dir)
         member.config.data.limit_train = member.config.data.limit_test = config.limit
@@ -161,7 +172,7 @@ def write(
         "split": config.split,
         "seed": config.seed,
         "likelihood": first.objective.recons_dist,
-        "likelihood_constant": constant(first.objective.recons_dist, values),
+        "likelihood_constant": likelihood_constant(first.objective.recons_dist, values),
         "runs": [described(m) for m in members],
         "against": comparisons(members),
     }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from movae_fast.data import to_unit
+from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
 from movae_fast.figures import labelled_grid, write_gif, write_png
 from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
@@ -17,28 +16,12 @@ from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
 from movae_fast.training.run_folder import folder_of
 
-REACH, FRAMES, SECONDS = 2.5, 10, 0.2  # prior standard deviations; pictures a traversal; 5 a second
-
-
-@torch.no_grad()
-def traversals(model: ProVLAE, x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Values [FRAMES] and images [L, latent_dim, FRAMES, C, S, S] in [0, 1], the most abstract rung first.
-
-    Around the posterior mean of one image x [1, C, S, S]: each latent alone takes each value.
-    """
-    mean, _ = model.encode(x)
-    values = torch.linspace(-REACH, REACH, FRAMES, device=mean.device)
-    z = mean.expand(model.latent_dim, FRAMES, -1).clone()
-    latent = torch.arange(model.latent_dim, device=mean.device)
-    z[latent, :, latent] = values
-    images = torch.cat([model.to_image(model.decode(part)) for part in z.flatten(0, 1).split(256)])
-    images = to_unit(images.float(), normalize)
-    return values, images.unflatten(0, (model.num_ladders, model.z_dim, FRAMES)).flip(0)
+SECONDS = 0.2  # per picture: 5 a second
 
 
 def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet: Path) -> list[Path]:
     """Of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns, and a contact sheet."""
-    values, images = traversals(model, x, normalize)
+    values, images = ladder_traversals(model, x, normalize)
     rungs = range(model.num_ladders, 0, -1)
     names = [f"L{rung} z{dim + 1}" for rung in rungs for dim in range(model.z_dim)]
     cells = images.flatten(0, 1)  # [L * latent_dim, FRAMES, C, S, S]

@@ -15,12 +15,20 @@ from movae_fast.cli import parsing
 from movae_fast.cli.trained import choose_beta
 from movae_fast.data import to_unit
 from movae_fast.evaluation.rate_distortion import log_spaced
+from movae_fast.evaluation.sampling import (
+    decode_images,
+    draw_test_images,
+    images_at_betas,
+    interpolate,
+    reconstruct_images,
+    sample_images,
+    traverse,
+)
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.files import free_path
 from movae_fast.models import VAE, GaussianVAE
-from movae_fast.models.vq_vae import VQVAE
-from movae_fast.training.build import load_model, make_loader
+from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_room, validate
 from movae_fast.training.device import resolve_device
@@ -82,13 +90,23 @@ class Job:
     model: VAE
     generator: torch.Generator
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, ...] to images [N, C, S, S] in [0, 1], batch_size at a time."""
-        parts = [self.model.to_image(self.model.decode(part)) for part in z.split(self.config.batch_size)]
-        return to_unit(torch.cat(parts), self.trained.data.normalize)
+    @property
+    def normalize(self) -> bool:
+        """Whether the model's images are in [-1, 1]."""
+        return self.trained.data.normalize
 
-    def unit(self, x: Tensor) -> Tensor:
-        return to_unit(x, self.trained.data.normalize)
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [N, ...] to images [N, C, S, S] in [0, 1]."""
+        return decode_images(self.model, z, self.config.batch_size, self.normalize)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Images [N, C, S, S] in the model's range to their reconstructions in [0, 1]."""
+        return reconstruct_images(self.model, x, self.config.batch_size, self.normalize)
+
+    def test_images(self, each: int = 1) -> tuple[Tensor, Tensor]:
+        """So many test images per sample, in the model's range, and their labels."""
+        device = resolve_device(self.config.device)
+        return draw_test_images(self.trained, device, self.config.n_samples, self.generator, each)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -153,40 +171,28 @@ def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> li
 
 
 def sample(job: Job, folder: Path) -> list[Path]:
-    images = torch.cat(
-        [
-            job.unit(job.model.sample(n, job.generator))
-            for n in amounts(job.config.n_samples, job.config.batch_size)
-        ]
-    )
+    config = job.config
+    images = sample_images(job.model, config.n_samples, config.batch_size, job.generator, job.normalize)
     made = [write_png(free_path(folder / "sample", ".png"), grid(images))]
     return made + singles(job, folder, "sample", images.split(1))
 
 
-def amounts(total: int, part: int) -> list[int]:
-    """`total` in pieces of at most `part`."""
-    return [min(part, total - at) for at in range(0, total, part)]
-
-
-def ends(job: Job, n: int) -> Tensor:
-    """n latents to go between: prior draws, or for a codebook the encoder's outputs of test images."""
+def ends(job: Job) -> Tensor:
+    """Two latents per strip to go between: prior draws, or for a codebook encoder outputs of test images."""
     if isinstance(job.model, GaussianVAE):
-        return job.model.sample_latents(n, job.generator)
-    x, _ = test_images(job, n)
+        return job.model.sample_latents(2 * job.config.n_samples, job.generator)
+    x, _ = job.test_images(each=2)
     return job.model.encode(x)[0]
 
 
-def interpolate(job: Job, folder: Path) -> list[Path]:
+def interpolate_latents(job: Job, folder: Path) -> list[Path]:
     n, steps = job.config.n_samples, job.config.n_interpolate
-    first, second = ends(job, 2 * n).chunk(2)
-    t = torch.linspace(0, 1, steps, device=first.device).view(1, steps, *(1,) * (first.dim() - 1))
-    z = (first[:, None] * (1 - t) + second[:, None] * t).flatten(0, 1)
-    if isinstance(job.model, VQVAE):
-        z = job.model.quantize(z)[0]
+    first, second = ends(job).chunk(2)
+    z = interpolate(job.model, first, second, steps)
     return strips(job, folder, "interpolate", job.decode(z).unflatten(0, (n, steps)))
 
 
-def traverse(job: Job, folder: Path) -> list[Path]:
+def traverse_latents(job: Job, folder: Path) -> list[Path]:
     model, config = job.model, job.config
     if not isinstance(model, GaussianVAE):
         raise ValueError(f"--mode traverse needs a model with latents; {job.trained.model.arch} has a codebook")
@@ -194,17 +200,9 @@ def traverse(job: Job, folder: Path) -> list[Path]:
         raise ValueError(
             f"--traverse_dim {config.traverse_dim}: the latents are 0 to {model.latent_dim - 1}; -1 is all"
         )
-    steps = config.n_traverse
-    values = torch.linspace(-config.traverse_range, config.traverse_range, steps, device=model.device)
-    if config.traverse_dim < 0:
-        dims = torch.arange(model.latent_dim, device=model.device)
-        z = model.sample_latents(1, job.generator).expand(len(dims), -1)
-    else:
-        z = model.sample_latents(config.n_samples, job.generator)
-        dims = torch.full((len(z),), config.traverse_dim, device=model.device)
-    z = z[:, None].repeat(1, steps, 1)
-    z[torch.arange(len(z), device=z.device), :, dims] = values
-    return strips(job, folder, "traverse", job.decode(z.flatten(0, 1)).unflatten(0, (len(z), steps)))
+    reach, dim = config.traverse_range, config.traverse_dim
+    z = traverse(model, config.n_samples, config.n_traverse, reach, dim, job.generator)
+    return strips(job, folder, "traverse", job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
 
 
 def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
@@ -215,23 +213,9 @@ def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
     return made + singles(job, folder, mode, list(images))
 
 
-def test_images(job: Job, n: int) -> tuple[Tensor, Tensor]:
-    """n test images, in the model's range, and their labels, drawn without replacement by the seed."""
-    job.trained.data.limit_test = 0
-    loader = make_loader(job.trained, resolve_device(job.config.device), "test")
-    if n > len(loader.source):
-        raise ValueError(
-            f"--n_samples {job.config.n_samples} needs {n} test images; there are {len(loader.source)}"
-        )
-    rows = torch.randperm(len(loader.source), generator=job.generator)[:n].sort().values
-    parts = list(loader.take(rows))
-    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-
-
 def reconstruct(job: Job, folder: Path) -> list[Path]:
-    x, _ = test_images(job, job.config.n_samples)
-    y = torch.cat([job.model.reconstruct(part) for part in x.split(job.config.batch_size)])
-    x, y = job.unit(x), job.unit(y)
+    x, _ = job.test_images()
+    x, y = to_unit(x, job.normalize), job.reconstruct(x)
     made = [write_png(free_path(folder / "reconstruct", ".png"), pairs(x, y))]
     return made + singles(job, folder, "reconstruct", list(torch.stack([x, y], dim=1)))
 
@@ -243,7 +227,7 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
         raise ValueError(
             f"--mode visualize_latent draws models with two latents (--latent_dim 2); this has {has}"
         )
-    x, labels = test_images(job, job.config.n_samples)
+    x, labels = job.test_images()
     means = torch.cat([model.encode(part)[0] for part in x.split(job.config.batch_size)])
     return [latent_scatter(free_path(folder / "latent", ".png"), means, labels)]
 
@@ -253,15 +237,13 @@ def beta_sweep(job: Job, folder: Path) -> list[Path]:
     model, n = job.model, job.config.n_samples
     assert isinstance(model, GaussianVAE)
     assert model.rates is not None
-    x, _ = test_images(job, n)
+    x, _ = job.test_images()
     z = model.sample_latents(n, job.generator)
     columns = min(n, 8)
     frames, strips_of = [], []
-    for beta in log_spaced(model.rates.beta_min, model.rates.beta_max, job.config.n_betas):
-        model.set_beta(beta)
-        y = torch.cat([job.unit(model.reconstruct(part)) for part in x.split(job.config.batch_size)])
-        samples = job.decode(z)
-        picture = np.concatenate([pairs(job.unit(x), y, columns), grid(samples, columns)])
+    betas = log_spaced(model.rates.beta_min, model.rates.beta_max, job.config.n_betas)
+    for beta, y, samples in images_at_betas(model, x, z, betas, job.config.batch_size, job.normalize):
+        picture = np.concatenate([pairs(to_unit(x, job.normalize), y, columns), grid(samples, columns)])
         frames.append(captioned(picture, f"beta {beta:.3g}"))
         strips_of.append(torch.cat([y, samples]))
     every = torch.stack(strips_of, dim=1)  # [2 n, betas, C, S, S]
@@ -274,8 +256,8 @@ def beta_sweep(job: Job, folder: Path) -> list[Path]:
 
 MODES: dict[str, Callable[[Job, Path], list[Path]]] = {
     "sample": sample,
-    "interpolate": interpolate,
-    "traverse": traverse,
+    "interpolate": interpolate_latents,
+    "traverse": traverse_latents,
     "reconstruct": reconstruct,
     "visualize_latent": visualize_latent,
     "beta_sweep": beta_sweep,

@@ -22,21 +22,20 @@ from movae_fast.cli import parsing
 from movae_fast.cli.curves import CurveConfig, check_curve, draw
 from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.evaluation.curve_runs import trial_folder
-from movae_fast.evaluation.disentanglement import METRICS
 from movae_fast.figures import sweep_figure
 from movae_fast.names import nearest
 from movae_fast.sweeps.search import (
     FIGURES,
-    assigned,
     bundles,
+    check_objectives,
     check_space,
     check_storage,
+    check_trials,
     is_bundle,
-    measured_by,
     selected,
 )
 from movae_fast.sweeps.study import Report, Study, report
-from movae_fast.training.config import SECTIONS, TrainConfig
+from movae_fast.training.config import SECTIONS
 from movae_fast.training.limits import ONE, ZERO, check_values
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
@@ -175,50 +174,15 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     check_values(flags, worker=ZERO)
     check_values(spec, samples=ONE)
     kinds = parsing.flag_types(list(SECTIONS.values()))
-    for name, space in spec.search.items():
-        check_space(name, space)
-    bundled = [key for choice in bundles(spec.search) for key in choice]
-    single = [name for name, space in spec.search.items() if not is_bundle(space)]
-    for where, names in (("search", [*single, *bundled]), ("flags", list(spec.flags))):
-        for name in names:
-            if name not in kinds:
-                raise ValueError(f"--config {flags.config}: {where}: {name} is no flag{nearest(name, kinds)}")
-    check_sampler(flags.config, spec)
-    spec.flags = {name: parsing.typed(name, value, kinds[name]) for name, value in spec.flags.items()}
-    for name, space in spec.search.items():
-        type_space(name, space, kinds)
+    type_search(flags.config, spec, kinds)
     if spec.curve is not None:
         curve_config(spec, [], None)
     if not spec.objectives:
         raise ValueError(f"--config {flags.config}: objectives are empty")
-    for name, direction in spec.objectives.items():
-        if direction not in ("minimize", "maximize"):
-            raise ValueError(f"objectives: {name}: {direction}: valid: minimize, maximize")
-        if not name.startswith("test/") and name not in FIGURES:
-            raise ValueError(
-                f"objectives: {name} is unknown{nearest(name, FIGURES)}; valid: test/NAME, {', '.join(FIGURES)}"
-            )
+    check_objectives(spec.objectives)
     fixed = parsing.read_config(spec.config, kinds) if spec.config else {}
     fixed |= spec.flags | {k: v for k in ("device", "data_dir") if (v := getattr(flags, k)) is not None}
-    first = {
-        name: space["choices"][0] if "choices" in space else space["low"] for name, space in spec.search.items()
-    }
-    config = TrainConfig.from_flat(fixed | assigned(first))
-    measured = measured_by(config)
-    for name, space in spec.search.items():
-        for value in space["choices"][1:] if "choices" in space else [space["high"]]:
-            try:
-                measured |= measured_by(TrainConfig.from_flat(fixed | assigned(first | {name: value})))
-            except ValueError as error:
-                raise ValueError(f"search: {name}: {error}") from None
-    for name in spec.objectives:
-        if name.startswith("test/") and name not in measured:
-            raise ValueError(f"objectives: {name}: a run measures {', '.join(measured)}")
-    factors = [n for n in spec.objectives if FIGURES.get(n) in METRICS]
-    if factors and not config.info.factor_sizes:
-        raise ValueError(
-            f"objectives: {factors[0]} needs data with known discrete factors; {config.info.name} has none"
-        )
+    check_trials(spec.search, spec.objectives, fixed)
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20
     workers = spec.workers if flags.workers is None else flags.workers
     trials = next((n for n in (flags.trials, spec.trials) if n is not None), every)
@@ -238,6 +202,22 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
         prune=spec.prune,
         seed=flags.seed,
     )
+
+
+def type_search(config: str, spec: SweepFile, kinds: dict[str, Any]) -> None:
+    """Check the search and the fixed flags, and give their values the types of their flags."""
+    for name, space in spec.search.items():
+        check_space(name, space)
+    bundled = [key for choice in bundles(spec.search) for key in choice]
+    single = [name for name, space in spec.search.items() if not is_bundle(space)]
+    for where, names in (("search", [*single, *bundled]), ("flags", list(spec.flags))):
+        for name in names:
+            if name not in kinds:
+                raise ValueError(f"--config {config}: {where}: {name} is no flag{nearest(name, kinds)}")
+    check_sampler(config, spec)
+    spec.flags = {name: parsing.typed(name, value, kinds[name]) for name, value in spec.flags.items()}
+    for name, space in spec.search.items():
+        type_space(name, space, kinds)
 
 
 def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from movae_fast.evaluation.rate_distortion import Point, is_multirate, log_spaced, nominal_beta
+from movae_fast.evaluation.rate_distortion import Point, is_multirate, nominal_beta
 from movae_fast.models import GaussianVAE
 from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
@@ -92,19 +91,18 @@ def trial_folder(sweep: Path, number: int) -> Path:
 
 
 def read_member(
-    path: Path, device: torch.device, betas: int, beta_min: float | None, beta_max: float | None
+    path: Path, device: torch.device, betas_within: Callable[[float, float], list[float]]
 ) -> Member:
-    """One run, checked. Raises ValueError, with its path, for a model that has no place on a curve."""
+    """Read one run; `betas_within` picks a curve's betas by the range that the run was trained for.
+
+    Raises ValueError, with the path, for a model that has no place on a curve.
+    """
     trained, model, processes = load_trained(path, device)
     multirate = is_multirate(model)
     if multirate:
         assert isinstance(model, GaussianVAE)
         assert model.rates is not None
-        least = model.rates.beta_min if beta_min is None else beta_min
-        most = model.rates.beta_max if beta_max is None else beta_max
-        if not 0 < least < most or not math.isfinite(most):
-            raise ValueError(f"--beta_min {least:g} must be above 0 and below --beta_max {most:g}")
-        wanted = log_spaced(least, most, betas)
+        wanted = betas_within(model.rates.beta_min, model.rates.beta_max)
     else:
         try:
             wanted = [nominal_beta(trained)]

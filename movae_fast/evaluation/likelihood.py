@@ -1,7 +1,7 @@
 """What a trained model assigns to images: rate, distortion, bounds on log p(x).
 
-All in nats per image, in evaluation mode. The likelihood p(x|z) is the one whose energy the reconstruction
-objective is: Bernoulli; a Gaussian of variance 1/2 for the squared error; a Laplacian of scale 1.
+All in nats per image, in evaluation mode. Up to a constant the reconstruction objective is -log p(x|z) of a
+likelihood: Bernoulli; a Gaussian of variance 1/2 for the squared error; a Laplacian of scale 1.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def log_likelihood(
     activation: str,
     dist: ReconsDist,
 ) -> Tensor:  # [B] float64
-    """log p(x|z) in nats an image, its constants included."""
-    return -energy(preactivation, x, activation, dist) - constant(dist, x[0].numel())
+    """Return log p(x|z) in nats per image, its constants included."""
+    return -summed_error(preactivation, x, activation, dist) - likelihood_constant(dist, x[0].numel())
 
 
-def energy(
+def summed_error(
     preactivation: Tensor,  # [B, C, H, W]
     x: Tensor,  # [B, C, H, W]
     activation: str,
     dist: ReconsDist,
 ) -> Tensor:  # [B] float64
-    """The reconstruction objective of each image, summed over its values: -log p(x|z) without the constant."""
+    """Return each image's reconstruction objective, summed over its values: -log p(x|z) less the constant."""
     return pixel_errors(preactivation.double(), x.double(), activation, dist).flatten(1).sum(1)
 
 
-def constant(dist: ReconsDist, values: int) -> float:
-    """What -log p(x|z) of an image of so many values has besides its energy."""
+def likelihood_constant(dist: ReconsDist, values: int) -> float:
+    """Return what -log p(x|z) of an image of so many values has besides the summed error, in nats."""
     return values * {"bernoulli": 0.0, "gaussian": 0.5 * math.log(math.pi), "laplacian": math.log(2)}[dist]
 
 

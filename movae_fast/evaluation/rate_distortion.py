@@ -1,8 +1,8 @@
 """The rate-distortion curve of one set of weights: what a multi-rate model assigns to images at many betas.
 
-Rate and distortion are in nats an image, in evaluation mode, one draw of z an image. The distortion is the
-reconstruction objective summed over an image's values, without the likelihood's constant (`bounds.constant`),
-so that distortion + beta * rate is what training minimises.
+Rate and distortion are in nats per image, in evaluation mode, one draw of z per image. The distortion is the
+reconstruction objective summed over an image's values, without the constant of the likelihood
+(`likelihood_constant`), so that distortion + beta * rate is what training minimises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader
-from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE, energy
+from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE, summed_error
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.objectives import ReconsDist, kl_of_latents
 from movae_fast.training.config import TrainConfig
@@ -105,7 +105,7 @@ def one_pass(
             decoded = model.decode(z.flatten(0, 1).to(x))
             wanted = x.repeat(k, *(1,) * (x.dim() - 1))
             part = (
-                energy(decoded, wanted, model.activation, dist).view(k, -1).sum(1),
+                summed_error(decoded, wanted, model.activation, dist).view(k, -1).sum(1),
                 kl_of_latents(mu, logvar).sum((1, 2)),
                 mu.sum(1),
                 mu.square().sum(1),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from movae_fast.evaluation.disentanglement import METRICS
-from movae_fast.names import ArgumentError
+from movae_fast.names import ArgumentError, nearest
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_fits, validate
 
@@ -87,6 +87,45 @@ def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
     if isinstance(low, int) and isinstance(high, int):
         return trial.suggest_int(name, low, high, step=space.get("step", 1), log=log)
     return trial.suggest_float(name, low, high, step=space.get("step"), log=log)
+
+
+def check_objectives(objectives: Mapping[str, str]) -> None:
+    """Refuse a direction that there is not, and a figure that no run has."""
+    for name, direction in objectives.items():
+        if direction not in ("minimize", "maximize"):
+            raise ValueError(f"objectives: {name}: {direction}: valid: minimize, maximize")
+        if not name.startswith("test/") and name not in FIGURES:
+            raise ValueError(
+                f"objectives: {name} is unknown{nearest(name, FIGURES)}; valid: test/NAME, {', '.join(FIGURES)}"
+            )
+
+
+def check_trials(
+    search: Mapping[str, dict[str, Any]], objectives: Mapping[str, str], fixed: Mapping[str, Any]
+) -> None:
+    """Refuse a search with a value that makes no run, or whose runs lack an objective.
+
+    Every value is tried by itself, with the first values of the other flags.
+    """
+    first = {
+        name: space["choices"][0] if "choices" in space else space["low"] for name, space in search.items()
+    }
+    config = TrainConfig.from_flat(dict(fixed) | assigned(first))
+    measured = measured_by(config)
+    for name, space in search.items():
+        for value in space["choices"][1:] if "choices" in space else [space["high"]]:
+            try:
+                measured |= measured_by(TrainConfig.from_flat(dict(fixed) | assigned(first | {name: value})))
+            except ValueError as error:
+                raise ValueError(f"search: {name}: {error}") from None
+    for name in objectives:
+        if name.startswith("test/") and name not in measured:
+            raise ValueError(f"objectives: {name}: a run measures {', '.join(measured)}")
+    factors = [n for n in objectives if FIGURES.get(n) in METRICS]
+    if factors and not config.info.factor_sizes:
+        raise ValueError(
+            f"objectives: {factors[0]} needs data with known discrete factors; {config.info.name} has none"
+        )
 
 
 def measured_by(config: TrainConfig) -> dict[str, None]:

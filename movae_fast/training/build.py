@@ -157,7 +157,7 @@ def build_step(
 
 def compile_mode(
     run: RunConfig, device: torch.device, world: World, captured: bool, part_of_batch: bool
-) -> Any:
+) -> str:
     """Return the mode of torch.compile for a step that is captured as a CUDA graph, or is not."""
     # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
     if part_of_batch or (run.sync_batchnorm and world.size > 1):

@@ -1,0 +1,112 @@
+"""Images that a trained model makes: from its prior, between latents, along one of them, at many betas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from movae_fast.data import to_unit
+from movae_fast.models import VAE, GaussianVAE, ProVLAE
+from movae_fast.models.vq_vae import VQVAE
+from movae_fast.names import ArgumentError
+from movae_fast.training.build import make_loader
+from movae_fast.training.config import TrainConfig
+
+REACH, FRAMES = 2.5, 10  # of a ladder's traversals: prior standard deviations; pictures per traversal
+
+
+def decode_images(model: VAE, z: Tensor, batch_size: int, normalize: bool) -> Tensor:  # [N, C, S, S] in [0, 1]
+    """Return the images of latents [N, ...], decoded batch_size at a time."""
+    return to_unit(torch.cat([model.to_image(model.decode(part)) for part in z.split(batch_size)]), normalize)
+
+
+def sample_images(
+    model: VAE, n: int, batch_size: int, generator: torch.Generator, normalize: bool
+) -> Tensor:  # [n, C, S, S] in [0, 1]
+    """Return n images from the model's prior, drawn batch_size at a time."""
+    sizes = [min(batch_size, n - first) for first in range(0, n, batch_size)]
+    return torch.cat([to_unit(model.sample(size, generator), normalize) for size in sizes])
+
+
+def reconstruct_images(model: VAE, x: Tensor, batch_size: int, normalize: bool) -> Tensor:
+    """Return reconstructions [N, C, S, S] in [0, 1] of images x, by posterior means, batch_size at a time."""
+    return to_unit(torch.cat([model.reconstruct(part) for part in x.split(batch_size)]), normalize)
+
+
+def draw_test_images(
+    trained: TrainConfig, device: torch.device, n_samples: int, generator: torch.Generator, each: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return n_samples * each test images, in the model's range, and their labels, drawn without replacement.
+
+    Raises ArgumentError if there are not so many.
+    """
+    trained.data.limit_test = 0
+    loader = make_loader(trained, device, "test")
+    n, total = n_samples * each, len(loader.source)
+    if n > total:
+        raise ArgumentError(f"n_samples {n_samples} needs {n} test images; there are {total}")
+    rows = torch.randperm(total, generator=generator)[:n].sort().values
+    parts = list(loader.take(rows))
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def interpolate(model: VAE, first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N * steps, ...]
+    """Return latents on the lines from `first` to `second` [N, ...], ends included; with a codebook, codes."""
+    t = torch.linspace(0, 1, steps, device=first.device).view(1, steps, *(1,) * (first.dim() - 1))
+    z = (first[:, None] * (1 - t) + second[:, None] * t).flatten(0, 1)
+    return model.quantize(z)[0] if isinstance(model, VQVAE) else z
+
+
+def traverse(
+    model: GaussianVAE, n: int, steps: int, reach: float, dim: int, generator: torch.Generator
+) -> Tensor:  # [strips, steps, D]
+    """Return latents along one coordinate, from -reach to reach, around draws from the prior.
+
+    There are n draws, traversed along latent `dim`; or, for -1, one that is traversed along every latent.
+    """
+    values = torch.linspace(-reach, reach, steps, device=model.device)
+    if dim < 0:
+        dims = torch.arange(model.latent_dim, device=model.device)
+        z = model.sample_latents(1, generator).expand(len(dims), -1)
+    else:
+        z = model.sample_latents(n, generator)
+        dims = torch.full((len(z),), dim, device=model.device)
+    z = z[:, None].repeat(1, steps, 1)
+    z[torch.arange(len(z), device=z.device), :, dims] = values
+    return z
+
+
+def images_at_betas(
+    model: GaussianVAE,
+    x: Tensor,  # [N, C, S, S] in the model's range
+    z: Tensor,  # [M, D]
+    betas: Sequence[float],
+    batch_size: int,
+    normalize: bool,
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Yield each beta with the reconstructions of x and the images of z at it; sets the model to each."""
+    for beta in betas:
+        model.set_beta(beta)
+        yield (
+            beta,
+            reconstruct_images(model, x, batch_size, normalize),
+            decode_images(model, z, batch_size, normalize),
+        )
+
+
+@torch.no_grad()
+def ladder_traversals(model: ProVLAE, x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Return values [FRAMES] and images [L, latent_dim, FRAMES, C, S, S] in [0, 1], the top rung first.
+
+    Around the posterior mean of one image x [1, C, S, S]: each latent alone takes each value.
+    """
+    mean, _ = model.encode(x)
+    values = torch.linspace(-REACH, REACH, FRAMES, device=mean.device)
+    z = mean.expand(model.latent_dim, FRAMES, -1).clone()
+    latent = torch.arange(model.latent_dim, device=mean.device)
+    z[latent, :, latent] = values
+    images = torch.cat([model.to_image(model.decode(part)) for part in z.flatten(0, 1).split(256)])
+    images = to_unit(images.float(), normalize)
+    return values, images.unflatten(0, (model.num_ladders, model.z_dim, FRAMES)).flip(0)
