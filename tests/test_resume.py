@@ -368,3 +368,11 @@ def test_a_log_line_on_its_way_to_the_host_is_part_of_the_checkpoint(train, monk
     assert [line["step"] for line in lines(part)] == [2]
     train(f"--resume {part}")
     assert lines(part) == lines(folder)
+
+
+def test_a_run_goes_on_in_its_own_folder_from_inside_its_checkpoints(train, monkeypatch):
+    folder = train("--epochs 2")
+    monkeypatch.chdir(folder / "checkpoints")
+    train("--resume last.pt", "--epochs 3")
+    assert lines(folder)[-1]["epoch"] == 3
+    assert {path.suffix for path in (folder / "checkpoints").iterdir()} == {".pt"}
