@@ -120,15 +120,15 @@ def run(argv: Sequence[str]) -> int:
         return 128 + stopped[0]
     if any(statuses):
         print(f"movae sweep: a worker ended with status {max(statuses)}", file=sys.stderr)
-    found = report(study)
-    show(console, found)
-    for path in (study.write(found), sweep_figure(study.folder / "study.png", found.names, found.rows)):
+    results = report(study)
+    show(console, results)
+    for path in (study.write(results), sweep_figure(study.folder / "study.png", results.names, results.rows)):
         console.print(str(path), highlight=False, soft_wrap=True)
-    if not found.rows:
-        print(f"movae sweep: no trial succeeded; the first error: {found.error}", file=sys.stderr)
+    if not results.rows:
+        print(f"movae sweep: no trial succeeded; the first error: {results.error}", file=sys.stderr)
         return 1
     if spec.curve is not None:
-        draw_curve(study, spec, found, console)
+        draw_curve(study, spec, results, console)
     return 1 if any(statuses) else 0
 
 
@@ -263,10 +263,10 @@ def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> Curve
     return config
 
 
-def draw_curve(study: Study, spec: SweepFile, found: Report, console: Console) -> None:
+def draw_curve(study: Study, spec: SweepFile, results: Report, console: Console) -> None:
     """The trials' rate-distortion curves, of those that are not selected out."""
     assert spec.curve is not None
-    rows = selected(study.objectives, found.rows, spec.curve.get("select", []))
+    rows = selected(study.objectives, results.rows, spec.curve.get("select", []))
     paths = [trial_folder(study.folder, row["number"]) for row in rows]
     config = curve_config(spec, [str(p) for p in paths], study.folder / "curve")
     config.device = str(study.fixed.get("device", config.device))
@@ -274,12 +274,12 @@ def draw_curve(study: Study, spec: SweepFile, found: Report, console: Console) -
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
-def show(console: Console, found: Report) -> None:
+def show(console: Console, results: Report) -> None:
     """The best trial, or the Pareto front."""
-    title = "best trial" if len(found.names) == 1 else "Pareto front"
-    table = Table(title=f"{title} of {len(found.rows)} complete trials")
-    best = [row for row in found.rows if row["best"]]
-    columns = ["trial", *found.names, *(list(best[0]["params"]) if best else [])]
+    title = "best trial" if len(results.names) == 1 else "Pareto front"
+    table = Table(title=f"{title} of {len(results.rows)} complete trials")
+    best = [row for row in results.rows if row["best"]]
+    columns = ["trial", *results.names, *(list(best[0]["params"]) if best else [])]
     for column in columns:
         table.add_column(column, justify="right")
     for row in best:

@@ -53,7 +53,7 @@ class Member:
 
 def expanded(names: Sequence[str]) -> list[Path]:
     """Runs and checkpoints as they are, folders as the runs in them; of a sweep, its complete trials."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
         if not path.exists():
@@ -61,8 +61,8 @@ def expanded(names: Sequence[str]) -> list[Path]:
         inside = [path] if path.is_file() or is_run(path) else runs_below(path)
         if not inside:
             raise ValueError(f"{name} holds no run; name runs, folders of runs, or a sweep's folder")
-        found += inside
-    return list(dict.fromkeys(found))
+        paths += inside
+    return list(dict.fromkeys(paths))
 
 
 def is_run(folder: Path) -> bool:

@@ -50,12 +50,12 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
 @torch.no_grad()
 def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     """Images in [0, 1], [B, C, H, W] each, one or three channels, to features [N, 2048], as 8-bit pixels."""
-    found = []
+    features = []
     for images in batches:
         pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
         (part,) = inception(pixels.expand(-1, 3, -1, -1))
-        found.append(part)
-    return torch.cat(found)
+        features.append(part)
+    return torch.cat(features)
 
 
 def distances(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:

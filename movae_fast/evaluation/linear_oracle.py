@@ -1,7 +1,7 @@
 """The linear VAE's optimum at a given beta, in closed form: what a trained curve is held against.
 
 The model is p(z) = N(0, I_k), decoder W z + m, encoder N(V (x - m), diag c) with one c for all x; m is the
-data's mean and S its covariance (divided by N). The loss is D + beta R in nats an image, with the distortion
+data's mean and S its covariance (divided by N). The loss is D + beta R in nats per image, with the distortion
 D = a E||x - W z - m||^2 + const by one of two conventions:
 
 - "gaussian": -log N(x; W z + m, sigma2 I), that is a = 1 / (2 sigma2) and const = d/2 log(2 pi sigma2);
@@ -26,7 +26,7 @@ Convention = Literal["gaussian", "squared_error"]
 
 @dataclass(frozen=True)
 class LinearOptimum:
-    """The least loss at one beta, in nats an image, and parameters that attain it."""
+    """The least loss at one beta, in nats per image, and parameters that attain it."""
 
     beta: float
     rate: float
@@ -59,7 +59,7 @@ def linear_losses(
     convention: Convention = "gaussian",
     sigma2: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # [], []
-    """(rate, distortion) in nats an image of any linear VAE that knows the data's mean; differentiable."""
+    """(rate, distortion) in nats per image of any linear VAE that knows the data's mean; differentiable."""
     a, constant = scale_and_constant(len(covariance), convention, sigma2)
     moved = v @ covariance @ v.T  # the posterior means' covariance
     error = covariance.trace() - 2 * (w * (covariance @ v.T)).sum() + ((w.T @ w) * moved).sum()
@@ -102,7 +102,7 @@ class LinearOracle:
         return beta / (2 * self.a)
 
     def point(self, beta: float) -> tuple[float, float]:
-        """(R*, D*) in nats an image: reverse water-filling."""
+        """(R*, D*) in nats per image: reverse water-filling."""
         level = self.level(beta)
         leading = self.values[: self.k]
         active = leading[leading > level]
@@ -142,7 +142,7 @@ class LinearOracle:
         return 2 * self.a * math.exp(float(levels[n - 1]))
 
     def distortion_at_rate(self, rate: float) -> float:
-        """The frontier: the least distortion of any linear VAE of this rate, in nats an image."""
+        """The frontier: the least distortion of any linear VAE of this rate, in nats per image."""
         beta = self.beta_at_rate(rate)
         if math.isinf(beta):
             return self.a * float(self.values.sum()) + self.constant
@@ -152,7 +152,7 @@ class LinearOracle:
         """A linear model at `beta` beside the optimum: where it should be, and how far it is off the curve.
 
         `excess_loss` is its loss above L*; `rate_error` and `distortion_error` are the error of its map from
-        beta to (R, D); `frontier_gap` is its distortion above the least at its own rate (all in nats an image),
+        beta to (R, D); `frontier_gap` is the distortion above the least at its own rate (in nats per image),
         and `frontier_beta` is the beta that has its rate on the frontier.
         """
         best_rate, best_distortion = self.point(beta)

@@ -117,8 +117,8 @@ def one_pass(
     assert done == n
     distortion, rate, first, second = ((s / n).cpu() for s in sums)
     active = (second - first.square() > ACTIVE_VARIANCE).sum(1)
-    found = zip(betas, rate.tolist(), distortion.tolist(), active.tolist(), strict=True)
-    return [Point(beta, r, d, a) for beta, r, d, a in found]
+    columns = zip(betas, rate.tolist(), distortion.tolist(), active.tolist(), strict=True)
+    return [Point(beta, r, d, a) for beta, r, d, a in columns]
 
 
 def encode_at(
@@ -175,19 +175,19 @@ def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
     at the model's beta; `frontier_gap`, the curve's distortion between its points at the model's rate above the
     model's distortion, is there where the curve reaches that rate.
     """
-    found: dict[str, float] = {"beta": other.beta}
+    gaps: dict[str, float] = {"beta": other.beta}
     same = next((p for p in curve if p.beta == other.beta), None)
     if same is not None:
-        found |= {
+        gaps |= {
             f"{name}_error": getattr(same, name) - getattr(other, name)
             for name in ("rate", "distortion", "total", "loss")
         }
-        found["total_ratio"] = same.total / other.total
+        gaps["total_ratio"] = same.total / other.total
     ordered = sorted(curve, key=lambda p: p.rate)
     for a, b in itertools.pairwise(ordered):
         if a.rate <= other.rate <= b.rate:
             share = (other.rate - a.rate) / (b.rate - a.rate) if b.rate > a.rate else 0.0
             between = a.distortion + share * (b.distortion - a.distortion)
-            found["frontier_gap"] = between - other.distortion
+            gaps["frontier_gap"] = between - other.distortion
             break
-    return found
+    return gaps

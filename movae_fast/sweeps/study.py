@@ -228,10 +228,10 @@ class Study:
             raise ValueError(f"objective {missing[0]}: this run has {', '.join(figures)}")
         return [figures[name] for name in self.objectives]
 
-    def write(self, found: Report) -> Path:
+    def write(self, results: Report) -> Path:
         """results.json: every complete trial; made anew from the study each time."""
         path = self.folder / "results.json"
-        record = {"objectives": self.objectives, "trials": found.rows}
+        record = {"objectives": self.objectives, "trials": results.rows}
         with replacing(path) as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())
         return path

@@ -129,12 +129,12 @@ def latest(folder: Path) -> tuple[Path | None, str]:
     try:
         checkpoint.load(last)
     except checkpoint.CheckpointError as error:
-        found = checkpoint.whole(checkpoints)
-        if not found:
+        whole = checkpoint.whole(checkpoints)
+        if not whole:
             raise checkpoint.CheckpointError(
                 f"{str(error)[:300]}; no checkpoint in {checkpoints} is whole: name another --exp_dir, or move "
                 "these files away"
             ) from None
         kept = f", now {set_aside(last).name}" if last.exists() else ""
-        return found[0][0], f"{last.name} is missing or damaged{kept}; going on from {found[0][0].name}"
+        return whole[0][0], f"{last.name} is missing or damaged{kept}; going on from {whole[0][0].name}"
     return last, ""

@@ -117,11 +117,11 @@ def start_or_resume(config: TrainConfig, changes: Callable[[dict[str, Any]], Tra
     assert config.run.exp_dir is not None
     folder = Path(config.run.exp_dir)
     joined = connect(config.run.device)
-    found, note = joined[0].on_main(lambda: latest(folder))
-    if found is None:
+    saved, note = joined[0].on_main(lambda: latest(folder))
+    if saved is None:
         config.run.device = joined[1]
         return setup(config, joined, take=True)
-    run = resume(found, changes, joined)
+    run = resume(saved, changes, joined)
     run.notes += [note] if note else []
     return run
 

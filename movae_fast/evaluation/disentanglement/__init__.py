@@ -97,8 +97,8 @@ class Codes:
 
 
 def _dci(codes: Codes) -> dict[str, float]:
-    found = dci(*codes.arrays, seed=codes.seed)
-    return {f"dci_{name}": value for name, value in list(found._asdict().items())[:3]}
+    scores = dci(*codes.arrays, seed=codes.seed)
+    return {f"dci_{name}": value for name, value in list(scores._asdict().items())[:3]}
 
 
 # Name on the command line -> the figures by name.
