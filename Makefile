@@ -55,7 +55,7 @@ format: $(VENV)/.ready-dev
 
 # The pages of docs/ as site/; a broken link fails.
 docs: $(VENV)/.ready-dev
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 doctor: $(VENV)/.ready
 	$(BIN)/movae doctor

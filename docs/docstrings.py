@@ -1,7 +1,7 @@
 """Turn the package's docstrings into Markdown for the API pages.
 
-A docstring names its arguments at the start of a line (`rows: [m, P] float32, …`), with more lines indented. Here
-each becomes an item of a list, and asterisks and angle brackets stay what they are.
+A docstring names its arguments at the start of a line (`rows: [m, P] float32, …`), with more lines indented.
+Here each becomes an item of a list, and asterisks and angle brackets stay what they are.
 """
 
 from __future__ import annotations
@@ -13,34 +13,40 @@ import griffe
 
 
 class Arguments(griffe.Extension):
-    """Rewrite every docstring when it is read."""
+    """Rewrite every docstring once what it describes has been read."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring is not None:
-            names = {p.name for p in obj.parameters} if isinstance(obj, griffe.Function) else set()
-            if isinstance(obj, griffe.Class) and "__init__" in obj.members:
-                names = {p.name for p in obj.members["__init__"].parameters}
-            obj.docstring.value = as_markdown(obj.docstring.value, names)
+        if not isinstance(obj, griffe.Class):
+            rewrite(obj, {p.name for p in obj.parameters} if isinstance(obj, griffe.Function) else set())
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        init = cls.members.get("__init__")
+        rewrite(cls, {p.name for p in init.parameters} if isinstance(init, griffe.Function) else set())
+
+
+def rewrite(obj: griffe.Object, names: set[str]) -> None:
+    """Put Markdown in the place of the docstring; `names` are the arguments that it may describe."""
+    if obj.docstring is not None:
+        obj.docstring.value = as_markdown(obj.docstring.value, names)
 
 
 def as_markdown(text: str, names: set[str]) -> str:
-    """Return the docstring with a list item for each argument, and nothing that Markdown would take for markup."""
-    lines: list[str] = []
-    in_list = False
-    for line in escaped(text).splitlines():
-        heads = re.match(r"([\w, ]+): ?", line)
-        if heads and {h.strip() for h in heads[1].split(",")} <= names:
-            if not in_list and lines and lines[-1]:
-                lines.append("")
-            shown = ", ".join(f"`{h.strip()}`" for h in heads[1].split(","))
-            lines.append(f"- {shown}: {line[heads.end() :]}")
-            in_list = True
-        else:
-            if in_list and line and not line.startswith(" "):
-                in_list = False
-                if lines[-1]:
-                    lines.append("")
-            lines.append(line)
+    """Return the docstring with an item per argument, and nothing else that Markdown would take for markup."""
+    paragraphs = re.split(r"\n\s*\n", escaped(text))
+    return "\n\n".join(as_list(p, names) or p for p in paragraphs)
+
+
+def as_list(paragraph: str, names: set[str]) -> str:
+    """Return a paragraph of arguments as a list; empty if a line begins with anything else."""
+    lines = []
+    for line in paragraph.splitlines():
+        head, colon, rest = line.partition(":")
+        words = [word.strip() for word in head.split(",")]
+        if colon and set(words) <= names:
+            line = f"- {', '.join(f'`{word}`' for word in words)}:{rest}"
+        elif not line.startswith("    "):
+            return ""
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -3,8 +3,8 @@
     pip install 'movae-fast[examples]'
     python examples/lightning_module.py --steps 500
 
-Aggregation needs the objectives' gradients one by one, so the module optimizes manually: `jacobian.backward` takes the
-place of `manual_backward`. In one process, for the gradients are not exchanged.
+Aggregation needs the objectives' gradients one by one, so the module optimizes manually: `jacobian.backward`
+takes the place of `manual_backward`. In one process, for the gradients are not exchanged.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/vq_layer.py --steps 500
 
-The layer has the interface of vector-quantize-pytorch's `VectorQuantize`. Its codebook follows a moving average of
-the encoder's output, begins with k-means, and revives codes that nobody chooses.
+The layer has the interface of vector-quantize-pytorch's `VectorQuantize`. Its codebook follows a moving average
+of the encoder's output, begins with k-means, and revives codes that nobody chooses.
 """
 
 import argparse

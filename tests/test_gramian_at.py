@@ -9,8 +9,8 @@ from movae_fast.aggregation.registry import AGGREGATORS, is_weighting, make_aggr
 from movae_fast.jacobian import at_features
 from movae_fast.models import MODELS, ConvVAE
 from movae_fast.training.compiled import graph_counters
-from movae_fast.training.precision import Precision
 from movae_fast.training.gradients import Batch, forward, last_parameters
+from movae_fast.training.precision import Precision
 from tests.test_jacobian import net
 from tests.test_step import gradient, images, relative, step
 
