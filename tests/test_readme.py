@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from movae_fast import __version__, aggregation, jacobian, nn, ops
+from movae_fast.aggregation.registry import AGGREGATORS
 from movae_fast.cli import COMMANDS, main
 from movae_fast.cli.parsing import ALIASES
 from movae_fast.data import DATASETS
@@ -38,6 +40,11 @@ def prose(page: Path) -> str:
 
 def code_spans(page: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def project_table(name: str) -> str:
+    """Return the text of a table of pyproject.toml."""
+    return (ROOT / "pyproject.toml").read_text(encoding="utf-8").split(f"[{name}]\n")[1].split("\n[")[0]
 
 
 SNIPPETS = [
@@ -154,7 +161,7 @@ def test_command_parses(words: list[str], parsed) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(rest) <= set(targets)
     elif program == "pip":
-        extras = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        extras = re.findall(r"^([\w-]+) = \[", project_table("project.optional-dependencies"), re.MULTILINE)
         for named in re.findall(r"\[([\w,-]+)\]", " ".join(rest)):
             assert set(named.split(",")) <= set(extras)
     elif program == "python" and rest[0] == "-m":
@@ -230,6 +237,25 @@ def test_the_import_law_is_as_written() -> None:
     assert written == expected
 
 
+def test_all_models_aggregators_and_datasets_are_listed() -> None:
+    spans = code_spans(DOCS / "what_there_is.md")
+    named: set[str] = set()
+    family = ""
+    for span in spans:
+        if re.fullmatch(r"_\d+", span):  # of `cnn_vae_28`, `_32`, `_64`
+            named.add(family + span)
+        else:
+            named.add(span)
+            family = re.sub(r"_\d+$", "", span)
+    assert named >= {*MODELS, *AGGREGATORS, "sum", *DATASETS}
+
+
+def test_all_extras_are_listed() -> None:
+    listed = re.findall(r"^\| (`.*?`) \|", prose(DOCS / "install.md"), re.MULTILINE)
+    extras = re.findall(r"^([\w-]+) = \[", project_table("project.optional-dependencies"), re.MULTILINE)
+    assert set(extras) <= set(re.findall(r"`([\w-]+)`", " ".join(listed)))
+
+
 @pytest.mark.parametrize(
     ("page", "module"), [("ops", ops), ("jacobian", jacobian), ("aggregation", aggregation), ("nn", nn)]
 )
@@ -237,3 +263,12 @@ def test_the_reference_has_every_public_name(page: str, module) -> None:
     text = (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8")
     for name in module.__all__:
         assert re.search(rf"\b{name}\b", text), name
+
+
+def test_a_docstrings_arguments_become_a_list() -> None:
+    pytest.importorskip("griffe", reason="pip install 'movae-fast[docs]'")
+    as_markdown = runpy.run_path(str(DOCS / "docstrings.py"))["as_markdown"]
+    text = "Add a * b < c.\n\nrows, out: [m, P]\n    more\nweights: [m]\n\nrows: this is\nprose."
+    assert as_markdown(text, {"rows", "out", "weights"}) == (
+        "Add a \\* b &lt; c.\n\n- `rows`, `out`: [m, P]\n    more\n- `weights`: [m]\n\nrows: this is\nprose."
+    )
