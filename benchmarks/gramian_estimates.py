@@ -30,14 +30,14 @@ SKETCHES = (4, 32)  # random directions, each of which costs a forward with tang
 
 def gramians(step: TrainStep, x: Tensor, noise: Tensor, scale: Tensor, generator: torch.Generator) -> Gramians:
     """Return the Gramians of one step; the exact rows are at `step.rows`."""
-    found = {"exact": ops.gramian(step.rows.rows)}
+    found = {"exact": step.gramian()}
     for at in ("features", "last:1", "last:2", "last:4"):
         places = last_parameters(step.model, at)
         with keeping_buffers(step.model):
             found[at] = ops.gramian(cheap_rows_of(step.network, Batch(x, noise, None), scale, places))
     for count in SKETCHES:
         directions = torch.randn(step.flat.n_shared, count, generator=generator)
-        seen = (step.rows.rows @ directions).double()
+        seen = (step.rows.spread_rows() @ directions).double()
         found[f"{count} random directions"] = seen @ seen.T / count
     return found
 
@@ -46,7 +46,7 @@ def corrected(cheap: Tensor, known: Gramians, name: str) -> Tensor:
     """Return a cheap Gramian with the lengths and cosines that it was wrong by at the last exact one."""
 
     def parts(gramian: Tensor) -> tuple[Tensor, Tensor]:
-        norms = gramian.diagonal().sqrt().clamp_min(1e-300)
+        norms = gramian.diagonal().sqrt().clamp_min(1e-150)
         return norms, gramian / norms.outer(norms)
 
     norms, cosines = parts(cheap)

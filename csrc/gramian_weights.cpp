@@ -2,6 +2,8 @@
 #include "bindings.h"
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "gramian_weights.h"
@@ -34,9 +36,24 @@ WeightingTask task_of(int method, int m, std::uintptr_t G, std::uintptr_t pref, 
             pointer<double>(out)};
 }
 
+// Each row of the orders has to name every row once.
+void check_orders(const int64_t* order, int64_t m) {
+    for (int64_t i = 0; order && i < m; ++i) {
+        std::vector<char> met(m);
+        for (int64_t k = 0; k < m; ++k) {
+            const int64_t j = order[i * m + k];
+            if (j < 0 || j >= m || met[j])
+                throw std::invalid_argument("gramian_weights: order[" + std::to_string(i) + "] must be a permutation of 0.." +
+                                            std::to_string(m - 1) + "; it has " + std::to_string(j) + " at " + std::to_string(k));
+            met[j] = 1;
+        }
+    }
+}
+
 void run(int method, int m, std::uintptr_t G, std::uintptr_t pref, std::uintptr_t order, double a, double b,
          int64_t iterations, std::uintptr_t out) {
     py::gil_scoped_release unlocked;
+    check_orders(pointer<const int64_t>(order), m);
     std::vector<double> scratch(weightings::scratch_size(m));
     weightings::weigh(Single(), task_of(method, m, G, pref, order, a, b, iterations, out), scratch.data());
 }

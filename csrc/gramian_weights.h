@@ -211,8 +211,13 @@ MOVAE_HD void pcgrad(const Team& team, const WeightingTask& task, double* scratc
         double* own = scratch + i * m;
         for (int k = 0; k < m; ++k) own[k] = k == i;
         for (int k = 0; k < m; ++k) {
-            const int j = static_cast<int>(task.order[i * m + k]);
-            if (j == i || j < 0 || j >= m) continue;
+            const int64_t met = task.order[i * m + k];
+            if (met < 0 || met >= m) {  // the host refuses it; a device can only say so in the weights
+                own[i] = NAN;
+                continue;
+            }
+            const int j = static_cast<int>(met);
+            if (j == i) continue;
             double inner = 0;
             for (int l = 0; l < m; ++l) inner += task.G[j * m + l] * own[l];
             if (inner < 0) own[j] -= inner / task.G[j * m + j];

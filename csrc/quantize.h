@@ -18,7 +18,7 @@ struct Quantized {       // outputs; null pointers are not written
 
 void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, const Isa& isa, int threads);
 
-// |z - code|^2 of given indices.
+// |z - code|^2 of given indices. Throws std::out_of_range, as the backward, for an index outside [0, codes).
 void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error,
                 const Isa& isa, int threads);
 

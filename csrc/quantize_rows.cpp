@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace movae {
 namespace {
@@ -203,6 +205,18 @@ void backward_codebook(const RowsView& z, const Codebook& codebook, const int64_
     });
 }
 
+// Indices come from outside, and one beyond the codebook would read wild memory, or write it in the backward.
+void check_indices(const char* op, const int64_t* index, int64_t rows, int64_t codes) {
+    const uint64_t end = static_cast<uint64_t>(codes);  // a negative index is larger than any codebook
+    bool beyond = false;
+    for (int64_t row = 0; row < rows; ++row) beyond |= static_cast<uint64_t>(index[row]) >= end;
+    if (!beyond) return;
+    const int64_t* bad = std::find_if(index, index + rows, [=](int64_t i) { return static_cast<uint64_t>(i) >= end; });
+    throw std::out_of_range(std::string(op) + ": index " + std::to_string(*bad) + " at position " +
+                            std::to_string(bad - index) + " does not lie in [0, " + std::to_string(codes) +
+                            "), the codebook's; leave out masked vectors, whose index is -1");
+}
+
 }  // namespace
 
 void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, const Isa& isa, int threads) {
@@ -215,6 +229,7 @@ void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out,
 
 void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error,
                 const Isa& isa, int threads) {
+    check_indices("code_error", index, z.rows(), codebook.count);
     threads = useful_threads(threads, z.rows() * z.depth);
     const int64_t blocks = (z.rows() + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(threads)
@@ -230,6 +245,7 @@ void code_error(const RowsView& z, const Codebook& codebook, const int64_t* inde
 
 void quantize_backward(const RowsView& z, const Codebook& codebook, const int64_t* index,
                        const QuantizeGradient& gradient, const Isa& isa, int threads) {
+    check_indices("quantize_backward", index, z.rows(), codebook.count);
     const bool wide = z.dtype == Dtype::kFloat64;
     threads = useful_threads(threads, z.rows() * z.depth);
     if (gradient.grad_z.data) {

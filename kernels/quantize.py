@@ -99,6 +99,7 @@ def _code_error_kernel(
     index_ptr,  # [N]
     sq_err_ptr,  # [N]
     N,
+    K,
     D,
     inner,
     z_row,
@@ -111,6 +112,9 @@ def _code_error_kernel(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     valid = row < N
     index = tl.load(index_ptr + row, mask=valid, other=0)
+    # An index from elsewhere may lie outside the codebook. Its vector reads nothing and has the error NaN: a
+    # device cannot raise, and the loss says it.
+    known = (index >= 0) & (index < K)
     z_at = _offsets(row, z_row, z_position, inner, CHANNEL_FIRST)
     dtype: tl.constexpr = sq_err_ptr.dtype.element_ty
     sq_err = tl.zeros([BN], dtype)
@@ -118,10 +122,11 @@ def _code_error_kernel(
         d = d0 + tl.arange(0, BD)
         inside = valid[:, None] & (d[None, :] < D)
         z = tl.load(z_ptr + z_at[:, None] + d[None, :].to(tl.int64) * z_d, mask=inside, other=0.0)
-        code = tl.load(codebook_ptr + index[:, None] * D + d[None, :], mask=inside, other=0.0)
+        found = inside & known[:, None]
+        code = tl.load(codebook_ptr + index[:, None] * D + d[None, :], mask=found, other=0.0)
         difference = z.to(dtype) - code.to(dtype)
         sq_err += tl.sum(difference * difference, 1)
-    tl.store(sq_err_ptr + row, sq_err, mask=valid)
+    tl.store(sq_err_ptr + row, tl.where(known, sq_err, float("nan")), mask=valid)
 
 
 def accumulation_dtype(z: torch.Tensor) -> torch.dtype:
@@ -180,7 +185,7 @@ def quantize(
 def code_error(
     z: torch.Tensor,  # [N, D] or channel-first [B, D, *spatial]
     codebook: torch.Tensor,  # [K, D], of z's dtype
-    index: torch.Tensor,  # [N] or [B, *spatial] int64, within [0, K)
+    index: torch.Tensor,  # [N] or [B, *spatial] int64; the error is NaN where it is not within [0, K)
 ) -> torch.Tensor:  # as index, float32, float64 where z is
     """||z - codebook[index]||^2 of every vector, without a buffer of the codes."""
     z, codebook, index = walkable(z), codebook.contiguous(), index.contiguous()
@@ -189,7 +194,7 @@ def code_error(
     if N:
         with on_device(z):
             _code_error_kernel[(triton.cdiv(N, 32),)](
-                z, codebook, index, sq_err, N, codebook.shape[1], inner, *strides,
+                z, codebook, index, sq_err, N, *codebook.shape, inner, *strides,
                 CHANNEL_FIRST=z.ndim == 3, BN=32, BD=min(triton.next_power_of_2(codebook.shape[1]), 32),
             )  # fmt: skip
     return sq_err

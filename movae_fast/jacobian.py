@@ -15,14 +15,18 @@ What is without conflict then is the gradient. `project_step` corrects the optim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from movae_fast import ops
 from movae_fast.aggregation.registry import aggregate, is_weighting
+from movae_fast.exchange import Group, Ranks, ranks_of
 from movae_fast.projected_step import flatten, project_step
 
 __all__ = ["backward", "flatten", "project_step"]
@@ -104,13 +108,14 @@ def weighted_row(
 
 @overload
 def backward(
-    losses: Sequence[Tensor],
+    losses: Tensor | Iterable[Tensor],
     *,
     aggregator: nn.Module,
-    features: Sequence[Tensor] | None = ...,
-    shared: Sequence[Tensor] | None = ...,
-    own: Sequence[Tensor] | None = ...,
+    features: Tensor | Iterable[Tensor] | None = ...,
+    shared: Tensor | Iterable[Tensor] | None = ...,
+    own: Tensor | Iterable[Tensor] | None = ...,
     gramian_at: Literal["shared", "features"] | Sequence[Tensor] = ...,
+    group: Group = ...,
     retain_graph: bool = ...,
     return_rows: Literal[False] = ...,
 ) -> Tensor | None: ...
@@ -118,26 +123,28 @@ def backward(
 
 @overload
 def backward(
-    losses: Sequence[Tensor],
+    losses: Tensor | Iterable[Tensor],
     *,
     aggregator: nn.Module,
-    features: Sequence[Tensor] | None = ...,
-    shared: Sequence[Tensor] | None = ...,
-    own: Sequence[Tensor] | None = ...,
+    features: Tensor | Iterable[Tensor] | None = ...,
+    shared: Tensor | Iterable[Tensor] | None = ...,
+    own: Tensor | Iterable[Tensor] | None = ...,
     gramian_at: Literal["shared", "features"] | Sequence[Tensor] = ...,
+    group: Group = ...,
     retain_graph: bool = ...,
     return_rows: Literal[True],
 ) -> tuple[Tensor | None, Tensor]: ...
 
 
 def backward(
-    losses: Sequence[Tensor],  # m scalars
+    losses: Tensor | Iterable[Tensor],  # m scalars, or [m]
     *,
     aggregator: nn.Module,
-    features: Sequence[Tensor] | None = None,
-    shared: Sequence[Tensor] | None = None,
-    own: Sequence[Tensor] | None = None,
+    features: Tensor | Iterable[Tensor] | None = None,
+    shared: Tensor | Iterable[Tensor] | None = None,
+    own: Tensor | Iterable[Tensor] | None = None,
     gramian_at: Literal["shared", "features"] | Sequence[Tensor] = "shared",
+    group: Group = None,
     retain_graph: bool = False,
     return_rows: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor] | None:  # [m]; with return_rows [m] and [m, P]
@@ -146,66 +153,201 @@ def backward(
 
     With `features`, parameters before them are shared: the losses' gradients there form the Jacobian [m, P],
     and `.grad` receives its aggregation; parameters after them are `own` and receive the gradient of the sum.
-    Without, all parameters are shared. Both lists are found in the graph if they are not given. As with
-    `Tensor.backward`, gradients are added to what `.grad` holds. Returns the aggregator's weights [m], or None
-    for an aggregator that does not weight rows. The result is that of TorchJD's `mtl_backward` (or `backward`)
-    followed by `jac_to_grad`, without vmap, so that custom kernels need no batching rule.
+    Without, all parameters are shared. Both lists are found in the graph if they are not given; a parameter
+    that is in one twice counts once. As with `Tensor.backward`, gradients are added to what `.grad` holds, and
+    each `.grad` has memory and the dtype of its parameter; one that no loss reaches receives zeros. Returns the
+    aggregator's weights [m], or None for an aggregator that does not weight rows. The result is that of
+    TorchJD's `mtl_backward` (or `backward`) followed by `jac_to_grad`, without vmap, so that custom kernels
+    need no batching rule.
+
+    A shared parameter that losses also reach around the features (a tied weight, a skip connection) has both
+    in its rows: each row is the loss's whole gradient, as is that of an own parameter before the features. Each
+    loss is then differentiated from end to end, which costs m whole backwards.
+
+    Parameters may have several dtypes; rows, and what is computed from them, have the dtype that holds them
+    all.
 
     gramian_at: an approximation that costs one backward of the shared part instead of m. The aggregator's
         weights come from the Gramian of the gradients at the features ("features") or at these shared
         parameters, the last before the features; then the weighted losses are differentiated at once. Needs
         `features` and an aggregator that weights rows by their Gramian. What it does to conflict differs from
         model to model.
+    group: the processes that train one model together, each on a batch of its own
+        (`torch.distributed.group.WORLD` for all). Rows and own gradients are averaged over them before they are
+        aggregated, so every process receives the `.grad` that one process would compute on the union of the
+        batches, each loss being the mean over the processes, as under DistributedDataParallel. The module may
+        be wrapped in it: its hooks are not called. (With `find_unused_parameters` or `static_graph` it returns
+        copies of the features, all from one node: give both lists then.) Lists that are not given are compared
+        between the processes, which costs a host read. "local" keeps this process's own gradients. None is for
+        one process.
     return_rows: return (weights, rows) with the Jacobian's rows [m, P] over the shared parameters, for
         `project_step`; not with an approximation, which does not have them.
 
-    In one process: the gradients are not exchanged, as `DistributedDataParallel`'s hooks are not called (the
-    trainer's own step sums rows over processes).
-
-    The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError for losses that
-    are not scalars, for an empty list, for features that no loss reaches, for a parameter that is both
-    shared and own, and for a `gramian_at` that does not apply.
+    The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError, before
+    anything is differentiated, for losses that are not scalars, that are constant or given twice, for features
+    that are given twice or that no loss reaches, for a parameter without a gradient or without memory for one,
+    for one that is both shared and own, for a `gramian_at` that does not apply, and for several processes
+    without a `group`; TypeError for what is not a tensor.
     """
-    losses = list(losses)
-    shared = None if shared is None else list(shared)
-    own = None if own is None else list(own)
+    ranks = ranks_of(group)
+    parts = find_parts(losses, features, shared, own)
+    at = _check_gramian_at(gramian_at, aggregator, parts.features, parts.shared, return_rows)
+    if (shared is None or (own is None and features is not None)) and not ranks.agree(
+        [len(parts.losses), *parts.sizes()], parts.shared[0].device
+    ):
+        raise ValueError(
+            "the processes of the group found other parameters in their graphs: give shared= and own="
+        )
+    if at is not None:
+        weights, update, sums = _weighted_at(parts, at, aggregator, ranks, retain_graph)
+        _accumulate_all(parts.shared, ranks.means(_dense(update, parts.shared)))
+        _accumulate_all(parts.own, _means_of_own(sums, parts.own, ranks))
+        return weights
+    rows, sums = _rows_and_sums(parts, retain_graph)
+    ranks.mean_(rows)
+    total, found = aggregate(aggregator, rows, ops.gramian(rows))
+    if ranks.size > 1:  # an aggregator may draw: all processes take what the first one drew
+        total = ranks.first_(total) if found is None else ops.combine(rows, ranks.first_(found))
+    split = total.split([p.numel() for p in parts.shared])
+    _accumulate_all(parts.shared, [part.view(p.shape) for part, p in zip(split, parts.shared, strict=True)])
+    _accumulate_all(parts.own, _means_of_own(sums, parts.own, ranks))
+    return (found, rows) if return_rows else found
+
+
+class Parts(NamedTuple):
+    """What `backward` differentiates, checked."""
+
+    losses: list[Tensor]
+    features: list[Tensor]
+    shared: list[Tensor]
+    own: list[Tensor]
+    whole: bool  # whether the features do not cut the graph in two, so that each loss is differentiated whole
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Return numbers that differ, but for chance, where the parameters do: their shapes, in order."""
+        shapes = [[tuple(p.shape) for p in parameters] for parameters in (self.shared, self.own)]
+        return len(self.shared), len(self.own), zlib.crc32(repr(shapes).encode())
+
+
+def find_parts(
+    losses: Tensor | Iterable[Tensor],
+    features: Tensor | Iterable[Tensor] | None,
+    shared: Tensor | Iterable[Tensor] | None,
+    own: Tensor | Iterable[Tensor] | None,
+) -> Parts:
+    """Check what `backward` is given, and find in the graph what is not."""
+    vector = isinstance(losses, Tensor) and losses.dim() > 0
+    losses = _tensors("losses", list(losses) if vector else losses, once=True)
+    features = None if features is None else _tensors("features", features, once=True)
     if not losses or any(loss.numel() != 1 for loss in losses):
         shapes = ", ".join(str(tuple(loss.shape)) for loss in losses)
         raise ValueError(f"losses must be one or more scalars: got ({shapes})")
-    features = list(features or ())
-    if shared is None:
-        shared = leaves(features or losses)
+    for name, tensors in (("losses", losses), ("features", features or ())):
+        for k, tensor in enumerate(tensors):
+            if not tensor.requires_grad:
+                raise ValueError(f"{name}[{k}] is a constant, which has no gradient: leave it out")
+    if features is None:
+        chosen = leaves(losses) if shared is None else _parameters("shared", shared)
+        if own is not None and _tensors("own", own, once=False):
+            raise ValueError("own= needs features=: without them every parameter is shared")
+        _check_memory(chosen, [])
+        return Parts(losses, [], chosen, [], True)
+    if not features:
+        raise ValueError("features is empty: leave it out, and all parameters are shared")
+    before, (after, reached) = leaves(features), _reach(losses, features)
+    if not reached:
+        raise ValueError("no loss reaches the features: are they part of the losses' graph?")
+    chosen = before if shared is None else _parameters("shared", shared)
+    is_shared, is_before = {id(p) for p in chosen}, {id(p) for p in before}
     if own is None:
-        own = leaves(losses, stop=features) if features else []
-    if {id(p) for p in shared} & {id(p) for p in own}:
-        raise ValueError("a parameter is both before and after the features: give shared= and own=")
-    if not shared:
-        raise ValueError("no parameter that requires a gradient lies before the features")
-    at = _check_gramian_at(gramian_at, aggregator, features, shared, return_rows)
-    if features:
-        found = at_features(losses, features, own)
-        if all(g is None for row in found.features for g in row):
-            raise ValueError("no loss reaches the features: are they part of the losses' graph?")
-        for p, gradient in zip(own, found.own, strict=True):
-            _accumulate(p, gradient)
-        if at is not None:
-            weights = aggregator.gramian_weighting(ops.gramian(cheap_rows(features, found.features, at)))  # type: ignore[operator]
-            row = weighted_row(features, found.features, weights, shared, retain_graph)
-            for p, gradient in zip(shared, row, strict=True):
-                _accumulate(p, gradient)
-            return weights
-        reached = reaching(found.features)
-        computed = shared_rows(features, found.features, shared, retain_graph)
+        rest = [p for p in after if id(p) not in is_shared | is_before]
     else:
-        reached = list(range(len(losses)))
-        computed = all_rows(losses, shared, retain_graph)
-    rows = shared[0].new_zeros(len(losses), sum(p.numel() for p in shared))
-    for i, row in zip(reached, computed, strict=True):
-        write_row(rows[i], row, shared)
-    update, weights = aggregate(aggregator, rows, ops.gramian(rows))
-    for p, part in zip(shared, update.split([p.numel() for p in shared]), strict=True):
-        _accumulate(p, part.view(p.shape))
-    return (weights, rows) if return_rows else weights
+        rest = _parameters("own", own)
+    if any(id(p) in is_shared for p in rest):
+        raise ValueError(
+            "a parameter is both in shared= and in own= (or before the features): give it in shared= alone, "
+            "where its rows hold all its uses"
+        )
+    _check_memory(chosen, rest)
+    around = any(id(p) in is_shared for p in after) or any(id(p) in is_before for p in rest)
+    return Parts(losses, features, chosen, rest, around or _nested(features))
+
+
+def _tensors(name: str, given: Tensor | Iterable[Tensor], once: bool) -> list[Tensor]:
+    """Return one tensor, or several, as a list; with `once` raise for one that is there twice, else count it
+    once."""
+    tensors = [given] if isinstance(given, Tensor) else list(given)
+    for k, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{k}] must be a tensor, got {type(tensor).__name__}")
+    unique = list({id(t): t for t in tensors}.values())
+    if once and len(unique) < len(tensors):
+        raise ValueError(f"{name} holds a tensor twice: its gradient would count twice")
+    return unique
+
+
+def _parameters(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Return the parameters as a list, each once, or raise for one that takes no `.grad`."""
+    parameters = _tensors(name, given, once=False)
+    for k, p in enumerate(parameters):
+        if not p.requires_grad or not (p.is_leaf or p.retains_grad):
+            problem = "does not require a gradient" if not p.requires_grad else "is not a leaf of the graph"
+            raise ValueError(f"{name}[{k}] {list(p.shape)} {problem}: leave it out")
+    return parameters
+
+
+def _check_memory(shared: list[Tensor], own: list[Tensor]) -> None:
+    """Raise where there is nothing to aggregate, and for parameters of which this process has a part."""
+    if not shared:
+        raise ValueError(
+            "there is no shared parameter that requires a gradient, so there is nothing to aggregate"
+        )
+    if any(hasattr(p, "device_mesh") for p in (*shared, *own)):
+        raise ValueError("parameters that are sharded over processes (DTensor) are not supported")
+
+
+def _rows_and_sums(parts: Parts, retain_graph: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the Jacobian's rows [m, P], and the gradient of the losses' sum at the own parameters."""
+    losses, shared, n = parts.losses, parts.shared, len(parts.shared)
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in shared))
+    rows = shared[0].new_zeros(len(losses), sum(p.numel() for p in shared), dtype=dtype)
+    if parts.whole:
+        terms: list[Gradients] = []
+        for row, found in zip(rows, all_rows(losses, [*shared, *parts.own], retain_graph), strict=True):
+            write_row(row, found[:n], shared)
+            terms.append(found[n:])
+        return rows, [_sum([term[k] for term in terms]) for k in range(len(parts.own))]
+    at = at_features(losses, parts.features, parts.own)
+    computed = shared_rows(parts.features, at.features, shared, retain_graph)
+    for i, gradients in zip(reaching(at.features), computed, strict=True):
+        write_row(rows[i], gradients, shared)
+    return rows, at.own
+
+
+def _weighted_at(
+    parts: Parts, at: Sequence[Tensor], aggregator: nn.Module, ranks: Ranks, retain_graph: bool
+) -> tuple[Tensor, Gradients, list[Tensor | None]]:
+    """Return weights from the Gramian at `at`, the gradient of the losses so weighted at the shared parameters,
+    and that of their sum at the own ones."""
+    found = at_features(parts.losses, parts.features, parts.own)
+    if at and parts.whole:
+        whole = [torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True) for loss in parts.losses]
+        rows = stack_rows(whole, at)
+    else:
+        rows = cheap_rows(parts.features, found.features, at)
+    if at:
+        gramian = ops.gramian(ranks.mean_(rows))
+    else:  # each process's images have features of their own: the union's rows stand side by side
+        gramian = ranks.mean_(ops.gramian(rows)) / ranks.size
+    weights = ranks.first_(aggregator.gramian_weighting(gramian))  # type: ignore[operator]
+    if parts.whole:
+        terms = [loss * w.to(loss) for loss, w in zip(parts.losses, weights, strict=True)]
+        total = _sum([term.reshape(()) for term in terms])
+        assert total is not None
+        row: Gradients = torch.autograd.grad(total, parts.shared, retain_graph=retain_graph, allow_unused=True)
+    else:
+        row = weighted_row(parts.features, found.features, weights, parts.shared, retain_graph)
+    return weights, row, found.own
 
 
 def _check_gramian_at(
@@ -224,7 +366,7 @@ def _check_gramian_at(
             return None
         places: list[Tensor] = []
     else:
-        places = [gramian_at] if isinstance(gramian_at, Tensor) else list(gramian_at)
+        places = _tensors("gramian_at", gramian_at, once=False)
         if not places:
             raise ValueError("gramian_at names no parameter; give some, or features")
     if not features:
@@ -261,13 +403,18 @@ def cheap_rows(
         wanted = [found.get(i, [None] * len(last)) for i in range(len(gradients))]
     else:
         like, wanted = features, list(gradients)
-    rows = [
-        torch.cat(
-            [(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(row, like, strict=True)]
-        )
-        for row in wanted
-    ]
-    return torch.stack(rows)
+    return stack_rows(wanted, like)
+
+
+def stack_rows(gradients: Sequence[Gradients], like: Sequence[Tensor]) -> Tensor:  # [m, Q]
+    """Lay each objective's gradients end to end; None counts as zeros of the tensor that it belongs to."""
+    return torch.stack([torch.cat([g.reshape(-1) for g in _dense(row, like)]) for row in gradients])
+
+
+def _dense(gradients: Gradients, like: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients as strided tensors, zeros for None."""
+    filled = (torch.zeros_like(t) if g is None else g for g, t in zip(gradients, like, strict=True))
+    return [g if g.layout == torch.strided else g.to_dense() for g in filled]
 
 
 def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> None:
@@ -275,34 +422,79 @@ def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -
     at = 0
     for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None:
-            row[at : at + parameter.numel()].copy_(gradient.reshape(-1))
+            dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+            row[at : at + parameter.numel()].copy_(dense.reshape(-1))
         at += parameter.numel()
 
 
-def _accumulate(parameter: Tensor, gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
-    if parameter.grad is None:
-        parameter.grad = gradient.clone() if gradient._base is not None else gradient
-    else:
-        parameter.grad += gradient
+def _means_of_own(sums: Gradients, own: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """The own parameters' gradients, averaged over the processes; a sparse one stays so in one process."""
+    if ranks.size > 1:
+        return ranks.means(_dense(sums, own))
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(sums, own, strict=True)]
+
+
+def _accumulate_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add each gradient to its parameter's `.grad`, which gets memory of its own.
+
+    What autograd returns may lie in the memory of another parameter's gradient (the sum of two hands both the
+    same tensor) or hold one number many times over (that of a sum): clipping would scale it again and again.
+    """
+    with torch.no_grad():
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if p.grad is not None:
+                p.grad += gradient.to(p.grad.device, p.grad.dtype)
+            elif gradient.layout == torch.strided:
+                p.grad = torch.empty_like(p).copy_(gradient)
+            else:
+                p.grad = gradient.clone().to(p.device, p.dtype)
 
 
 def leaves(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
     """Leaf tensors that require a gradient in the graph behind `tensors`, not looking behind `stop`."""
-    closed = {t.grad_fn for t in stop if t.grad_fn is not None}
-    found: dict[int, Tensor] = {id(t): t for t in tensors if t.is_leaf and t.requires_grad}
-    seen: set[Any] = set(closed)
-    queue = [t.grad_fn for t in tensors if t.grad_fn is not None and t.grad_fn not in closed]
+    return _reach(tensors, stop)[0]
+
+
+def _reach(tensors: Sequence[Tensor], stop: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """Leaves as `leaves` finds them, and whether the walk met one of `stop`.
+
+    A place in the graph is a node and which of its outputs: two features may come out of one node.
+    """
+    closed = {edge(t) for t in stop if t.requires_grad}
+    queue = [edge(t) for t in tensors if t.requires_grad]
+    return _walk(queue, closed)
+
+
+def _nested(features: Sequence[Tensor]) -> bool:
+    """Whether a feature is computed from another."""
+    closed = {edge(t) for t in features}
+    behind = [e for node, _ in closed for e in node.next_functions if e[0] is not None]
+    return _walk(behind, closed)[1]
+
+
+def edge(tensor: Tensor) -> tuple[Any, int]:
+    """Return where a tensor comes from: the node of the graph, and which of its outputs."""
+    node, number = get_gradient_edge(tensor)[:2]
+    return node, number
+
+
+def _walk(queue: list[tuple[Any, int]], closed: set[tuple[Any, int]]) -> tuple[list[Tensor], bool]:
+    found: dict[int, Tensor] = {}
+    seen: set[Any] = set()
+    met = False
     while queue:
-        node = queue.pop()
+        place = queue.pop()
+        if place in closed:
+            met = True
+            continue
+        node = place[0]
         if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             found.setdefault(id(node.variable), node.variable)
-        queue.extend(follower for follower, _ in node.next_functions if follower is not None)
-    return list(found.values())
+        queue.extend(place for place in node.next_functions if place[0] is not None)
+    return list(found.values()), met
 
 
 def cosines_with_update(

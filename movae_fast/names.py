@@ -18,3 +18,19 @@ def pick(flag: str, name: str, valid: Iterable[str]) -> str:
     if found is None:
         raise ValueError(f"--{flag} {name}: unknown{nearest(name, names)}; valid: {', '.join(names)}")
     return found
+
+
+def shown(text: object) -> str:
+    """Return `text`, a file's name above all, as one line that a terminal can show.
+
+    What is not printable (line ends, escape sequences, marks of writing direction, bytes that are not UTF-8) is
+    escaped as in a string of Python.
+    """
+    line = str(text)
+    return line if line.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in line)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

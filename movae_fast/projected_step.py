@@ -167,12 +167,15 @@ def project_step(
         (None).
 
     Returns the multipliers lambda: zero where the step was without conflict. Nothing is read on the host. See
-    the module's text for what is guaranteed. In one process only: on several, each would correct by its own
-    rows (the trainer's `--conflict_free step` sums them).
+    the module's text for what is guaranteed. On several processes that train one model the rows have to be
+    those of all of them, as `jacobian.backward(..., group=)` returns them: then all make the same correction.
 
-    Raises ValueError for shapes that do not fit, and for an optimizer without second moments.
+    Raises ValueError for shapes that do not fit, for a parameter given twice, and for an optimizer without
+    second moments.
     """
     parameters = list(parameters)
+    if len({id(p) for p in parameters}) < len(parameters):
+        raise ValueError("project_step: a parameter is given twice: it would be corrected twice")
     sizes = [p.numel() for p in parameters]
     size = sum(sizes)
     if before.shape != (size,) or rows.dim() != 2 or rows.shape[1] != size:

@@ -21,8 +21,11 @@ from movae_fast.training.logs import read_lines
 HERE = Path(__file__).resolve().parent.parent
 SMALL = (
     "--dataset sprites --image_size 32 --batch_size 16 --limit_train 128 --limit_test 32 --log_every 2 "
-    "--hidden_dims 8 16 --latent_dim 4 --seed 5 --device cpu --steps 8"
+    "--hidden_dims 8 16 --seed 5 --device cpu --steps 8"
 )
+VAE = f"{SMALL} --arch vae --latent_dim 4"
+TC = f"{SMALL} --arch betatc_vae --latent_dim 4"
+VQ = f"{SMALL} --arch vq_vae --num_embeddings 32 --embedding_dim 8"
 MMD = (
     "--dataset sprites --arch mmd_vae --image_size 32 --batch_size 16 --limit_train 64 --limit_test 32 "
     "--log_every 2 --latent_dim 4 --dim 8 --seed 5 --device cpu --steps 4"
@@ -38,28 +41,28 @@ DENSE = (
 )
 # Name -> (flags, number of processes).
 RUNS: dict[str, tuple[str, int]] = {
-    "vae upgrad": (f"{SMALL} --arch vae --agg upgrad", 1),
-    "vae sum bf16": (f"{SMALL} --arch vae --agg sum --precision bf16", 1),
-    "betatc_vae aligned_mtl adamw": (f"{SMALL} --arch betatc_vae --agg aligned_mtl --optimizer adamw", 1),
+    "vae upgrad": (f"{VAE} --agg upgrad", 1),
+    "vae sum bf16": (f"{VAE} --agg sum --precision bf16", 1),
+    "betatc_vae aligned_mtl adamw": (f"{TC} --agg aligned_mtl --optimizer adamw", 1),
     "mmd_vae torchjd": (f"{MMD} --agg graddrop", 1),
     "vq_vae upgrad accumulate": (
-        f"{SMALL} --arch vq_vae --num_embeddings 32 --embedding_dim 8 --accumulate 2 --agg upgrad",
+        f"{VQ} --accumulate 2 --agg upgrad",
         1,
     ),
     "vq_vae step projected": (
-        f"{SMALL} --arch vq_vae --num_embeddings 32 --embedding_dim 8 --agg sum --conflict_free step",
+        f"{VQ} --agg sum --conflict_free step",
         1,
     ),
-    "vae gramian_every fp16": (f"{SMALL} --arch vae --agg upgrad --gramian_every 3 --precision fp16", 1),
+    "vae gramian_every fp16": (f"{VAE} --agg upgrad --gramian_every 3 --precision fp16", 1),
     "vae gramian_at features": (
-        f"{SMALL} --arch vae --agg upgrad --gramian_at features --kl_annealing linear",
+        f"{VAE} --agg upgrad --gramian_at features --kl_annealing monotonic",
         1,
     ),
     "provlae ladder": (f"{LADDER} --agg upgrad", 1),
     "multi-rate": (f"{DENSE} --arch mlp_vae --multirate true --agg upgrad", 1),
-    "torch loader": (f"{SMALL} --arch vae --agg upgrad --loader torch --num_workers 1", 1),
-    "two processes": (f"{SMALL} --arch vae --agg upgrad", 2),
-    "resume": (f"{SMALL} --arch vae --agg upgrad --checkpoint_every 3", 1),
+    "torch loader": (f"{VAE} --agg upgrad --loader torch --num_workers 1", 1),
+    "two processes": (f"{VAE} --agg upgrad", 2),
+    "resume": (f"{VAE} --agg upgrad --checkpoint_every 3", 1),
 }
 # Of time and memory, which no two runs share.
 TIMED = ("images_per_s", "data_wait_share", "step_ms", "peak_memory", "seconds")

@@ -75,6 +75,11 @@ def test_options_are_read_and_set_and_checked():
     torch.testing.assert_close(aggregator(J), MGDA()(J))
     for build, problem in (
         (lambda: setattr(aggregator, "max_iters", 0), "max_iters must be > 0"),
+        (lambda: setattr(aggregator, "epsilon", float("nan")), "epsilon and max_iters must be > 0"),
+        (lambda: setattr(CAGrad(1.0), "c", float("inf")), "c and norm_eps must be >= 0 and finite"),
+        (lambda: setattr(CAGrad(1.0), "norm_eps", -1.0), "c and norm_eps must be >= 0 and finite"),
+        (lambda: setattr(AlignedMTL(), "scale_mode", "mean"), "min, median or rmse; got 'mean'"),
+        (lambda: setattr(AlignedMTL(), "pref_vector", torch.ones(1, 2)), r"pref_vector must be \[m\]"),
         (lambda: CAGrad(-1.0), "c and norm_eps must be >= 0"),
         (lambda: AlignedMTL(scale_mode="mean"), "min, median or rmse; got 'mean'"),
         (lambda: AlignedMTL(torch.ones(1, 2)), r"pref_vector must be \[m\], got \[1, 2\]"),
@@ -82,6 +87,57 @@ def test_options_are_read_and_set_and_checked():
     ):
         with pytest.raises(ValueError, match=problem):
             build()
+
+
+def test_scale_mode_and_preference_can_be_set():
+    J, aggregator = conflicting(), AlignedMTL()
+    aggregator.scale_mode, aggregator.pref_vector = "rmse", PREF
+    torch.testing.assert_close(aggregator(J), jd.AlignedMTL(PREF, scale_mode="rmse")(J), rtol=1e-9, atol=1e-11)
+    assert (aggregator.scale_mode, aggregator.pref_vector) == ("rmse", PREF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_weights_of_rows_have_the_rows_dtype(name, dtype):
+    ours, _, options = PAIRS[name]
+    J = conflicting().to(dtype)
+    weights = ours(**options).weighting(J)
+    assert weights.dtype == dtype
+    exact = ours(**options).weighting(J.double())
+    torch.testing.assert_close(weights.double(), exact, rtol=float(torch.finfo(dtype).eps), atol=1e-300)
+
+
+def test_strings_are_torchjds():
+    for ours, theirs, options in (
+        *PAIRS.values(),
+        (CAGrad, jd.CAGrad, {"c": 1.0}),
+        (CAGrad, jd.CAGrad, {"c": 2}),
+        (PCGrad, jd.PCGrad, {}),
+        (AlignedMTL, jd.AlignedMTL, {"pref_vector": torch.tensor([1.0, 0.256, 10.0])}),
+    ):
+        assert str(ours(**options)) == str(theirs(**options))
+
+
+def test_cagrads_distance_from_torchjds_is_its_solvers():
+    """Where they differ, TorchJD's weights are the worse ones of the problem that both solve."""
+
+    def objective(
+        J, w
+    ):  # what is minimised over the simplex; w from the update's weights 1/m + c |g0| / |gw| w
+        mean = J.mean(0)
+        return J @ mean @ w + 0.4 * mean.norm() * (w @ J).norm()
+
+    distances = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        J = conflicting(3)
+        J = J / J.norm()
+        ours, theirs = CAGrad(0.4)(J), jd.CAGrad(0.4)(J)
+        distances.append(float((ours - theirs).norm() / theirs.norm()))
+        w = [(aggregator(0.4).weighting(J) - 1 / 3) for aggregator in (CAGrad, jd.CAGrad)]
+        best, reached = (float(objective(J, v / v.sum())) for v in w)
+        assert best <= reached + 1e-15
+    assert 0 < max(distances) < 1e-3
 
 
 def test_copies_moves_and_keeps_no_state():

@@ -1,5 +1,7 @@
 """Aggregators by name: all of TorchJD's, their parameters, their state."""
 
+import re
+
 import pytest
 import torch
 import torchjd.aggregation as jd
@@ -11,6 +13,7 @@ from movae_fast.aggregation.registry import (
     aggregate,
     aggregator_args,
     aggregator_state,
+    check_runs,
     load_aggregator_state,
     make_aggregator,
 )
@@ -90,7 +93,48 @@ def test_parameters_are_checked():
     with pytest.raises(ValueError, match="its parameters are weights"):
         make_aggregator("constant", 2)
     with pytest.raises(ValueError, match="--agg_args of mgda"):
-        make_aggregator("mgda", 2, {"max_iters": -1, "epsilon": -1.0})
+        make_aggregator("mgda", 2, {"max_iters": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("mgda", {"max_iters": -1}, "--agg_args.max_iters -1: mgda takes a whole number from 0 to 1,000,000"),
+        ("mgda", {"max_iters": 2.0}, "--agg_args.max_iters 2.0: mgda takes a whole number"),
+        ("mgda", {"epsilon": -1.0}, "--agg_args.epsilon -1.0: mgda takes a finite number, zero or more"),
+        ("cagrad", {"norm_eps": float("inf")}, "--agg_args.norm_eps inf: cagrad takes a finite number"),
+        ("cagrad", {"c": float("nan")}, "--agg_args.c nan"),
+        ("cagrad", {"c": "0.5"}, "--agg_args.c 0.5: cagrad takes a finite number"),
+        ("cagrad", {"c": True}, "--agg_args.c True"),
+        ("aligned_mtl", {"scale_mode": "most"}, "takes one of min, median, rmse"),
+        ("constant", {"weights": [1.0, float("nan"), 1.0]}, "constant takes a list of finite numbers"),
+        ("constant", {"weights": [1.0]}, "does not take the rows of 3 objectives"),
+        ("crmogm", {"weighting": "mean"}, "weighting mean: unknown"),
+        ("krum", {"n_byzantine": 1}, "does not take the rows of 3 objectives"),
+        ("krum", {"n_selected": 4}, "does not take the rows of 3 objectives"),
+        ("trimmed_mean", {"trim_number": 2}, "does not take the rows of 3 objectives"),
+        ("pcd", {"tau": 2}, "--agg_args of pcd"),
+    ],
+)
+def test_what_no_step_could_use_is_refused_at_once(name, args, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_runs(name, 3, args)
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.0, 1.0, 1.0], [-1.0, 1.0, 1.0], [float("nan"), 1.0, 1.0], [float("inf"), 1.0, 1.0]]
+)
+def test_a_preference_is_positive(weights):
+    with pytest.raises(ValueError, match="each is a number above 0"):
+        check_runs("upgrad", 3, None, pref_weights=weights)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_a_trial_of_an_aggregator_draws_no_random_numbers(name):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    check_runs(name, 4, {"weights": [1.0] * 4} if name == "constant" else None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ["gradvac", "pcd", "excess_mtl", "nash_mtl", "crmogm"])

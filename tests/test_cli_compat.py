@@ -5,6 +5,7 @@ step. The command line itself stays as it is.
 """
 
 import copy
+import itertools
 import shlex
 
 import imageio.v3 as iio
@@ -183,9 +184,27 @@ def test_recipes_are_the_commands(parse_only, arch, dataset, agg):
     assert differ == {"use_wandb", "wandb_name"} | torchjd
 
 
-def test_there_are_twelve_recipes_of_mo_vae():
+LATER = [(dataset, agg) for dataset in ("cifar100", "celeba") for agg in ("sum", "upgrad")]
+
+
+def test_there_are_twelve_recipes_of_mo_vae_and_its_later_settings():
     names = [n for n in parsing.recipe_names() if n.startswith("mo_vae/")]
-    assert sorted(names) == sorted(f"mo_vae/{dataset}-{arch}-{agg}" for arch, dataset, agg in TWELVE)
+    published = [f"mo_vae/{dataset}-{arch}-{agg}" for arch, dataset, agg in TWELVE]
+    assert sorted(names) == sorted(published + [f"mo_vae/{d}-vae-{a}-b256" for d, a in LATER])
+    for name in names:  # each says which of MO-VAE's commits it is
+        header = (parsing.RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+        assert ("(commit 9611bf8)" in header) == (name in published), name
+        assert ("(commit 0311e30)" in header) == (name not in published), name
+
+
+@pytest.mark.parametrize(("dataset", "agg"), LATER)
+def test_mo_vaes_later_setting(parse_only, dataset, agg):
+    flat = parse_only(f"--config mo_vae/{dataset}-vae-{agg}-b256")
+    asked = {"optimizer": "adam", "lr": 1e-4, "batch_size": 256, "epochs": 200, "weight_decay": 0.0}
+    asked |= {"scheduler": "cosine", "scheduler_per": "epoch", "scheduler_lr_min": 1e-6}
+    assert {k: flat[k] for k in asked} == asked
+    images = {"cifar100": 50_000, "celeba": 162_770}[dataset]
+    assert flat["loss_weights"] == [1.0, pytest.approx(256 / images, rel=1e-4)]
 
 
 def test_mo_vaes_other_flags(place, parsed, undrawn):
@@ -243,6 +262,7 @@ def test_torch_vae_trains_reconstructs_and_generates(place, parsed, undrawn, dat
     flat = parsed[0].flat()
     asked = {"arch": "torch_vae", "dataset": dataset.replace("-", "_").replace("celeb_a", "celeba")}
     asked |= {"batch_size": 128, "epochs": 100, "latent_dim": 64, "max_filters": 128, "image_size": 64}
+    asked |= {"optimizer": "adamw", "weight_decay": 0.01}  # torch's default, which it does not touch
     assert {k: flat[k] for k in asked} == asked
     assert parsed[0].activation == "sigmoid"
     assert not parsed[0].data.normalize
@@ -253,7 +273,7 @@ def test_torch_vae_trains_reconstructs_and_generates(place, parsed, undrawn, dat
     assert movae(reconstruct) == 0
     assert movae(f"{reconstruct}_test --cpu --rec_testdata --max_filters 128") == 0
     side = 64 + 4, 2 * 64 + 6, 3
-    for folder, n in ((dataset, datafiles.N_TRAIN), (f"{dataset}_test", datafiles.N_TEST)):
+    for folder, n in ((dataset, datafiles.N_TEST), (f"{dataset}_test", datafiles.N_TEST)):
         files = sorted((place / "reconstructions" / folder).rglob("*.png"))
         assert len(files) == n
         assert iio.imread(files[0]).shape == side
@@ -399,6 +419,23 @@ def test_collection_overrides_stand_over_the_configuration(configs, parsed, undr
     assert (parsed[-1].objective.mmd_lambda, parsed[-1].objective.mmd_alpha) == (3, 0.5)
 
 
+def test_collection_overrides_of_data_and_network(configs, parse_only):
+    command = (
+        "-c ./configs/vae-mnist.yaml --data.params.root=~/data/CelebA/ --data.params.img_size 16 "
+        "--encoder.params.z_dim 3 --decoder.params.z_dim 3 --encoder.params.dim 8 --decoder.params.dim 8 "
+        "--encoder.params.dim_mults 1 2 --encoder.params.with_bn False"
+    )
+    base, flat = parse_only("-c ./configs/vae-mnist.yaml"), parse_only(command)
+    assert {k: flat[k] for k in flat if flat[k] != base[k]} == {
+        "data_dir": str(configs / "home" / "data" / "CelebA"),
+        "image_size": 16,
+        "latent_dim": 3,
+        "dim": 8,
+        "dim_mults": [1, 2],
+        "with_bn": False,
+    }
+
+
 def test_collection_samples_in_every_mode(configs, parsed, undrawn):
     assert movae("train -c configs/vae-mnist.yaml -e exp") == 0
     command = (
@@ -445,6 +482,105 @@ def test_collection_files_may_lie_in_the_root_itself(tmp_path, monkeypatch):
     assert parsing.collection_root("~/data/CelebA/") == str(tmp_path / "data" / "CelebA")
 
 
+# ---- the PyTorch port of proVLAE
+
+PORT_README = (
+    "torchrun --nproc_per_node=2 --master_port=29501 src/train.py --distributed --mode seq_train "
+    "--dataset shapes3d --optim adamw --num_ladders 3 --batch_size 128 --num_epochs 15 --learning_rate 5e-4 "
+    "--beta 8 --z_dim 3 --coff 0.5 --pre_kl --hidden_dim 32 --fade_in_duration 5000 "
+    "--output_dir ./output/shapes3d/ --data_path ./data"
+)
+PORT_FIRST_README = (
+    "python train.py --dataset shapes3d --mode seq_train --batch_size 100 --num_epochs 15 --learning_rate 5e-4 "
+    "--beta 15 --z_dim 3 --hidden_dim 64 --fade_in_duration 5000 --optim adamw --image_size 64 --chn_num 3 "
+    "--output_dir ./output/shapes3d/",
+    "torchrun --nproc_per_node=2 train_ddp.py --distributed True --mode seq_train --dataset ident3d "
+    "--num_ladders 3 --batch_size 128 --num_epochs 30 --learning_rate 5e-4 --beta 1 --z_dim 3 --coff 0.5 "
+    "--hidden_dim 64 --fade_in_duration 5000 --output_dir ./output/ident3d/ --optim adamw",
+)
+# scripts/run_*.sh: set, batch, epochs, beta, z_dim, what else, hidden_dim.
+PORT_FIRST_SCRIPTS = [
+    f"python train.py --mode seq_train --dataset {name} --num_ladders 3 --batch_size {batch} "
+    f"--num_epochs {epochs} --learning_rate 5e-4 --beta {beta} --z_dim 3 {more} --hidden_dim {hidden} "
+    f"--fade_in_duration 5000 --output_dir ./output/{name}/ --optim adamw"
+    for name, batch, epochs, beta, more, hidden in (
+        ("mnist", 16, 30, 3, "", 32),
+        ("fashionmnist", 16, 30, 3, "", 32),
+        ("dsprites", 64, 30, 3, "", 32),
+        ("shapes3d", 256, 1, 20, "", 32),
+        ("mpi3d", 128, 15, 3, "--coff 0.3", 32),
+        ("ident3d", 128, 15, 3, "--coff 0.3", 32),
+        ("flowers102", 32, 30, 3, "--coff 0.2", 32),
+        ("dtd", 32, 30, 3, "--coff 0.2", 64),
+    )
+]
+# src/scripts/run_*.sh.
+PORT_SCRIPTS = [
+    f"torchrun --nproc_per_node=2 --master_port={port} src/train.py --distributed --mode seq_train "
+    f"--dataset {name} --optim adamw --num_ladders {rungs} --batch_size  {batch} --num_epochs {epochs} "
+    f"--learning_rate 5e-4 --beta {beta} --z_dim {z} --coff {coff} --pre_kl --hidden_dim {hidden} "
+    f"--fade_in_duration 5000 --output_dir ./output/{name}/ --data_path ./data/{name}/ {more}"
+    for name, port, rungs, batch, epochs, beta, z, coff, hidden, more in (
+        ("mnist", 29501, 3, 64, 5, 3, 2, 0.5, 64, "--use_wandb --wandb_project PRO-VLAE"),
+        ("fashionmnist", 29501, 3, 64, 30, 3, 2, 0.5, 32, ""),
+        ("dsprites", 29502, 3, 256, 30, 8, 2, 0.5, 64, ""),
+        ("shapes3d", 29501, 3, 128, 15, 8, 3, 0.5, 64, ""),
+        ("mpi3d", 29501, 3, 128, 30, 8, 3, 0.5, 64, ""),
+        ("ident3d", 29501, 3, 128, 30, 8, 3, 0.5, 64, ""),
+        ("flowers102", 29501, 3, 128, 30, 8, 3, 0.5, 64, ""),
+        ("dtd", 29501, 3, 128, 30, 8, 3, 0.5, 64, ""),
+        ("imagenet", 29501, 4, 128, 30, 1, 8, 0.1, 64, ""),
+    )
+]
+PORT = [PORT_README, *PORT_FIRST_README, *PORT_FIRST_SCRIPTS, *PORT_SCRIPTS]
+PORT_SIDES = {"mnist": 28, "fashionmnist": 28, "dsprites": 64, "shapes3d": 64, "mpi3d": 64}  # else 128
+
+
+@pytest.mark.parametrize("command", PORT)
+def test_the_ports_commands(parse_only, command):
+    words = shlex.split(command)
+    at = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    flat = parse_only(shlex.join(words[at + 1 :]))
+    given = {w.removeprefix("--"): v for w, v in itertools.pairwise(words[at + 1 :]) if w.startswith("--")}
+    asked = {"arch": "provlae", "ladder_net": "port", "mode": "seq_train", "optimizer": given["optim"]}
+    asked |= {"batch_size": int(given["batch_size"]), "epochs": int(given["num_epochs"]), "lr": 5e-4}
+    asked |= {"latent_dim": int(given["z_dim"]), "hidden_dim": int(given["hidden_dim"])}
+    asked |= {"beta": float(given["beta"]), "coff": float(given.get("coff", 0.5)), "pre_kl": True}
+    asked |= {"recons_dist": "bernoulli", "recons_reduction": "mean", "save_path": given["output_dir"]}
+    asked |= {"fade_in_duration": 5000, "data_dir": given.get("data_path", "data")}
+    asked |= {"image_size": PORT_SIDES.get(given["dataset"], 128)}
+    asked |= {"distributed": True if "--distributed" in words else None}
+    assert {k: flat[k] for k in asked} == asked
+    name = {"fashionmnist": "fashion_mnist", "mpi3d": "mpi3d_toy"}.get(given["dataset"], given["dataset"])
+    assert flat["dataset"] == name
+
+
+def test_the_port_trains_as_written(place, parsed, undrawn):
+    """In one process --distributed says how several are started; --mode traverse draws."""
+    command = next(c for c in PORT_SCRIPTS if "--dataset mnist" in c).partition("src/train.py ")[2]
+    command = command.partition(" --use_wandb")[0].replace("./data/mnist/", "./data")
+    assert movae(f"train {command}") == 0
+    (run,) = (place / "output" / "mnist" / "mnist" / "provlae" / "sum").iterdir()
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {f"stage_{s}.pt" for s in (1, 2, 3)}
+    assert movae(f"train --arch provlae --mode traverse --init_from {run}") == 0
+    assert (run / "figures" / "traversal_stage_3.gif").is_file()
+
+
+def test_distributed_false_refuses_torchruns_processes(parse_only, monkeypatch, capsys):
+    assert parse_only("--distributed False")["distributed"] is False
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert parse_only("--distributed True")["distributed"] is True
+    assert movae("train --distributed False") == 2
+    assert "--distributed false: torchrun started 2 processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mnist", "celeba", "dsprites", "shapes3d"])
+def test_the_ports_recipes_have_its_network(parse_only, name):
+    flat = parse_only(f"--config provlae/{name}-port")
+    assert (flat["ladder_net"], flat["image_size"]) == ("port", PORT_SIDES.get(name, 128))
+    assert parse_only(f"--config provlae/{name}")["ladder_net"] is None
+
+
 # ---- spellings
 
 
@@ -482,6 +618,7 @@ def test_collection_files_may_lie_in_the_root_itself(tmp_path, monkeypatch):
         *((f"--dataset {name}", "dataset", "celeba") for name in ("celeba", "celeb-a", "CelebA")),
         *((f"--dataset {name}", "dataset", "fashion_mnist") for name in ("fashion_mnist", "fashion-mnist")),
         ("--dataset cifar-100", "dataset", "cifar100"),
+        ("--dataset oxford-flower-102", "dataset", "flowers102"),
     ],
 )
 def test_spellings(parse_only, spelt, flag, value):

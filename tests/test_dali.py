@@ -121,7 +121,9 @@ def test_evaluation_ends_with_the_incomplete_batch(files):
         assert labels_of(loader) == list(range(53))
 
 
-def test_a_file_that_dali_alone_refuses_is_read_as_the_other_loaders_read_it(files, tmp_path):
+def test_a_file_that_dali_alone_refuses_is_read_as_the_other_loaders_read_it(files, tmp_path, monkeypatch):
+    # Nothing is known that is plain and that DALI refuses; some day something may be.
+    monkeypatch.setattr(dali, "plain_size", lambda data, channels: (218, 178))
     folder = tmp_path / "some"
     folder.mkdir()
     for i, path in enumerate(files[:24]):

@@ -126,12 +126,13 @@ def test_another_transform_is_another_file(pictures, movae):
     at = prepared.prepared_path("folder", options(pictures)).with_suffix(".json")
     header = json.loads(at.read_text())
     header["transform"]["box"] = [0, 0, 8, 8]
-    at.write_text(json.dumps(header))
+    at.write_text(json.dumps(prepared.sealed(header)))
     assert "out of date" in split(pictures).note
 
 
 def test_a_preparation_goes_on_where_it_was_stopped(pictures, movae, monkeypatch):
     monkeypatch.setattr(prepared, "CHUNK", 2)
+    monkeypatch.setattr(prepared, "BLOCK", 1)
     read, seen = decode, []
 
     def stops(path, *rest):
@@ -172,14 +173,14 @@ def test_a_damaged_prepared_file_is_refused_with_what_was_expected(pictures, mov
 def test_verify_finds_damage(pictures, movae):
     prepare(movae, pictures)
     out = movae("verify", pictures, "--image_size", SIZE)
-    assert "folder train: 7 images, 0 unreadable; folder-train-16-center148-auto.u8 has its checksum" in out
+    assert "folder train: 7 images, 0 unreadable; folder-train-16-center148-auto.u8 has its checksums" in out
     path = prepared.prepared_path("folder", options(pictures))
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(bytes(data))
     (pictures / "test" / "1.jpg").write_bytes(b"")
     out = movae("verify", pictures, "--image_size", SIZE, status=1)
-    assert "is damaged: its checksum differs" in out
+    assert "is damaged: checksums differ at images 0 to 6; prepare again" in out
     assert "folder test: 3 images, 1 unreadable" in out
     assert "1.jpg: empty file" in out.replace("\n", "")
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import signal
 from torch import nn
 
 from movae_fast.cli import main
@@ -130,6 +131,86 @@ def test_image_quality_by_hand():
     figures = bounds.image_quality(Same(), [(x, None)], False, torch.device("cpu"))
     assert figures["ssim"] == pytest.approx(1, abs=1e-5)
     assert figures["ms_ssim"] == pytest.approx(1, abs=1e-5)
+
+
+def published_ssim(x, y, c1=0.01**2, c2=0.03**2):
+    """Luminance and contrast terms [H - 10, W - 10] of two grey images, by SciPy and without padding."""
+    at = np.arange(-5, 6)
+    window = np.exp(-(at**2) / 4.5)
+    window = np.outer(window, window) / window.sum() ** 2
+
+    def mean(v):
+        return signal.convolve2d(v, window, mode="valid")
+
+    mx, my = mean(x), mean(y)
+    luminance = (2 * mx * my + c1) / (mx**2 + my**2 + c1)
+    contrast = (2 * (mean(x * y) - mx * my) + c2) / (mean(x * x) - mx**2 + mean(y * y) - my**2 + c2)
+    return luminance, contrast
+
+
+@pytest.mark.parametrize("shape", [(1, 11, 11), (1, 11, 19), (3, 28, 28), (1, 64, 64)])
+def test_ssim_has_the_published_window_and_no_padding(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(3, *shape, generator=generator)
+    y = (x + 0.2 * torch.randn(3, *shape, generator=generator)).clamp(0, 1)
+    expected = [
+        np.mean([np.mean(np.prod(published_ssim(a.double().numpy(), b.double().numpy()), 0)) for a, b in pair])
+        for pair in (zip(x[i], y[i], strict=True) for i in range(3))
+    ]
+    assert bounds.ssim(x, y).tolist() == pytest.approx(expected, rel=1e-9)
+    assert bounds.ssim(x, x).tolist() == pytest.approx([1.0] * 3)
+
+
+# structural_similarity(x, y, data_range=1, gaussian_weights=True, use_sample_covariance=False) of scikit-image
+# 0.26.0 (sigma 1.5), for the images below.
+SCIKIT_IMAGE = {11: 0.9493464217049404, 28: 0.3723054370537221, 64: -0.05686853982920147}
+
+
+@pytest.mark.parametrize("size", SCIKIT_IMAGE)
+def test_ssim_is_scikit_images(size):
+    x, y = waves(size)
+    assert float(bounds.ssim(x, y)) == pytest.approx(SCIKIT_IMAGE[size], rel=1e-9)
+
+
+def waves(size):
+    at = torch.arange(size, dtype=torch.float64)
+    x = 0.5 + 0.5 * torch.sin(0.9 * at[:, None]) * torch.cos(0.37 * at)
+    y = 0.5 + 0.4 * torch.sin(0.8 * at[:, None] + 0.3) * torch.cos(0.4 * at)
+    return x[None, None], y[None, None]
+
+
+def test_ms_ssim_is_the_product_over_scales():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 1, 48, 48, generator=generator).double()
+    y = (x + 0.1 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+    expected = []
+    for a, b in zip(x[:, 0].numpy(), y[:, 0].numpy(), strict=True):
+        total, betas = 1.0, np.array([0.0448, 0.2856, 0.3001])
+        for n, beta in enumerate(betas / betas.sum()):
+            luminance, contrast = published_ssim(a, b)
+            total *= np.mean(contrast if n < 2 else luminance * contrast) ** beta
+            a, b = (v.reshape(len(v) // 2, 2, -1, 2).mean((1, 3)) for v in (a, b))
+        expected.append(total)
+    assert bounds.ms_ssim(x, y, 3).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("size", "scales"), [(8, None), (10, None), (11, 1), (16, 1), (21, 1), (22, 2), (44, 3), (88, 4), (176, 5)]
+)
+def test_image_quality_of_every_size(size, scales):
+    class Close(nn.Module):
+        image_shape = (1, size, size)
+
+        def reconstruct(self, x):
+            return (x * 0.9 + 0.05).clamp(0, 1)
+
+    x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0))
+    figures = bounds.image_quality(Close(), [(x, None)], False, torch.device("cpu"))
+    assert figures.get("ms_ssim_scales") == scales
+    assert all(math.isfinite(v) for v in figures.values())
+    assert set(figures) == {"psnr"} if scales is None else 0.9 < figures["ms_ssim"] < 1
+    if scales == 1:
+        assert figures["ms_ssim"] == pytest.approx(figures["ssim"])
 
 
 def test_factors_of_a_sprite_are_those_it_was_drawn_with():

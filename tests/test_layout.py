@@ -9,10 +9,11 @@ import movae_fast
 
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
-LEAVES = {"files", "names", "own_code", "reference"}
+LEAVES = {"exchange", "files", "names", "own_code", "reference"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli", *LEAVES},
+    "exchange": set(),
     "files": set(),
     "names": set(),
     "own_code": set(),

@@ -1,6 +1,7 @@
 """The layer against vector-quantize-pytorch's, against sklearn's k-means, and against its own promises."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from movae_fast import ops
 from movae_fast.nn import VectorQuantizer
 from movae_fast.nn.codebook import snapshot
+from movae_fast.nn.vector_quantizer import UNSUPPORTED, UNSUPPORTED_IN_FORWARD
 from tests.host_reads import NoHostRead
 
 ROWS, DIM, CODES, STEPS = 96, 8, 20, 50
@@ -174,6 +177,167 @@ def test_learning_of_a_codebook_without_gradients_to_the_input(channel_first: bo
         out, _, loss = layer(x)
         ((out * upstream).sum() + loss).backward()
     assert_near(ours._codebook.embed.grad, theirs._codebook.embed.grad, tolerance(options), "gradient")
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+NOTHING = {
+    "mask": (torch.randn(2, 5, DIM), {"mask": torch.zeros(2, 5, dtype=torch.bool)}),
+    "lens": (torch.randn(2, 5, DIM), {"lens": torch.zeros(2, dtype=torch.int64)}),
+    "NaN": (torch.full((2, 5, DIM), torch.nan), {"mask": torch.zeros(2, 5, dtype=torch.bool)}),
+    "no rows": (torch.zeros(0, 5, DIM), {}),
+}
+LAYERS = {
+    "ema": {},
+    "cosine": {"use_cosine_sim": True},
+    "learnable": {"learnable_codebook": True, "ema_update": False},
+    "revived": {"threshold_ema_dead_code": 2},
+    "no iterations": {"kmeans_iters": 0},
+    "projected": {"codebook_dim": 5},
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("config", LAYERS)
+def test_a_batch_without_a_row_leaves_the_start_to_the_next(config: str, name: str) -> None:
+    x, options = NOTHING[name]
+    layer, twin = (VectorQuantizer(DIM, CODES, kmeans_init=True, **LAYERS[config]) for _ in range(2))
+    twin.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        out, index, loss = layer(x, **options)
+        assert not layer._codebook.initted
+        assert (index == -1).all()
+        assert not out.any()
+        assert loss == 0
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+    batch = torch.randn(100, DIM)
+    for each in (layer, twin):
+        torch.manual_seed(1)
+        each(batch)
+        assert each._codebook.initted
+    for key, value in twin.state_dict().items():
+        assert torch.equal(layer.state_dict()[key], value), key
+    assert len(layer.eval()(batch)[1].unique()) > CODES // 2
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_batches_without_a_row_do_not_wear_the_codebook_off(name: str) -> None:
+    """Averages that fade by a factor of 0.8 at every step are 0/0 after 500."""
+    x, options = NOTHING[name]
+    layer = VectorQuantizer(DIM, CODES, threshold_ema_dead_code=0.5)
+    layer(torch.randn(100, DIM))
+    sizes, codes = layer._codebook.cluster_size.clone(), layer.codebook.clone()
+    for _ in range(600):
+        layer(x, **options)
+    assert torch.equal(layer._codebook.cluster_size, sizes)
+    torch.testing.assert_close(layer.codebook, codes)
+
+
+def test_one_row_of_a_process_starts_them_both(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_start_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert [state["started"] for state in first] == [False, True]
+    for mine, theirs in zip(first, second, strict=True):
+        for key, value in mine.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[key])), key
+
+
+def _start_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    layer, states = VectorQuantizer(DIM, CODES, kmeans_init=True), []
+    for kept in (0, 30):  # of rank 1; rank 0 has none
+        mask = (torch.arange(30) < kept * rank).expand(2, 30)
+        layer(torch.randn(2, 30, DIM), mask=mask)
+        states.append({"started": bool(layer._codebook.initted), **copy.deepcopy(layer.state_dict())})
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+MASKED = [
+    *(
+        {},
+        {"rotation_trick": False},
+        {"codebook_dim": 5},
+        {"use_cosine_sim": True},
+        {"accept_image_fmap": True},
+    ),
+    *({"learnable_codebook": True, "ema_update": False}, {"kmeans_init": True, "threshold_ema_dead_code": 1}),
+]
+
+
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf, -1e30])
+@pytest.mark.parametrize("options", MASKED, ids=str)
+def test_what_the_padding_holds_is_of_no_account(options: dict[str, Any], padding: float) -> None:
+    """Outputs, gradients, codebook: all as with zeros there."""
+    shape = (3, 2, 7) if options.get("accept_image_fmap") else (3, 14)
+    keep = torch.rand(shape) > 0.4
+    x = torch.randn(*shape, DIM)
+    layers = [VectorQuantizer(DIM, CODES, **options) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    results = []
+    for layer, filled in zip(layers, (0.0, padding), strict=True):
+        leaf = torch.where(keep[..., None], x, filled).requires_grad_()
+        torch.manual_seed(2)
+        out, index, loss = layer(leaf.movedim(-1, 1) if len(shape) == 3 else leaf, mask=keep)
+        (out.square().mean() + loss).backward()
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        results.append(
+            [out.detach(), index, loss.detach(), leaf.grad, *gradients, *layer.state_dict().values()]
+        )
+    for zeros, other in zip(*results, strict=True):
+        assert torch.equal(zeros, other)
+    assert not results[1][3][~keep].any()
+
+
+@pytest.mark.parametrize("options", [o for o in MASKED if "kmeans_init" not in o], ids=str)
+def test_indices_of_masked_vectors_lead_back_to_zeros(options: dict[str, Any]) -> None:
+    layer = VectorQuantizer(DIM, CODES, **options).eval()
+    if layer.codebook.shape[1] != DIM:
+        nn.init.normal_(layer.project_out.bias)
+    shape = (3, 2, 7) if options.get("accept_image_fmap") else (3, 14)
+    x, keep = torch.randn(*shape, DIM), torch.rand(shape) > 0.4
+    x = x.movedim(-1, 1) if len(shape) == 3 else x
+    out, index, _ = layer(x, mask=keep)
+    assert torch.equal(layer.get_output_from_indices(index), out)
+    codes = layer.get_codes_from_indices(index)
+    codes = codes.movedim(1, -1) if len(shape) == 3 else codes
+    assert torch.equal(codes[keep], layer.codebook[index[keep]])
+    assert not codes[~keep].any()
+    for bad in (-2, CODES):
+        for lookup in (layer.get_codes_from_indices, layer.get_output_from_indices):
+            with pytest.raises(IndexError):
+                lookup(torch.tensor([0, bad]))
+            with pytest.raises(TypeError, match="indices must be int64"):
+                lookup(torch.zeros(3))
+
+
+# --- copies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["averaged", "copied", "assigned"])
+def test_a_started_codebook_is_not_started_again(how: str) -> None:
+    """Its buffers come by other ways than load_state_dict: the host's own flag does not know."""
+    layer, copied = (VectorQuantizer(DIM, CODES, kmeans_init=True) for _ in range(2))
+    if how == "averaged":
+        average = AveragedModel(layer)
+        copied = average.module
+    layer(torch.randn(100, DIM))
+    if how == "averaged":
+        average.update_parameters(layer)
+    elif how == "copied":
+        for mine, theirs in zip(copied.buffers(), layer.buffers(), strict=True):
+            mine.copy_(theirs)
+    else:
+        copied.load_state_dict(layer.state_dict(), assign=True)
+    before = copy.deepcopy(copied.train().state_dict())
+    with NoHostRead():
+        copied(torch.randn(100, DIM) + 50, freeze_codebook=True)
+    for key, value in before.items():
+        assert torch.equal(copied.state_dict()[key], value), key
+    copied(torch.randn(100, DIM) + 50)  # and it goes on learning
+    assert not torch.equal(copied.codebook, before["_codebook.embed"][0])
 
 
 # --- several processes --------------------------------------------------------------------------------------
@@ -480,11 +644,51 @@ def test_bad_masks_are_shown() -> None:
             "use_cosine_sim",
         ),
         ({"codebook_size": 0}, ValueError, "positive.*0"),
+        ({"codebook_dim": 0}, ValueError, "codebook_dim must be at least 1: got 0"),
+        ({"decay": 1.5}, ValueError, "decay must be between 0 and 1: got 1.5"),
+        ({"decay": float("nan")}, ValueError, "decay must be between 0 and 1"),
+        ({"eps": 0.0}, ValueError, "eps must be positive"),
+        ({"kmeans_iters": -1}, ValueError, "kmeans_iters must be at least 0"),
+        ({"threshold_ema_dead_code": -1}, ValueError, "threshold_ema_dead_code must be at least 0"),
+        ({"commitment_weight": -1.0}, ValueError, "commitment_weight must be at least 0"),
+        ({"vq_bridge": nn.Linear(2, 2)}, ValueError, "vq_bridge=a Linear: leave it at None"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         VectorQuantizer(**{"dim": DIM, "codebook_size": CODES, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("topk", 3, "topk=3: leave it at None"),
+        ("ema_update_weight", torch.ones(CODES), "ema_update_weight=a Tensor: leave it at None"),
+        ("accum_ema_update", True, "accum_ema_update=True: leave it at False"),
+        ("indices", torch.zeros(4, dtype=torch.int64), "indices=a Tensor"),
+        ("sample_codebook_temp", 0.5, "sample_codebook_temp=0.5"),
+        ("return_loss_breakdown", True, "return_loss_breakdown=True"),
+        ("codebook_transform_fn", torch.tanh, "codebook_transform_fn=a builtin"),
+        ("ema_update", False, "ema_update=False"),
+    ],
+)
+def test_what_the_forward_does_not_have_is_named(name: str, value: Any, shown: str) -> None:
+    layer, x = VectorQuantizer(DIM, CODES), torch.randn(4, DIM)
+    with pytest.raises(ValueError, match=rf"VectorQuantizer.forward does not support {shown}"):
+        layer(x, **{name: value})
+    layer(x, topk=None, accum_ema_update=False, ema_update_weight=None)
+    with pytest.raises(TypeError, match=r"VectorQuantizer.forward has no option 'top_k'"):
+        layer(x, top_k=3)
+
+
+def test_every_argument_of_the_peer_is_known() -> None:
+    library = pytest.importorskip("vector_quantize_pytorch")
+    for function, known in (("__init__", UNSUPPORTED), ("forward", UNSUPPORTED_IN_FORWARD)):
+        theirs = inspect.signature(getattr(library.VectorQuantize, function)).parameters
+        ours = inspect.signature(getattr(VectorQuantizer, function)).parameters
+        assert set(theirs) <= {*ours, *known}
+        for name, default in known.items():
+            assert theirs[name].default == default, name
 
 
 def test_options_of_the_peer_at_their_defaults_are_accepted() -> None:

@@ -276,6 +276,20 @@ def test_errors_show_the_operands():
         ops.gramian_weights(eye, "mgda", torch.ones(3))
     with pytest.raises(ValueError, match=r"order must be \[m, m\] int64"):
         ops.gramian_weights(eye, "pcgrad", order=torch.ones(3, 3))
+    for order in ([0, 1, 3], [0, 1, -1], [0, 1, 1], [0, 1, 1 << 40]):
+        rows = torch.tensor([[0, 1, 2], order, [2, 0, 1]])
+        with pytest.raises(
+            ValueError, match=rf"order\[1\] must be a permutation of 0..2; it has {order[2]} at 2"
+        ):
+            ops.gramian_weights(eye, "pcgrad", order=rows)
+        with pytest.raises(ValueError, match=r"must be a permutation of 0..2"):
+            extension.gramian_weights(eye.double(), "pcgrad", None, rows, 0.0, 0.0, 1)
+    for parameters in ({"c": math.nan}, {"c": math.inf}, {"norm_eps": math.nan}):
+        with pytest.raises(ValueError, match="c and norm_eps must be >= 0 and finite"):
+            ops.gramian_weights(eye, "cagrad", **parameters)
+    for parameters in ({"epsilon": math.nan}, {"max_iters": 1.5}, {"max_iters": 1 << 63}):
+        with pytest.raises(ValueError, match=r"epsilon and max_iters must|max_iters must be a whole number"):
+            ops.gramian_weights(eye, "mgda", **parameters)
     with pytest.raises(ValueError, match="mgda takes no order"):
         ops.gramian_weights(eye, "mgda", order=torch.ones(3, 3).long())
     with pytest.raises(ValueError, match="c and norm_eps must be >= 0"):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from movae_fast import ops, reference
+from movae_fast.ops import extension
 from movae_fast.ops.quantize import Gradient, _quantize_backward_cuda
 
 GRADIENTS = get_args(Gradient)
@@ -246,6 +247,27 @@ def test_bad_arguments_are_shown() -> None:
         ops.code_error(z, codebook, torch.zeros(4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"\[4\].*\[4, 3\].*\[5\]"):
         ops.code_error(z, codebook, torch.zeros(5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 1 << 62, -(1 << 62)])
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2, 2)])
+def test_an_index_outside_the_codebook_is_an_error(shape: tuple[int, ...], bad: int) -> None:
+    """In both directions, compiled too: it would be read, and in the backward written, where it points."""
+    z, codebook = operands(shape)
+    _, index, _, _, _ = ops.quantize(z, codebook[:5])
+    index.view(-1)[2] = bad
+    problem = f"index {bad} at position 2 does not lie in \\[0, 5\\)"
+    with pytest.raises(IndexError, match=problem):
+        ops.code_error(z, codebook[:5], index)
+    with pytest.raises(IndexError, match=problem):
+        torch.compile(ops.code_error, backend="aot_eager")(z.detach(), codebook[:5].detach(), index)
+    with pytest.raises(IndexError, match=problem):
+        extension.code_error(z, codebook[:5], index)
+    error = torch.ones(index.shape)
+    with pytest.raises(IndexError, match=problem):
+        torch.ops.movae.quantize_backward(
+            None, error, z.detach(), codebook[:5].detach(), index, "straight_through", True, True
+        )
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

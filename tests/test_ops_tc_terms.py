@@ -188,6 +188,8 @@ def test_an_empty_batch() -> None:
         ({"logvar": torch.zeros(4, 3, device="meta")}, ValueError, "cpu.*meta"),
         ({"estimator": "mean"}, ValueError, "'mean'"),
         ({"n_data": 0}, ValueError, "at least 1"),
+        ({"n_data": 1e5}, ValueError, "a whole number.*got 100000.0"),
+        ({"n_data": 1 << 70}, ValueError, "below 2.63"),
         ({"n_data": 3, "estimator": "mss"}, ValueError, "at most n_data.*batch of 4.*n_data = 3"),
     ],
 )

@@ -1,5 +1,7 @@
 """Figures, `movae sample` in all modes, and `movae doctor`."""
 
+import shutil
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -7,6 +9,9 @@ import torch
 
 from movae_fast import figures
 from movae_fast.cli import doctor, main
+from movae_fast.cli.generate import check_model
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.run import new_model
 
 # Colours in, colours out.
 RED, GREEN = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
@@ -148,6 +153,54 @@ def test_generate_and_reconstruct_write_torch_vaes_files(trained, tmp_path, caps
     assert "--nimg_channels 3: the model has 1" in capsys.readouterr().err
     assert main(["generate", f"--model={trained}", f"--outdir={tmp_path / 'x'}", "--latent_dims=9"]) == 2
     assert "--latent_dim 9: the model has 2" in capsys.readouterr().err
+
+
+def test_reconstruct_takes_the_test_split_and_no_more_than_asked(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    assert main(["reconstruct", "--model", str(run)]) == 0
+    assert "256 of 297 test images" in capsys.readouterr().out
+    assert len(list((run / "reconstructions" / "digits_test" / "0002_latent_dims").iterdir())) == 256
+    assert main(["reconstruct", "--model", str(run), "--max_images", "0"]) == 0
+    assert len(list((run / "reconstructions-2" / "digits_test" / "0002_latent_dims").iterdir())) == 297
+    words = ["--model", str(run), "--outdir", "out", "--split", "train", "--max_images", "3"]
+    assert main(["reconstruct", *words]) == 0
+    assert len(list((tmp_path / "out" / "digits_train" / "0002_latent_dims").iterdir())) == 3
+    assert main(["reconstruct", *words, "--rec_testdata"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "latents", "filters"),
+    [
+        ({"arch": "vae"}, 128, None),
+        ({"arch": "mlp_vae"}, 10, None),
+        ({"arch": "provlae", "num_ladders": 2}, 3, None),
+        ({"arch": "resnet_vae_32"}, 256, None),
+        ({"arch": "torch_vae", "max_filters": 8}, 128, 8),
+        ({"arch": "torch_vae", "latent_dim": 5}, 5, 128),
+        ({"arch": "vq_vae"}, None, None),
+    ],
+)
+def test_a_model_is_compared_by_its_own_defaults(options, latents, filters):
+    config = TrainConfig.from_flat({"dataset": "digits", "image_size": 32} | options)
+    model = new_model(config)
+    check_model(config, model, latents, filters)
+    for name, has in (("latent_dim", latents), ("max_filters", filters)):
+        asked = {"latent_dim": None, "max_filters": None} | {name: 77}
+        with pytest.raises(ValueError, match=f"the model has {has}" if has else "has no such option"):
+            check_model(config, model, **asked)
+
+
+def test_generate_takes_a_default_latent_dim_by_its_number(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = "train --dataset digits --arch mlp_vae --hidden_dims 8 --steps 1 --batch_size 8 --limit_train 16"
+    assert main([*words.split(), "--limit_test", "8", "--num_samples", "2", "--exp_dir", str(folder)]) == 0
+    ask = ["generate", f"--model={folder}", "--nsamples=1", "--latent_dim"]
+    assert main([*ask, "10", f"--outdir={tmp_path / 'a'}"]) == 0
+    assert main([*ask, "128", f"--outdir={tmp_path / 'b'}"]) == 2
+    assert "--latent_dim 128: the model has 10" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(

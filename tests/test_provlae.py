@@ -69,6 +69,73 @@ def test_the_networks_layers_at_any_size(shape, rungs):
     assert model.objectives == ("reconstruction", *(f"kl_{i + 1}" for i in range(rungs)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "count"),
+    [
+        ((1, 28, 28), {"latent_dim": 2}, 3_630_417),
+        ((1, 32, 32), {"latent_dim": 2}, 3_630_417),
+        ((3, 64, 64), {}, 14_053_019),
+        ((3, 64, 64), {"hidden_dim": 64}, 28_387_355),
+    ],
+)
+def test_the_ports_network_has_its_parameters(shape, options, count):
+    model = build_model("provlae", shape, "sigmoid", {"ladder_net": "port"} | options)
+    assert sum(p.numel() for p in model.parameters()) == count
+    target = 2 ** math.ceil(math.log2(shape[1]))
+    sides = [generator[-1].unflattened_size[1] for generator in model.generators]
+    assert sides == [target // 2, target // 4, target // 8]
+    out = model(torch.rand(2, *shape))
+    assert out.preactivation.shape == (2, *shape)
+
+
+@pytest.mark.parametrize("rungs", [1, 2, 4])
+@pytest.mark.parametrize("net", ["authors", "port"])
+def test_either_network_has_any_number_of_rungs(net, rungs):
+    model = build_model("provlae", (3, 48, 48), "sigmoid", SMALL | {"ladder_net": net, "num_ladders": rungs})
+    assert model(torch.rand(2, 3, 48, 48)).preactivation.shape == (2, 3, 48, 48)
+
+
+def test_the_ports_stages_begin_at_the_least_abstract_rung():
+    model = ladder(ladder_net="port").eval()
+    z = torch.randn(4, 6)
+    for stage in (1, 2, 3):
+        model.set_stage(stage)
+        assert model.active.tolist() == [1.0] * stage + [0.0] * (3 - stage)
+        later = torch.cat([z[:, : 2 * stage], torch.randn(4, 6 - 2 * stage)], 1)
+        assert torch.equal(model.decode(z), model.decode(later))  # rungs to come change nothing
+        newest = z.clone()
+        newest[:, 2 * stage - 2 : 2 * stage] += 1
+        assert not torch.equal(model.decode(z), model.decode(newest))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stage_of_the_port_begins_where_the_last_one_ended(stage):
+    model = ladder(ladder_net="port").eval()
+    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    model.set_stage(stage - 1)
+    before = model(x, noise)
+    model.set_stage(stage, alpha=0.0)
+    after = model(x, noise)
+    assert torch.equal(after.preactivation, before.preactivation)
+    known = 2 * (stage - 1)  # latents of the rungs that were active
+    assert torch.equal(after.mu[:, :known], before.mu[:, :known])
+    model.set_stage(stage, alpha=0.5)
+    assert not torch.equal(model(x, noise).mu[:, known : known + 2], before.mu[:, known : known + 2])
+
+
+def test_the_port_trains_its_rungs_in_order(train):
+    folder = train(f"{FLAGS} --ladder_net port --agg upgrad")
+    kept = {f"stage_{s}": checkpoint.load(folder / "checkpoints" / f"stage_{s}.pt")["model"] for s in (1, 2, 3)}
+    fresh = kept["stage_1"]["generators.2.0.0.weight"]
+    assert torch.equal(
+        kept["stage_2"]["generators.2.0.0.weight"], fresh
+    )  # nothing reaches rung 3 before stage 3
+    assert not torch.equal(kept["stage_3"]["generators.2.0.0.weight"], fresh)
+    assert not torch.equal(
+        kept["stage_2"]["generators.1.0.0.weight"], kept["stage_1"]["generators.1.0.0.weight"]
+    )
+
+
 def test_more_rungs_than_the_image_allows():
     with pytest.raises(ValueError, match="--num_ladders 5: images of side 64 allow at most 4"):
         build_model("provlae", (1, 64, 64), "sigmoid", {"num_ladders": 5})

@@ -22,7 +22,7 @@ def test_code_error_compiles(capability: int, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         types = {"z_ptr": POINTER[dtype], "codebook_ptr": POINTER[dtype], "index_ptr": "*i64"}
         types |= {"sq_err_ptr": "*fp64" if dtype == torch.float64 else "*fp32"}
-        types |= dict.fromkeys(("N", "D", "inner", "z_row", "z_position", "z_d"), "i32")
+        types |= dict.fromkeys(("N", "K", "D", "inner", "z_row", "z_position", "z_d"), "i32")
         for channel_first in (False, True):
             constants = {"CHANNEL_FIRST": channel_first, "BN": 32, "BD": 32}
             kernel = quantize._code_error_kernel

@@ -1,5 +1,6 @@
 """`movae sweep`: two workers share a study, it resumes, it reports; and what it refuses."""
 
+import datetime
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from movae_fast.cli import main, parsing
+from movae_fast.cli.members import expanded
 from movae_fast.cli.study import Report, Study
 from movae_fast.cli.sweep import SweepFlags, check_space, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
@@ -134,6 +136,72 @@ def test_an_interrupted_trial_is_run_again(sweep, tmp_path, monkeypatch):
     trials = json.loads((tmp_path / "sweep" / "results.json").read_text())["trials"]
     assert [t["number"] for t in trials] == [1]
     assert trials[0]["params"]["beta"] == lost.params["beta"]
+
+
+def test_a_trial_killed_before_it_was_signed_is_run_again(sweep, tmp_path, monkeypatch):
+    in_this_process(monkeypatch)
+    words = sweep(trials=1)
+    spec, stem = read_sweep(words[2])
+    study = make_study(SweepFlags(words[2], sweep_dir=str(tmp_path / "sweep")), spec, stem)
+    study.create()
+    unsigned = study.open().ask()
+    study.revive()
+    assert study.left() == 0  # it may be about to be signed
+    monkeypatch.setattr("movae_fast.cli.study.UNSIGNED", datetime.timedelta(0))
+    study.revive()
+    assert study.left() == 1
+    assert main(words) == 0
+    assert numbers(tmp_path / "sweep") == [unsigned.number + 1]
+
+
+def journal_of(sweep, tmp_path, monkeypatch):
+    """A study of one trial: the words that run it and its journal."""
+    in_this_process(monkeypatch)
+    words = sweep(trials=1)
+    assert main(words) == 0
+    return words, tmp_path / "sweep" / "study.journal"
+
+
+@pytest.mark.parametrize("half", [b'{"op_code": 5, "worker', b"{", b"\0\0"])
+def test_half_a_journal_line_of_a_killed_process_is_cut_off(sweep, tmp_path, monkeypatch, half):
+    words, journal = journal_of(sweep, tmp_path, monkeypatch)
+    with journal.open("ab") as file:
+        file.write(half)
+    assert main([*words, "--trials", "2"]) == 0
+    assert numbers(tmp_path / "sweep") == [0, 1]
+
+
+@pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b"5", b"{}", b"\0" * 80, b"[" * 100_000, b""])
+def test_a_damaged_journal_is_said_by_name(sweep, tmp_path, monkeypatch, capsys, damage):
+    words, journal = journal_of(sweep, tmp_path, monkeypatch)
+    texts = journal.read_bytes().split(b"\n")
+    texts[2] = damage
+    journal.write_bytes(b"\n".join(texts))
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{journal}: line 3 is damaged" in error
+    assert error.count("\n") == 1
+    assert journal.read_bytes() == b"\n".join(texts)
+
+
+def test_a_journal_whose_lines_make_no_study_is_said_by_name(sweep, tmp_path, monkeypatch, capsys):
+    words, journal = journal_of(sweep, tmp_path, monkeypatch)
+    texts = journal.read_bytes().split(b"\n")
+    journal.write_bytes(b"\n".join([b'{"op_code":4}', *texts]))
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{journal} cannot be read" in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_list_of_results_is_said_by_name(tmp_path):
+    (tmp_path / "trials").mkdir()
+    for text in ("{", "[]", "null", '{"trials": [{}]}', '{"trials": [{"number": "x"}]}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=r"results\.json is damaged"):
+            expanded([str(tmp_path)])
 
 
 @pytest.mark.parametrize("grid", [False, True])

@@ -3,12 +3,14 @@
 import gzip
 import io
 import os
+import subprocess
 import tarfile
 
 import pytest
 import torch
 
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, tars
+from movae_fast.data.files import found_below
 from movae_fast.data.prepared import prepare
 from tests.datafiles import jpeg, labelled, shard
 
@@ -60,7 +62,7 @@ def test_images_classes_and_order_are_those_of_dalis_reader(tmp_path):
     with pipe:
         pipe.set_outputs(*dali.fn.readers.webdataset(paths=paths, ext=["jpg", "cls"]))
     pipe.build()
-    images, classes = tars.images_in(tars.tars_below(tmp_path))
+    images, classes = tars.images_in(found_below(tmp_path).tars)
     assert len(images) == 8
     for image, label in zip(images, classes, strict=True):
         data, text = (out.at(0).tobytes() for out in pipe.run())
@@ -113,7 +115,7 @@ def test_where_tars_may_be(shards):
     (shards / "lone.jpg").write_bytes(jpeg(1))
     source = read(shards)
     assert [f.name for f in source.files] == ["lone.jpg"]
-    assert source.note == "3 tars (0.tar) are left aside: there are image files beside them"
+    assert source.note == "left aside: 3 .tar beside image files (0.tar, …)"
 
 
 def test_headers_are_read_once(shards, monkeypatch):
@@ -123,6 +125,19 @@ def test_headers_are_read_once(shards, monkeypatch):
         assert read(shards).labels == before
     shard(shards / "0.tar", labelled(range(10), label=lambda i: i + 50))
     assert read(shards).labels[:2] == [50, 51]
+
+
+def test_headers_that_were_remembered_wrongly_are_read_again(shards, tmp_path):
+    before = [(str(file), file.offset, label) for file, label in tars.index(shards / "0.tar")]
+    (cache,) = (tmp_path / "cache" / "movae").iterdir()
+    whole = cache.read_bytes()
+    for at in range(0, len(whole), 11):
+        cache.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert [(str(file), file.offset, label) for file, label in tars.index(shards / "0.tar")] == before
+    for content in (b"", whole[:-9], b"[1]", b"{}"):
+        cache.write_bytes(content)
+        assert [(str(file), file.offset, label) for file, label in tars.index(shards / "0.tar")] == before
+        assert cache.read_bytes() == whole
 
 
 def damaged_header(data):
@@ -157,10 +172,122 @@ def test_a_tar_without_images_or_with_a_wrong_class_is_named(shards, train, caps
     shard(shards / "2.tar", {"0.cls": b"3", "0.txt": b"none"})
     flags = ("--dataset folder", f"--data_dir {shards}", "--limit_train 0", "--limit_test 0")
     train(*flags, status=2)
-    assert "2.tar holds no image (.png, .jpg, .jpeg, .webp, .bmp)" in capsys.readouterr().err
+    assert "2.tar holds no image (.png, .jpg, .jpeg, .webp, .bmp, .jfif" in capsys.readouterr().err
     shard(shards / "2.tar", {"0.jpg": jpeg(3), "0.cls": b"cat"})
     train(*flags, status=2)
     assert "2.tar/0.cls is no class: b'cat', expected one whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", [b"9" * 20, b"9" * 5000, b"9223372036854775808", b"1_000", b"", b"3.0", b"1 2"]
+)
+def test_a_class_that_no_label_can_be_is_named(tmp_path, text):
+    path = shard(tmp_path / "x.tar", {"0.jpg": jpeg(1), "0.cls": text})
+    with pytest.raises(
+        ValueError, match=r"x\.tar/0\.cls is no class: b'.*', expected one whole number of at most 64"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(b"9223372036854775807", 2**63 - 1), (b"-1\n", -1), (b"\xef\xbb\xbf3\r\n", 3), (b" 007 ", 7)],
+)
+def test_a_class_is_any_number_of_64_bits(tmp_path, text, number):
+    path = shard(tmp_path / "x.tar", {"0.jpg": jpeg(1), "0.cls": text})
+    source = read(path)
+    assert source.labels == [number]
+    assert make_loader("resident", source, 1, CPU, train=False).source.labels.tolist() == [number]
+
+
+def add(tar, name, content=b"", **fields):
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    for key, value in fields.items():
+        setattr(header, key, value)
+    tar.addfile(header, io.BytesIO(content))
+
+
+def test_links_in_a_tar_are_the_files_that_they_link_to(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "./a/0.jpg", jpeg(0))
+        add(tar, "./a/0.cls", b"5")
+        add(tar, "./a/1.jpg", type=tarfile.LNKTYPE, linkname="./a/0.jpg")
+        add(tar, "./a/1.cls", type=tarfile.LNKTYPE, linkname="./a/0.cls")
+        add(tar, "./b/2.jpg", type=tarfile.SYMTYPE, linkname="../a/./1.jpg")  # of a link
+        add(tar, "./b/2.cls", b"6")
+        add(tar, "./b/3.jpg", type=tarfile.SYMTYPE, linkname="4.jpg")  # of what comes after
+        add(tar, "./b/3.cls", b"7")
+        add(tar, "./b/4.jpg", jpeg(4))
+        add(tar, "./b/4.cls", b"8")
+        add(tar, "./b/5.jpg", type=tarfile.SYMTYPE, linkname="/etc/5.jpg")
+        add(tar, "./b/6.jpg", type=tarfile.SYMTYPE, linkname="6.jpg")
+        add(tar, "./b/7.jpg", type=tarfile.LNKTYPE, linkname="gone.jpg")
+        add(tar, "./c", type=tarfile.SYMTYPE, linkname="b")
+        add(tar, "./b/.ipynb_checkpoints/4.jpg", jpeg(4))
+        add(tar, "./b/._4.jpg", b"notes of a Mac")
+        add(tar, "./b/p.png", type=tarfile.FIFOTYPE)
+        add(tar, "./b/4.json", b"{}")
+    source = read(path)
+    expected = ((0, 5), (0, 5), (0, 6), (4, 7), (4, 8))
+    assert source.labels == [label for _, label in expected]
+    assert [file.read_bytes() for file in source.files] == [jpeg(seed) for seed, _ in expected]
+    assert source.note == (
+        "left aside: 1 linked (x.tar/./c), 2 hidden (x.tar/./b/.ipynb_checkpoints/4.jpg, …), "
+        "1 neither file nor folder (x.tar/./b/p.png), 1 .json (x.tar/./b/4.json), "
+        "3 linked to nothing in the tar (x.tar/./b/5.jpg, …)"
+    )
+    assert read(path).note == source.note  # from what is remembered
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax", "ustar"])
+def test_hard_links_as_tar_itself_writes_them(tmp_path, form):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.jpg").write_bytes(jpeg(i))
+    os.link(folder / "0.jpg", folder / "6.jpg")
+    os.link(folder / "0.jpg", folder / "7.jpg")
+    subprocess.run(
+        ["tar", f"--format={form}", "--sort=name", "-cf", tmp_path / "x.tar", "-C", folder, "."], check=True
+    )
+    images, _ = tars.images_in([tmp_path / "x.tar"])
+    assert [image.read_bytes() for image in images] == [jpeg(i) for i in (0, 1, 2, 3, 4, 5, 0, 0)]
+
+
+def test_an_image_with_holes_is_refused(tmp_path):
+    path = tmp_path / "in" / "0.bmp"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.write(b"BM")
+        file.truncate(1 << 20)
+    subprocess.run(["tar", "--sparse", "-cf", tmp_path / "x.tar", "-C", path.parent, "."], check=True)
+    with pytest.raises(
+        ValueError, match=r"x\.tar/\./0\.bmp is stored with holes: write the tar without --sparse"
+    ):
+        read(tmp_path / "x.tar")
+
+
+def test_a_tar_and_its_members_may_have_names_of_any_bytes(tmp_path, kind):
+    names = [os.fsdecode(b"caf\xe9\n%d.jpg" % i) for i in range(6)]
+    path = shard(tmp_path / os.fsdecode(b"t\xe9.tar"), {name: jpeg(i) for i, name in enumerate(names)})
+    for _ in range(2):
+        source = read(path)
+        assert [file.name for file in source.files] == names
+    assert len(list(loader(kind, source, 2).epoch())) == 3
+    path = shard(path, {names[0]: jpeg(0), names[1]: b"none"})
+    with pytest.raises(ValueError, match=r"t\\xe9\.tar/caf\\xe9\\n1\.jpg is not a readable image"):
+        list(loader(kind, read(path), 2).epoch())
+
+
+def test_folders_and_pipes_called_tar_are_none(tmp_path):
+    shard(tmp_path / "a.tar", labelled(range(12)))
+    (tmp_path / "old.tar").mkdir()
+    os.mkfifo(tmp_path / "p.tar")
+    source = read(tmp_path)
+    assert len(source) == 11
+    assert "1 neither file nor folder (p.tar)" in source.note
 
 
 def test_a_bad_image_in_a_tar_is_named_or_left_out(shards, kind):

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from movae_fast.cli import main
+from movae_fast.cli.train import against_mean_image
 from movae_fast.data import DATASETS
 from movae_fast.training import checkpoint, loop
 from movae_fast.training.compiled import graph_counters
@@ -71,6 +72,17 @@ def test_config_yaml_reproduces_the_run(train):
     second = first.parent / "again"
     assert main(["train", "--config", str(first / "config.yaml"), "--exp_dir", str(second)]) == 0
     assert figures_of(first) == figures_of(second)
+
+
+@pytest.mark.parametrize(("below", "warns"), [(1.1, True), (0.0, False)])
+def test_a_collapsed_codebook_is_a_warning_after_the_first_epoch(train, capsys, monkeypatch, below, warns):
+    assert loop.COLLAPSED == 0.02
+    monkeypatch.setattr(loop, "COLLAPSED", below)
+    flags = "--arch vq_vae --embedding_dim 4 --num_embeddings 8 --num_residual_layers 1 --hidden_dims 4 8"
+    train(flags, "--latent_dim null", "--epochs 2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("the codebook has collapsed") == warns
+    assert ("8 codes are in use at the end of the first epoch. Try a lower learning rate" in said) == warns
 
 
 @pytest.mark.parametrize(
@@ -317,6 +329,27 @@ def test_learning_rate_schedules():
     drops = rates(scheduler="multi_step", scheduler_milestones=[2, 4])
     assert drops[3:5] == [2.0, pytest.approx(0.2)]
     assert drops[8] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "multi_step"])
+def test_a_lines_rate_is_that_of_its_last_step(train, scheduler):
+    flags = ["--epochs 3", "--lr 0.5", "--log_every 1", "--warmup_steps 2", f"--scheduler {scheduler}"]
+    if scheduler == "multi_step":
+        flags += ["--scheduler_milestones 1 2", "--scheduler_per epoch"]
+    folder = train(*flags)
+    lines = [line for line in read_lines(folder / "metrics.jsonl") if "train/lr" in line]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    config = TrainConfig.from_flat(checkpoint.load(folder / "checkpoints" / "last.pt")["config"])
+    factor = lr_factor(config.optimizer, 9, 3)
+    assert [line["train/lr"] for line in lines] == pytest.approx([0.5 * factor(step) for step in range(9)])
+
+
+def test_the_error_beside_the_mean_images_is_said_as_it_is():
+    said = {0.25: "75.0% below", 3.83: "283.0% above", 1.0: "0.0% below"}
+    for mse, words in said.items():
+        text = against_mean_image({"test/mse": mse, "test/mse_mean_image": 1.0})
+        assert text == f"reconstruction error {words} the mean image's; "
+    assert against_mean_image({"test/mse": 1.0, "test/mse_mean_image": 0.0}) == ""
 
 
 def test_rates_by_epoch_are_torchs_schedule_stepped_once_an_epoch():

@@ -1,5 +1,7 @@
 """What the aggregators of this package share: float64 Gramians, weights where the rows are, no host reads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator, Weighting
@@ -10,14 +12,27 @@ from movae_fast import ops
 class GramianWeighting(Weighting):
     """Weights from a Gramian [m, m], in its dtype, by a preference [m] or none."""
 
-    pref_vector: Tensor | None
+    _preference: Tensor | None
 
     def __init__(self, pref_vector: Tensor | None) -> None:
         super().__init__()
-        if pref_vector is not None and pref_vector.dim() != 1:
-            raise ValueError(f"pref_vector must be [m], got {list(pref_vector.shape)}")
         # A buffer, so that it follows the module to another device; not a part of its state.
-        self.register_buffer("pref_vector", pref_vector, persistent=False)
+        self.register_buffer("_preference", None, persistent=False)
+        self.pref_vector = pref_vector
+
+    @property
+    def pref_vector(self) -> Tensor | None:
+        return self._preference
+
+    @pref_vector.setter
+    def pref_vector(self, value: Tensor | None) -> None:
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"pref_vector must be a tensor [m] or None, got {type(value).__name__}")
+        if value is not None and value.dim() != 1:
+            raise ValueError(f"pref_vector must be [m], got {list(value.shape)}")
+        if value is not None and value.is_cpu and not value.isfinite().all():
+            raise ValueError(f"pref_vector must be finite, got {value.tolist()}")
+        self._preference = value
 
     def of_rows(self, matrix: Tensor) -> Tensor:
         """The weights, float64, from a Jacobian [m, P]."""
@@ -25,7 +40,7 @@ class GramianWeighting(Weighting):
 
 
 class RowsWeighting(Weighting):
-    """`GramianWeighting.of_rows` as TorchJD's aggregators take it."""
+    """`GramianWeighting.of_rows` as TorchJD's aggregators take it: the weights [m] in the rows' dtype."""
 
     def __init__(self, weighting: GramianWeighting) -> None:
         super().__init__()
@@ -35,8 +50,8 @@ class RowsWeighting(Weighting):
     def forward(self, matrix: Tensor, /) -> Tensor:
         inner = self.weighting
         if hooked(inner):  # somebody wants to see the Gramian's weighting called
-            return inner(ops.gramian(matrix))
-        return inner.of_rows(matrix)
+            return inner(ops.gramian(matrix)).to(matrix.dtype)
+        return inner.of_rows(matrix).to(matrix.dtype)
 
 
 def hooked(module: torch.nn.Module) -> bool:
@@ -64,3 +79,22 @@ class FusedAggregator(GramianWeightedAggregator):
     @staticmethod
     def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
         return ops.combine(matrix.detach(), weights)
+
+
+def preference() -> Any:
+    """The weighting's preference, read and written through the aggregator."""
+
+    def read(self: FusedAggregator) -> Tensor | None:
+        return self.gramian_weighting.pref_vector
+
+    def write(self: FusedAggregator, value: Tensor | None) -> None:
+        self.gramian_weighting.pref_vector = value
+
+    return property(read, write)
+
+
+def preference_suffix(pref_vector: Tensor | None) -> str:
+    """A preference as TorchJD's `str` of an aggregator shows it: two digits, without closing zeros."""
+    if pref_vector is None:
+        return ""
+    return f"([{', '.join(f'{value:.2f}'.rstrip('0') for value in pref_vector.tolist())}])"

@@ -7,6 +7,8 @@ A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, â€
 from __future__ import annotations
 
 import inspect
+import math
+import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +35,9 @@ def _dualproj(pref_vector: Tensor | None = None, cone: Mapping[str, Any] | None 
 def _crmogm(
     weighting: str = "upgrad", alpha: float = 0.9, cone: Mapping[str, Any] | None = None
 ) -> jd.Aggregator:
+    able = [n for n in AGGREGATORS if weights_by_gramian(n) and n != "crmogm"]
+    if weighting not in able:
+        raise ValueError(f"weighting {weighting}: unknown{nearest(weighting, able)}; valid: {', '.join(able)}")
     takes_cone = "cone" in inspect.signature(AGGREGATORS[weighting]).parameters
     inner = AGGREGATORS[weighting](**({"cone": cone} if takes_cone else {}))
     return jd.GramianWeightedAggregator(jd.CRMOGMWeighting(inner.gramian_weighting, alpha=alpha))
@@ -104,6 +109,8 @@ CONES = ("upgrad", "dualproj", "crmogm")
 # TorchJD's weightings that want two independent mini-batches a step: on one, they lose what they are for.
 NEED_TWO_BATCHES = ("modo", "sdmgrad")
 
+MOST_WHOLE = 1_000_000  # of an aggregator's whole numbers: rounds of a solver, rows, steps
+
 # Set by the trainer rather than by a flag: the preference has its own flag, the rest follow from the run.
 _NOT_FLAGS = ("pref_vector", "cone", "n_tasks", "f", "leak")
 
@@ -133,25 +140,30 @@ def make_aggregator(
     """
     factory = AGGREGATORS[name]
     known = inspect.signature(factory).parameters
+    kinds = argument_kinds(name)
     options: dict[str, Any] = {}
     for key, value in (args or {}).items():
         valid = aggregator_args(name)
         if key not in valid:
             has = f"its parameters are {', '.join(valid)}" if valid else "it has no parameters"
             raise ValueError(f"--agg_args.{key}: {name} has no such parameter{nearest(key, valid)}; {has}")
-        options[key] = value
+        options[key] = checked_argument(name, key, value, kinds[key])
     if pref_weights is not None:
         if "pref_vector" not in known:
             takers = [n for n in AGGREGATORS if "pref_vector" in inspect.signature(AGGREGATORS[n]).parameters]
             raise ValueError(f"--pref_weights: {name} has no preference; these have: {', '.join(takers)}")
         if len(pref_weights) != m:
             raise ValueError(f"--pref_weights has {len(pref_weights)} values; {m} objectives are aggregated")
+        if not all(math.isfinite(w) and w > 0 for w in pref_weights):
+            raise ValueError(f"--pref_weights {list(pref_weights)}: each is a number above 0")
         options["pref_vector"] = torch.tensor(pref_weights, dtype=torch.float64)
     if "cone" in known:
         regularizer = regularizer or ("trace" if norm_eps > 0 else "diagonal")
         options["cone"] = {"norm_eps": norm_eps, "reg_eps": reg_eps, "regularizer": regularizer}
     if "n_tasks" in known:
         options["n_tasks"] = m
+    if missing := [k for k in kinds if known[k].default is inspect.Parameter.empty and k not in options]:
+        raise ValueError(f"--agg {name} needs --agg_args.{missing[0]}; its parameters are {', '.join(kinds)}")
     try:
         return factory(**options)
     except ImportError as error:
@@ -163,6 +175,49 @@ def make_aggregator(
         ) from None
     except ValueError as error:
         raise ValueError(f"--agg_args of {name}: {error}") from None
+
+
+def argument_kinds(name: str) -> dict[str, Any]:
+    """Return the type of each argument that `aggregator_args` lists."""
+    factory = AGGREGATORS[name]
+    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    return {key: hints[key] for key in aggregator_args(name)}
+
+
+def checked_argument(name: str, key: str, value: Any, kind: Any) -> Any:
+    """Return an aggregator's argument if it is of its kind; all their numbers are finite and not negative."""
+    options = typing.get_args(kind) or (kind,)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if typing.get_origin(kind) is typing.Literal:
+        fits, wanted = value in options, f"one of {', '.join(options)}"
+    elif kind is str:
+        fits, wanted = isinstance(value, str), "a name"
+    elif typing.get_origin(kind) is Sequence:
+        numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
+        fits, wanted = numbers and all(math.isfinite(v) for v in value), "a list of finite numbers"
+    else:
+        whole = int in options and float not in options
+        inside = number and 0 <= value < math.inf
+        if whole:
+            inside = isinstance(value, int) and inside and value <= MOST_WHOLE
+        fits = inside or (value is None and type(None) in options)
+        wanted = f"a whole number from 0 to {MOST_WHOLE:,}" if whole else "a finite number, zero or more"
+    if not fits:
+        raise ValueError(f"--agg_args.{key} {value}: {name} takes {wanted}")
+    return value
+
+
+def check_runs(name: str, m: int, args: Mapping[str, Any] | None = None, **options: Any) -> None:
+    """Raise ValueError for an aggregator that cannot be made for m objectives (see `make_aggregator`), or that
+    refuses their rows: some of TorchJD's ask for a number of them."""
+    aggregator = make_aggregator(name, m, args, **options)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        rows = torch.eye(m, m + 1) + 0.1
+        try:
+            aggregate(aggregator, rows, ops.gramian(rows))
+        except (ValueError, RuntimeError, IndexError) as error:
+            reason = " ".join(str(error).replace("`", "").split())
+            raise ValueError(f"--agg {name} does not take the rows of {m} objectives: {reason}") from None
 
 
 def weights_rows(name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchjd.aggregation import CAGradWeighting
 
 from movae_fast import ops
-from movae_fast.aggregation.fused import FusedAggregator, GramianWeighting
+from movae_fast.aggregation.fused import FusedAggregator, GramianWeighting, preference, preference_suffix
 from movae_fast.ops import extension
 from movae_fast.ops.gramian_weights import Method, check_parameters
 
@@ -85,30 +85,41 @@ class AlignedMTL(MethodAggregator):
     scale_mode: which singular value the others become: "min", "median" or "rmse".
     """
 
+    pref_vector = preference()
+
     def __init__(
         self, pref_vector: Tensor | None = None, scale_mode: Literal["min", "median", "rmse"] = "min"
     ) -> None:
-        if scale_mode not in ("min", "median", "rmse"):
-            raise ValueError(f"scale_mode must be min, median or rmse; got {scale_mode!r}")
-        super().__init__(MethodWeighting(f"aligned_mtl_{scale_mode}", pref_vector))  # type: ignore[arg-type]
-
-    @property
-    def pref_vector(self) -> Tensor | None:
-        return self.gramian_weighting.pref_vector
+        super().__init__(MethodWeighting(_aligned(scale_mode), pref_vector))
 
     @property
     def scale_mode(self) -> str:
         return self.gramian_weighting.method.removeprefix("aligned_mtl_")
 
+    @scale_mode.setter
+    def scale_mode(self, value: str) -> None:
+        self.gramian_weighting.method = _aligned(value)
+
     def __repr__(self) -> str:
         return f"AlignedMTL(pref_vector={self.pref_vector!r}, scale_mode={self.scale_mode!r})"
+
+    def __str__(self) -> str:
+        return f"AlignedMTL{preference_suffix(self.pref_vector)}"
+
+
+def _aligned(scale_mode: str) -> Method:
+    if scale_mode not in ("min", "median", "rmse"):
+        raise ValueError(f"scale_mode must be min, median or rmse; got {scale_mode!r}")
+    return f"aligned_mtl_{scale_mode}"  # type: ignore[return-value]
 
 
 class CAGrad(MethodAggregator):
     """The update within c |mean| of the rows' mean that helps the worst-off row most (Liu et al. 2021).
 
-    c: the radius; norm_eps: as `ops.gramian_weights` has it. Solved exactly, where TorchJD's interior-point
-    solver stops some 1e-8 of the squared gradients short of the optimum.
+    c: the radius; norm_eps: as `ops.gramian_weights` has it. Solved exactly. TorchJD's interior-point solver
+    stops some 1e-8 of the squared gradients short of the optimum, so that its update differs from this one by
+    about 1e-5 of its length (a median of 8e-6 and at most 3e-4 over 400 Jacobians of three rows): that is the
+    solver's error, not a difference in what is computed.
     """
 
     c = _option("c")
@@ -118,6 +129,9 @@ class CAGrad(MethodAggregator):
         if extension.csrc is None:
             CAGradWeighting(c)  # which will stand in: raises at once where its solver is missing
         super().__init__(MethodWeighting("cagrad", c=c, norm_eps=norm_eps))
+
+    def __str__(self) -> str:
+        return f"CAGrad{str(self.c).removesuffix('.0')}"
 
 
 class IMTLG(MethodAggregator):

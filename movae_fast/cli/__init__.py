@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
+from typing import TextIO
 
 from movae_fast import __version__
+from movae_fast.cli.errors import explained, shortened
 from movae_fast.names import nearest
 
 COMMANDS = {
@@ -35,7 +40,33 @@ def usage() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return guarded(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        if argv is None:  # the process ends, and a Ctrl-C that comes now would interrupt only its end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def guarded(args: list[str]) -> int:
+    """Run one command. What the user can mend is one line; anything else is a defect, with its traceback."""
+    name = f"movae {args[0]}" if args and args[0] in COMMANDS else "movae"
+    try:
+        return dispatch(args)
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted")
+        return 130
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 1
+    except Exception as error:
+        text = shortened(str(error)) if mendable(error) else explained(error)
+        if text is None:
+            raise
+        say(f"{name}: {text}")
+        return 2
+
+
+def dispatch(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2
@@ -44,22 +75,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = args[0]
     if command not in COMMANDS:
-        print(
-            f"movae: unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
+        raise ValueError(f"unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
     # Imported on demand: torch takes a second, and help should not.
     run: Callable[[list[str]], int] = import_module(f"movae_fast.cli.{command}").run
-    from movae_fast.training.checkpoint import CheckpointError
+    return run(args[1:])
 
+
+def mendable(error: Exception) -> bool:
+    """Whether an error's own words are what the user needs: those that this package raises itself."""
+    checkpoint = sys.modules.get("movae_fast.training.checkpoint")
+    return type(error) is ValueError or (checkpoint is not None and type(error) is checkpoint.CheckpointError)
+
+
+def say(text: str) -> None:
+    """A line on stderr; where stdout is a full disk, what waits for it would be an error at the very end."""
     try:
-        return run(args[1:])
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        # What the user can mend is one line; anything else is a defect and keeps its traceback.
-        if type(error) not in (ValueError, FileNotFoundError, CheckpointError):
-            raise
-        print(f"movae {command}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+    print(text, file=sys.stderr, flush=True)
+
+
+def silence(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

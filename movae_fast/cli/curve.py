@@ -37,6 +37,7 @@ from movae_fast.training.curve import (
     log_spaced,
     say_extrapolation,
 )
+from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Rate and distortion over beta, from one set of weights: movae curve RUN [RUN …] --betas 20"
@@ -98,17 +99,28 @@ def run(argv: Sequence[str]) -> int:
     if not any(w.startswith(("--runs=", "--help", "--print_config")) for w in words):
         raise ValueError("which runs? movae curve RUN [RUN …], folders of runs or of a sweep")
     config = CurveConfig(**parsing.parse(parser, words, {}))
+    check_curve(config)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for path in draw(config, expanded(config.runs), console):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
 
 
+def check_curve(config: CurveConfig) -> None:
+    """Raise ValueError for a flag that no run could be drawn with."""
+    check_values(config, betas=Bounds(1, 10_000), samples=ZERO)
+    least = math.ulp(0.0) if config.beta_min is None else config.beta_min
+    most = sys.float_info.max if config.beta_max is None else config.beta_max
+    if not 0 < least < most or not math.isfinite(most):
+        ends = [f"--{name} {end:g}" for name in PAIRS if (end := getattr(config, name)) is not None]
+        raise ValueError(
+            f"{' and '.join(ends)}: --beta_min must be above 0 and below --beta_max, which is finite"
+        )
+
+
 def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[Path]:
     """Evaluate the runs at `paths` and write the files; their paths."""
-    for name, least in (("betas", 1), ("limit", 0), ("batch_size", 1), ("samples", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+    check_curve(config)
     device = resolve_device(config.device)
     members = [read_member(p, device, config.betas, config.beta_min, config.beta_max) for p in paths]
     for member in members:

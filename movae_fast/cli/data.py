@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from movae_fast.cli import parsing
 from movae_fast.data import DATASETS, DatasetInfo, ImageFiles, ReadOptions, dali
-from movae_fast.data.prepared import checksum, prepare, prepared_path, read_header
+from movae_fast.data.decode import MAX_PIXELS
+from movae_fast.data.prepared import OLD_FORMAT, damage, prepare, prepared_files, read_header
 from movae_fast.data.survey import unreadable
 from movae_fast.data.synthetic import synthetic_jpeg
 from movae_fast.data.transforms import CELEBA_CROPS
-from movae_fast.names import nearest, pick
+from movae_fast.names import nearest, pick, shown
+from movae_fast.training.limits import check_values
 
+MAX_SIZE = math.isqrt(MAX_PIXELS)
 USAGE = """usage: movae data COMMAND [NAME] [flags]
 
   list                     the datasets: size, splits, factors, and which are in --data_dir
@@ -70,6 +77,9 @@ def run(argv: Sequence[str]) -> int:
     kinds = parsing.flag_types([DataCommand])
     parser = parsing.build_parser(f"data {command}", [DataCommand], USAGE.splitlines()[0])
     config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
+    check_values(config)
+    if target is not None and not target.strip():
+        raise ValueError(f"data {command}: the NAME is empty")
     if (target is None) != (command == "list"):
         raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
     return COMMANDS[command](target, config, Console())
@@ -77,14 +87,17 @@ def run(argv: Sequence[str]) -> int:
 
 def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str], ReadOptions]]:
     """The dataset that is meant (a folder is the dataset `folder`) and the options of its splits."""
+    for flag, given in (("NAME or FOLDER", target), ("--data_dir", config.data_dir)):
+        if not given.strip():
+            raise ValueError(f"{flag} is empty")
     root = Path(config.data_dir).expanduser()
-    if Path(target).expanduser().exists() and target not in DATASETS:
+    if os.path.exists(Path(target).expanduser()) and target not in DATASETS:
         info, root = DATASETS["folder"], Path(target).expanduser()
     else:
         info = DATASETS[pick("dataset", target, DATASETS)]
-    size = config.image_size or info.default_size
-    if size < 1:
-        raise ValueError(f"--image_size {size} must be at least 1")
+    size = info.default_size if config.image_size is None else config.image_size
+    if not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"--image_size {size} must be from 1 to {MAX_SIZE:,}")
     assert config.crop in CELEBA_CROPS
 
     def options(split: str) -> ReadOptions:
@@ -95,7 +108,7 @@ def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str
 
 
 def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
-    table = Table(title=f"datasets; --data_dir {config.data_dir}")
+    table = Table(title=escape(shown(f"datasets; --data_dir {config.data_dir}")))
     for column in ("name", "images", "training", "test", "factors", "there"):
         table.add_column(column, justify="right" if column in ("training", "test") else "left")
     for info in DATASETS.values():
@@ -111,7 +124,7 @@ def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
             f"{info.n_train:,}" if info.n_train else "",
             f"{info.n_test:,}" if info.n_test else "",
             ", ".join(factors),
-            there(info, config),
+            escape(shown(there(info, config))),
         )
     console.print(table)
     return 0
@@ -134,32 +147,61 @@ def there(info: DatasetInfo, config: DataCommand) -> str:
 
 
 def verify(target: str | None, config: DataCommand, console: Console) -> int:
-    """Read every split's originals, decode every image file, compare every prepared file's checksum."""
+    """Read every split's originals, decode every image file, compare every prepared file with its checksums."""
     info, options = chosen(str(target), config)
     status = 0
     for split in splits(config):
-        source: Any = info.read(options(split))
-        line = f"{info.name} {split}: {len(source):,} images"
-        expected = info.n_train if split == "train" else info.n_test
-        if expected and len(source) != expected:
-            line += f", the published set has {expected:,}"
-            status = 1
-        if isinstance(source, ImageFiles):
-            bad = unreadable(source.files, source.channels)
-            line += f", {len(bad)} unreadable"
-            for row, why in bad.items():
-                console.print(f"{source.files[row]}: {why}", highlight=False, markup=False, soft_wrap=True)
-            status = status or int(bool(bad))
-        elif hasattr(source, "gather"):
-            source.gather(torch.tensor([0, len(source) - 1]))  # reads a set that is loaded at its first use
-        path = prepared_path(info.name, options(split))
-        header = read_header(path)
-        if header is not None:
-            whole = checksum(path) == header["checksum"]
-            line += f"; {path.name} {'has its checksum' if whole else 'is damaged: its checksum differs'}"
+        files = prepared_files(info.name, options(split))
+        lines = []
+        try:
+            source: Any = info.read(options(split))
+        except FileNotFoundError:
+            if not files:
+                raise
+            lines.append(f"{info.name} {split}: the original files are not there")
+        else:
+            line, whole = verify_originals(info, split, source, console)
+            lines.append(line)
             status = status or int(not whole)
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for path in files:
+            line, whole = verify_prepared(path)
+            lines.append(line)
+            status = status or int(not whole)
+        say(console, "; ".join(lines))
     return status
+
+
+def verify_originals(info: DatasetInfo, split: str, source: Any, console: Console) -> tuple[str, bool]:
+    """What is to be said of a split's original files, and whether they are whole."""
+    line, whole = f"{info.name} {split}: {len(source):,} images", True
+    expected = info.n_train if split == "train" else info.n_test
+    if expected and len(source) != expected:
+        line += f", the published set has {expected:,}"
+        whole = False
+    if isinstance(source, ImageFiles):
+        bad = unreadable(source)
+        line += f", {len(bad)} unreadable"
+        for row, why in bad.items():
+            say(console, f"{source.files[row]}: {why}")
+        whole = whole and not bad
+    elif hasattr(source, "gather"):
+        source.gather(torch.tensor([0, len(source) - 1]))  # reads a set that is loaded at its first use
+    note = getattr(source, "note", "")
+    return line + (f", {note}" if note else ""), whole
+
+
+def verify_prepared(path: Path) -> tuple[str, bool]:
+    """What is to be said of a prepared file, and whether it is whole."""
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        return str(error), False
+    if header is None:
+        return f"{path.name} has no header: prepare again", False
+    if found := damage(path, header):
+        return f"{path.name} is damaged: {found}; prepare again", False
+    old = ", but none of its labels: prepare again" if header["format"] == OLD_FORMAT else ""
+    return f"{path.name} has its checksums{old}", True
 
 
 def prepare_splits(target: str | None, config: DataCommand, console: Console) -> int:
@@ -169,14 +211,21 @@ def prepare_splits(target: str | None, config: DataCommand, console: Console) ->
     decoder = "dali" if config.decoder != "pillow" and dali.available() and config.resize != "pad" else "pillow"
     for split in splits(config):
         with bar(console, f"{info.name} {split}") as progress:
-            path, how = prepare(info, options(split), config.on_bad_image, decoder, progress)
+            path, how = prepare(
+                info, options(split), config.on_bad_image, decoder, progress, partial(say, console)
+            )
         header = read_header(path)
         assert header is not None
         n, size = header["shape"][0], path.stat().st_size / 1e6
-        console.print(f"{path}: {how}, {n:,} images, {size:,.1f} MB", highlight=False, soft_wrap=True)
+        say(console, f"{path}: {how}, {n:,} images, {size:,.1f} MB")
         for name in header["skipped"]:
-            console.print(f"left out: {name}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"left out: {name}")
     return 0
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is, whatever the names in it."""
+    console.print(shown(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def write_scenes(target: str | None, config: DataCommand, console: Console) -> int:
@@ -184,7 +233,7 @@ def write_scenes(target: str | None, config: DataCommand, console: Console) -> i
         raise ValueError(f"--n {config.n} must be at least 1")
     with bar(console, "scenes") as progress:
         synthetic_jpeg(Path(str(target)).expanduser(), config.n, progress)
-    console.print(f"{target}: {config.n:,} JPEGs of 178x218", highlight=False)
+    say(console, f"{target}: {config.n:,} JPEGs of 178x218")
     return 0
 
 

@@ -28,12 +28,12 @@ from movae_fast.objectives import LossVector
 from movae_fast.training import bounds
 from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
 from movae_fast.training.evaluate import evaluate
+from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
 # What is asked of test images rather than of factors.
 ON_IMAGES = ("objectives", "elbo", "images")
-LEAST = {"samples": 100, "iw": 0, "iw_images": 1, "fid_images": 2, "limit_test": 0, "batch_size": 1}
 QUICK = ("mig", "mig_sup", "modularity", "jemmig")
 
 
@@ -96,9 +96,7 @@ def run(argv: Sequence[str]) -> int:
     if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
         raise ValueError("which model? give the run's folder: movae evaluate RUN, or --weights FILE")
     config = EvaluateConfig(**parsing.parse(parser, words, {}))
-    for name, least in LEAST.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least {least}")
+    check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     point_at(trained, config.device, config.data_dir, config.batch_size)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from movae_fast.cli import parsing
 from movae_fast.data import to_unit
 from movae_fast.figures import grid, write_png
-from movae_fast.training.config import TrainConfig, resolve_device
+from movae_fast.models import MODELS, VAE, model_options
+from movae_fast.training.config import TrainConfig, check_room, resolve_device
+from movae_fast.training.limits import check_values
 from movae_fast.training.run import load_model
 
 DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
@@ -48,13 +52,13 @@ def run(argv: Sequence[str]) -> int:
     words = parsing.normalise(argv, parsing.flag_types([GenerateConfig]))
     parser = parsing.build_parser("generate", [GenerateConfig], DESCRIPTION)
     config = GenerateConfig(**parsing.parse(parser, words, {}))
-    if config.nsamples < 1:
-        raise ValueError(f"--nsamples {config.nsamples} must be at least 1")
+    check_values(config)
     trained, model = load_model(Path(config.model), resolve_device(config.device))
-    check_model(trained, config.latent_dim, config.max_filters)
+    check_model(trained, model, config.latent_dim, config.max_filters)
     channels = trained.image_shape[0]
     if config.nimg_channels not in (None, channels):
         raise ValueError(f"--nimg_channels {config.nimg_channels}: the model has {channels}")
+    check_room(f"--nsamples {config.nsamples}", config.nsamples, trained.image_shape)
     folder = new_outdir(Path(config.outdir))
     generator = torch.Generator().manual_seed(config.seed)
     images = to_unit(model.sample(config.nsamples, generator), trained.data.normalize)
@@ -65,13 +69,27 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def check_model(trained: TrainConfig, latent_dim: int | None, max_filters: int | None) -> None:
+def check_model(trained: TrainConfig, model: VAE, latent_dim: int | None, max_filters: int | None) -> None:
     """Refuse a model that is not the one described on the command line."""
-    flat = trained.flat()
     for name, wanted in (("latent_dim", latent_dim), ("max_filters", max_filters)):
-        has = flat[name] if flat[name] is not None else 128  # both options' default in every model
-        if wanted is not None and wanted != has:
+        if wanted is None:
+            continue
+        if name not in model_options(trained.model.arch):
+            raise ValueError(f"--{name} {wanted}: {trained.model.arch} has no such option; leave it out")
+        if wanted != (has := option_of(trained, model, name)):
             raise ValueError(f"--{name} {wanted}: the model has {has}")
+
+
+def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:
+    """Return an option as the model was built with it, given or by default; None if it has no such option."""
+    arch = trained.model.arch
+    if name not in model_options(arch):
+        return None
+    if (given := getattr(trained.model, name)) is not None:
+        return given
+    default = inspect.signature(MODELS[arch].__init__).parameters[name].default
+    # Where the default depends on the size of the images, the model knows what became of it.
+    return getattr(model, name, None) if default is None else default
 
 
 def new_outdir(folder: Path) -> Path:

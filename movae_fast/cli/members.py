@@ -72,7 +72,12 @@ def is_run(folder: Path) -> bool:
 def runs_below(folder: Path) -> list[Path]:
     results = folder / "results.json"
     if results.is_file() and (folder / "trials").is_dir():
-        numbers = [row["number"] for row in json.loads(results.read_text(encoding="utf-8"))["trials"]]
+        try:
+            numbers = [int(row["number"]) for row in json.loads(results.read_bytes())["trials"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{results} is damaged ({type(error).__name__}); the sweep's own command makes it anew"
+            ) from None
         return [trial_folder(folder, number) for number in numbers]
     return sorted(p.parent for p in folder.rglob("checkpoints") if is_run(p.parent))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from movae_fast.aggregation.registry import CONES
+from movae_fast.cli.yaml_file import BeyondBoundsError, check_shape, read_yaml
 from movae_fast.names import nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -48,8 +50,20 @@ ALIASES = {
     "train.resume": "resume",
     "dataloader.num_workers": "num_workers",
     "output_dir": "save_path",
+    "data.params.root": "data_dir",
+    "data.params.img_size": "image_size",
+    **{f"{part}.params.z_dim": "latent_dim" for part in ("encoder", "decoder")},
+    **{f"{part}.params.{name}": name for part in ("encoder", "decoder") for name in ("dim", "with_bn")},
+    "encoder.params.dim_mults": "dim_mults",
+    "n_images": "max_images",
 }
 SHORT = {"-c": "--config", "-e": "--exp_dir", "-r": "--resume"}
+# Other systems' names of values: (our flag, theirs) -> ours.
+VALUES = {
+    ("mode", "traverse"): "visualize",
+    ("dataset", "mpi3d"): "mpi3d_toy",
+    ("dataset", "oxford-flower-102"): "flowers102",
+}
 # MO-VAE calls the reconstruction's likelihood by its loss today.
 RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
 
@@ -63,6 +77,7 @@ class OneLineParser(ArgumentParser):
 
 def tidy(message: str) -> str:
     """jsonargparse's message as one line: the flag, what was given, what is expected."""
+    message = re.sub(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", r"\1 \2", message)
     key = re.search(r'Parser key "([\w.]+)"', message) or re.search(r'key "([\w.]+)"', message)
     if key is None:
         return " ".join(message.split())
@@ -130,7 +145,11 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
             if not values or values[0] not in RECONS_OBJECTIVE:
                 raise ValueError(f"--recons_objective {' '.join(values)}: valid: {', '.join(RECONS_OBJECTIVE)}")
             name, values = "recons_dist", [RECONS_OBJECTIVE[values[0]]]
+        if name == "data.params.root":
+            values = [collection_root(v) for v in values]
         name = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
+        own = typing.get_args(kinds.get(name))  # a value that this command knows itself is no other system's
+        values = [v if v in own else VALUES.get((name, v.lower()), v) for v in values]
         base = name.split(".")[0]
         if base not in known and base.replace("-", "_") in known:
             name = name.replace("-", "_")
@@ -138,6 +157,9 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
         if base not in known:
             raise ValueError(f"--{name}: no such flag{nearest(name, known)}; `--help` lists them all")
         kind = kinds.get(base)
+        if is_list(kind) and "" in values:
+            raise ValueError(f"--{name}: one of its {len(values)} values is empty")
+        check_words(name, values)
         if base in ("help", "print_config"):
             out.append(f"--{base}")
         elif name == base and is_list(kind) and not (len(values) == 1 and values[0][:1] in "[{n"):
@@ -154,6 +176,19 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
                 ]
             out.append(f"--{name}={values[0]}")
     return out
+
+
+def check_words(name: str, values: Sequence[str]) -> None:
+    """Refuse values that YAML would read as lists without end or bottom."""
+    for value in values:
+        if not value.startswith(("[", "{", "&", "*", "!")):
+            continue
+        try:
+            check_shape(value)
+        except BeyondBoundsError as error:
+            raise ValueError(f"--{name} {value:.40}: {error}") from None
+        except yaml.YAMLError:
+            continue  # a name with such a beginning
 
 
 def quoted(value: str, kind: Any) -> str:
@@ -203,18 +238,9 @@ def recipe_names() -> list[str]:
 
 def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Flags of the recipe or YAML file `name`. Raises ValueError for one that is unknown or does not parse."""
-    path = Path(name).expanduser()
-    if not path.is_file():
-        path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        names = recipe_names()
-        raise ValueError(
-            f"--config {name}: no such file or recipe{nearest(name, names)}; recipes: {', '.join(names)}"
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    path = find_yaml(name, RECIPES, "recipe")
+    values = read_yaml(path, "--config")
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(
             f"--config {path} must hold flags by name, as `movae train --print_config` prints them"
@@ -224,7 +250,90 @@ def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     for key in values:
         if key not in kinds:
             raise ValueError(f"--config {path}: {key} is no flag{nearest(str(key), kinds)}")
-    return with_its_regularizer(values)
+    if values.get("resume") is not None:
+        raise ValueError(f"--config {path}: resume is no setting of a file; give --resume {values['resume']}")
+    return with_its_regularizer({k: typed(k, v, kinds[k]) for k, v in values.items()})
+
+
+def find_yaml(name: str, folder: Path, what: str) -> Path:
+    """Return the file that --config names, or the `what` (recipe, sweep) of that name in `folder`."""
+    path, own = Path(name).expanduser(), folder / f"{name}.yaml"
+    for candidate in (path, own):
+        with contextlib.suppress(OSError, ValueError):  # such as a name that is too long
+            if candidate.is_file():
+                return candidate
+    names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    close = nearest(name, names) or f"; {what}s: {listed(names)}"
+    raise ValueError(f"--config {name}: no such file or {what}{close}")
+
+
+def listed(names: Sequence[str], most: int = 300) -> str:
+    """Return names with commas between them, as many as fit in `most` characters."""
+    kept = list(names)
+    while kept and len(", ".join(kept)) > most:
+        kept.pop()
+    left = len(names) - len(kept)
+    return ", ".join(kept) + (f", … ({left} more)" if left else "")
+
+
+BOOLEANS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """Return a flag's value from a file as its type has it: text that is a number or a yes as such.
+
+    Raises ValueError, with the flag's name, for a value of another type.
+    """
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    options = typing.get_args(kind) if union else (kind,)
+    for option in options:
+        with contextlib.suppress(UnfitError):
+            return as_type(value, option)
+    words = [w for option in options for w in type_words(option)]
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "…"
+    close = nearest(value, words) if isinstance(value, str) and len(words) > 1 else ""
+    raise ValueError(f"--{name} {shown}: expected {' or '.join(words)}{close}")
+
+
+class UnfitError(Exception):
+    """A value is not of a type."""
+
+
+def as_type(value: Any, kind: Any) -> Any:
+    """Return the value as that one type has it. Raises UnfitError."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or (kind is types.NoneType and value is None):
+        return value
+    if origin is typing.Literal and type(value) in (str, int) and value in parts:
+        return value
+    if kind is bool and isinstance(value, str) and value.lower() in BOOLEANS:
+        return BOOLEANS[value.lower()]
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    if kind in (int, float):
+        if isinstance(value, str) and NUMBER.fullmatch(value):
+            value = int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
+        if type(value) is kind or (kind is float and type(value) is int and abs(value) < 1e300):
+            return kind(value)
+    if origin is list and isinstance(value, list):
+        return [as_type(v, parts[0]) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return {as_type(k, parts[0]): as_type(v, parts[1]) for k, v in value.items()}
+    raise UnfitError
+
+
+def type_words(kind: Any) -> list[str]:
+    """Return what a type is called in a message; nothing for None."""
+    if typing.get_origin(kind) is typing.Literal:
+        return [str(a) for a in typing.get_args(kind)]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if kind in names:
+        return [names[kind]]
+    if typing.get_origin(kind) is list:
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}
+        return [f"a list of {plural.get(typing.get_args(kind)[0], 'values')}"]
+    return ["values by name"] if typing.get_origin(kind) is dict else []
 
 
 def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
@@ -237,9 +346,10 @@ def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
 
 def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Flags from a configuration of the VAE/beta-VAE/MMD-VAE collection (encoder, data, train targets)."""
-    data, encoder, train = tree.get("data", {}), tree["encoder"], tree["train"]
-    root = data.get("params", {})
-    network = encoder.get("params", {})
+    data, encoder, train = (within(tree, part) for part in ("data", "encoder", "train"))
+    root, network = within(data, "params"), within(encoder, "params")
+    if not isinstance(root.get("root", ""), str):
+        raise ValueError(f"--config: data.params.root {root['root']!r} is no path")
     is_mmd = "coef_lambda" in train or "coef_alpha" in train
     name = str(data.get("target", "")).split(".")[-1]
     flags: dict[str, Any] = {
@@ -252,7 +362,7 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
         "data_dir": collection_root(root["root"]) if "root" in root else None,
         "image_size": root.get("img_size"),
         "resize": "bilinear",
-        "num_workers": tree.get("dataloader", {}).get("num_workers"),
+        "num_workers": within(tree, "dataloader").get("num_workers"),
         "latent_dim": network.get("z_dim"),
         "dim": network.get("dim"),
         "dim_mults": network.get("dim_mults"),
@@ -265,11 +375,21 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
         "coef_kl": train.get("coef_kl"),
         "mmd_alpha": train.get("coef_alpha"),
         "mmd_lambda": train.get("coef_lambda"),
-        "lr": train.get("optim", {}).get("params", {}).get("lr"),
+        "lr": within(within(train, "optim"), "params").get("lr"),
     }
     if name.lower() == "celeba":
         flags["crop"] = "stylegan"
     return {k: v for k, v in flags.items() if v is not None}
+
+
+def within(tree: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """Return a part of a configuration, empty where it is left out; ValueError for what is no part."""
+    value = tree.get(part)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"--config: {part} holds settings by name, not {value!r:.80}")
+    return value
 
 
 def collection_root(given: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from movae_fast.cli.ladder import draw_traversals
@@ -9,30 +11,53 @@ from movae_fast.data import to_unit
 from movae_fast.figures import grid, ladder_curves, loss_curves, pairs, write_png
 from movae_fast.models import ProVLAE
 from movae_fast.training.logs import read_lines
+from movae_fast.training.loop import figures_due
 from movae_fast.training.run import Run
 
 
 @torch.no_grad()
 def draw_run(run: Run, tag: str) -> None:
-    """figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run."""
+    """figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run.
+
+    The curves come first: where the pictures of a tag are, the curves are up to date.
+    """
     folder, n = run.folder / "figures", run.config.run.num_samples
+    lines = read_lines(run.folder / "metrics.jsonl")
+    loss_curves(folder / "loss_curves.png", lines, run.losses.names)
     was_training = run.model.training
     run.model.eval()
     noise = torch.Generator().manual_seed(run.config.run.seed or 0)
     x = torch.cat([images for images, _ in _first(run, n)])[:n]
     normalize = run.config.data.normalize
-    write_png(folder / f"samples_{tag}.png", grid(to_unit(run.model.sample(n, noise), normalize)))
-    picture = pairs(to_unit(x, normalize), to_unit(run.model.reconstruct(x), normalize))
-    write_png(folder / f"reconstructions_{tag}.png", picture)
-    lines = read_lines(run.folder / "metrics.jsonl")
+    paths = pictures(run, tag)
     if isinstance(run.model, ProVLAE):
-        write_png(folder / f"input_{tag}.png", grid(to_unit(x[:1], normalize)))
-        gif, sheet = (folder / f"traversal_{tag}.{kind}" for kind in ("gif", "png"))
-        draw_traversals(run.model, x[:1], normalize, gif, sheet)
         if run.progression is not None:
             ladder_curves(folder / "ladder.png", lines, run.losses.names)
+        write_png(paths["input"], grid(to_unit(x[:1], normalize)))
+        draw_traversals(run.model, x[:1], normalize, paths["traversal"], paths["sheet"])
+    write_png(paths["samples"], grid(to_unit(run.model.sample(n, noise), normalize)))
+    picture = pairs(to_unit(x, normalize), to_unit(run.model.reconstruct(x), normalize))
+    write_png(paths["reconstructions"], picture)
     run.model.train(was_training)
-    loss_curves(folder / "loss_curves.png", lines, run.losses.names)
+
+
+def pictures(run: Run, tag: str) -> dict[str, Path]:
+    """The files of the pictures that belong to a tag."""
+    names = {"samples": f"samples_{tag}.png", "reconstructions": f"reconstructions_{tag}.png"}
+    if isinstance(run.model, ProVLAE):
+        names |= {
+            "input": f"input_{tag}.png",
+            "traversal": f"traversal_{tag}.gif",
+            "sheet": f"traversal_{tag}.png",
+        }
+    return {kind: run.folder / "figures" / name for kind, name in names.items()}
+
+
+def draw_missing(run: Run) -> None:
+    """Draw what a run that was killed between a checkpoint and its figures lacks of them."""
+    tag = figures_due(run)
+    if run.world.main and tag and not all(path.exists() for path in pictures(run, tag).values()):
+        draw_run(run, tag)
 
 
 def _first(run: Run, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from movae_fast.cli import parsing
+from movae_fast.cli.generate import option_of
 from movae_fast.data import to_unit
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.multirate import Rates
 from movae_fast.models.vq_vae import VQVAE
-from movae_fast.training.config import TrainConfig, point_at, resolve_device, validate
+from movae_fast.training.config import TrainConfig, check_room, point_at, resolve_device, validate
 from movae_fast.training.curve import log_spaced, say_extrapolation
+from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run import load_model, make_loader
 
 DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
@@ -106,16 +108,19 @@ def run(argv: Sequence[str]) -> int:
 
 def load(config: SampleConfig, expected: str | None) -> Job:
     """The model to draw from; `expected` is a training configuration that it must agree with."""
-    for name in ("n_samples", "batch_size", "n_interpolate", "n_traverse", "n_betas"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} must be at least 1")
+    check_values(config, traverse_dim=Bounds(-1))
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     if expected is not None:
         kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
-        agree(parsing.read_config(expected, kinds), trained, expected)
+        agree(parsing.read_config(expected, kinds), trained, model, expected)
     point_at(trained, config.device, config.data_dir)
     validate(trained)
+    steps = {"interpolate": "n_interpolate", "traverse": "n_traverse", "beta_sweep": "n_betas"}.get(config.mode)
+    count, flags = config.n_samples, f"--n_samples {config.n_samples}"
+    if steps is not None:
+        count, flags = count * getattr(config, steps), f"{flags} --{steps} {getattr(config, steps)}"
+    check_room(flags, count, trained.image_shape)
     if config.beta is not None:
         choose_beta("sample", config.beta, trained, model)
     if config.mode == "beta_sweep":
@@ -145,12 +150,13 @@ def rates_of(flag: str, trained: TrainConfig, model: VAE) -> Rates:
     return model.rates
 
 
-def agree(wanted: dict[str, object], trained: TrainConfig, name: str) -> None:
+def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:
     """Refuse a configuration whose model is not the checkpoint's."""
-    flat = trained.flat()
-    for key in ("arch", "latent_dim", "dim", "dim_mults", "image_size"):
-        if key in wanted and flat[key] is not None and wanted[key] != flat[key]:
-            raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {flat[key]}")
+    has = {"arch": trained.model.arch, "image_size": trained.image_shape[1]}
+    has |= {key: option_of(trained, model, key) for key in ("latent_dim", "dim", "dim_mults")}
+    for key, value in has.items():
+        if value is not None and key in wanted and wanted[key] not in (None, value):
+            raise ValueError(f"--config {name} says {key} {wanted[key]}, the checkpoint {value}")
 
 
 def run_folder(weights: Path) -> Path:

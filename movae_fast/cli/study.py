@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import itertools
 import json
@@ -17,16 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from movae_fast.cli.errors import first_line
 from movae_fast.cli.evaluate import EvaluateConfig, measure
-from movae_fast.files import replacing
+from movae_fast.files import alive, replacing
 from movae_fast.training.config import TrainConfig, validate
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
-from movae_fast.training.run import setup
+from movae_fast.training.run import setup, tidy
 from movae_fast.training.signals import Interrupted
 
 if TYPE_CHECKING:
     import optuna
+
+
+UNSIGNED = datetime.timedelta(minutes=1)  # after which a trial's process is taken for gone
 
 
 @dataclass
@@ -59,10 +64,14 @@ class Study:
     def create(self) -> None:
         """Make the folder and the study, or find them. Raises ValueError for a study of other objectives."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.journal is not None:
+            check_journal(self.journal)
+        for folder in (self.folder, *(self.folder / "trials").glob("*")):
+            tidy(folder)
         study = self.open()
         asked = {"search": self.search, "objectives": self.objectives, "flags": self.fixed}
         known = study.user_attrs.get("asked", asked)
-        differ = [name for name, value in asked.items() if known[name] != value]
+        differ = [name for name, value in asked.items() if known.get(name) != value]
         if differ:
             raise ValueError(
                 f"--sweep_dir {self.folder} holds a study with other {' and '.join(differ)}; name a new folder"
@@ -82,12 +91,20 @@ class Study:
             raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         where: Any = self.storage
-        if where is None or "://" not in where:
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
+        try:
+            if self.journal is not None:
+                from optuna.storages import JournalStorage
+                from optuna.storages.journal import JournalFileBackend
 
-            where = JournalStorage(JournalFileBackend(str(where or self.folder / "study.journal")))
-        known = {s.study_name: s for s in optuna.get_all_study_summaries(where)}
+                where = JournalStorage(JournalFileBackend(str(self.journal)))
+            known = {s.study_name: s for s in optuna.get_all_study_summaries(where)}
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever Optuna, or the database's own library, makes of a damaged one
+            why = f"{type(error).__name__}: {first_line(error)[:200]}"
+            raise ValueError(
+                f"--storage {self.journal or where} cannot be read ({why}); restore it, or name a new one"
+            ) from None
         if self.name in known and len(known[self.name].directions) != len(self.objectives):
             raise ValueError(
                 f"--sweep_dir {self.folder} holds a study with other objectives; name a new folder"
@@ -104,6 +121,13 @@ class Study:
                 directions=list(self.objectives.values()),
                 load_if_exists=True,
             )
+
+    @property
+    def journal(self) -> Path | None:
+        """The file that holds the study; None where a database does."""
+        if self.storage is not None and "://" in self.storage:
+            return None
+        return Path(self.storage or self.folder / "study.journal")
 
     @property
     def pruned(self) -> bool:
@@ -133,12 +157,11 @@ class Study:
 
         study = self.open()
         for trial in study.trials:
-            mine = trial.user_attrs.get("host") == socket.gethostname()
-            if trial.state == optuna.trial.TrialState.RUNNING and mine and not alive(trial.user_attrs["pid"]):
+            if trial.state == optuna.trial.TrialState.RUNNING and lost(trial):
                 storage = study._storage
                 storage.set_trial_user_attr(trial._trial_id, "interrupted", True)
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 study.enqueue_trial(trial.params)
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def work(self, worker: int) -> int:
         """Run trials until the study has all of them; the exit status."""
@@ -161,8 +184,8 @@ class Study:
                 continue
             except Interrupted as interrupt:
                 trial.set_user_attr("interrupted", True)
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 study.enqueue_trial(trial.params)
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 return 128 + interrupt.signum
             except Exception as error:
                 # A trial that fails is a result; the sweep goes on, and says so at its end if all of them do.
@@ -233,8 +256,61 @@ class Reporting:
             if line["step"] < self.steps and self.trial.should_prune():
                 raise optuna.TrialPruned
 
+    def mark(self) -> dict[str, Any]:
+        return self.logs.mark()
+
     def close(self) -> None:
         self.logs.close()
+
+
+def lost(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a running trial's process was on this machine and is gone.
+
+    One that stays unsigned was lost between being asked for and being signed.
+    """
+    known = trial.user_attrs
+    if "pid" not in known or "host" not in known:
+        began = trial.datetime_start
+        return began is None or datetime.datetime.now() - began > UNSIGNED
+    return known["host"] == socket.gethostname() and not alive(known["pid"])
+
+
+def check_journal(path: Path) -> None:
+    """Cut off a last line that a killed process left half. Raises ValueError for any other damaged line."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n") and not is_entry(line):
+                raise ValueError(
+                    f"{path}: line {number} is damaged; restore the file, or name a new --sweep_dir"
+                )
+    if not ends_whole(path):
+        from optuna.storages.journal import JournalFileSymlinkLock
+
+        lock = JournalFileSymlinkLock(str(path))
+        lock.acquire()
+        try:
+            if not ends_whole(path):  # now nobody is writing it
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        finally:
+            lock.release()
+
+
+def is_entry(line: bytes) -> bool:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("op_code"), int)
+
+
+def ends_whole(path: Path) -> bool:
+    """Whether a journal is empty or ends with a whole line."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return size == 0 or file.read() == b"\n"
 
 
 def parameter(name: str) -> str:
@@ -278,18 +354,3 @@ def report(study: Study) -> Report:
     ]
     errors = [t.user_attrs["error"] for t in opened.trials if "error" in t.user_attrs]
     return Report(list(study.objectives), rows, errors[0] if errors else "no trial was run")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import signal
 import statistics
 import subprocess
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.cli.curve import CurveConfig, draw
+from movae_fast.cli.curve import CurveConfig, check_curve, draw
 from movae_fast.cli.members import trial_folder
 from movae_fast.cli.study import Report, Study, assigned, is_bundle, parameter, report
+from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.figures import sweep_figure
 from movae_fast.metrics import METRICS
 from movae_fast.names import nearest
-from movae_fast.training.config import SECTIONS, TrainConfig, validate
+from movae_fast.training.config import SECTIONS, TrainConfig, check_fits, validate
+from movae_fast.training.limits import ONE, ZERO, check_values
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
 STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself ended
@@ -94,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
     words = parsing.normalise(argv, parsing.flag_types([SweepFlags]))
     name, words = parsing.take(words, "config")
     if name is None and "--help" not in words:
-        raise ValueError(f"which sweep? give --config, one of {', '.join(sweep_names())} or a YAML file")
+        raise ValueError(f"which sweep? give --config, one of {parsing.listed(sweep_names())} or a YAML file")
     parser = parsing.OneLineParser(prog="movae sweep", description=DESCRIPTION, exit_on_error=False)
     parser.add_class_arguments(SweepFlags, as_group=True)
     given = parsing.parse(parser, words if name is None else [f"--config={name}", *words], {})
@@ -150,29 +153,26 @@ def sweep_names() -> list[str]:
 
 def read_sweep(name: str) -> tuple[SweepFile, str]:
     """The sweep called `name` (or in that file) and its stem. Raises ValueError for what is not one."""
-    path = Path(name).expanduser()
-    path = path if path.is_file() else SWEEPS / f"{name}.yaml"
-    if not path.is_file():
-        names = sweep_names()
-        raise ValueError(
-            f"--config {name}: no such file or sweep{nearest(name, names)}; sweeps: {', '.join(names)}"
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    path = parsing.find_yaml(name, SWEEPS, "sweep")
+    values = read_yaml(path, "--config")
     known = [f.name for f in dataclasses.fields(SweepFile)]
     if not isinstance(values, dict) or not isinstance(values.get("search"), dict) or not values["search"]:
         raise ValueError(f"--config {path}: a sweep has `search`, the flags to search over with their ranges")
     for key in values:
         if key not in known:
             raise ValueError(f"--config {path}: {key} is unknown{nearest(str(key), known)}")
+    kinds = typing.get_type_hints(SweepFile)
+    values = {key: parsing.typed(key, value, kinds[key]) for key, value in values.items()}
     inside = path.is_relative_to(SWEEPS)
     return SweepFile(**values), str(path.relative_to(SWEEPS).with_suffix("")) if inside else path.stem
 
 
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     """The study, with everything checked that can be before a trial runs."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'")
+    check_values(flags, worker=ZERO)
+    check_values(spec, samples=ONE)
     kinds = parsing.flag_types(list(SECTIONS.values()))
     for name, space in spec.search.items():
         check_space(name, space)
@@ -183,6 +183,9 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
             if name not in kinds:
                 raise ValueError(f"--config {flags.config}: {where}: {name} is no flag{nearest(name, kinds)}")
     check_sampler(flags.config, spec)
+    spec.flags = {name: parsing.typed(name, value, kinds[name]) for name, value in spec.flags.items()}
+    for name, space in spec.search.items():
+        type_space(name, space, kinds)
     if spec.curve is not None:
         curve_config(spec, [], None)
     if not spec.objectives:
@@ -200,23 +203,25 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
         name: space["choices"][0] if "choices" in space else space["low"] for name, space in spec.search.items()
     }
     config = TrainConfig.from_flat(fixed | assigned(first))
-    validate(config)
+    measured = measured_by(config)
     for name, space in spec.search.items():
-        for choice in space["choices"][1:] if is_bundle(space) else []:
-            validate(TrainConfig.from_flat(fixed | assigned(first | {name: choice})))
+        for value in space["choices"][1:] if "choices" in space else [space["high"]]:
+            try:
+                measured |= measured_by(TrainConfig.from_flat(fixed | assigned(first | {name: value})))
+            except ValueError as error:
+                raise ValueError(f"search: {name}: {error}") from None
+    for name in spec.objectives:
+        if name.startswith("test/") and name not in measured:
+            raise ValueError(f"objectives: {name}: a run measures {', '.join(measured)}")
     factors = [n for n in spec.objectives if FIGURES.get(n) in METRICS]
     if factors and not config.info.factor_sizes:
         raise ValueError(
             f"objectives: {factors[0]} needs data with known discrete factors; {config.info.name} has none"
         )
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20
-    workers, trials = (
-        flags.workers or spec.workers,
-        flags.trials or (every if spec.trials is None else spec.trials),
-    )
-    for name, value in (("trials", trials), ("workers", workers), ("samples", spec.samples)):
-        if value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    workers = spec.workers if flags.workers is None else flags.workers
+    trials = next((n for n in (flags.trials, spec.trials) if n is not None), every)
+    check_storage(flags.storage or spec.storage)  # last: a database is made as it is opened
     return Study(
         name=stem,
         folder=Path(flags.sweep_dir or Path("runs", "sweeps", stem)),
@@ -234,6 +239,48 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
     )
 
 
+def measured_by(config: TrainConfig) -> dict[str, None]:
+    """Check the configuration; return the names of its runs' test figures, in order."""
+    validate(config)
+    check_fits(config)
+    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
+    names += ["loss", "mse", "mse_mean_image"]
+    if "commitment" in names:
+        names += ["codebook_usage", "perplexity"]
+    return dict.fromkeys(f"test/{name}" for name in names)
+
+
+def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
+    """Give each choice the type of its flag, or of its own flags where it is a mapping; check a range's ends.
+
+    Raises ValueError for a value of another type.
+    """
+    if is_bundle(space):
+        space["choices"] = [{k: parsing.typed(k, v, kinds[k]) for k, v in c.items()} for c in space["choices"]]
+    elif "choices" in space:
+        space["choices"] = [parsing.typed(name, choice, kinds[name]) for choice in space["choices"]]
+    else:
+        for end in ("low", "high"):
+            parsing.typed(name, space[end], kinds[name])
+
+
+def check_storage(storage: str | None) -> None:
+    """Refuse a storage that cannot be, before the folder of the study is made."""
+    if storage is None:
+        return
+    if "://" not in storage:
+        if not Path(storage).expanduser().absolute().parent.is_dir():
+            raise ValueError(f"--storage {storage}: its folder is not there; make it first")
+        return
+    import optuna
+
+    try:
+        optuna.storages.get_storage(storage)
+    except Exception as error:  # SQLAlchemy's, or a driver that is not installed
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--storage {storage}: {type(error).__name__}: {reason:.200}") from None
+
+
 def check_space(name: str, space: Any) -> None:
     """Refuse a range that is none."""
     valid = "{low, high} with log or step, or {choices: [...]}"
@@ -249,8 +296,16 @@ def check_space(name: str, space: Any) -> None:
     if set(space) - {"low", "high", "log", "step"}:
         raise ValueError(f"search: {name}: give {valid}")
     low, high = space["low"], space["high"]
-    if not all(isinstance(v, int | float) for v in (low, high)) or not low < high:
+    numbers = [v for v in (low, high) if type(v) in (int, float) and math.isfinite(v)]
+    if len(numbers) < 2 or not low < high:
         raise ValueError(f"search: {name}: low {low} must be a number below high {high}")
+    step, log = space.get("step", 1), space.get("log", False)
+    if type(step) not in (int, float) or not 0 < step < math.inf:
+        raise ValueError(f"search: {name}: step {step} must be a number above 0")
+    if type(low) is int and type(high) is int and type(step) is not int:
+        raise ValueError(f"search: {name}: between whole numbers step {step} must be one, too")
+    if not isinstance(log, bool):
+        raise ValueError(f"search: {name}: log {log} must be true or false")
     if space.get("log") and ("step" in space or low <= 0):
         raise ValueError(f"search: {name}: a logarithmic range has no step and a low above 0")
 
@@ -271,15 +326,22 @@ def check_sampler(name: str, spec: SweepFile) -> None:
 
 def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> CurveConfig:
     """The `curve` section as flags of `movae curve`. Raises ValueError for what is none."""
-    given = dict(spec.curve) if isinstance(spec.curve, dict) else {}
+    given = dict(spec.curve or {})
     known = {f.name for f in dataclasses.fields(CurveConfig)} - {"runs", "out"}
     for key in given:
         if key not in {*known, "select"}:
             raise ValueError(f"curve: {key} is unknown{nearest(str(key), [*known, 'select'])}")
-    for name in given.pop("select", []):
+    select = given.pop("select", [])
+    if not isinstance(select, list):
+        raise ValueError(f"curve: select: {select} must be a list of names of the search")
+    kinds = typing.get_type_hints(CurveConfig)
+    given = {key: parsing.typed(f"curve: {key}", value, kinds[key]) for key, value in given.items()}
+    for name in select:
         if name not in spec.search:
             raise ValueError(f"curve: select: {name} is not searched{nearest(str(name), spec.search)}")
-    return CurveConfig(runs=runs, out=None if folder is None else str(folder), **given)
+    config = CurveConfig(runs=runs, out=None if folder is None else str(folder), **given)
+    check_curve(config)
+    return config
 
 
 def draw_curve(study: Study, spec: SweepFile, found: Report, console: Console) -> None:

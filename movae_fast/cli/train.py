@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
+from movae_fast.cli.errors import explained, first_line
 from movae_fast.cli.ladder import visualize
-from movae_fast.cli.pictures import draw_run
-from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, validate
+from movae_fast.cli.pictures import draw_missing, draw_run
+from movae_fast.names import shown
+from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig, check_fits, validate
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
-from movae_fast.training.run import Run, resume, setup
+from movae_fast.training.run import Run, resume, setup, start_or_resume
 from movae_fast.training.signals import Interrupted
 from movae_fast.training.telemetry import NonFiniteError
 from movae_fast.training.train_step import NOT_ASKED
@@ -40,7 +44,7 @@ RESUMABLE = {
         "limit_test",
     ),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
-} - {"seed", "log_every"}
+} - {"seed", "log_every", "save_path"}
 # torch-vae's own defaults, for its own spelling of the flags.
 TORCH_VAE = {
     "arch": "torch_vae",
@@ -52,50 +56,112 @@ TORCH_VAE = {
     "epochs": 100,
     "lr": 3e-4,
     "optimizer": "adamw",
+    "weight_decay": 0.01,  # torch's default for AdamW, which it leaves as it is
     "seed": 0,
 }
+# The PyTorch port of proVLAE has no --arch either; its defaults, and the side of each set's images.
+PORT = {
+    "arch": "provlae",
+    "ladder_net": "port",
+    "dataset": "shapes3d",
+    "recons_dist": "bernoulli",
+    "recons_reduction": "mean",
+    "beta": 8.0,
+    "batch_size": 100,
+    "epochs": 1,
+    "lr": 5e-4,
+}
+PORT_SIZES = {"mnist": 28, "fashionmnist": 28}
+PORT_SIZES |= dict.fromkeys(("celeba", "flowers102", "dtd", "imagenet", "ident3d"), 128)
 
 
 def run(argv: Sequence[str]) -> int:
     """Parse, validate, train; the exit status (130 or 143 after SIGINT or SIGTERM, with the run saved)."""
+    try:
+        return parsed_and_trained(argv)
+    except RuntimeError as error:  # before the first step; `train` sees the later ones
+        if not lost_a_process(int(os.environ.get("WORLD_SIZE", "1")), error):
+            raise
+        text = f"another process of this run ended ({first_line(error)[:160]}) before the first step"
+        print(f"movae train: stopped: {text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def parsed_and_trained(argv: Sequence[str]) -> int:
+    """Parse, validate, set up or resume, train."""
     # A log file wants whole lines; a terminal its own width.
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     console = Console(width=None if sys.stdout.isatty() else 200, quiet=quiet)
     kinds = parsing.flag_types(list(SECTIONS.values()))
     words = parsing.normalise(argv, kinds)
     parser = parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
-    resumed, rest = parsing.take(words, "resume")
-    if resumed is not None:
-        work = resume(Path(resumed), lambda saved: continued(parser, rest, saved, resumed))
-    else:
-        config = TrainConfig.from_flat(flags(parser, argv, words, kinds, console))
-        validate(config)
-        if config.ladder.mode == "visualize":
-            return visualize(config, console)
-        work = setup(config)
-    return train(work, console)
+    resumed, words = parsing.take(words, "resume")
+    if resumed is not None and not resumed.strip():
+        raise ValueError("--resume is empty; name the run to go on with, or give auto")
+    recipe, words, system = given_defaults(argv, words, kinds)
+    if resumed not in (None, "auto"):
+        work = resume(Path(resumed), lambda saved: continued(parser, words, saved, resumed, recipe))
+        return train(work, console)
+    values = parsing.parse(parser, words, recipe)
+    complete(values, system, console)
+    config = TrainConfig.from_flat(values)
+    without_export(config, validate)
+    check_fits(config)
+    if config.ladder.mode == "visualize":
+        return visualize(config, console)
+    where = config.run.exp_dir
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if resumed is None and restarted and where is None:
+        console.print("torchrun started this anew after a failure; without --exp_dir it is a run of its own")
+    if resumed is None and not (restarted and where is not None):
+        return train(setup(config), console)
+    if where is None:
+        raise ValueError("--resume auto needs --exp_dir: the folder in which the run starts, or goes on")
+    changes = lambda saved: continued(parser, words, saved, where, recipe)  # noqa: E731
+    return train(start_or_resume(config, changes), console)
 
 
-def flags(
-    parser: parsing.OneLineParser,
-    argv: Sequence[str],
-    words: list[str],
-    kinds: dict[str, Any],
-    console: Console,
-) -> dict[str, Any]:
-    """The flags by name: a recipe's values under the command line's."""
+System = Literal["", "torch-vae", "proVLAE's port"]  # whose flags a command line is written in
+
+
+def given_defaults(
+    argv: Sequence[str], words: list[str], kinds: dict[str, Any]
+) -> tuple[dict[str, Any], list[str], System]:
+    """Return what a recipe or another system's spelling puts under the command line, the words left, whose."""
     name, words = parsing.take(words, "config")
-    defaults = parsing.read_config(name, kinds) if name is not None else {}
+    if name is not None:
+        return parsing.read_config(name, kinds), words, ""
     spelt = {a.partition("=")[0] for a in argv}
-    if name is None and "--arch" not in spelt and spelt & {"--latent_dims", "--max_filters"}:
-        defaults = dict(TORCH_VAE)
-        values = parsing.parse(parser, words, defaults)
-        shown = "  ".join(f"--{k} {values[k]}" for k in TORCH_VAE)
-        console.print(f"torch-vae's flags: {shown}", highlight=False)
-        if values["export"] is None:
-            values["export"] = free_export(values, console)
-        return values
-    return parsing.parse(parser, words, defaults)
+    if "--arch" in spelt:
+        return {}, words, ""
+    if spelt & {"--latent_dims", "--max_filters"}:
+        return dict(TORCH_VAE), words, "torch-vae"
+    if spelt & {"--num_ladders", "--hidden_dim", "--fade_in_duration"}:
+        return dict(PORT), words, "proVLAE's port"
+    return {}, words, ""
+
+
+def complete(values: dict[str, Any], system: System, console: Console) -> None:
+    """Put in what another system derives from its flags, and print the flags that its spelling implies."""
+    if system == "torch-vae":
+        flags = "  ".join(f"--{k} {values[k]}" for k in TORCH_VAE)
+        console.print(f"torch-vae's flags: {flags}", highlight=False)
+        values["export"] = values["export"] or free_export(values, console)
+    elif system:
+        if values["image_size"] is None:
+            squeezed = "".join(c for c in values["dataset"].lower() if c.isalnum())
+            values["image_size"] = PORT_SIZES.get(squeezed, 64)
+        flags = "  ".join(f"--{k} {values[k]}" for k in (*PORT, "image_size"))
+        console.print(f"proVLAE's flags, as its PyTorch port has them: {flags}", highlight=False)
+
+
+def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
+    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
+    export, config.run.export = config.run.export, None
+    try:
+        check(config)
+    finally:
+        config.run.export = export
 
 
 def free_export(values: dict[str, Any], console: Console) -> str | None:
@@ -110,12 +176,20 @@ def free_export(values: dict[str, Any], console: Console) -> str | None:
 
 
 def continued(
-    parser: parsing.OneLineParser, words: list[str], saved: dict[str, Any], resumed: str
+    parser: parsing.OneLineParser,
+    words: list[str],
+    saved: dict[str, Any],
+    resumed: str,
+    recipe: Mapping[str, Any],
 ) -> TrainConfig:
-    """The saved configuration with what a resumed run may change."""
+    """The saved configuration with what a resumed run may change; `resumed` is its folder or checkpoint."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
     known = parsing.with_its_regularizer(known)
-    values = parsing.parse(parser, words, known)
+    values = parsing.parse(parser, words, {**known, **recipe})
+    folder = Path(resumed) if Path(resumed).is_dir() else Path(resumed).parent.parent
+    where, values["exp_dir"] = values["exp_dir"], None
+    if where is not None and Path(where).resolve() != folder.resolve():
+        raise ValueError(f"--resume {resumed} goes on in {folder}; leave out --exp_dir {where}")
     kept = {"epochs", "steps"} if known["arch"] == "provlae" else set()  # they are its stages' lengths
     changed = [k for k, v in known.items() if (k not in RESUMABLE or k in kept) and values[k] != v]
     if changed:
@@ -123,8 +197,11 @@ def continued(
         raise ValueError(
             f"--resume {resumed}: the run has {was}; a resumed run keeps it. Start a new run instead"
         )
+    if values["export"] is None and (export := saved.get("export")) and not Path(export).exists():
+        values["export"] = export  # it was to be written at the end
     config = TrainConfig.from_flat(values)
-    validate(config)
+    without_export(config, validate)
+    check_fits(config)
     return config
 
 
@@ -132,51 +209,79 @@ def train(work: Run, console: Console) -> int:
     """Fit, report, clean up."""
     work.draw = draw_run
     started = time.perf_counter()
-    describe(work, console)
+    again = f"go on with: movae train --resume {work.folder}"
     try:
+        describe(work, console)
+        draw_missing(work)
         if work.ended:
             console.print(
                 f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
             )
+            export(work, console)
             return 0
         with Bar(work, console) as bar:
             figures = fit(work, bar)
+        close_logs(work)
+        report(work, figures, console, time.perf_counter() - started)
+        export(work, console)
+        return 0
     except Interrupted as interrupt:
-        console.print(
-            f"{interrupt}: saved at step {work.step:,}; go on with: movae train --resume {work.folder}"
-        )
+        console.print(f"{interrupt}: saved at step {work.step:,}; {again}")
         return 128 + interrupt.signum
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
+        print(f"movae train: stopped at once, after step {work.step:,}; {again}", file=sys.stderr)
+        return leave(work, 128 + signal.SIGINT)
     except (NonFiniteError, FloatingPointError) as error:
         good = f"the last good checkpoint is {work.good}" if work.good else "no checkpoint was written yet"
         print(f"movae train: stopped: {error}; {good}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not lost_a_process(work, error):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and lost_a_process(work.world.size, error):
+            # No clean farewell: the processes that are left would wait for the one that is gone.
+            print(
+                f"movae train: process {work.world.rank} stopped: another process of this run ended "
+                f"({first_line(error)[:160]}); {again}",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        text = explained(error)
+        if text is None or isinstance(error, BrokenPipeError):
             raise
-        # No clean farewell: the processes that are left would wait for the one that is gone.
-        print(
-            f"movae train: process {work.world.rank} stopped: another process of this run ended "
-            f"({str(error).strip().splitlines()[0][:160]}); go on with: movae train --resume {work.folder}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
+        print(f"movae train: stopped after step {work.step:,}: {text}; {again}", file=sys.stderr, flush=True)
+        return leave(work, 2)
     finally:
-        if work.logs is not None:
-            work.logs.close()
-    report(work, figures, console, time.perf_counter() - started)
-    export = work.config.run.export
-    if export is not None and work.world.main:
-        work.export(Path(export))
-        console.print(f"weights: {export}", highlight=False)
-    return 0
+        with suppress(OSError):  # the error that ended the run is the one to show
+            close_logs(work)
 
 
-def lost_a_process(work: Run, error: RuntimeError) -> bool:
-    """Whether an exchange failed because its other end is gone."""
+def leave(work: Run, status: int) -> int:
+    """The status; of several processes this one ends at once, and the others find that it is gone."""
+    if work.world.size > 1:
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def close_logs(work: Run) -> None:
+    logs, work.logs = work.logs, None
+    if logs is not None:
+        logs.close()
+
+
+def export(work: Run, console: Console) -> None:
+    """Write the weights where --export asks for them."""
+    path = work.config.run.export
+    if path is not None and work.world.main:
+        work.export(Path(path))
+        console.print(f"weights: {path}", highlight=False)
+
+
+def lost_a_process(processes: int, error: RuntimeError) -> bool:
+    """Whether an exchange among several processes failed because its other end is gone."""
     text = str(error).lower()
     signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "timeout")
-    return work.world.size > 1 and any(sign in text for sign in signs)
+    return processes > 1 and any(sign in text for sign in signs)
 
 
 def describe(work: Run, console: Console) -> None:
@@ -206,7 +311,7 @@ def describe(work: Run, console: Console) -> None:
         *notes(work),
         f"run: {work.folder}" + (f", continued at step {work.step:,}" if work.step else ""),
     ):
-        console.print(line, highlight=False, markup=False)
+        console.print(shown(line), highlight=False, markup=False)
 
 
 def aggregation(config: TrainConfig, eager: bool) -> str:
@@ -226,8 +331,12 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
 
 
 def notes(work: Run) -> list[str]:
-    """What is worth knowing about the splits' files: prepared, out of date, left out."""
-    lines = []
+    """What is worth knowing: what a resume mended; of the splits' files, prepared, out of date, left out."""
+    lines = list(work.notes)
+    if work.config.run.distributed and work.world.size == 1:
+        lines.append(
+            "--distributed: this is one process; torchrun --nproc_per_node=N -m movae_fast train … has N"
+        )
     for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
         if loader.note:
             lines.append(f"{split} images: {loader.note}")
@@ -298,11 +407,16 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
     for row in conflict_rows(read_lines(work.folder / "metrics.jsonl") if work.world.main else []):
         table.add_row(*row)
     console.print(table)
-    mean = figures["test/mse_mean_image"]  # 0 where all images are alike
-    below = (
-        f"reconstruction error {1 - figures['test/mse'] / mean:.1%} below the mean image's; " if mean else ""
-    )
     console.print(
-        f"{below}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
+        f"{against_mean_image(figures)}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
         highlight=False,
     )
+
+
+def against_mean_image(figures: Mapping[str, float]) -> str:
+    """Return the reconstruction's error beside the mean image's, in words; "" where all images are alike."""
+    mean = figures["test/mse_mean_image"]
+    if not mean:
+        return ""
+    less = 1 - figures["test/mse"] / mean
+    return f"reconstruction error {abs(less):.1%} {'below' if less >= 0 else 'above'} the mean image's; "

@@ -1,18 +1,15 @@
 """The `dali` loader: files are read here; DALI decodes, crops and resizes them, on a GPU or on a CPU's threads.
 
 The order is the plan that all loaders share, batch by batch, so shards and resuming are theirs too. DALI
-decodes what every decoder reads alike: whole 8-bit JPEGs and PNGs, upright, grey or RGB. Any other file, and
-one that DALI refuses, goes through `decode` first and reaches DALI as raw pixels: one meaning, and one error,
-for each loader.
+decodes what every decoder reads alike, by `plain_size`. Any other file, and one that DALI refuses, goes through
+`decode` first and reaches DALI as raw pixels: one meaning, and one error, for each loader.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib.util
-import io
 import os
-import struct
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
@@ -21,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from movae_fast.data.decode import MAX_PIXELS, ORIENTATION, decode
+from movae_fast.data.decode import crop_box, decode, plain_size
+from movae_fast.data.files import opened
 from movae_fast.data.loaders import Loader
 from movae_fast.data.machine import ahead, processors
-from movae_fast.data.sources import ImageFiles, central_square
+from movae_fast.data.sources import ImageFiles
 
 
 def available() -> bool:
@@ -228,7 +225,9 @@ class _Feed:
     def __call__(self) -> _Encoded:
         try:
             part, batch = next(self.coming)
-        except ValueError as error:
+        except StopIteration:
+            raise
+        except Exception as error:
             self.error = error  # DALI passes on its message alone
             raise
         self.recent.append(part)
@@ -242,16 +241,16 @@ class _Feed:
         """File i as bytes that DALI decodes, and the crop's corner and extent in it."""
         path, channels = self.source.files[i], self.source.channels
         try:
-            data = path.read_bytes()
+            with opened(path) as file:
+                data = file.read()
         except OSError:
             data = b""  # `decode` says what is wrong
-        size = None if i in self.by_pillow else plain_size(data)
+        size = None if i in self.by_pillow else plain_size(data, channels)
         if size is None:
             pixels = decode(path, channels, data if data else None)
             size = pixels.shape[:2]
             data = b"P%d %d %d 255\n" % (6 if channels == 3 else 5, size[1], size[0]) + pixels.tobytes()
-        top, left, height, width = self.source.box or central_square(*size)
-        height, width = min(height, size[0] - top), min(width, size[1] - left)
+        top, left, height, width = crop_box(path, self.source.box, *size)
         return (
             np.frombuffer(data, np.uint8),
             np.array((top, left), np.int32),
@@ -259,47 +258,9 @@ class _Feed:
         )
 
     def blame(self) -> None:
-        """After a failure: raise the ValueError of the file that caused it, if one did."""
+        """After a failure: raise the error of the file that caused it, if one did."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error from None
         for i in (i for part in self.recent for i in part):
             decode(self.source.files[i], self.source.channels)
-
-
-def plain_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a whole, upright, 8-bit grey or RGB JPEG or PNG; None for all else."""
-    try:
-        return _plain_size(data)
-    except Exception:  # damage of any kind, of which `decode` says what it is
-        return None
-
-
-def _plain_size(data: bytes) -> tuple[int, int] | None:
-    size = None
-    if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
-        size = _jpeg_size(data)
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND" and len(data) > 45:
-        height, width = struct.unpack(">II", data[16:24])[::-1]
-        plain = data[24] == 8 and data[25] in (0, 2) and data.find(b"eXIf") < 0
-        size = (height, width) if plain else None
-    return size if size is not None and 0 < size[0] * size[1] <= MAX_PIXELS else None
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    at = 2
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
-            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
-            return (height, width) if precision == 8 and components in (1, 3) else None
-        if 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return None
-        if marker == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            with Image.open(io.BytesIO(data)) as file:
-                if file.getexif().get(ORIENTATION, 1) != 1:
-                    return None
-        if marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15] == 0:
-            return None  # stored as RGB or CMYK without a colour transform
-        at += 2 + length
-    return None

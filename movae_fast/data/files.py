@@ -1,13 +1,28 @@
-"""What an image file is: a file of its own, or a stretch of a tar that answers to the same names."""
+"""Find image files: files of their own, or stretches of a tar that answer to the same names.
+
+Whatever lies below a folder and is not read is counted by reason, so that no image is left out silently.
+"""
 
 from __future__ import annotations
 
+import errno
 import io
-from dataclasses import dataclass
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from movae_fast.names import shown
+
+# Endings of the formats that Pillow decodes to one picture.
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".jfif", ".jpe", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"),
+)
+PREPARED = "prepared"  # the folder of prepared files, below the originals' own
+PREPARED_SUFFIXES = (".u8", ".npy", ".json", ".part", ".lock")
 
 
 class Stat(NamedTuple):
@@ -37,7 +52,7 @@ class Member:
         return f"{self.tar}/{self.path}"
 
     def read_bytes(self) -> bytes:
-        with self.tar.open("rb") as file:
+        with opened(self.tar) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -51,5 +66,130 @@ class Member:
 File = Path | Member
 
 
-def images_below(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+def opened(path: File) -> IO[bytes]:
+    """Open a file for reading. Raises OSError, also for a pipe or a device, which might never end."""
+    if isinstance(path, Member):
+        return path.open()
+    # To open a pipe without this flag is to wait until somebody writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    kind = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+        raise OSError(number, "no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+@dataclass
+class Aside:
+    """What was found and is not read: how many by reason, and the first of them by name."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str, n: int = 1) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + n
+        self.first.setdefault(reason, name)
+
+    def __str__(self) -> str:
+        """Return "left aside: 3 hidden (a/.b.png, …), 1 …", escaped for a terminal, or ""."""
+        parts = (
+            f"{n:,} {reason} ({shown(self.first[reason])}{', …' * (n > 1)})"
+            for reason, n in self.counts.items()
+        )
+        return f"left aside: {', '.join(parts)}" if self.counts else ""
+
+
+@dataclass
+class Found:
+    """What lies below a folder."""
+
+    images: list[Path]
+    tars: list[Path]
+    aside: Aside
+
+
+def hidden(path: str) -> bool:
+    """Tell whether a part of a relative path begins with a point, as .ipynb_checkpoints/ and ._0.png do.
+
+    Such files are copies and notes that other programs keep beside the images.
+    """
+    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
+
+
+def found_below(root: Path) -> Found:
+    """Find the images and tars below `root`, sorted; links to folders are followed, to each folder once."""
+    found, others = Found([], [], Aside()), Aside()
+    start = len(os.path.join(root, ""))
+    for entry in _entries(root, found.aside):
+        name, suffix = entry.path[start:], os.path.splitext(entry.name)[1].lower()
+        kind = _kind(entry)
+        if kind != "file" and (kind != "linked to nothing" or suffix not in IMAGE_SUFFIXES):
+            found.aside.add(kind, name)
+        elif suffix == ".tar":
+            found.tars.append(Path(entry))
+        elif suffix in IMAGE_SUFFIXES:  # of a broken link `decode` says what is wrong
+            found.images.append(Path(entry))
+        elif os.path.dirname(name) != PREPARED or suffix not in PREPARED_SUFFIXES:
+            others.add(shown(suffix) or "without a suffix", name)
+    found.images.sort()
+    found.tars.sort()
+    for suffix in sorted(others.counts):
+        found.aside.add(suffix, others.first[suffix], others.counts[suffix])
+    return found
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        regular = entry.is_file() or stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return "linked to nothing"
+    return "file" if regular else "neither file nor folder"
+
+
+def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
+    """Yield what is no folder below `root`, and note what is left aside.
+
+    A link to a folder is followed once all folders proper are read, unless it leads to one that was read or
+    that `root` lies in: so a loop ends, and a link up does not bring test images among the training images.
+    """
+    start = len(os.path.join(root, ""))
+    seen = {_identity(folder) for folder in root.resolve().parents}
+    folders, links = [str(root)], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        identity, name = _identity(folder), folder[start:] or "."
+        if identity is not None and identity in seen:
+            aside.add("linked to a folder that is read already or lies above", name)
+            continue
+        seen.add(identity)
+        try:
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            aside.add(f"unreadable: {error.strerror}", name)
+            continue
+        below = list[str]()
+        for entry in inside:
+            if entry.name.startswith("."):
+                aside.add("hidden", entry.path[start:])
+            elif not _is_folder(entry):
+                yield entry
+            else:
+                (links if entry.is_symlink() else below).append(entry.path)
+        folders += reversed(below)
+
+
+def _identity(folder: str | Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

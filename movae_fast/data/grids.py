@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.files import found_below
 from movae_fast.data.sources import ImageFiles, ReadOptions, missing
 from movae_fast.data.transforms import resize
+from movae_fast.names import shown
 
 N_TEST = 10_000
 
@@ -193,7 +195,7 @@ def _load(path: Path, grid: Grid) -> np.ndarray:
                     found = archive[grid.member]
         except Exception as error:
             raise ValueError(
-                f"{path} is damaged ({first_line(error)}): fetch it again from {grid.home}"
+                f"{shown(path)} is damaged ({first_line(error)}): fetch it again from {grid.home}"
             ) from None
         _LOADED[key] = found
     return found
@@ -237,10 +239,12 @@ def read_ident3d(options: ReadOptions) -> IdentImages:
         found = f"(raw_latents.npy is {list(latents.shape)}, expected [N, {len(IDENT3D_NAMES)}])"
         raise missing("ident3d", IDENT3D_FILES, options, found)
     # Image numbers are padded with zeros to one width.
-    files = sorted((folder / "images").glob("*.png"))
+    below = found_below(folder / "images")
+    files = below.images
     if len(files) != len(latents):
         found = f"({len(files)} images and {len(latents)} rows of latents in {folder})"
         raise missing("ident3d", IDENT3D_FILES, options, found)
     source = IdentImages(files, options, None, "bilinear" if options.resize == "auto" else options.resize)
     source.latents = torch.from_numpy(latents).float()
+    source.note = str(below.aside)
     return source

@@ -13,6 +13,7 @@ same epoch again, which count nothing (`share_of`). Evaluation counts every imag
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -276,7 +277,7 @@ class TorchLoader(Loader):
             # The workers' base seed would otherwise be drawn from training's own random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
-        batches = iter(loader)
+        batches = started(loader)
         try:
             for images, labels in batches:
                 yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
@@ -286,6 +287,20 @@ class TorchLoader(Loader):
             if stop := getattr(batches, "_shutdown_workers", None):
                 stop()
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def started(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """The loader's iterator; if not all of its worker processes can be started, those that were are ended."""
+    try:
+        return iter(loader)
+    except (OSError, RuntimeError) as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            half: Any = frame.f_locals.get("self")
+            if hasattr(half, "_worker_init_fn") and half is not loader:
+                half._shutdown = True  # or its destructor fails over what it has not made yet
+                for process in getattr(half, "_workers", []):
+                    process.kill()
+        raise
 
 
 class _Items(torch.utils.data.Dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,14 +58,31 @@ def free_memory(device: torch.device) -> int:
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def remembered(name: str, work: Callable[[], T]) -> T:
-    """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user."""
+def all_memory(device: torch.device) -> int:
+    """Bytes that the device has, whoever uses them now: a GPU's, or this machine's within its container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(here, int(text)) if text.isdigit() else here
+
+
+def remembered(name: str, work: Callable[[], T], lasting: Callable[[], bool] = lambda: True) -> T:
+    """work(), or what JSON made of its answer to an earlier call by that name, on whatever run of this user.
+
+    An answer that is not `lasting` is not kept; one that was damaged on the disk is worked out again.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "movae" / f"{name}.json"
-    if cache.is_file():
-        with suppress(ValueError):
-            return json.loads(cache.read_text())
+    with suppress(OSError, ValueError):
+        sum_, _, text = cache.read_bytes().partition(b"\n")
+        if int(sum_, 16) == zlib.crc32(text):
+            return json.loads(text)
     answer = work()
+    if not lasting():
+        return answer
     # A home that cannot be written costs time, not the run.
     with suppress(OSError), replacing(cache) as file:
-        file.write(json.dumps(answer).encode())
+        text = json.dumps(answer).encode()
+        file.write(b"%08x\n" % zlib.crc32(text) + text)
     return answer

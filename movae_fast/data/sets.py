@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shutil
 import warnings
@@ -17,10 +18,11 @@ from torchvision import datasets as tv
 
 from movae_fast.data import grids, sprites
 from movae_fast.data.fetch import Remote, fetch, first_line
-from movae_fast.data.files import File, images_below
+from movae_fast.data.files import Aside, File, found_below, opened
 from movae_fast.data.sources import ImageFiles, Images, ReadOptions, in_memory, missing
-from movae_fast.data.tars import images_in, is_tar, tars_below
+from movae_fast.data.tars import images_in, is_tar
 from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.names import shown
 
 Source = sprites.Sprites | Images | ImageFiles | grids.GridImages
 
@@ -102,19 +104,20 @@ def _folder(options: ReadOptions) -> Source:
     lists images and tars, one a line and relative to its folder: those.
     """
     root = options.root
-    if root.is_file():
+    if os.path.isfile(root):  # unlike Path's, also where a folder above may not be read
+        aside = Aside()
         listed = [root] if is_tar(root) else _listed_files(options)
-        return _files("folder", *_every_tenth(*images_in(listed), options.split), options)
-    parted = (root / "train").is_dir() and (root / "test").is_dir()
+        files, labels = _every_tenth(*images_in(listed, aside), options.split)
+        return _files("folder", files, labels, options, aside=aside)
+    parted = all(os.path.isdir(root / part) for part in ("train", "test"))
     below = root / options.split if parted else root
-    found, tars = images_below(below), tars_below(below)
-    files, labels = images_in(found or tars)
+    found = found_below(below)
+    files, labels = images_in(found.images or found.tars, found.aside)
+    if found.images and found.tars:
+        found.aside.add(".tar beside image files", str(found.tars[0].relative_to(below)), len(found.tars))
     if not parted:
         files, labels = _every_tenth(files, labels, options.split)
-    source = _files("folder", files, labels, options)
-    if found and tars:
-        source.note = f"{len(tars)} tars ({tars[0].name}) are left aside: there are image files beside them"
-    return source
+    return _files("folder", files, labels, options, aside=found.aside)
 
 
 def _every_tenth(files: list[File], labels: list[int], split: str) -> tuple[list[File], list[int]]:
@@ -200,41 +203,79 @@ def _imagenet(options: ReadOptions) -> Source:
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
         raise _missing("imagenet", options, "It is never downloaded.")
-    classes = sorted(d for d in folder.iterdir() if d.is_dir())
-    files, labels = [], []
-    for label, one in enumerate(classes):
-        found = images_below(one)
-        files += found
-        labels += [label] * len(found)
+    classes = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    label_of = {one.name: label for label, one in enumerate(classes)}
+    found = found_below(folder)
+    start, files, labels = len(folder.parts), [], []
+    for path in found.images:
+        if len(path.parts) == start + 1:
+            found.aside.add("in no class folder", path.name)
+        else:
+            files.append(path)
+            labels.append(label_of[path.parts[start]])
     if not files:
         raise _missing("imagenet", options, f"({folder} has no class folders with images)")
-    return _files("imagenet", files, labels, options)
+    used = set(labels)
+    if empty := [name for name, label in label_of.items() if label not in used]:
+        found.aside.add("class folder without an image", empty[0], len(empty))
+    if found.tars:
+        found.aside.add(".tar", str(found.tars[0].relative_to(folder)), len(found.tars))
+    return _files("imagenet", files, labels, options, aside=found.aside)
 
 
 def _files(
-    name: str, files: Sequence[File], labels: list[int], options: ReadOptions, channels: int = 3
+    name: str,
+    files: Sequence[File],
+    labels: list[int],
+    options: ReadOptions,
+    channels: int = 3,
+    aside: Aside | None = None,
 ) -> ImageFiles:
+    note = str(aside or "")
     if not files:
-        raise _missing(name, options, f"No {options.split} image was found.")
+        raise _missing(name, options, f"No {options.split} image was found{note and f' ({note})'}.")
     mode = "bilinear" if options.resize == "auto" else options.resize
-    return ImageFiles(files, options, None, mode, labels, channels)
+    source = ImageFiles(files, options, None, mode, labels, channels)
+    source.note = note
+    return source
 
 
 def _listed_files(options: ReadOptions) -> list[Path]:
     """The files that the text file data_dir names."""
-    try:
-        lines = options.root.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"--data_dir {options.root} is no list of files: one path a line, or a tar, or a folder"
-        ) from None
-    every = [options.root.parent / line.strip() for line in lines if line.strip()]
-    absent = [f for f in every if not f.is_file()]
+    root = options.root
+    every = [_listed_file(root.parent, line) for line in _lines(root) if line.strip()]
+    absent = [f for f in every if not os.path.isfile(f)]
     if absent:
-        raise _missing(
-            "folder", options, f"({len(absent)} of {len(every)} listed files are missing, as {absent[0]})"
-        )
+        found = f"({len(absent)} of {len(every)} listed files are missing, as {absent[0]})"
+        raise _missing("folder", options, found)
     return every
+
+
+def _listed_file(folder: Path, line: str) -> Path:
+    """The file that a line names; blanks around it count only where a name has them."""
+    exact = folder / line
+    return exact if line == line.strip() or os.path.isfile(exact) else folder / line.strip()
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a list of files, whatever editor wrote it. Raises ValueError for what is no text."""
+    try:
+        with opened(path) as file:
+            data = file.read()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows' shells write lists
+            text = data.decode("utf-16")
+        else:
+            text = os.fsdecode(data)  # names need not be UTF-8
+    except OSError as error:
+        raise ValueError(f"--data_dir {shown(path)} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(
+            f"--data_dir {shown(path)} is no list of files: one path a line, or a tar, or a folder"
+        )
+    # A mark of byte order may stand in the middle of lists that were joined.
+    return [line.removeprefix("\ufeff").removesuffix("\r") for line in text.split("\n")]
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -248,7 +289,9 @@ def unpack(archive: Path, folder: Path) -> None:
         (part / folder.name).rename(folder)
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         if not folder.exists():  # another process may have been faster
-            raise ValueError(f"{archive} cannot be unpacked ({first_line(error)}): fetch it again") from None
+            raise ValueError(
+                f"{shown(archive)} cannot be unpacked ({first_line(error)}): fetch it again"
+            ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -350,8 +393,8 @@ DATASETS: dict[str, DatasetInfo] = {
             0,
             0,
             _folder,
-            "your images (png, jpg, webp, bmp) or tars of them, in train/ and test/, or anyhow and every "
-            "tenth is for testing",
+            "your images (png, jpg, webp, bmp, tif, …) or tars of them, in train/ and test/, or anyhow and "
+            "every tenth is for testing",
             flip=True,
             classes=1,
         ),

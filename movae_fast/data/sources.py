@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.data.decode import Box, decode
+from movae_fast.data.decode import Box, crop_box, decode
 from movae_fast.data.files import File
 from movae_fast.data.machine import in_threads
 from movae_fast.data.transforms import pick, resize
+from movae_fast.names import shown
 
 
 @dataclass(frozen=True)
@@ -84,23 +85,18 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         pixels = torch.from_numpy(decode(self.files[i], self.channels)).permute(2, 0, 1)
-        top, left, height, width = self.box or central_square(*pixels.shape[1:])
+        top, left, height, width = crop_box(self.files[i], self.box, *pixels.shape[1:])
         return resize(pixels[:, top : top + height, left : left + width], self.size, self.mode), self.labels[i]
 
     def leave_out(self, bad: dict[int, str]) -> None:
         """Drop the rows of `bad`, row -> why."""
-        self.skipped = [f"{self.files[i]}: {why}" for i, why in bad.items()]
+        self.skipped = [f"{shown(self.files[i])}: {shown(why)}" for i, why in bad.items()]
         self.keep([i for i in range(len(self.files)) if i not in bad])
 
     def keep(self, rows: list[int]) -> None:
         """Have these rows alone, in this order."""
         self.files = [self.files[i] for i in rows]
         self.labels = [self.labels[i] for i in rows]
-
-
-def central_square(height: int, width: int) -> Box:
-    side = min(height, width)
-    return (height - side) // 2, (width - side) // 2, side, side
 
 
 class Subset:
@@ -168,6 +164,6 @@ def missing(name: str, files: str, options: ReadOptions, error: Exception | str)
     """What is not there, and what to put where."""
     how = "" if options.download else " (--download false: nothing was fetched)"
     return FileNotFoundError(
-        f"--dataset {name}: not found or damaged in --data_dir {options.root}{how}; wanted there: {files}. "
-        f"{error}"
+        f"--dataset {name}: not found or damaged in --data_dir {shown(options.root)}{how}; wanted there: "
+        f"{files}. {shown(error)}"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 
-from movae_fast.data.decode import decode
-from movae_fast.data.files import File
+from movae_fast.data.decode import misfit, tried
+from movae_fast.data.files import File, opened
 from movae_fast.data.machine import in_threads, remembered
+from movae_fast.data.sources import ImageFiles
 
 
 def list_hash(files: Sequence[File]) -> str:
@@ -19,23 +21,35 @@ def list_hash(files: Sequence[File]) -> str:
             line = f"{path.parent.name}/{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
         except OSError:
             line = f"{path.name}\0missing\n"
-        digest.update(line.encode())
+        digest.update(os.fsencode(line))
     return digest.hexdigest()
 
 
-def unreadable(files: Sequence[File], channels: int) -> dict[int, str]:
-    """Row -> why, of the files that `decode` refuses."""
+def unreadable(source: ImageFiles) -> dict[int, str]:
+    """Row -> why, of the files that every loader refuses."""
+    lasting = True
 
     def check(path: File) -> str | None:
-        try:
-            decode(path, channels)
-        except ValueError as error:
-            return str(error).partition(" is not a readable image (")[2].rpartition(");")[0]
-        return None
+        nonlocal lasting
+        pixels = tried(path, source.channels)
+        if isinstance(pixels, str):
+            if not opens(path):  # threads may only ever take it away
+                lasting = False
+            return pixels
+        return misfit(source.box, *pixels.shape[:2]) or None
 
     def bad() -> dict[int, str]:
-        return {row: why for row, why in enumerate(in_threads(check, files)) if why is not None}
+        return {row: why for row, why in enumerate(in_threads(check, source.files)) if why is not None}
 
-    # JSON's keys are strings.
-    found = remembered(f"unreadable-{list_hash(files)}-{channels}", bad)
+    # JSON's keys are strings. A file that cannot be opened today may be readable tomorrow, unchanged.
+    name = f"unreadable-{list_hash(source.files)}-{source.channels}-{source.box}"
+    found = remembered(name, bad, lambda: lasting)
     return {int(row): why for row, why in found.items()}
+
+
+def opens(path: File) -> bool:
+    try:
+        with opened(path):
+            return True
+    except OSError:
+        return False

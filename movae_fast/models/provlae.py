@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from movae_fast.models.base import Activation, GaussianVAE, at_least_float32
+
+LadderNet = Literal["authors", "port"]
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
@@ -30,6 +32,11 @@ def resize(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
 
 
+def enlarge(x: Tensor, side: int) -> Tensor:
+    """Maps to a larger side by repeating values; as they are if it is theirs."""
+    return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="nearest")
+
+
 class ProVLAE(GaussianVAE):
     """Progressive ladder VAE (Li et al. 2020) for any image size: `num_ladders` rungs of `latent_dim` latents.
 
@@ -43,6 +50,10 @@ class ProVLAE(GaussianVAE):
     At stage s the s most abstract rungs are active. What the newest one reads and what its generator gives are
     multiplied by alpha; generators of rungs not yet active by 0. Both are buffers: a stage is data, so nothing
     is rebuilt or compiled anew where it changes. A model that was never told its stage has all rungs active.
+
+    `ladder_net="port"` is the network of the published PyTorch port, with its number of parameters: generators
+    give maps of twice the side, that of their encoder block, one block more follows behind the last join, and
+    alpha multiplies what the newest rung's encoder block reads. Its stages begin at the least abstract rung.
     """
 
     progressive = True
@@ -60,6 +71,7 @@ class ProVLAE(GaussianVAE):
         num_ladders: int = 3,
         hidden_dim: int = 32,
         fc_dim: int = 256,
+        ladder_net: LadderNet = "authors",
     ) -> None:
         super().__init__(image_shape, activation)
         channels, size, _ = image_shape
@@ -72,7 +84,9 @@ class ProVLAE(GaussianVAE):
             )
         self.num_ladders, self.z_dim, self.latent_dim = num_ladders, latent_dim, num_ladders * latent_dim
         self.objectives = self._names(num_ladders)
+        self.port = ladder_net == "port"
         self.sides = [self.target >> (i + 2) for i in range(num_ladders)]
+        self.map_sides = [side * (2 if self.port else 1) for side in self.sides]
         widths = [channels] + [hidden_dim] * num_ladders
         self.blocks = nn.ModuleList(_conv(widths[i], hidden_dim, 4, 2) for i in range(num_ladders))
         self.rungs = nn.ModuleList(
@@ -88,15 +102,20 @@ class ProVLAE(GaussianVAE):
                 _linear(fc_dim, hidden_dim * side**2),
                 nn.Unflatten(1, (hidden_dim, side, side)),
             )
-            for side in self.sides
+            for side in self.map_sides
         )
         self.joins = nn.ModuleList(_conv(2 * hidden_dim, hidden_dim, 3, 1) for _ in self.sides[:-1])
         # One doubling behind each join; without a join, and after the last one, up to the images' side.
         self.ups = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3, 1) for _ in self.sides[:-1])
-        side = 2 * self.sides[0] if num_ladders > 1 else self.sides[0]
+        side = 2 * self.map_sides[0] if num_ladders > 1 else self.map_sides[0]
         doublings = int(math.log2(self.target // side))
-        self.finish = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3, 1) for _ in range(doublings))
+        # The port has the block of the last doubling even where the images' side is reached.
+        self.finish_sides = [self.target] if self.port else [side << (k + 1) for k in range(doublings)]
+        self.finish = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3, 1) for _ in self.finish_sides)
         self.out = nn.Conv2d(hidden_dim, channels, 3, padding=1)
+        if self.port:
+            # Used by nothing, there as here: its parameters are counted and its weights can be read.
+            self.prior_params = nn.Parameter(torch.zeros(latent_dim, 2), requires_grad=False)
         self.register_buffer("active", torch.ones(num_ladders))
         self.register_buffer("fading", torch.zeros(num_ladders))
         self.register_buffer("alpha", torch.ones(()))
@@ -119,12 +138,15 @@ class ProVLAE(GaussianVAE):
 
     @torch.no_grad()
     def set_stage(self, stage: int, alpha: float = 1.0) -> None:
-        """Make the `stage` most abstract rungs active, the newest with weight alpha (the first never fades)."""
+        """Make the `stage` most abstract rungs active, the newest with weight alpha (the first never fades).
+
+        In the port's network it is the least abstract ones.
+        """
         if not 1 <= stage <= self.num_ladders:
             raise ValueError(f"stage {stage}: the ladder has stages 1 to {self.num_ladders}")
-        newest = self.num_ladders - stage
+        newest = stage - 1 if self.port else self.num_ladders - stage
         rung = torch.arange(self.num_ladders, device=self.active.device)
-        self.active.copy_(rung >= newest)
+        self.active.copy_(rung <= newest if self.port else rung >= newest)
         self.fading.copy_((rung == newest) & (stage > 1))
         self.alpha.fill_(alpha)
         self.stage.fill_(stage)
@@ -144,12 +166,13 @@ class ProVLAE(GaussianVAE):
         h, fade = resize(x, self.target), self.fade()
         found = []
         for i, (block, rung, head) in enumerate(zip(self.blocks, self.rungs, self.heads, strict=True)):
-            h = block(h)
-            read = rung(h * fade[i].to(h.dtype))
+            faded = fade[i].to(h.dtype)
+            h = block(h * faded if self.port else h)
+            read = rung(h if self.port else h * faded)
             with torch.autocast(h.device.type, enabled=False):  # bfloat16 would round the posterior
                 found.append(head(at_least_float32(read)).chunk(2, dim=1))
         mu, logvar = (torch.cat([pair[k] for pair in found], dim=1) for k in (0, 1))
-        return mu, logvar.clamp(max=3)
+        return mu, logvar.clamp(min=-100 if self.port else None, max=3)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, L * latent_dim] to the images' preactivation."""
@@ -160,12 +183,11 @@ class ProVLAE(GaussianVAE):
             maps.append(made * gate[i].to(made.dtype))
         x = maps[-1]
         for i in reversed(range(self.num_ladders - 1)):
-            if x.shape[-1] != self.sides[i]:
-                x = F.interpolate(x, size=(self.sides[i], self.sides[i]), mode="nearest")
-            x = self.joins[i](torch.cat([x, maps[i]], dim=1))
-            x = self.ups[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        for block in self.finish:
-            x = block(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = enlarge(x, self.map_sides[i])
+            x = self.joins[i](torch.cat([maps[i], x] if self.port else [x, maps[i]], dim=1))
+            x = self.ups[i](enlarge(x, 2 * self.map_sides[i]))
+        for side, block in zip(self.finish_sides, self.finish, strict=True):
+            x = block(enlarge(x, side))
         return resize(self.out(x), self.image_shape[1])
 
 

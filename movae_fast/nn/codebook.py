@@ -94,8 +94,9 @@ class Codebook(nn.Module):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
-        # The host's copy of `initted`: asking the device at every step whether the first one is over would
-        # stall it, and running k-means under a torch.where would cost ten lookups a step for ever.
+        # What the host knows of `initted`: asking the device at every step whether the first one is over would
+        # stall it, and running k-means under a torch.where would cost ten lookups a step for ever. The buffer
+        # may say more: it is copied without the host's knowledge when weights are averaged.
         self._ready = not kmeans_init
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -116,7 +117,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor, mask: Tensor | None) -> None:
-        """K-means on the first training batch z [N, D] or [B, D, ...]; afterwards nothing."""
+        """K-means on the first training batch z [N, D] or [B, D, ...] that has a row; afterwards nothing.
+
+        With a mask the host asks the device, once, whether a row was kept; without one nothing is read.
+        """
         if self._ready:
             return
         z, mask = as_rows(z), None if mask is None else mask.flatten()
@@ -127,7 +131,8 @@ class Codebook(nn.Module):
             dist.all_reduce(packed)
             candidates, valid = packed.split([z.shape[1], 1], dim=1)
         # Fewer rows than codes: the rows are used in turn, as often as needed.
-        n_valid = valid.sum().long().clamp(min=1)
+        found = valid.sum().long()
+        n_valid = found.clamp(min=1)
         first = valid[:, 0].argsort(descending=True, stable=True)
         means = candidates[first[torch.arange(n_codes, device=z.device) % n_valid]]
         count = z.new_zeros(n_codes)
@@ -136,11 +141,14 @@ class Codebook(nn.Module):
             centre = code_sum / count.clamp(min=1)[:, None]
             centre = unit(centre) if self.use_cosine_sim else centre
             means = torch.where((count > 0)[:, None], centre, means)
-        self.cluster_size[0].copy_(count)
-        self.embed_avg[0].copy_(means * count[:, None])
-        self.embed[0].copy_(means) if self.kmeans_iters == 0 else self._write_means()
-        self.initted.fill_(True)
-        self._ready = True
+        average = means * count[:, None]
+        codes = means if self.kmeans_iters == 0 else self._means(count, average)
+        starts = (found > 0) & ~self.initted.bool()
+        self.cluster_size[0].copy_(torch.where(starts, count, self.cluster_size[0]))
+        self.embed_avg[0].copy_(torch.where(starts, average, self.embed_avg[0]))
+        self.embed[0].copy_(torch.where(starts, codes, self.embed[0]))
+        self.initted.logical_or_(found > 0)
+        self._ready = (mask is None and len(z) > 0) or bool(self.initted)
 
     def _reduced_statistics(
         self, z: Tensor, codes: Tensor, mask: Tensor | None
@@ -190,20 +198,23 @@ class Codebook(nn.Module):
             count, code_sum = code_statistics(z, index, self.embed.shape[1], mask)
         candidates = self._candidates(z, mask) if self.threshold > 0 else None
         count, code_sum, extra = self._all_reduce(count, code_sum, candidates)
+        if mask is not None or not index.numel():  # a batch without a row must not let the averages fade to 0/0
+            any_row = count.sum() > 0
+            count = torch.where(any_row, count, self.cluster_size[0])
+            code_sum = torch.where(any_row, code_sum, self.embed_avg[0])
         self.cluster_size[0].lerp_(count.to(self.cluster_size.dtype), 1 - self.decay)
         self.embed_avg[0].lerp_(code_sum.to(self.embed_avg.dtype), 1 - self.decay)
         if self.ema_update:
-            self._write_means()
+            self.embed[0].copy_(self._means(self.cluster_size[0], self.embed_avg[0]))
         if candidates is not None:
             self._revive(extra)
 
-    def _write_means(self) -> None:
-        """embed = embed_avg / n', with n' = (n + eps) / (sum n + K eps) * sum n (Laplace smoothing)."""
-        size = self.cluster_size
+    def _means(self, size: Tensor, average: Tensor) -> Tensor:  # [K], [K, D] -> [K, D]
+        """average / n', with n' = (n + eps) / (sum n + K eps) * sum n (Laplace smoothing)."""
         total = size.sum(-1, keepdim=True)
         smoothed = (size + self.eps) / (total + size.shape[-1] * self.eps) * total
-        mean = self.embed_avg / smoothed[..., None]
-        self.embed.copy_(unit(mean[0]) if self.use_cosine_sim else mean)
+        mean = average / smoothed[..., None]
+        return unit(mean) if self.use_cosine_sim else mean
 
     def _revive(self, candidates: Tensor) -> None:
         """Move each code used less than the threshold to a row of the batch, and its averages with it.

@@ -1,9 +1,11 @@
 """A vector-quantisation layer with the interface of vector-quantize-pytorch's `VectorQuantize`."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from movae_fast import ops
 from movae_fast.nn.codebook import Codebook, snapshot, unit
@@ -40,6 +42,18 @@ UNSUPPORTED: dict[str, Any] = {
     "route_gradients_to_input": True,
 }
 
+# The same of what its forward takes.
+UNSUPPORTED_IN_FORWARD: dict[str, Any] = {
+    "indices": None,
+    "topk": None,
+    "sample_codebook_temp": None,
+    "return_loss_breakdown": False,
+    "codebook_transform_fn": None,
+    "ema_update_weight": None,
+    "accum_ema_update": False,
+    "ema_update": None,
+}
+
 
 class VectorQuantizer(nn.Module):
     """Replace each vector of a feature map by the nearest code (van den Oord et al. 2017).
@@ -47,7 +61,10 @@ class VectorQuantizer(nn.Module):
     Takes x [..., dim], or channel-first [B, dim, ...] with `channel_last=False` or `accept_image_fmap=True`, in
     any floating dtype, and returns (quantized like x, indices [...] int64, loss []), where loss is
     commitment_weight * mean (z_q - z)^2 in training and 0 in evaluation. Lookup, losses and codebook are
-    float32, under autocast too. `mask` [...] or `lens` [B] exclude padding: there quantized is 0, the index -1.
+    float32, under autocast too. `mask` [...] or `lens` [B] exclude padding: there quantized is 0, the index -1,
+    and x may hold anything, a NaN too. A batch without a single kept row changes nothing: k-means then starts
+    from the next one. (To know, the start reads one value on the host where there is a mask; under
+    `torch.compile(fullgraph=True)` take that step uncompiled.)
 
     In training the codebook follows an exponential moving average of the rows that chose each code
     (`decay`, Laplace smoothing `eps`), or its gradient with `learnable_codebook=True, ema_update=False`. Codes
@@ -83,19 +100,24 @@ class VectorQuantizer(nn.Module):
         **unsupported: Any,
     ) -> None:
         super().__init__()
-        for name, value in unsupported.items():
-            if name not in UNSUPPORTED:
-                raise TypeError(f"VectorQuantizer has no option {name!r}")
-            if value != UNSUPPORTED[name]:
-                raise ValueError(
-                    f"VectorQuantizer does not support {name}={value!r}: leave it at {UNSUPPORTED[name]!r}"
-                )
+        _refuse("VectorQuantizer", unsupported, UNSUPPORTED)
         ema_update, learnable_codebook = ema_update is not False, bool(learnable_codebook)
         if min(dim, codebook_size) < 1:
             raise ValueError(f"dim and codebook_size must be positive: got {dim} and {codebook_size}")
         if learnable_codebook and (ema_update or use_cosine_sim):
             raise ValueError("learnable_codebook=True needs ema_update=False and use_cosine_sim=False")
         codebook_dim = dim if codebook_dim is None else codebook_dim
+        # Written so that a NaN is refused, too.
+        for name, value, holds, range_ in (
+            ("codebook_dim", codebook_dim, codebook_dim >= 1, "at least 1"),
+            ("decay", decay, 0 <= decay <= 1, "between 0 and 1"),
+            ("eps", eps, 0 < eps < math.inf, "positive"),
+            ("kmeans_iters", kmeans_iters, kmeans_iters >= 0, "at least 0"),
+            ("threshold_ema_dead_code", threshold_ema_dead_code, threshold_ema_dead_code >= 0, "at least 0"),
+            ("commitment_weight", commitment_weight, 0 <= commitment_weight < math.inf, "at least 0"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {range_}: got {value}")
         self.dim, self.codebook_size = dim, codebook_size
         self.channel_first = accept_image_fmap or not channel_last
         self.accept_image_fmap = accept_image_fmap
@@ -131,13 +153,20 @@ class VectorQuantizer(nn.Module):
             self._codebook.embed[0].copy_(unit(codes) if self.use_cosine_sim else codes)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """Codes [..., codebook_dim] of indices [...], channel-first if the layer is."""
-        codes = self.codebook[indices]
+        """Return the codes [..., codebook_dim] of int64 indices [...], channel-first if the layer is.
+
+        Zeros where the index is -1, a masked vector's. Raises IndexError for another index outside the codebook
+        (on CUDA, as torch's embedding, the device's assertion).
+        """
+        masked = _masked(indices)
+        codes = F.embedding(indices.masked_fill(masked, 0), self.codebook).masked_fill(masked[..., None], 0)
         return codes.movedim(-1, 1) if self.channel_first and codes.ndim > 2 else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """What `forward` returns in evaluation for these indices."""
-        out = self.project_out(self.codebook[indices])
+        """Return what `forward` returns in evaluation for these indices; 0 where the index is -1."""
+        masked = _masked(indices)
+        codes = F.embedding(indices.masked_fill(masked, 0), self.codebook)
+        out = self.project_out(codes).masked_fill(masked[..., None], 0)
         return out.movedim(-1, 1) if self.channel_first and out.ndim > 2 else out
 
     def forward(
@@ -146,12 +175,16 @@ class VectorQuantizer(nn.Module):
         mask: Tensor | None = None,
         lens: Tensor | None = None,
         freeze_codebook: bool | None = None,
+        **unsupported: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        _refuse("VectorQuantizer.forward", unsupported, UNSUPPORTED_IN_FORWARD)
         channel_first = self.channel_first and x.ndim > 2
         self._check(x, mask, lens, channel_first)
         if lens is not None:
             positions = x.shape[2] if channel_first else x.shape[1]
             mask = torch.arange(positions, device=x.device) < lens[:, None]
+        if mask is not None:  # a NaN of the padding times a gradient of zero would still be NaN
+            x = torch.where(mask.unsqueeze(1 if channel_first else -1), x, 0)
         # With a projection, vectors are rows all the way; a feature map without one is read where it lies.
         is_map = channel_first and isinstance(self.project_in, nn.Identity)
         rows = x.movedim(1, -1) if channel_first and not is_map else x
@@ -214,3 +247,22 @@ class VectorQuantizer(nn.Module):
             raise ValueError(
                 f"mask {tuple(mask.shape)} {mask.dtype} must be bool {tuple(shape)} for x {tuple(x.shape)}"
             )
+
+
+def _refuse(place: str, given: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raise for an option that is not at the value which leaves it off, or that nobody has."""
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{place} has no option {name!r}")
+        default = known[name]
+        plain = value is None or isinstance(value, bool | int | float | str)
+        if not plain or value != default:
+            shown = repr(value) if plain else f"a {type(value).__name__}"
+            raise ValueError(f"{place} does not support {name}={shown}: leave it at {default!r}")
+
+
+def _masked(indices: Tensor) -> Tensor:
+    """Where indices are -1."""
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be int64 or int32: got {indices.dtype}")
+    return indices == -1

@@ -109,6 +109,14 @@ def quantize(z: Tensor, codebook: Tensor, gradient: str) -> tuple[Tensor, Tensor
 
 
 def code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    """ops.code_error by the reference; a negative index would count from the codebook's end."""
+    beyond = (index < 0) | (index >= len(codebook))
+    if beyond.any():
+        at = int(beyond.flatten().nonzero()[0])
+        raise IndexError(
+            f"code_error: index {int(index.flatten()[at])} at position {at} does not lie in "
+            f"[0, {len(codebook)}), the codebook's; leave out masked vectors, whose index is -1"
+        )
     wide = torch.promote_types(z.dtype, torch.float32)
     error = reference.code_error(as_rows(z).to(wide), codebook.to(wide), index.flatten())
     return error.view(index_shape(z))
@@ -156,6 +164,8 @@ def gramian_weights(
         return torch.full_like(gramian[0], torch.nan)
     if method == "pcgrad":
         assert order is not None
+        if not torch.equal(order.sort(1).values, torch.arange(len(order)).expand_as(order)):
+            raise ValueError(f"gramian_weights: each row of order must be a permutation of 0..{len(order) - 1}")
         return reference.pcgrad(gramian, order)
     if method == "cagrad":
         weighting = jd.CAGradWeighting(a, norm_eps=b)

@@ -6,6 +6,7 @@ runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/gramian_weig
 no CUDA half, CUDA's matrices are weighed on the host: m x m numbers are copied, and a warning says so once.
 """
 
+import math
 import warnings
 from functools import cache
 from typing import Literal, NoReturn, get_args
@@ -50,12 +51,14 @@ def gramian_weights(
         "mgda": Frank-Wolfe steps to the shortest vector of the rows' hull, until one is shorter than `epsilon`
             or there were `max_iters`.
         "pcgrad": each row without its components against the others, which row i meets in the order order[i],
-            a permutation of 0..m-1. None draws the orders on the Gramian's device from torch's generator.
+            a permutation of 0..m-1. None draws the orders on the Gramian's device from torch's generator. On
+            CUDA a row whose order names no row has the weight NaN.
 
     Returns NaN for a Gramian or a preference with a NaN or an infinity. Nothing is read on the host, except on
     CUDA where the extension was built without nvcc. Not differentiable; vmap is refused.
 
-    Raises ValueError (shapes, m = 0, parameters, a preference or an order that the method does not take) or
+    Raises ValueError (shapes, m = 0, parameters, a preference or an order that the method does not take, on a
+    CPU an order that is no permutation) or
     TypeError (dtype).
     """
     m = _check(gramian)
@@ -81,10 +84,13 @@ def check_parameters(
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"gramian_weights: method must be one of {METHODS}; got {method!r}")
-    if c < 0 or norm_eps < 0:
-        raise ValueError(f"gramian_weights: c and norm_eps must be >= 0; got {c}, {norm_eps}")
-    if epsilon <= 0 or max_iters <= 0:
+    # Written so that a NaN is refused, too.
+    if not (0 <= c < math.inf and 0 <= norm_eps < math.inf):
+        raise ValueError(f"gramian_weights: c and norm_eps must be >= 0 and finite; got {c}, {norm_eps}")
+    if not (0 < epsilon < math.inf and max_iters > 0):
         raise ValueError(f"gramian_weights: epsilon and max_iters must be > 0; got {epsilon}, {max_iters}")
+    if max_iters != int(max_iters) or max_iters >= 1 << 63:
+        raise ValueError(f"gramian_weights: max_iters must be a whole number below 2^63; got {max_iters}")
 
 
 def _check(gramian: Tensor) -> int:

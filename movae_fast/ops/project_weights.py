@@ -7,6 +7,7 @@ same complementarity problem with another right-hand side. csrc/solver.h solves 
 of kernels/project_weights.py on CUDA.
 """
 
+import math
 from typing import Literal, NoReturn, get_args
 
 import torch
@@ -108,8 +109,8 @@ def step_multipliers(
     Raises ValueError (shapes, m = 0, a negative epsilon) or TypeError (dtype).
     """
     m = _check(gramian, "step_multipliers")
-    if not reg_eps >= 0:
-        raise ValueError(f"step_multipliers: reg_eps must be >= 0; got {reg_eps}")
+    if not 0 <= reg_eps < math.inf:
+        raise ValueError(f"step_multipliers: reg_eps must be >= 0 and finite; got {reg_eps}")
     if slopes.shape != (m,) or slopes.device != gramian.device:
         refuse(f"slopes must be [m]; got {list(slopes.shape)} on {slopes.device}", gramian, "step_multipliers")
     if not slopes.is_floating_point():
@@ -129,8 +130,10 @@ def _check(gramian: Tensor, op: str = "project_weights") -> int:
 
 def check_options(norm_eps: float, reg_eps: float, mode: str, regularizer: str = "trace") -> None:
     """Raise ValueError for an epsilon, a mode or a regularizer that the projection does not have."""
-    if not (norm_eps >= 0 and reg_eps >= 0):
-        raise ValueError(f"project_weights: norm_eps and reg_eps must be >= 0; got {norm_eps}, {reg_eps}")
+    if not (0 <= norm_eps < math.inf and 0 <= reg_eps < math.inf):
+        raise ValueError(
+            f"project_weights: norm_eps and reg_eps must be >= 0 and finite; got {norm_eps}, {reg_eps}"
+        )
     if mode not in get_args(Mode):
         raise ValueError(f"project_weights: mode must be one of {get_args(Mode)}; got {mode!r}")
     if regularizer not in get_args(Regularizer):

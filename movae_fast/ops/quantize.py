@@ -65,7 +65,10 @@ def code_error(
 ) -> Tensor:  # as index
     """||z - codebook[index]||^2 for indices already found; differentiable in z and in codebook.
 
-    float32, or float64 where z is. Indices must lie in [0, K): they are trusted as `nearest_code`'s.
+    float32, or float64 where z is. Indices must lie in [0, K); -1, which `nn.VectorQuantizer` gives to masked
+    vectors, does not. On a CPU another index raises IndexError; on CUDA, where that would stall the device, the
+    vector's error is NaN and its gradient void, but nothing is read or written outside the codebook.
+
     Raises as `nearest_code`, and ValueError or TypeError where index does not fit z.
     """
     z, codebook = check_operands("code_error", z, codebook)
@@ -228,7 +231,9 @@ def _quantize_backward_cuda(
         grad_z_q, grad_sq_err, z, codebook, index, gradient, want_z, want_codebook
     )
     dtype = accumulation_dtype(z)
-    rows, code = as_rows(z).to(dtype), codebook[index.flatten()].to(dtype)
+    # An index outside the codebook, whose error is NaN in the forward, must not be followed.
+    index = index.flatten().clamp(0, len(codebook) - 1)
+    rows, code = as_rows(z).to(dtype), codebook[index].to(dtype)
     through = torch.zeros_like(rows) if grad_z_q is None else as_rows(grad_z_q).to(dtype)
     pull = torch.zeros_like(rows)  # half the gradient of sq_err in z
     if grad_sq_err is not None:
@@ -243,7 +248,7 @@ def _quantize_backward_cuda(
     if want_codebook:
         term = through - 2 * pull if gradient == "codebook" else -2 * pull
         sums = torch.zeros(codebook.shape, dtype=dtype, device=z.device)
-        grad_codebook.copy_(sums.index_add_(0, index.flatten(), term))
+        grad_codebook.copy_(sums.index_add_(0, index, term))
     return grad_z, grad_codebook
 
 

@@ -137,8 +137,8 @@ def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -
             raise ValueError(f"tc_terms: z is on {z.device}, mu on {mu.device}, logvar on {logvar.device}")
     if estimator not in ("mws", "mss"):
         raise ValueError(f"tc_terms: estimator must be 'mws' or 'mss', got {estimator!r}")
-    if n_data < 1:
-        raise ValueError(f"tc_terms: n_data must be at least 1, got {n_data}")
+    if isinstance(n_data, float) or not 1 <= n_data < 1 << 63:
+        raise ValueError(f"tc_terms: n_data must be a whole number, at least 1 and below 2^63, got {n_data}")
     if estimator == "mss" and not 2 <= z.shape[0] <= n_data:
         raise ValueError(
             "tc_terms: minibatch-stratified sampling needs a batch of at least 2 and at most n_data, "

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from movae_fast.data import to_unit
 from movae_fast.models import VAE, GaussianVAE
@@ -19,7 +20,8 @@ from movae_fast.reference import gaussian_log_density
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: a unit is active if the variance of its mean over data exceeds it
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
-KERNEL = 11
+# Wang et al. 2004, for images in [0, 1]: the window and the two constants that keep quotients finite.
+KERNEL, SSIM_SIGMA, SSIM_C1, SSIM_C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
 def log_likelihood(
@@ -114,32 +116,79 @@ def importance_weighted_bound(
 def image_quality(
     model: VAE, batches: Iterable[tuple[Tensor, Tensor]], normalize: bool, device: torch.device
 ) -> dict[str, float]:
-    """PSNR (dB), SSIM and MS-SSIM of reconstructions by posterior means, images in [0, 1]; torchmetrics.
+    """Return PSNR (dB), SSIM and MS-SSIM of reconstructions by posterior means, images in [0, 1].
 
-    MS-SSIM has the published five scales where the image is large enough, else as many as fit
-    (`ms_ssim_scales`) with their published weights made to sum to one.
+    SSIM and MS-SSIM are means over images. MS-SSIM has the published five scales where the image is large
+    enough, else as many as fit (`ms_ssim_scales`) with their published weights made to sum to one. An image
+    smaller than SSIM's window has PSNR alone.
     """
-    from torchmetrics.image import (
-        MultiScaleStructuralSimilarityIndexMeasure,
-        PeakSignalNoiseRatio,
-        StructuralSimilarityIndexMeasure,
-    )
+    from torchmetrics.image import PeakSignalNoiseRatio
 
     size = model.image_shape[1]
-    scales = max(
-        (n for n in range(1, 6) if (KERNEL - 1) * max(1, n - 1) ** 2 < size and size >= 2**n), default=0
-    )
-    metrics: dict[str, torch.nn.Module] = {"psnr": PeakSignalNoiseRatio(data_range=1.0).to(device)}
-    if size >= KERNEL:
-        metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
-    if scales:
-        betas = tuple(b / sum(MS_SSIM_BETAS[:scales]) for b in MS_SSIM_BETAS[:scales])
-        metrics["ms_ssim"] = MultiScaleStructuralSimilarityIndexMeasure(
-            data_range=1.0, betas=betas, normalize="relu"
-        ).to(device)
+    scales = sum(size >> n >= KERNEL for n in range(len(MS_SSIM_BETAS)))
+    psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
+    sums, count = torch.zeros(2, dtype=torch.float64, device=device), 0
     for x, _ in batches:
         images, truth = to_unit(model.reconstruct(x), normalize), to_unit(x, normalize)
-        for metric in metrics.values():
-            metric.update(images.float(), truth)  # type: ignore[operator]
-    figures = {name: float(metric.compute()) for name, metric in metrics.items()}  # type: ignore[operator]
-    return figures | ({"ms_ssim_scales": scales} if scales else {})
+        psnr.update(images.float(), truth)
+        if scales:
+            sums += torch.stack([ssim(images, truth).sum(), ms_ssim(images, truth, scales).sum()])
+        count += len(x)
+    figures = {"psnr": float(psnr.compute())}
+    if scales:
+        figures |= {"ssim": float(sums[0]) / count, "ms_ssim": float(sums[1]) / count, "ms_ssim_scales": scales}
+    return figures
+
+
+def ssim(
+    x: Tensor,  # [N, C, H, W] in [0, 1]
+    y: Tensor,  # [N, C, H, W] in [0, 1]
+) -> Tensor:  # [N] float64
+    """Return the structural similarity of each pair of images (Wang et al. 2004), the mean over its channels.
+
+    The window is a Gaussian of standard deviation 1.5, 11 x 11 pixels, and is laid only where it lies whole
+    within the image, as published: nothing is padded. Images have at least 11 x 11 pixels.
+    """
+    luminance, contrast = ssim_terms(x.double(), y.double())
+    return (luminance * contrast).flatten(1).mean(1)
+
+
+def ms_ssim(
+    x: Tensor,  # [N, C, H, W] in [0, 1]
+    y: Tensor,  # [N, C, H, W] in [0, 1]
+    scales: int = len(MS_SSIM_BETAS),
+) -> Tensor:  # [N] float64
+    """Return the multi-scale structural similarity of each pair of images (Wang et al. 2003), in [0, 1].
+
+    From one scale to the next, images are averaged over 2 x 2 pixels; a contrast term below zero counts as
+    zero. With fewer `scales` than five the published exponents of those are divided by their sum.
+    """
+    x, y = x.double(), y.double()
+    total = x.new_ones(len(x))
+    for n, beta in enumerate(MS_SSIM_BETAS[:scales]):
+        luminance, contrast = ssim_terms(x, y)
+        term = contrast if n < scales - 1 else luminance * contrast
+        total = total * term.flatten(1).mean(1).clamp_min(0) ** (beta / sum(MS_SSIM_BETAS[:scales]))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return total
+
+
+def ssim_terms(
+    x: Tensor,  # [N, C, H, W] float64
+    y: Tensor,  # [N, C, H, W] float64
+) -> tuple[Tensor, Tensor]:  # [N, C, H - 10, W - 10] each
+    """Return the luminance and the contrast-structure factor of SSIM at every place of the window."""
+    at = torch.arange(KERNEL, dtype=x.dtype, device=x.device) - KERNEL // 2
+    window = torch.exp(-(at**2) / (2 * SSIM_SIGMA**2))
+    window = window / window.sum()
+
+    def local_mean(v: Tensor) -> Tensor:
+        flat = v.flatten(0, 1)[:, None]
+        flat = F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return flat[:, 0].unflatten(0, v.shape[:2])
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variances = local_mean(x * x) - mean_x**2 + local_mean(y * y) - mean_y**2
+    covariance = local_mean(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    return luminance, (2 * covariance + SSIM_C2) / (variances + SSIM_C2)

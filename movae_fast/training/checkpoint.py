@@ -6,19 +6,21 @@ digest of its contents, and a file whose contents do not match is refused with t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.files import replacing
+from movae_fast.files import naming, replacing
 
 FORMAT = "movae-fast checkpoint 1"
+NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
 
 
 class CheckpointError(ValueError):
@@ -51,35 +53,102 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
+class Failing:
+    """A file to write to that remembers its OSError: torch's writer turns it into an error of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.error = file, OSError()
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def save(path: Path, sections: Mapping[str, Any]) -> None:
     """Write the sections to `path`: to a temporary file, synced, then renamed over, then the folder synced.
 
-    Whatever moment the machine dies at, `path` is either the old file or the new one, whole.
+    Whatever moment the machine dies at, `path` is either the old file or the new one, whole. Raises the OSError
+    of a disk that is full, with `path`.
     """
     record = {"format": FORMAT, "digests": {k: digest(v) for k, v in sections.items()}, **sections}
     with replacing(path, durable=True) as file:
-        torch.save(record, file)
+        failing = Failing(file)
+        try:
+            torch.save(record, failing)  # type: ignore[arg-type]
+        except RuntimeError:
+            if failing.error.errno is None:
+                raise
+            raise failing.error from None
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The sections of a checkpoint. Raises CheckpointError for one that is missing, truncated or altered."""
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        record = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is truncated, damaged or not a checkpoint ({reason[:160]})") from None
+    """The sections of a checkpoint.
+
+    Raises CheckpointError for one that is missing, truncated or altered, OSError for one that may not be read
+    and MemoryError for one that is larger than the memory.
+    """
+    with naming(path):
+        if not path.is_file():
+            raise CheckpointError(f"no checkpoint at {path}")
+        try:
+            record = torch.load(path, map_location=device, weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno not in NOT_READABLE:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{path} is truncated, damaged or not a checkpoint ({reason[:160]})"
+            ) from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of movae-fast")
     digests = record.pop("digests", {})
+    if not isinstance(digests, dict):
+        raise CheckpointError(f"{path} was altered after it was written: it has no digests")
     del record["format"]
-    altered = [k for k in sorted({*digests, *record}) if k not in record or digests.get(k) != digest(record[k])]
+    names = sorted({*map(str, digests), *map(str, record)})
+    altered = [k for k in names if k not in record or digests.get(k) != digest(record[k])]
     if altered:
         raise CheckpointError(
-            f"{path} was altered after it was written; these parts differ: {', '.join(altered)}"
+            f"{path} was altered after it was written; these parts differ: {', '.join(altered)[:200]}"
         )
     return record
+
+
+def read(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that `path` means (as `find` has it) and its sections.
+
+    Of one that is damaged, the CheckpointError names those beside it that are whole.
+    """
+    path = find(path)
+    try:
+        return path, load(path)
+    except CheckpointError as error:
+        found = whole(path.parent)
+        if not found:
+            raise
+        shown = ", ".join(f"{other} (step {step:,})" for other, step in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(f"{str(error)[:300]}; whole beside it: {shown}{more}") from None
+
+
+def whole(folder: Path) -> list[tuple[Path, int]]:
+    """The checkpoints of `folder` from which a run can go on, and their steps: the latest first, `last` before
+    others of its step."""
+    found = []
+    for path in sorted(folder.glob("*.pt"), key=lambda p: (p.name != "last.pt", p.name)):
+        try:
+            found.append((path, int(load(path)["position"]["step"])))
+        except (CheckpointError, KeyError):
+            continue
+    return sorted(found, key=lambda entry: -entry[1])
 
 
 def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,19 +19,23 @@ from movae_fast.aggregation.registry import (
     AGGREGATORS,
     CONES,
     NEED_TWO_BATCHES,
+    check_runs,
     weights_by_gramian,
     weights_rows,
 )
 from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.dali import require as require_dali
+from movae_fast.data.machine import all_memory
 from movae_fast.data.transforms import CELEBA_CROPS, Binarization
-from movae_fast.models import MODELS, VAE, Rates
+from movae_fast.models import MODELS, VAE, Rates, build_model
+from movae_fast.models.provlae import LadderNet
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
 from movae_fast.projected_step import StepMetric
 from movae_fast.reference import Regularizer
 from movae_fast.training.compiled import CompileMode
+from movae_fast.training.limits import check_values
 from movae_fast.training.precision import PrecisionName
 
 FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
@@ -56,6 +61,8 @@ class DataConfig:
         prefetch: Batches that `dali` works ahead.
         on_bad_image: What an image file that cannot be read does: stop the run, or stay out of it (all files
             are read once before the first run to find out).
+        verify_prepared: Compare the images of a prepared file with its checksums as each is first read; a
+            difference stops the run.
         batch_size: Images a step and process.
         last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
             up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
@@ -83,6 +90,7 @@ class DataConfig:
     num_workers: int = 0
     prefetch: int = 2
     on_bad_image: Literal["error", "skip"] = "error"
+    verify_prepared: bool = True
     batch_size: int = 128
     last_batch: Literal["drop", "pad"] = "drop"
     eval_batch_size: int | None = None
@@ -117,6 +125,8 @@ class ModelConfig:
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
         hidden_dim: Channels of the convolutions (provlae, vlae: 32).
         fc_dim: Width of the linear layers (provlae, vlae: 256).
+        ladder_net: The ladder's network and order of stages (provlae, vlae): the authors', from the most
+            abstract rung down, or the PyTorch port's, from the least abstract rung up.
         posterior_cov: linear_vae's posterior covariance, one for all images (shared) or predicted from each.
         residual_block: Two 3x3 convolutions (author), or pythae's bottleneck (resnet_vae_28/32/64: author).
     """
@@ -135,6 +145,7 @@ class ModelConfig:
     num_ladders: int | None = None
     hidden_dim: int | None = None
     fc_dim: int | None = None
+    ladder_net: LadderNet | None = None
     posterior_cov: Literal["shared", "predicted"] | None = None
     residual_block: Literal["author", "pythae"] | None = None
 
@@ -324,6 +335,7 @@ class RunConfig:
         steps: Stop (a stage) after this many steps instead; 0 means by epochs.
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
+        distributed: Not needed, as processes that torchrun started train together; false refuses them.
         precision: Networks in float32 (fp32), TensorFloat-32 (tf32, CUDA), or autocast to bf16 or fp16.
         compile: torch.compile of the step; `auto` compiles on CUDA and not on a CPU. There all but `default`
             and `off` record the whole step as one CUDA graph too, if optimizer, precision and aggregator allow.
@@ -339,7 +351,8 @@ class RunConfig:
         max_fid_samples: Accepted for compatibility; training computes no FID.
         save_path: Folder under which a run gets dataset/arch/agg/time.
         exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.
-        resume: Continue this run (its folder or one of its checkpoints), bit for bit.
+        resume: Continue this run (its folder or one of its checkpoints), bit for bit; auto starts the run in
+            exp_dir, or goes on with it, whatever a process that was killed left there.
         export: Also write the final weights to this file; an existing file is never overwritten.
     """
 
@@ -347,6 +360,7 @@ class RunConfig:
     steps: int = 0
     seed: int | None = None
     device: str = "auto"
+    distributed: bool | None = None
     precision: PrecisionName = "fp32"
     compile: CompileMode = "auto"
     on_cudnn_benchmark: bool = True
@@ -489,12 +503,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; valid: auto, cpu, cuda, cuda:0, …") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: only cpu and cuda devices are supported")
+    device = parsed_device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu, or see `movae doctor`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -502,6 +511,25 @@ def resolve_device(name: str) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that no machine has; whether this one has it, `resolve_device` says."""
+    if name != "auto":
+        parsed_device(name)
+
+
+def parsed_device(name: str) -> torch.device:
+    """The device called `name`, whether it is there or not. Raises ValueError for a name of none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; valid: auto, cpu, cuda, cuda:0, …") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: only cpu and cuda devices are supported")
+    if device.type == "cpu" and device.index:
+        raise ValueError(f"--device {name}: there is one CPU device, whatever its processors: cpu")
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def point_at(
@@ -518,6 +546,8 @@ def point_at(
 def validate(config: TrainConfig) -> None:
     """Normalise names and refuse what cannot work, before anything is allocated. Raises ValueError."""
     data, objective, run = config.data, config.objective, config.run
+    for section in vars(config).values():
+        check_values(section)
     data.dataset = pick("dataset", data.dataset, DATASETS)
     config.model.arch = pick("arch", config.model.arch, MODELS)
     if objective.agg in NEED_TWO_BATCHES:
@@ -528,31 +558,12 @@ def validate(config: TrainConfig) -> None:
     assert data.crop in CELEBA_CROPS
     if data.loader == "dali":
         require_dali()
-    if not 0 <= data.resident_share <= 1:
-        raise ValueError(f"--resident_share {data.resident_share} must be from 0 to 1")
-    _at_least(1, prefetch=data.prefetch)
     if data.chn_num not in (None, config.info.channels):
         raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
-    _at_least(1, batch_size=data.batch_size, eval_batch_size=data.eval_batch_size, image_size=data.image_size)
-    _at_least(1, epochs=run.epochs, log_every=run.log_every, num_samples=run.num_samples)
-    _at_least(0, limit_train=data.limit_train, limit_test=data.limit_test, num_workers=data.num_workers)
-    _at_least(0, steps=run.steps, eval_freq=run.eval_freq, save_freq=run.save_freq, seed=run.seed)
-    _at_least(0, checkpoint_every=run.checkpoint_every, warmup_steps=config.optimizer.warmup_steps)
-    _at_least(0, warmup_epochs=config.optimizer.warmup_epochs)
-    _at_least(1, anneal_steps=objective.anneal_steps, gramian_every=objective.gramian_every)
-    _at_least(1, accumulate=run.accumulate)
-    _at_least(0, profile=run.profile)
+    check_device(run.device)
     if data.batch_size % run.accumulate:
         raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")
-    if not 0 < objective.gramian_batch <= 1:
-        raise ValueError(f"--gramian_batch {objective.gramian_batch} must be above 0 and at most 1")
     check_aggregation(config)
-    for name in ("lr", "weight_decay", "max_grad_norm", "scheduler_lr_min"):
-        value = getattr(config.optimizer, name)
-        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-            raise ValueError(
-                f"--{name} {value} must be {'positive' if name == 'lr' else 'zero or more'} and finite"
-            )
     check_optimizer(config.optimizer)
     if config.optimizer.warmup_epochs and config.optimizer.warmup_steps:
         raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
@@ -576,21 +587,82 @@ def validate(config: TrainConfig) -> None:
     weights = config.weights()
     if "tc" in config.model_class.objectives and data.batch_size < 2:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
-    if config.aggregated and sum(w != 0 for w in weights) < 1:
-        raise ValueError("--loss_weights leave no objective to aggregate")
+    if config.needs_jacobian:
+        check_runs(
+            objective.agg,
+            sum(w != 0 for w in weights),
+            objective.agg_args,
+            pref_weights=objective.pref_weights,
+            norm_eps=objective.upgrad_norm_eps,
+            reg_eps=objective.upgrad_reg_eps,
+            regularizer=objective.upgrad_regularizer,
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if run.distributed is False and processes > 1:
+        raise ValueError(
+            f"--distributed false: torchrun started {processes} processes, which train together; leave it out"
+        )
     if run.exp_dir is not None and run.resume is not None:
         raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
     if run.export is not None and Path(run.export).exists():
         raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
 
 
+def check_fits(config: TrainConfig) -> None:
+    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
+
+    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
+    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
+    """
+    device = resolve_device(config.run.device)
+    has, data = all_memory(device), config.data
+    image = 3 * 4 * math.prod(config.image_shape)
+    at_once = data.batch_size // config.run.accumulate
+    for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
+        flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
+        _refuse_above(has, device, image * count, flag, "the images of a batch take")
+    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    flag = largest_option(given) or f"--arch {config.model.arch}"
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model.arch, config.image_shape, config.activation, given)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{flag}: no machine holds a model of that size ({reason:.120})") from None
+    count = sum(p.numel() for p in model.parameters())
+    _refuse_above(has, device, 16 * count, flag, f"training its {count:,} parameters takes")
+
+
+def largest_option(given: dict[str, Any]) -> str:
+    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
+    numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
+    largest = {name: max(values, default=0) for name, values in numbers.items()}
+    if not largest:
+        return ""
+    name = max(largest, key=lambda k: largest[k])
+    return f"--{name} {given[name]}"
+
+
+def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
+
+    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
+    """
+    device = torch.device("cpu")
+    needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)
+    _refuse_above(all_memory(device), device, needed, flag, "its images take")
+
+
+def _refuse_above(has: int, device: torch.device, needed: int, flag: str, what: str) -> None:
+    if needed > has:
+        raise ValueError(
+            f"{flag}: {what} at least {needed / 2**30:,.1f} GiB; {device} has {has / 2**30:,.1f} GiB"
+        )
+
+
 def check_aggregation(config: TrainConfig) -> None:
     """What `validate` asks of the aggregation's approximations, epsilons and projection."""
     o, agg = config.objective, config.objective.agg
-    for name in ("upgrad_norm_eps", "upgrad_reg_eps"):
-        value = getattr(o, name)
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"--{name} {value} must be zero or more and finite")
     if o.upgrad_regularizer == "diagonal" and o.upgrad_norm_eps:
         raise ValueError(
             "--upgrad_norm_eps is a threshold of the trace: add --upgrad_regularizer trace (TorchJD's), "
@@ -646,8 +718,6 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     name, betas, eps = optimizer.optimizer, optimizer.betas, optimizer.eps
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(f"--betas {betas}: give two numbers from 0 to below 1")
-    if eps is not None and not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"--eps {eps} must be positive and finite")
     if eps is not None and name == "sgd":
         raise ValueError("--eps does not apply to sgd")
     if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
@@ -673,14 +743,6 @@ def check_ladder(config: TrainConfig) -> None:
         raise ValueError("--train_seq is the stage of --mode indep_train; seq_train runs all of them")
     if ladder.mode == "visualize" and ladder.init_from is None:
         raise ValueError("--mode visualize draws a checkpoint: name it or its run, --init_from PATH")
-    _at_least(0, fade_in_duration=ladder.fade_in_duration)
-    _at_least(1, cycle_period=ladder.cycle_period, capacity_max_iter=ladder.capacity_max_iter)
-    for name in ("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"):
-        value = getattr(ladder, name)
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"--{name} {value} must be zero or more and finite")
-    if not 0 < ladder.ratio <= 1:
-        raise ValueError(f"--ratio {ladder.ratio} must be above 0 and at most 1")
     annealed = config.objective.kl_annealing != "none"
     if annealed and ladder.use_kl_annealing:
         raise ValueError("--kl_annealing and --use_kl_annealing both anneal the KL's weight; give one")
@@ -710,17 +772,8 @@ def check_multirate(config: TrainConfig) -> None:
         able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
         raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
     Rates(rate.beta_min, rate.beta_max)
-    for name in ("gate_bias", "gate_slope"):
-        if not math.isfinite(getattr(rate, name)):
-            raise ValueError(f"--{name} {getattr(rate, name)} must be finite")
     for name in ("beta", "coef_kl"):
         if getattr(o, name) is not None:
             raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")
     if config.ladder.use_capacity_increase:
         raise ValueError("--use_capacity_increase replaces beta times the KL: leave it or --multirate out")
-
-
-def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} must be at least {least}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import secrets
-import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from movae_fast.files import replacing, sync
+from movae_fast.files import CHUNK, naming, replacing, set_aside, sync
 from movae_fast.training.config import WandbConfig
+from movae_fast.training.events import Events
 
 # Not a function of the training state: a resumed run repeats every other figure exactly.
 TIMING_KEYS = (
@@ -32,27 +36,31 @@ def require_wandb(config: WandbConfig) -> None:
 
 
 class Logs:
-    """Writes one line of metrics to every log. Lines carry `step` and `epoch`."""
+    """Writes one line of metrics to every log. Lines carry `step` and `epoch`.
+
+    saved: `mark()` of the checkpoint from which the run goes on at `resume_step`; what was written after it is
+    taken back. None in a checkpoint of before there were marks.
+    note: what was amiss with the log of a resumed run, and what became of it; empty if nothing was.
+    """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], wandb: WandbConfig, resume_step: int | None
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        wandb: WandbConfig,
+        resume_step: int | None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        if resume_step is not None:
-            drop_lines_after(self.path, resume_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from torch.utils.tensorboard import SummaryWriter
-        purge = None if resume_step is None else resume_step + 1
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self.note = "" if resume_step is None else take_back(self.path, resume_step, saved)
+        with naming(self.path):
+            self.sha, self.length = hash_of(self.path)
+            self.file = self.path.open("ab", buffering=0)
+        self.events = Events(folder / "tensorboard", None if resume_step is None else resume_step + 1)
         self.wandb = None
         if wandb.use_wandb:
             import wandb as wandb_module
 
-            id_file = folder / "wandb_id"
-            run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-            id_file.write_text(run_id)
             self.wandb = wandb_module.init(
                 project=wandb.wandb_project,
                 entity=wandb.wandb_entity,
@@ -60,44 +68,120 @@ class Logs:
                 tags=wandb.wandb_tags,
                 config=config,
                 dir=str(folder),
-                id=run_id,
+                id=wandb_id(folder / "wandb_id"),
                 resume="allow",
             )
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; it is on its way to the disk when this returns."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        data = (json.dumps(line) + "\n").encode()
+        try:
+            with naming(self.path):
+                written = self.file.write(data)
+                if written != len(data):  # the rest would not fit; this says why
+                    self.file.write(data[written:])
+        except OSError:
+            with suppress(OSError):  # half a line is none
+                self.file.truncate(self.length)
+            raise
+        self.sha.update(data)
+        self.length += len(data)
         step = line["step"]
-        for key, value in line.items():
-            if "/" in key:
-                self.board.add_scalar(key, value, step)
+        self.events.write(step, {k: v for k, v in line.items() if "/" in k})
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=step)
 
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint keeps of metrics.jsonl: bytes and SHA-256, once they lie on the disk."""
+        with naming(self.path):
+            sync(self.file)
+        return {"bytes": self.length, "sha256": self.sha.hexdigest()}
+
     def close(self) -> None:
-        """Flush and close every log."""
-        sync(self.file)
-        self.file.close()
-        self.board.close()
+        """Close every log."""
+        if not self.file.closed:
+            with naming(self.path):
+                sync(self.file)
+                self.file.close()
+        self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Take back the lines of steps after `step`: the resumed run writes them again, with the same figures."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+def wandb_id(path: Path) -> str:
+    """The run's name at Weights & Biases: the one in the file, or a new one."""
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    if known:
+        return known
+    new = secrets.token_hex(4)
     with replacing(path) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+        file.write(new.encode())
+    return new
+
+
+def hash_of(path: Path, length: int | None = None) -> tuple[Any, int]:
+    """SHA-256 over the first `length` bytes of a file (all of it with None), and how many there were."""
+    sha, read = hashlib.sha256(), 0
+    if path.exists():
+        with path.open("rb") as file:
+            while part := file.read(CHUNK if length is None else min(CHUNK, length - read)):
+                sha.update(part)
+                read += len(part)
+    return sha, read
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; those that are damaged, or that a crash cut short, are left out.
+
+    Raises ValueError for a file that is not text.
+    """
+    with naming(path):
+        data = path.read_bytes() if path.exists() else b""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {number} is damaged: byte {error.start:,} is not UTF-8; remove that line"
+        ) from None
+    lines = (parsed(text) for text in data.split(b"\n"))
+    return [line for line in lines if line is not None]
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """One line's figures; None of one that is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(line, dict) and isinstance(line.get("step"), int)
+    return line if good else None
+
+
+def take_back(path: Path, step: int, saved: Mapping[str, Any] | None) -> str:
+    """Cut metrics.jsonl to what it was when the checkpoint of `step` was written; a note on what was amiss.
+
+    The resumed run writes the rest again, with the same figures.
+
+    saved: the checkpoint's `Logs.mark`. Where the file is no longer the one that it marks, the lines of steps
+    after `step` are taken back, and a file with damaged lines is kept beside as it was.
+    """
+    if not path.exists():
+        lost = step if saved is None else saved["bytes"]
+        return f"{path.name} is gone: it goes on without its earlier lines" if lost else ""
+    if saved is not None:
+        sha, length = hash_of(path, saved["bytes"])
+        if length == saved["bytes"] and sha.hexdigest() == saved["sha256"]:
+            with naming(path):
+                os.truncate(path, length)
+            return ""
+    read_lines(path)  # or it is not text, and the user's to mend
+    texts = path.read_bytes().split(b"\n")
+    lines = [(text, parsed(text)) for text in texts]
+    kept = [text + b"\n" for text, line in lines if line is not None and line["step"] <= step]
+    note = f"{path.name} was changed after the checkpoint; its lines up to step {step:,} are kept"
+    if damaged := sum(line is None and bool(text.strip()) for text, line in lines[:-1]):
+        note = f"{path.name} has {damaged} damaged lines, which are left out; {set_aside(path)} keeps them"
+    with replacing(path) as file:
+        file.writelines(kept)
+    return note if damaged or saved is not None else ""

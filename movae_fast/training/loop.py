@@ -14,7 +14,7 @@ from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run
 from movae_fast.training.signals import Interrupted, Signals
-from movae_fast.training.telemetry import NonFiniteError
+from movae_fast.training.telemetry import COLLAPSED, NonFiniteError
 
 NOT_FINITE = 1 << 16  # among the signal numbers that processes agree on, and above all of them
 
@@ -51,10 +51,10 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 if signum == NOT_FINITE:
                     raise failed or failure_elsewhere(run)
                 if signum:
-                    save(run)
+                    save(run, bar)
                     raise Interrupted(signum)
                 if run.config.run.checkpoint_every and run.step % run.config.run.checkpoint_every == 0:
-                    save(run)
+                    save(run, bar)
                 if run.finished:
                     break
             if failed:  # the others wait for the same window here, and find the same
@@ -130,10 +130,29 @@ def write(run: Run, line: dict[str, Any]) -> None:
         run.logs.write(line)
 
 
-def save(run: Run) -> None:
-    """The `last` checkpoint, unless the losses behind it are not finite."""
+def save(run: Run, bar: Bar) -> None:
+    """The `last` checkpoint, with the log lines up to it, unless the losses behind it are not finite."""
+    log(run, bar, wait=True)
     run.telemetry.check(run.step, run.world)
     run.save("last")
+
+
+def warn_of_collapse(run: Run, bar: Bar) -> None:
+    """Say that hardly a code is in use, and what to try, while little time is lost."""
+    used = run.telemetry.used
+    if used is not None and used < COLLAPSED:
+        bar.say(
+            f"warning: the codebook has collapsed: {used:.1%} of its {run.telemetry.usage.numel():,} codes are "
+            "in use at the end of the first epoch. Try a lower learning rate, fewer codes (num_embeddings) or "
+            "a larger loss weight of embedding"
+        )
+
+
+def figures_due(run: Run) -> str:
+    """The name of the figures that belong to the run's position, right after an epoch or at its end; or ""."""
+    every = run.config.run.save_freq
+    kept = run.batch == 0 and run.epoch > 0 and every > 0 and run.epoch % every == 0
+    return f"epoch_{run.epoch + (run.batch > 0):04d}" if kept or run.ended else ""
 
 
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
@@ -143,6 +162,8 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     whole = run.batch == len(run.train_loader)  # not where --steps ends a run inside an epoch
     if whole:
         run.epoch, run.batch = number, 0
+    if number == 1:
+        warn_of_collapse(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     figures: dict[str, float] = {}
     if due or run.finished:
@@ -159,15 +180,15 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
             + f"  mse {figures['test/mse']:.4g}"
             + (f"  ({bar.figures.split('  ')[-1]})" if "images/s" in bar.figures else "")
         )
+        run.ended = run.finished
         if figures["test/loss"] < run.best:
             run.best = figures["test/loss"]
             run.save("best")
     kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
         run.save(f"epoch_{number:04d}")
-    run.ended = run.finished
     run.save("last")
-    if run.draw is not None and run.world.main and (kept or run.finished):
-        run.draw(run, f"epoch_{number:04d}")
+    if run.draw is not None and run.world.main and (tag := figures_due(run)):
+        run.draw(run, tag)
     run.telemetry.restart_clock()
     return figures

@@ -6,7 +6,9 @@ import datetime
 import math
 import os
 import random
+import resource
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.data import Binarizer, Loader, ReadOptions
+from movae_fast.files import remove_leftovers, replacing, set_aside
 from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
@@ -63,6 +66,7 @@ class Run:
     ended: bool = False  # the last step is done and its figures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
+    notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes figures
 
     @property
@@ -75,8 +79,9 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step to come, without asking the device."""
-        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        """The learning rate of the last step that is done, without asking the device."""
+        last = max(self.scheduler.last_epoch - 1, 0)
+        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](last)
 
     def begin_step(self) -> None:
         """Bring a progressive model to the stage and alpha of the step to come.
@@ -118,13 +123,17 @@ class Run:
                 "processes": self.world.size,
             },
             "rng": checkpoint.rng_state(self.device),
+            **({"log": self.logs.mark()} if self.logs is not None else {}),
         }
 
     def export(self, path: Path) -> None:
-        """Write configuration and weights alone to `path`, which must not exist."""
+        """Write configuration and weights alone to `path`, which holds these weights or does not exist."""
+        model = self.model.state_dict()
         if path.exists():
-            raise ValueError(f"--export {path} exists and is not overwritten")
-        checkpoint.save(path, {"config": self.config.flat(), "model": self.model.state_dict()})
+            if checkpoint.digest(checkpoint.load(path).get("model")) != checkpoint.digest(model):
+                raise ValueError(f"--export {path} exists, with other weights, and is not overwritten")
+            return
+        checkpoint.save(path, {"config": self.config.flat(), "model": model})
 
     def save(self, name: str) -> Path:
         """Write checkpoints/<name>.pt, unless a parameter stopped being finite (FloatingPointError).
@@ -135,11 +144,15 @@ class Run:
             raise FloatingPointError(f"the model's parameters are not finite after step {self.step}")
         self.world.average_buffers(self.model)
         self.telemetry.merge(self.world)
-        path = self.folder / "checkpoints" / f"{name}.pt"
+        path = self.path_of(name)
         if self.world.main:
             checkpoint.save(path, self.state())
         self.good = path
         return path
+
+    def path_of(self, name: str) -> Path:
+        """Where the checkpoint of that name is."""
+        return self.folder / "checkpoints" / f"{name}.pt"
 
     def restore(self, record: dict[str, Any], path: Path) -> None:
         """Continue from a checkpoint's sections."""
@@ -157,53 +170,139 @@ class Run:
         self.best, self.good = position["best"], path
         self.ended = self.finished and position.get("ended", True)
         checkpoint.set_rng_state(record["rng"], self.device)
+        if self.step:
+            self.repeat_schedules()
+
+    def repeat_schedules(self) -> None:
+        """Bring what the last step set by its number to where it was: an evaluation may be what comes next."""
+        if self.progression is not None:
+            assert isinstance(self.model, ProVLAE)
+            self.progression.apply(self.step - 1, self.model, self.losses)
+        self.losses.weights_at(self.step - 1)
 
 
-def setup(config: TrainConfig) -> Run:
+def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bool = False) -> Run:
     """A new run from a validated configuration: reads the data, builds everything, makes the run's folder.
 
-    The folder is made last, so that a configuration that fails leaves nothing behind.
+    The folder is made last, so that a configuration that fails leaves nothing behind, and `last` is the first
+    file in it: a run that is killed can always go on.
+    joined: the processes and the device, where they are known. take: start in an exp_dir that holds files, too.
     """
     require_wandb(config.wandb)
-    world, config.run.device = connect(config.run.device)
+    check_descriptors(config.data.num_workers)
+    world, config.run.device = joined or connect(config.run.device)
+    world.on_main(lambda: check_places(config, take))
     device = resolve_device(config.run.device)
     if config.run.seed is None:
         config.run.seed = int(world.share(int.from_bytes(os.urandom(4), "little") >> 1))  # type: ignore[call-overload]
     run = assemble(config, device, world)
-    if world.main:
-        run.folder = make_folder(config)
-        write_config(run.folder, config)
-        run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=None)
-        if left := left_out(run):
-            run.logs.write({"step": 0, **left})
-    run.folder = Path(str(world.share(str(run.folder))))
+    run.folder = Path(world.on_main(lambda: str(begin(run, take))))
+    run.good = run.path_of("last")
     return run
 
 
-def resume(path: Path, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
+def begin(run: Run, take: bool) -> Path:
+    """Make a new run's folder, its first checkpoint, its config.yaml and its logs; the folder."""
+    run.folder = make_folder(run.config, take)
+    checkpoint.save(run.path_of("last"), run.state())
+    write_config(run.folder, run.config)
+    open_logs(run, None, None)
+    return run.folder
+
+
+def resume(
+    path: Path,
+    changes: Callable[[dict[str, Any]], TrainConfig],
+    joined: tuple[World, str] | None = None,
+) -> Run:
     """The run at `path` (its folder or a checkpoint in it) at the position where it was saved.
 
     `changes` turns the saved flags into the configuration to continue with. On another number of processes the
-    global batch stays what it was, so that the run continues with the same steps. Raises CheckpointError for a
-    checkpoint that is damaged or of another model.
+    global batch stays what it was, so that the run continues with the same steps. A run that is finished gets
+    no logs, and nothing of it is written. Raises CheckpointError for a checkpoint that is damaged or of another
+    model, ValueError for changes that end the run before the checkpoint.
     """
-    path = checkpoint.find(path)
-    record = checkpoint.load(path)
+    path, record = checkpoint.read(path)
     if "optimizer" not in record:
         raise checkpoint.CheckpointError(
             f"{path} holds weights only; a run is resumed from its checkpoints/last.pt"
         )
+    if path.absolute().parent.name != "checkpoints":
+        raise checkpoint.CheckpointError(
+            f"{path} lies in no run: a run goes on in the folder of its checkpoints/"
+        )
     config = changes(record["config"])
     require_wandb(config.wandb)
-    world, config.run.device = connect(config.run.device)
+    check_descriptors(config.data.num_workers)
+    world, config.run.device = joined or connect(config.run.device)
     keep_global_batch(config, record["position"]["processes"], world.size)
     run = assemble(config, resolve_device(config.run.device), world)
     run.restore(record, path)
+    if config.run.export is not None and not run.ended and Path(config.run.export).exists():
+        raise ValueError(f"--export {config.run.export} exists and is not overwritten; name another file")
+    if run.step > run.total_steps:
+        raise ValueError(
+            f"{path}: the run has done {run.step:,} steps ({run.epoch:,} epochs); "
+            f"--epochs {config.run.epochs} --steps {config.run.steps} end it at {run.total_steps:,}"
+        )
     run.folder = path.parent.parent
-    if world.main:
-        run.logs = Logs(run.folder, config.flat(), config.wandb, resume_step=run.step)
-        write_config(run.folder, config)
+    world.on_main(lambda: go_on(run, record.get("log")))
     return run
+
+
+def go_on(run: Run, mark: dict[str, Any] | None) -> None:
+    """Clear a resumed run's folder of what a killed process left; open its logs, unless it is finished."""
+    tidy(run.folder)
+    if not run.ended:
+        open_logs(run, run.step, mark)
+        write_config(run.folder, run.config)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a run's folder."""
+    for inside in (folder, folder / "checkpoints", folder / "figures"):
+        remove_leftovers(inside)
+
+
+def start_or_resume(config: TrainConfig, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
+    """Go on with the run in `exp_dir`, or start it there: whatever a process that was killed left in it.
+
+    config: of the run if it starts. changes: as for `resume`.
+    """
+    assert config.run.exp_dir is not None
+    folder = Path(config.run.exp_dir)
+    joined = connect(config.run.device)
+    found, note = joined[0].on_main(lambda: latest(folder))
+    if found is None:
+        config.run.device = joined[1]
+        return setup(config, joined, take=True)
+    run = resume(found, changes, joined)
+    run.notes += [note] if note else []
+    return run
+
+
+def latest(folder: Path) -> tuple[Path | None, str]:
+    """The checkpoint from which the run in `folder` goes on, None if it has none; and what was amiss.
+
+    That is `last`, or where it is damaged the latest one that is whole; `last` is then set aside. Raises
+    CheckpointError if none is whole.
+    """
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir() or not any(checkpoints.glob("*.pt")):
+        return None, ""
+    last = checkpoints / "last.pt"
+    try:
+        checkpoint.load(last)
+    except checkpoint.CheckpointError as error:
+        found = checkpoint.whole(checkpoints)
+        if not found:
+            raise checkpoint.CheckpointError(
+                f"{str(error)[:300]}; no checkpoint in {checkpoints} is whole: name another --exp_dir, or move "
+                "these files away"
+            ) from None
+        kept = f", now {set_aside(last).name}" if last.exists() else ""
+        return found[0][0], f"{last.name} is missing or damaged{kept}; going on from {found[0][0].name}"
+    return last, ""
 
 
 def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
@@ -229,8 +328,7 @@ def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
 
 def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, int]:
     """The same, and by how many processes it was trained (1 where only weights are left)."""
-    path = checkpoint.find(path)
-    record = checkpoint.load(path)
+    path, record = checkpoint.read(path)
     config = TrainConfig.from_flat(record["config"])
     model = new_model(config).to(device)
     checkpoint.load_model(model, record["model"], path)
@@ -381,8 +479,8 @@ def start_from(config: TrainConfig, model: VAE) -> None:
         return
     assert ladder.init_from is not None
     assert isinstance(model, ProVLAE)
-    path = checkpoint.find(Path(ladder.init_from))
-    checkpoint.load_model(model, checkpoint.load(path)["model"], path)
+    path, record = checkpoint.read(Path(ladder.init_from))
+    checkpoint.load_model(model, record["model"], path)
     if int(model.stage) != ladder.train_seq - 1:
         raise ValueError(
             f"--init_from {path} is of stage {int(model.stage)}; stage {ladder.train_seq} starts from stage "
@@ -414,6 +512,7 @@ def make_loader(
             antialias=data.antialias,
         ),
         data.on_bad_image,
+        data.verify_prepared,
     )
     source = datasets.limited(source, data.limit_train if train else data.limit_test)
     kind, why = datasets.choose_loader(data.loader, source, device, data.resident_share)
@@ -442,15 +541,60 @@ def left_out(run: Run) -> dict[str, int]:
     return counts if any(counts.values()) else {}
 
 
-def make_folder(config: TrainConfig) -> Path:
-    """The run's new folder: exp_dir, or save_path/dataset/arch/agg/time. Never one that holds anything."""
+OURS = ("config.yaml", "metrics.jsonl", "tensorboard", "figures", "wandb_id", "trace.json")  # in a run's folder
+
+
+def check_places(config: TrainConfig, take: bool) -> None:
+    """Refuse, before anything is read, places where the run could not write. Makes nothing."""
+    if config.run.exp_dir is not None and not take:
+        check_empty(Path(config.run.exp_dir))
+    for flag, given in (("exp_dir", config.run.exp_dir), ("export", config.run.export)):
+        if given is not None:
+            check_place(flag, Path(given))
+    if config.run.exp_dir is None:
+        check_place("save_path", Path(config.run.save_path))
+    if config.run.export is not None and Path(config.run.export).exists():
+        raise ValueError(f"--export {config.run.export} exists and is not overwritten; name another file")
+
+
+def check_descriptors(workers: int) -> None:
+    """Raise this process's limit on open files to what it needs, where it may; ValueError where it may not."""
+    need = 64 + 16 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard) or soft >= need:
+        return
+    if hard < need:
+        raise ValueError(
+            f"this process may open {hard} files at a time and needs {need}: raise the limit (ulimit -n {need})"
+            + (f", or lower --num_workers {workers}" if workers else "")
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+def check_place(flag: str, path: Path) -> None:
+    """Refuse a path below which nothing can be made."""
+    above = path.absolute()
+    while not above.exists():
+        above = above.parent
+    if above != path.absolute() and not above.is_dir():
+        raise ValueError(f"--{flag} {path}: {above} is a file, not a folder; name another place")
+    if not os.access(above, os.W_OK | os.X_OK if above.is_dir() else os.W_OK):
+        raise ValueError(f"--{flag} {path}: {above} may not be written; name another place")
+
+
+def make_folder(config: TrainConfig, take: bool = False) -> Path:
+    """The run's new folder: exp_dir, or save_path/dataset/arch/agg/time. Never one that holds anything.
+
+    take: an exp_dir that holds no checkpoint may hold other files; those with names of ours are set aside.
+    """
     if config.run.exp_dir is not None:
         folder = Path(config.run.exp_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(
-                f"--exp_dir {folder} is not empty and is not overwritten; name a new folder, or continue "
-                f"the run in it: movae train --resume {folder}"
-            )
+        if take and folder.is_dir():
+            clear_killed(folder)
+            for path in [folder / name for name in OURS if (folder / name).exists()]:
+                set_aside(path)
+        else:
+            check_empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -460,9 +604,37 @@ def make_folder(config: TrainConfig) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
+            if not folder.is_dir():
+                raise
             continue
         return folder
     raise ValueError(f"--save_path {base}: no free folder name for {time}")
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a folder that holds more than a run that was killed before its first checkpoint leaves."""
+    clear_killed(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"--exp_dir {folder} is not empty and is not overwritten; name a new folder, or continue "
+            f"the run in it: movae train --resume {folder}"
+        )
+
+
+def clear_killed(folder: Path) -> None:
+    """Remove what a run leaves that was killed before its first checkpoint was whole."""
+    for inside in (folder / "checkpoints", folder):
+        remove_leftovers(inside)
+    with suppress(OSError):  # it is not there, or not empty
+        (folder / "checkpoints").rmdir()
+
+
+def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
+    """A run's logs, from `step` on if it was resumed, with the unreadable images in the first line."""
+    run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark)
+    run.notes += [run.logs.note] if run.logs.note else []
+    if not run.logs.length and (left := left_out(run)):
+        run.logs.write({"step": 0, **left})
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
@@ -471,4 +643,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     options = model_options(config.model.arch)
     model_only = {k for k in vars(config.model) if k != "arch" and k not in options}
     text = yaml.safe_dump({k: v for k, v in flat.items() if k not in model_only}, sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    path = folder / "config.yaml"
+    if not path.exists() or path.read_bytes() != text.encode():
+        with replacing(path) as file:
+            file.write(text.encode())

@@ -18,6 +18,7 @@ from movae_fast.training.world import World
 
 T = TypeVar("T")
 Mark = float | torch.cuda.Event  # seconds of the host's clock, or a point in the work of a device's stream
+COLLAPSED = 0.02  # a share of codes in use below it is a collapsed codebook
 CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding leaves of zero
 
 
@@ -70,6 +71,7 @@ class Telemetry:
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
         self.filled = 0
+        self.used: float | None = None  # the share of codes in use in the last window that could tell
         self.queue: list[Snapshot] = []
         self.restart_clock()
 
@@ -154,7 +156,11 @@ class Telemetry:
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
                 line |= conflict_figures(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
-            yield line | {f"train/{k}": v for k, v in codebook_figures(snapshot.usage).items()}
+            codebook = codebook_figures(snapshot.usage)
+            # Fewer vectors than codes would leave codes unused in any case.
+            if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
+                self.used = codebook["codebook_usage"]
+            yield line | {f"train/{k}": v for k, v in codebook.items()}
 
     def peak_memory(self) -> float:
         """MiB: the device's peak allocation, or the process's peak resident set on a CPU."""

@@ -9,11 +9,15 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -91,6 +95,21 @@ class World:
         flag = torch.tensor(int(value))
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.control)
         return bool(flag)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What work() returns on rank 0, on every rank; or its error: none waits for one that gave up."""
+        if self.size == 1:
+            return work()
+        answer: object = None
+        if self.main:
+            try:
+                answer = work()
+            except (OSError, ValueError) as error:
+                answer = error
+        answer = self.share(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[return-value]
 
     def agree(self, signum: int) -> int:
         """The largest signal number that any rank passed to the previous call: the same answer on all ranks.

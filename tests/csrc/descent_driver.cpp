@@ -88,7 +88,10 @@ void projection_of(int m, int rank, const std::string& isa) {
     double trace = 0;
     for (int i = 0; i < m; ++i) trace += G[i * m + i];
     for (int threads : {1, 2}) {
-        int status = project_rows({G.get(), m, 0, 1e-6, u.get(), 3, false, v.get()}, isa, threads);
+        const auto solved = [&](ProjectionMode mode, int rows, double* out) {
+            return project({G.get(), m, false, 0, 1e-6, mode, u.get(), rows, out}, isa, threads);
+        };
+        int status = solved(ProjectionMode::rows, 3, v.get());
         for (int r = 0; r < 3; ++r)
             for (int i = 0; i < m; ++i) {
                 double y = 1e-6 * v[r * m + i];
@@ -96,13 +99,13 @@ void projection_of(int m, int rank, const std::string& isa) {
                 const double residual = std::fmin(v[r * m + i] - u[r * m + i], y);
                 if (!(std::fabs(residual) < 1e-9)) status = 99;
             }
-        expect(status == 0, "project_rows", m, rank, isa);
-        status = project_sum({G.get(), m, 0, 1e-6, u.get(), 1, true, w.get()}, isa, threads);
+        expect(status == 0, "projection of rows", m, rank, isa);
+        status = solved(ProjectionMode::sum, 1, w.get());
         for (int k = 0; k < m; ++k)
             if (!std::isfinite(w[k])) status = 99;
-        expect(status == 0, "project_sum", m, rank, isa);
+        expect(status == 0, "sum of projections", m, rank, isa);
         G[m * m - 1] = NAN;
-        expect(project_sum({G.get(), m, 0, 1e-6, u.get(), 1, true, w.get()}, isa, threads) == -1, "NaN", m, rank, isa);
+        expect(solved(ProjectionMode::sum, 1, w.get()) == -1, "NaN", m, rank, isa);
         G[m * m - 1] = 0;
         for (int k = 0; k < rank; ++k) G[m * m - 1] += J[(m - 1) * rank + k] * J[(m - 1) * rank + k];
     }
@@ -150,6 +153,12 @@ void weightings_of(int m, int rank, bool zero_row) {
         bool right = true;
         for (int i = 0; i < m; ++i) right = right && std::isfinite(out[i]) && out[i] == again[i];
         expect(right, "weighting", m, rank, std::to_string(method));
+    }
+    // An order from outside that names no row: that row's weight is NaN, and nothing outside is read or written.
+    for (int64_t bad : {int64_t(-1), int64_t(m), int64_t(1) << 32, int64_t(1) << 62}) {
+        order[0] = bad;
+        weightings::weigh(Single(), {Method::kPcgrad, m, G.get(), nullptr, order.get(), 0, 0, 0, out.get()}, scratch.get());
+        expect(std::isnan(out[0]), "order from outside", m, rank, std::to_string(bad));
     }
 }
 

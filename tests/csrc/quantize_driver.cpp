@@ -2,12 +2,14 @@
 // buffers of exactly the size they need, and compares with a brute force in float64. Meant for the sanitizers.
 #include "../../csrc/quantize.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 using namespace movae;
@@ -95,6 +97,28 @@ void run(const Case& c) {
     for (Gradient through : {Gradient::kStraightThrough, Gradient::kRotation, Gradient::kCodebook})
         quantize_backward(rows_of_z, codebook, index.get(),
                           {view(grad), grad_error.bytes.get(), through, view(grad_z), grad_codes.bytes.get()}, isa, c.threads);
+
+    // Indices that come from outside: refused before anything is read or written.
+    for (int64_t bad : {int64_t(-1), c.codes, std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()}) {
+        if (rows == 0) break;
+        std::unique_ptr<int64_t[]> given(new int64_t[rows]);
+        std::copy(index.get(), index.get() + rows, given.get());
+        given[rows - 1] = bad;
+        const auto refused = [&](auto call) {
+            try {
+                call();
+            } catch (const std::out_of_range&) {
+                return true;
+            }
+            return false;
+        };
+        expect(refused([&] { code_error(rows_of_z, codebook, given.get(), error.bytes.get(), isa, c.threads); }), c,
+               "code_error takes an index outside the codebook");
+        const QuantizeGradient wanted = {view(grad), grad_error.bytes.get(), Gradient::kCodebook, view(grad_z),
+                                         grad_codes.bytes.get()};
+        expect(refused([&] { quantize_backward(rows_of_z, codebook, given.get(), wanted, isa, c.threads); }), c,
+               "quantize_backward takes an index outside the codebook");
+    }
 
     double counted = 0;
     for (int64_t k = 0; k < c.codes; ++k) counted += count.get(k);

@@ -81,6 +81,18 @@ int main() {
             }
         }
     }
+    // An order from outside that names no row: the weight says so, and nothing outside the Gramian is touched.
+    for (int64_t bad : {int64_t(-1), int64_t(3), int64_t(1) << 32, int64_t(1) << 62, -(int64_t(1) << 62)}) {
+        const std::vector<double> G = {2, -1, 0, -1, 2, 0, 0, 0, 1};
+        const std::vector<int64_t> order = {0, 1, 2, bad, 0, 2, 2, 0, 1};
+        std::vector<double> out(3), scratch(weightings::scratch_size(3));
+        weightings::weigh(Single(), {Method::kPcgrad, 3, G.data(), nullptr, order.data(), 0, 0, 0, out.data()}, scratch.data());
+        ++compared;
+        if (out[0] != out[0] || out[1] == out[1] || out[2] != out[2]) {
+            ++failures;
+            std::printf("order %ld: weights %g %g %g\n", long(bad), out[0], out[1], out[2]);
+        }
+    }
     std::printf("%d compared, %d failures\n", compared, failures);
     return failures != 0;
 }

@@ -11,7 +11,12 @@ from torch import Tensor
 from movae_fast import reference
 from movae_fast.kernels import nearest_code as search
 from movae_fast.kernels import quantize as quantizer
-from movae_fast.ops.quantize import _code_error_cuda, _code_error_fake, _quantize_fake
+from movae_fast.ops.quantize import (
+    _code_error_cuda,
+    _code_error_fake,
+    _quantize_backward_cuda,
+    _quantize_fake,
+)
 
 LAYOUTS = {
     "rows": lambda z: z,
@@ -76,6 +81,32 @@ def test_a_nan_reaches_its_own_error_alone(device: str) -> None:
     assert found[7].isnan()
     kept = torch.arange(60, device=device) != 7
     assert torch.equal(found[kept], clean[kept])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_index_outside_the_codebook_is_not_followed(layout: str, device: str) -> None:
+    """Its own error is NaN; nothing is read for it, and its neighbours' errors and gradients stay."""
+    z, c = laid_out(layout, torch.float32, device)
+    # The codebook lies between NaNs, which a wild read would meet.
+    around = torch.full((3 * len(c), c.shape[1]), torch.nan, device=device)
+    around[len(c) : 2 * len(c)] = c
+    inner = around[len(c) : 2 * len(c)]
+    index = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.int64, device=device)
+    clean = quantizer.code_error(z, inner, index)
+    beyond = torch.tensor([-1, len(c), -(1 << 62), (1 << 62), len(c) + 1], device=device)
+    beyond = beyond[: index.numel()]
+    index.view(-1)[: len(beyond)] = beyond
+    found = quantizer.code_error(z, inner, index)
+    assert found.flatten()[: len(beyond)].isnan().all()
+    assert torch.equal(found.flatten()[len(beyond) :], clean.flatten()[len(beyond) :])
+    grad_z, grad_codes = _quantize_backward_cuda(
+        None, torch.ones_like(found), z, inner, index, "straight_through", True, True
+    )
+    clipped = _quantize_backward_cuda(
+        None, torch.ones_like(found), z, inner, index.clamp(0, len(c) - 1), "straight_through", True, True
+    )
+    assert torch.equal(grad_z, clipped[0])
+    assert torch.equal(grad_codes, clipped[1])
 
 
 def test_every_launch_is_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -1,0 +1,110 @@
+"""What a flag's value may be by itself, whatever command it belongs to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+
+class Bounds(NamedTuple):
+    """What a number may be: from `least` (or above it) to `most` (or below it)."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # least itself is refused
+    below: bool = False  # most itself is refused
+
+    def refusal(self, value: float) -> str:
+        """Return what `value` must be instead, or "" where it is right."""
+        low = value > self.least if self.above else value >= self.least
+        high = value < self.most if self.below else value <= self.most
+        if low and high and math.isfinite(value):
+            return ""
+        if math.isinf(self.most) and math.isinf(self.least):
+            return "must be finite"
+        first = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
+        if math.isinf(self.most) and isinstance(value, float):
+            words = ("zero or more", "positive")[self.above] if self.least == 0 else first
+            return f"must be {words} and finite"
+        if math.isinf(self.most):
+            return f"must be {first}"
+        last = f"below {self.most:,.15g}" if self.below else f"at most {self.most:,.15g}"
+        return f"must be {first} and {last}"
+
+
+MOST = 10**12  # of any whole number: beyond it lie slips of the hand
+ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
+# Flags of all commands whose numbers are bounded by themselves; what depends on other flags is in `validate`.
+BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
+    **dict.fromkeys(("anneal_steps", "gramian_every", "cycle_period", "capacity_max_iter", "train_seq"), ONE),
+    **dict.fromkeys(("limit_train", "limit_test", "limit", "steps", "eval_freq", "save_freq"), ZERO),
+    **dict.fromkeys(("checkpoint_every", "warmup_steps", "warmup_epochs", "fade_in_duration"), ZERO),
+    **dict.fromkeys(("max_fid_samples", "max_images"), ZERO),
+    "iw": Bounds(0, 1_000_000),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "scheduler_lr_min"), ZERO),
+    **dict.fromkeys(("upgrad_norm_eps", "upgrad_reg_eps", "coef_kl", "traverse_range"), ZERO),
+    **dict.fromkeys(("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"), ZERO),
+    **dict.fromkeys(("lr", "eps"), POSITIVE),
+    **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
+    **dict.fromkeys(("iw_images", "n", "trials"), ONE),
+    "log_every": Bounds(1, 1_000_000),  # as many steps' figures wait on the device
+    "profile": Bounds(0, 10_000),
+    "num_samples": Bounds(1, 10_000),
+    "prefetch": Bounds(1, 1024),
+    "num_workers": Bounds(0, 1024),
+    "workers": Bounds(1, 1024),
+    "seed": Bounds(0, 2**32 - 1),  # NumPy's
+    "scheduler_milestones": ONE,
+    "resident_share": Bounds(0, 1),
+    "momentum": Bounds(0, 1, below=True),
+    "betas": Bounds(0, 1, below=True),
+    "gramian_batch": Bounds(0, 1, above=True),
+    "scheduler_gamma": Bounds(0, 1, above=True),
+    "ratio": Bounds(0, 1, above=True),
+    "pref_weights": POSITIVE,
+    "num_residual_layers": Bounds(0, 1000),
+    "num_ladders": Bounds(1, 32),
+}
+FREE = Bounds()
+PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is used
+
+
+def check_values(flags: Any, **own: Bounds) -> None:
+    """Raise ValueError for an empty text or a number out of its bounds among a dataclass's flags.
+
+    Numbers without `BOUNDS` of their own (or `own`, the command's) are finite, whole ones at most MOST.
+    """
+    for entry in fields(flags):
+        if entry.name in PAIRS:
+            continue
+        _check_value(entry.name, getattr(flags, entry.name), own.get(entry.name, BOUNDS.get(entry.name, FREE)))
+
+
+def _check_value(name: str, value: Any, bounds: Bounds) -> None:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
+        if "\0" in value:
+            raise ValueError(f"--{name} holds a zero byte, which no name has")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_value(name, part, bounds)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_value(f"{name}.{key}", part, bounds)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        whole = isinstance(value, int)
+        if whole and abs(value) > MOST:
+            raise ValueError(
+                f"--{name} {shortened(int(value))} is too large; a whole number here is at most {MOST:,}"
+            )
+        if refusal := bounds.refusal(value):
+            raise ValueError(f"--{name} {value} {refusal}")
+
+
+def shortened(value: int) -> str:
+    """Return a whole number in digits, or how many digits it has."""
+    digits = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return str(value) if digits <= 20 else f"of {digits} digits"
