@@ -23,7 +23,7 @@ CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capaci
     ("error", "text"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt: No space left on device; free space"),
-        (PermissionError(errno.EACCES, "Permission denied", b"a\xff"), r"a\udcff: Permission denied; change"),
+        (PermissionError(errno.EACCES, "Permission denied", b"a\xff"), r"a\xff: Permission denied; change"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise the limit (ulimit -n)"),
         (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), "a and b: Invalid link"),
         (OSError("of a library\nwith two lines"), r"of a library\nwith two lines"),
