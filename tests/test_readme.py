@@ -250,6 +250,18 @@ def test_all_models_aggregators_and_datasets_are_listed() -> None:
     assert named >= {*MODELS, *AGGREGATORS, "sum", *DATASETS}
 
 
+def test_all_recipes_are_listed() -> None:
+    table = prose(DOCS / "what_there_is.md").split("\n## Recipes\n")[1]
+    listed = [
+        span for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for span in row.split("`")[1::2]
+    ]
+    patterns = [re.compile(re.sub(r"[A-Z]{2,}", r"\\w+", span)) for span in listed]  # `provlae/DATASET-port`
+    folder = ROOT / "movae_fast" / "recipes"
+    recipes = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+    assert [name for name in recipes if not any(p.fullmatch(name) for p in patterns)] == []
+    assert [p.pattern for p in patterns if not any(p.fullmatch(name) for name in recipes)] == []
+
+
 def test_all_extras_are_listed() -> None:
     listed = re.findall(r"^\| (`.*?`) \|", prose(DOCS / "install.md"), re.MULTILINE)
     extras = re.findall(r"^([\w-]+) = \[", project_table("project.optional-dependencies"), re.MULTILINE)
