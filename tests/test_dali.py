@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from movae_fast.data import DaliLoader, ImageFiles, ReadOptions, TorchLoader, dali
+from movae_fast.data import DaliLoader, ImageFiles, ReadOptions, TorchLoader
+from movae_fast.data.loaders import dali
 from movae_fast.training.config import TrainConfig, validate
 from tests import datafiles
 

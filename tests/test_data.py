@@ -17,8 +17,8 @@ from movae_fast.data import (
     limited,
     sprites,
 )
-from movae_fast.data.loaders import compiled_batch_of
-from movae_fast.data.machine import ahead
+from movae_fast.data.loaders.loader import compiled_batch_of
+from movae_fast.data.prefetch import ahead
 from movae_fast.data.transforms import batch_of, finish, pick, resize, to_unit
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def test_the_region_is_used_where_the_set_lies_on_the_device(monkeypatch, tmp_pa
     files = DATASETS["folder"].read(options(root=tmp_path, image_size=4))
     calls = []
     monkeypatch.setattr(
-        "movae_fast.data.loaders.compiled_batch_of", lambda: lambda *a: calls.append(0) or batch_of(*a)
+        "movae_fast.data.loaders.loader.compiled_batch_of", lambda: lambda *a: calls.append(0) or batch_of(*a)
     )
     for made in (lambda: limited(source(), 18), lambda: files):
         plain, region = (ResidentLoader(made(), 4, CPU, train=True, seed=5, flip=True) for _ in range(2))

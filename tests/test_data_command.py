@@ -10,8 +10,8 @@ from PIL import Image
 
 from movae_fast.cli import main
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, prepared
+from movae_fast.data.datasets.factor_grids import GRIDS
 from movae_fast.data.decode import decode
-from movae_fast.data.grids import GRIDS
 from tests import datafiles
 
 pytestmark = pytest.mark.usefixtures("own_cache")

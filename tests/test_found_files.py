@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from movae_fast.cli import main
-from movae_fast.data import DATASETS, ReadOptions, files, make_loader, open_split
+from movae_fast.data import DATASETS, ReadOptions, find_files, make_loader, open_split
 from movae_fast.data.decode import decode
-from movae_fast.data.files import found_below, opened
-from movae_fast.data.survey import list_hash
+from movae_fast.data.find_files import found_below, opened
+from movae_fast.data.unreadable import list_hash
 from movae_fast.names import shown
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -122,9 +122,9 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(files.os, "scandir", refuse)
+    monkeypatch.setattr(find_files.os, "scandir", refuse)
     assert read(root).note == "left aside: 1 unreadable: Permission denied (locked)"
-    monkeypatch.setattr(files.os, "scandir", lambda folder: refuse("locked"))
+    monkeypatch.setattr(find_files.os, "scandir", lambda folder: refuse("locked"))
     with pytest.raises(FileNotFoundError, match=r"No train image was found \(left aside: 1 unreadable: Perm"):
         read(root)
 
@@ -242,7 +242,7 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("movae_fast.data.sets.opened", refuse)
+    monkeypatch.setattr("movae_fast.data.datasets.catalog.opened", refuse)
     with pytest.raises(ValueError, match=r"--data_dir .*list\.txt cannot be read \(Permission denied\)"):
         read(tmp_path / "list.txt")
 

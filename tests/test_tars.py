@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, tars
-from movae_fast.data.files import found_below
+from movae_fast.data.find_files import found_below
 from movae_fast.data.prepared import prepare
 from tests.datafiles import jpeg, labelled, shard
 

@@ -1,10 +1,16 @@
 """Datasets by name and the loaders that feed them to a model."""
 
-from movae_fast.data.choice import LOADERS, choose_loader, make_loader
-from movae_fast.data.dali import DaliLoader
-from movae_fast.data.loaders import Loader, ResidentLoader, TorchLoader
+from movae_fast.data.datasets import DATASETS, DatasetInfo
+from movae_fast.data.loaders import (
+    LOADERS,
+    DaliLoader,
+    Loader,
+    ResidentLoader,
+    TorchLoader,
+    choose_loader,
+    make_loader,
+)
 from movae_fast.data.prepared import Prepared, open_split
-from movae_fast.data.sets import DATASETS, DatasetInfo
 from movae_fast.data.sources import ImageFiles, Images, ReadOptions, Subset, limited
 from movae_fast.data.transforms import Binarizer, to_unit
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from movae_fast.data.fetch import first_line
-from movae_fast.data.files import File, opened
+from movae_fast.data.find_files import File, opened
 from movae_fast.names import shown
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from movae_fast.data.datasets.catalog import DatasetInfo, Source
+from movae_fast.data.datasets.factor_grids import GridImages
 from movae_fast.data.fetch import first_line
-from movae_fast.data.files import PREPARED
-from movae_fast.data.grids import GridImages
-from movae_fast.data.machine import RESIDENT_SHARE, free_memory, in_threads
-from movae_fast.data.sets import DatasetInfo, Source
+from movae_fast.data.find_files import PREPARED
+from movae_fast.data.prefetch import RESIDENT_SHARE, free_memory, in_threads
 from movae_fast.data.sources import ImageFiles, ReadOptions
-from movae_fast.data.survey import list_hash, unreadable
 from movae_fast.data.transforms import pick
+from movae_fast.data.unreadable import list_hash, unreadable
 from movae_fast.files import file_digest, locked, replacing, sync
 from movae_fast.names import shown
 
@@ -433,7 +433,7 @@ def _in_blocks(batches: Iterable[Tensor], size: int) -> Iterator[bytes]:
 def _decoded(source: Any, decoder: str, start: int) -> Iterator[Tensor]:
     """uint8 [B, C, S, S] of rows start, start + 1, …"""
     if decoder == "dali":
-        from movae_fast.data.dali import DaliLoader
+        from movae_fast.data.loaders.dali import DaliLoader
 
         loader = DaliLoader(source, 256, torch.device("cpu"), train=False)
         for _, (images, _) in loader.batches(torch.arange(start, len(source)), 0):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.decode import Box, crop_box, decode
-from movae_fast.data.files import File
-from movae_fast.data.machine import in_threads
+from movae_fast.data.find_files import File
+from movae_fast.data.prefetch import in_threads
 from movae_fast.data.transforms import pick, resize
 from movae_fast.names import shown
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from movae_fast.data.fetch import first_line
-from movae_fast.data.files import IMAGE_SUFFIXES, Aside, File, Member, hidden, opened
-from movae_fast.data.machine import remembered
+from movae_fast.data.find_files import IMAGE_SUFFIXES, Aside, File, Member, hidden, opened
+from movae_fast.data.prefetch import remembered
 from movae_fast.names import shown
 
 BLOCK = 512  # what a tar consists of

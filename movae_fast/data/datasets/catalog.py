@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from torchvision import datasets as tv
 
-from movae_fast.data import grids, sprites
+from movae_fast.data.datasets import factor_grids as grids
+from movae_fast.data.datasets import sprites
 from movae_fast.data.fetch import Remote, fetch, first_line
-from movae_fast.data.files import Aside, File, found_below, opened
+from movae_fast.data.find_files import Aside, File, found_below, opened
 from movae_fast.data.sources import ImageFiles, Images, ReadOptions, in_memory, missing
 from movae_fast.data.tars import images_in, is_tar
 from movae_fast.data.transforms import CELEBA_CROPS

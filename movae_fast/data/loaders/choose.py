@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from movae_fast.data import dali
-from movae_fast.data.loaders import Loader, ResidentLoader, TorchLoader, set_bytes
-from movae_fast.data.machine import RESIDENT_SHARE, free_memory
+from movae_fast.data.loaders import dali
+from movae_fast.data.loaders.loader import Loader, ResidentLoader, TorchLoader, set_bytes
+from movae_fast.data.prefetch import RESIDENT_SHARE, free_memory
 from movae_fast.data.sources import ImageFiles
 
 LOADERS: dict[str, type[Loader]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from movae_fast.data.machine import in_threads
+from movae_fast.data.prefetch import in_threads
 from movae_fast.files import replacing
 
 WIDTH, HEIGHT = 178, 218

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.fetch import Remote, fetch, first_line
-from movae_fast.data.files import found_below
+from movae_fast.data.find_files import found_below
 from movae_fast.data.sources import ImageFiles, ReadOptions, missing
 from movae_fast.data.transforms import resize
 from movae_fast.names import shown

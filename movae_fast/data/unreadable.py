@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 
 from movae_fast.data.decode import misfit, tried
-from movae_fast.data.files import File, opened
-from movae_fast.data.machine import in_threads, remembered
+from movae_fast.data.find_files import File, opened
+from movae_fast.data.prefetch import in_threads, remembered
 from movae_fast.data.sources import ImageFiles
 
 

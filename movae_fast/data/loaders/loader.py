@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from movae_fast.data.machine import ahead, in_threads
+from movae_fast.data.prefetch import ahead, in_threads
 from movae_fast.data.sources import ImageFiles, stack
 from movae_fast.data.transforms import Binarizer, batch_of, finish, pick
 from movae_fast.own_code import with_own_code

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.decode import crop_box, decode, plain_size
-from movae_fast.data.files import opened
-from movae_fast.data.loaders import Loader
-from movae_fast.data.machine import ahead, processors
+from movae_fast.data.find_files import opened
+from movae_fast.data.loaders.loader import Loader
+from movae_fast.data.prefetch import ahead, processors
 from movae_fast.data.sources import ImageFiles
 
 
