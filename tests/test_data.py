@@ -15,8 +15,8 @@ from movae_fast.data import (
     Subset,
     TorchLoader,
     limited,
-    sprites,
 )
+from movae_fast.data.datasets import sprites
 from movae_fast.data.loaders.loader import compiled_batch_of
 from movae_fast.data.prefetch import ahead
 from movae_fast.data.transforms import batch_of, finish, pick, resize, to_unit
