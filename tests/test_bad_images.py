@@ -124,7 +124,7 @@ def test_a_file_that_was_mended_comes_back(tmp_path):
 def test_the_survey_reads_each_file_once(tmp_path, monkeypatch):
     empty(pictures(tmp_path) / "3.jpg")
     first = loader("torch", tmp_path, "skip").left_out
-    monkeypatch.setattr("movae_fast.data.unreadable.tried", None)
+    monkeypatch.setattr("movae_fast.data.unreadable.try_decode", None)
     assert loader("torch", tmp_path, "skip").left_out == first
 
 

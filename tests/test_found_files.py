@@ -242,7 +242,7 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("movae_fast.data.datasets.catalog.opened", refuse)
+    monkeypatch.setattr("movae_fast.data.datasets.image_folders.opened", refuse)
     with pytest.raises(ValueError, match=r"--data_dir .*list\.txt cannot be read \(Permission denied\)"):
         read(tmp_path / "list.txt")
 

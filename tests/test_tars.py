@@ -11,7 +11,7 @@ import torch
 
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, tars
 from movae_fast.data.find_files import found_below
-from movae_fast.data.prepared import prepare
+from movae_fast.data.prepare import prepare
 from tests.datafiles import jpeg, labelled, shard
 
 pytestmark = pytest.mark.usefixtures("own_cache")

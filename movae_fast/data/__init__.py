@@ -1,5 +1,6 @@
-"""Datasets by name and the loaders that feed them to a model."""
+"""Read datasets by name, and feed them to a model by one of three loaders."""
 
+from movae_fast.data.binarize import Binarizer
 from movae_fast.data.datasets import DATASETS, DatasetInfo
 from movae_fast.data.loaders import (
     LOADERS,
@@ -11,8 +12,8 @@ from movae_fast.data.loaders import (
     make_loader,
 )
 from movae_fast.data.prepared import Prepared, open_split
-from movae_fast.data.sources import ImageFiles, Images, ReadOptions, Subset, limited
-from movae_fast.data.transforms import Binarizer, to_unit
+from movae_fast.data.sources import ImageFiles, Images, ImageSource, ReadOptions, Subset, limited
+from movae_fast.data.transforms import to_unit
 
 __all__ = [
     "DATASETS",
@@ -21,6 +22,7 @@ __all__ = [
     "DaliLoader",
     "DatasetInfo",
     "ImageFiles",
+    "ImageSource",
     "Images",
     "Loader",
     "Prepared",

@@ -23,8 +23,9 @@ from movae_fast.aggregation.registry import (
 )
 from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
+from movae_fast.data.binarize import Binarization
+from movae_fast.data.datasets.celeba import CELEBA_CROPS
 from movae_fast.data.loaders.dali import require as require_dali
-from movae_fast.data.transforms import CELEBA_CROPS, Binarization
 from movae_fast.models import MODELS, VAE, Rates
 from movae_fast.names import pick
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights

@@ -1,15 +1,21 @@
-"""Which loader a run uses, and its construction."""
+"""Choose the loader for a source by name or, for `auto`, by the memory that is free; and make it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from movae_fast.data.loaders import dali
-from movae_fast.data.loaders.loader import Loader, ResidentLoader, TorchLoader, set_bytes
-from movae_fast.data.prefetch import RESIDENT_SHARE, free_memory
-from movae_fast.data.sources import ImageFiles
+from movae_fast.data.loaders.loader import Loader, LoaderOptions
+from movae_fast.data.loaders.resident import ResidentLoader, set_bytes
+from movae_fast.data.loaders.torch_workers import TorchLoader
+from movae_fast.data.memory import RESIDENT_SHARE, free_memory
+from movae_fast.data.sources import ImageFiles, ImageSource
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 LOADERS: dict[str, type[Loader]] = {
     "resident": ResidentLoader,
@@ -19,12 +25,12 @@ LOADERS: dict[str, type[Loader]] = {
 
 
 def choose_loader(
-    name: str, source: Any, device: torch.device, share: float = RESIDENT_SHARE
+    name: str, source: ImageSource, device: torch.device, share: float = RESIDENT_SHARE
 ) -> tuple[str, str]:
-    """The loader that `auto` means, and why in a few words.
+    """Return a loader's name, which is `name` itself unless that is `auto`, and the reason for a choice.
 
-    Resident where images lie in memory (or are mapped, or rendered) or their decoded set takes at most `share`
-    of the device's free memory; for larger sets dali if it is installed, else torch.
+    `auto` means resident where images lie in memory (or are mapped, or rendered) or their decoded set takes at
+    most `share` of the device's free memory; for larger sets dali if it is installed, else torch.
     """
     if name != "auto":
         return name, ""
@@ -40,20 +46,22 @@ def choose_loader(
 
 def make_loader(
     kind: str,
-    source: Any,
+    source: ImageSource,
     batch_size: int,
     device: torch.device,
     *,
     num_workers: int = 0,
     prefetch: int = 2,
     compiled: bool = True,
-    **options: Any,
+    **options: Unpack[LoaderOptions],
 ) -> Loader:
-    """The loader called `kind` over `source`, told what concerns it of the options that not all have."""
+    """Return the loader called `kind` over `source`.
+
+    Of `num_workers`, `prefetch` and `compiled` it gets those that it knows; all loaders know the other options.
+    """
+    make: Callable[..., Loader] = LOADERS[kind]
     if kind == "torch":
-        options["num_workers"] = num_workers
-    elif kind == "dali":
-        options |= {"num_threads": num_workers, "prefetch": prefetch}
-    else:
-        options["compiled"] = compiled
-    return LOADERS[kind](source, batch_size, device, **options)
+        return make(source, batch_size, device, num_workers=num_workers, **options)
+    if kind == "dali":
+        return make(source, batch_size, device, num_threads=num_workers, prefetch=prefetch, **options)
+    return make(source, batch_size, device, compiled=compiled, **options)

@@ -1,47 +1,59 @@
-"""Loaders under one interface: `epoch(number, start)` yields (images, labels) on the device.
+"""Give batches of a source on the device: what the three loaders have in common.
 
-Order and mirroring of an epoch are a function of the seed, the epoch's number and nothing else, so a position
-is two integers, a resumed epoch continues exactly, and all loaders give the same batches (`dali`'s pixels are
-its own decoder's, within a grey level or two). An iterator's images are float32 [B, C, S, S] in the model's
-data range; labels are int64 [B].
-
-Several processes share the global batches of one: changing their number on resume, with the global batch kept,
-goes on with the same images in the same steps. The last images of an epoch that fill no global batch are left
-out of it, and another epoch's shuffle leaves out others; or the batch is filled up (`pad`) with images of the
-same epoch again, which count nothing (`share_of`). Evaluation counts every image exactly once.
+`epoch(number, start)` yields images, float32 [B, C, S, S] in the model's data range, and labels, int64 [B]. All
+loaders yield the same ones; only `dali`'s pixels come from another decoder, within a grey level or two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from movae_fast.data.prefetch import ahead, in_threads
-from movae_fast.data.sources import ImageFiles, stack
-from movae_fast.data.transforms import Binarizer, batch_of, finish, pick
-from movae_fast.own_code import with_own_code
+from movae_fast.data.binarize import Binarizer
+from movae_fast.data.loaders.epoch_plan import Batching, EpochPlan, plan_epoch
+from movae_fast.data.sources import ImageSource
+from movae_fast.data.transforms import finish
 
 
-@dataclass
-class Epoch:
-    """One epoch's order: rows of the source and which of them to mirror."""
+class _Options(TypedDict):
+    train: bool
 
-    rows: Tensor  # [N] int64, CPU
-    flip: Tensor | None  # [N] bool, CPU
+
+class LoaderOptions(_Options, total=False):
+    """List the arguments by name that every loader has; `Loader` says what they mean."""
+
+    seed: int
+    flip: bool
+    normalize: bool
+    binarizer: Binarizer | None
+    rank: int
+    world: int
+    pad: bool
 
 
 class Loader:
-    """What both loaders share: the plan of an epoch, and from uint8 to the model's data range."""
+    """Plan epochs, and bring uint8 batches to the model's data range. Derived classes write `batches`.
+
+    Args:
+        source: The images of one split.
+        batch_size: Images per batch of this process.
+        device: Where the batches are wanted.
+        train: Shuffle and mirror, and have complete batches only; otherwise rows in order, each once.
+        seed: Seed of the orders, of mirroring, and of binarization unless there is a binarizer.
+        flip: Mirror half of the training images.
+        normalize: Give images in [-1, 1] instead of [0, 1].
+        binarizer: What makes pixels black or white.
+        rank: This process's number, of `world`.
+        world: Number of processes.
+        pad: Fill up the last training batch instead of leaving it out.
+    """
 
     def __init__(
         self,
-        source: Any,
+        source: ImageSource,
         batch_size: int,
         device: torch.device,
         *,
@@ -58,7 +70,7 @@ class Loader:
         self.binarizer = binarizer or Binarizer("none", "train" if train else "test", seed)
         self.rank, self.world = rank, world
         self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
-        self.why = ""  # this loader and not another, for whoever asked for `auto`
+        self.why = ""  # why `auto` has chosen this loader
         self.pad = pad and train
         if train and not pad and len(source) < batch_size * world:
             processes = f" on {world} processes" if world > 1 else ""
@@ -68,241 +80,75 @@ class Loader:
                 "fills it)"
             )
         if self.pad:
-            self.shares = torch.ones(batch_size, device=device), self._last_share().to(device)
+            self._weights = torch.ones(batch_size, device=device), self.batching.last_weights().to(device)
+
+    @property
+    def batching(self) -> Batching:
+        """Return how the source is divided into batches and among processes."""
+        return Batching(len(self.source), self.batch_size, self.rank, self.world, self.train, self.pad)
 
     @property
     def note(self) -> str:
-        """What is worth knowing about the source: prepared, out of date."""
-        return getattr(getattr(self.source, "source", self.source), "note", "")
+        """Return one line on the source: prepared, out of date, left aside; or ""."""
+        return self.source.note
 
     @property
     def left_out(self) -> list[str]:
-        """The unreadable files that the source does without, each with the reason."""
-        return getattr(getattr(self.source, "source", self.source), "skipped", [])
+        """Return the unreadable files that the source does without, each with the reason."""
+        return list(self.source.skipped)
 
     def __len__(self) -> int:
-        """Batches an epoch, of this process: of the incomplete last one, see above; evaluation keeps it."""
-        if self.train:
-            return (len(self.source) + self.pad * (self.global_batch - 1)) // self.global_batch
-        every = -(-len(self.source) // self.batch_size)
-        return len(range(self.rank, every, self.world))
+        """Return the number of this process's batches per epoch."""
+        return len(self.batching)
 
     @property
     def global_batch(self) -> int:
-        return self.batch_size * self.world
+        """Return the number of images per step, over all processes."""
+        return self.batching.global_batch
 
-    def share_of(self, batch: int) -> Tensor | None:
-        """How often each image [B] of an epoch's batch counts, 1 on average over all processes' images.
+    def share_of(self, batch: int) -> Tensor | None:  # [B] float32
+        """Return the weight of each image of an epoch's batch, 1 on average over all processes' images.
 
-        None where every batch is of images that count; else images that fill up the last batch count 0.
+        None where all images have weight 1; else images that fill up the last batch have weight 0.
         """
         if not self.pad:
             return None
-        return self.shares[batch == len(self) - 1]
+        return self._weights[batch == len(self) - 1]
 
-    def _last_share(self) -> Tensor:
-        first = (len(self) - 1) * self.global_batch + self.rank * self.batch_size
-        real = len(self.source) - (len(self) - 1) * self.global_batch
-        counts = torch.arange(first, first + self.batch_size) < len(self.source)
-        return counts * (self.global_batch / real)
-
-    def plan(self, number: int) -> Epoch:
-        n = len(self.source)
+    def plan(self, number: int) -> EpochPlan:
+        """Return the order of epoch `number` over all processes; a test split is read in order."""
         if not self.train:
-            return Epoch(torch.arange(n), None)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        rows = torch.randperm(n, generator=generator)
-        return Epoch(rows, torch.rand(n, generator=generator) < 0.5 if self.flip else None)
-
-    def share(self, plan: Epoch) -> Epoch:
-        """This process's part of an epoch: its slice of each global batch, or every world-th test batch.
-
-        The global batches are those of one process with a batch `world` times as large.
-        """
-        if self.train:
-            part = torch.arange(len(self) * self.global_batch) % len(plan.rows)
-            part = part.view(-1, self.world, self.batch_size)[:, self.rank].reshape(-1)
-        else:
-            batches = torch.arange(len(plan.rows)).split(self.batch_size)[self.rank :: self.world]
-            part = torch.cat(batches) if batches else torch.arange(0)
-        return Epoch(plan.rows[part], None if plan.flip is None else plan.flip[part])
+            return EpochPlan(torch.arange(len(self.source)), None)
+        return plan_epoch(len(self.source), self.seed, number, self.flip)
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of epoch `number` from batch `start` on."""
-        plan = self.share(self.plan(number))
+        """Yield this process's batches of epoch `number` from batch `start` on."""
+        plan = self.batching.part_of_rank(self.plan(number))
         yield from self.finished(plan.rows, start, plan.flip, number if self.train else None)
 
     def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the given rows [N] of the source, in order, unmirrored."""
+        """Yield batches of the given rows [N] of the source, in order, unmirrored."""
         yield from self.finished(rows, 0, None, None)
 
     def finished(
-        self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
+        self,
+        rows: Tensor,  # [N]
+        start: int,
+        flip: Tensor | None,  # [N] bool
+        epoch: int | None,
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """Batches of `rows` as the model wants them, from batch `start` on; rows of `flip` mirrored.
+        """Yield batches of `rows` in the model's data range, from batch `start` on.
 
-        `epoch` is that of the binarization's draw, None the static one.
+        Images are mirrored where `flip` says so. `epoch` is that of the binarizer's draw, None for the static
+        draw.
         """
         flip = None if flip is None else flip.to(self.device)
         numbers = rows.to(self.device)
         for at, (images, labels) in self.batches(rows, start):
-            part = None if flip is None else flip[at : at + len(images)]
+            flip_here = None if flip is None else flip[at : at + len(images)]
             images = self.binarizer(images, numbers[at : at + len(images)], epoch)
-            yield finish(images, part, self.normalize), labels
+            yield finish(images, flip_here, self.normalize), labels
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """(offset, (uint8 images, labels)) on the device for `rows`, from batch `start` on."""
+        """Yield (offset in `rows`, (uint8 images, labels)) on the device, from batch `start` on."""
         raise NotImplementedError
-
-
-class ResidentLoader(Loader):
-    """The set lies on the device as uint8 (or is rendered there) and a batch is an index away.
-
-    Image files come to lie there as they are used: the first epoch decodes them, on all processors. A prepared
-    file stays where it is mapped.
-
-    On CUDA gather, mirroring and normalisation are one compiled kernel (unless `compiled` is False, or pixels
-    are drawn black or white). Not on a CPU: there it took 0.6 to 0.8 of the time of `pick` and `finish` without
-    mirroring and 3 to 20 times as long with it, byte by byte where they copy whole images.
-    """
-
-    def __init__(
-        self, source: Any, batch_size: int, device: torch.device, compiled: bool = True, **options: Any
-    ) -> None:
-        if isinstance(source, ImageFiles):
-            source = DecodedFiles(source, device)
-        super().__init__(source, batch_size, device, **options)
-        if hasattr(source, "to"):
-            source.to(device)
-        self.compiled = compiled and device.type == "cuda"
-
-    def finished(
-        self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
-    ) -> Generator[tuple[Tensor, Tensor]]:
-        """As in Loader; what lies on a GPU is indexed there, and nothing of it waits for the device."""
-        fused = self.compiled and self.binarizer.mode == "none" and hasattr(self.source, "table")
-        table = self.source.table(rows) if fused else None
-        if table is None:
-            yield from super().finished(rows, start, flip, epoch)
-            return
-        rows, flip = rows.to(self.device), None if flip is None else flip.to(self.device)
-        for at in range(start * self.batch_size, len(rows), self.batch_size):
-            here = slice(at, at + self.batch_size)
-            yield self.batch_of(*table, rows[here], None if flip is None else flip[here], self.normalize)
-
-    @cached_property
-    def batch_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """This loader's own compiled gather: the sets of other loaders are no recompilation of it."""
-        return compiled_batch_of()
-
-    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        starts = range(start * self.batch_size, len(rows), self.batch_size)
-        if not getattr(self.source, "on_host", False):
-            rows = rows.to(self.device)
-            for at in starts:
-                yield at, self.source.gather(rows[at : at + self.batch_size])
-            return
-        # What is decoded or read from a mapped file is so while the step before is computed.
-        gathered = (self._gather(rows[at : at + self.batch_size]) for at in starts)
-        with closing(ahead(gathered, depth=2)) as ready:
-            for at, (images, labels) in zip(starts, ready, strict=True):
-                yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-
-    def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = self.source.gather(rows)
-        if self.device.type == "cuda" and not images.is_cuda:  # a copy that nobody waits for starts here
-            images = images.pin_memory()
-        return images, labels.pin_memory() if self.device.type == "cuda" else labels
-
-
-def compiled_batch_of() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(with_own_code(batch_of), fullgraph=True)
-
-
-class DecodedFiles:
-    """Image files that are decoded at their first use and kept on the device as uint8 from then on."""
-
-    on_host = True  # which rows are wanted is known on the host, without asking the device
-
-    def __init__(self, source: ImageFiles, device: torch.device) -> None:
-        self.source, self.device = source, device
-        shape = (len(source), source.channels, source.size, source.size)
-        try:
-            self.images = torch.empty(
-                shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last
-            )
-        except RuntimeError:
-            raise ValueError(
-                f"--loader resident: {len(source):,} images take {set_bytes(source) / 1e9:.1f} GB on {device}, "
-                "more than there is: use --loader dali or torch, or prepare them (movae data prepare)"
-            ) from None
-        self.labels = torch.tensor(source.labels)
-        self.present = torch.zeros(len(source), dtype=torch.bool)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] on the host to images [B, C, S, S] uint8 and labels [B]."""
-        new = rows[~self.present[rows]]
-        if len(new):
-            items = in_threads(self.source.__getitem__, new.tolist())
-            self.images[new.to(self.device)] = stack(items)[0].to(self.device)
-            self.present[new] = True
-        return pick(self.images, rows.to(self.device)), self.labels[rows]
-
-    def table(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """All images and labels on the device once every one of `rows` is there."""
-        return (self.images, self.labels.to(self.device)) if bool(self.present[rows].all()) else None
-
-
-class TorchLoader(Loader):
-    """torch's DataLoader with `num_workers` processes: the fallback for what does not fit on the device."""
-
-    def __init__(
-        self, source: Any, batch_size: int, device: torch.device, num_workers: int = 0, **options: Any
-    ) -> None:
-        super().__init__(source, batch_size, device, **options)
-        self.num_workers = num_workers
-
-    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        at = start * self.batch_size
-        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-            _Items(self.source),
-            batch_size=self.batch_size,
-            sampler=rows[at:].tolist(),
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            # The workers' base seed would otherwise be drawn from training's own random state.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        batches = iter(loader)
-        try:
-            for images, labels in batches:
-                yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-                at += len(images)
-        except ValueError as error:  # a worker's comes with its traceback as text
-            # The error's own traceback keeps the workers alive until the garbage collector finds it.
-            if stop := getattr(batches, "_shutdown_workers", None):
-                stop()
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-
-
-class _Items(torch.utils.data.Dataset):
-    """An image source seen one item at a time, as a DataLoader wants it."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor | int]:
-        if hasattr(self.source, "gather"):
-            images, labels = self.source.gather(torch.tensor([i]))
-            return images[0], labels[0]
-        return self.source[i]
-
-
-def set_bytes(source: ImageFiles) -> int:
-    return len(source) * source.channels * source.size**2
