@@ -13,7 +13,7 @@ from PIL import Image
 from movae_fast.cli import main
 from movae_fast.data import DATASETS, ReadOptions, find_files, make_loader, open_split
 from movae_fast.data.decode import decode
-from movae_fast.data.find_files import found_below, opened
+from movae_fast.data.find_files import find_below, opened
 from movae_fast.data.unreadable import list_hash
 from movae_fast.names import shown
 
@@ -62,7 +62,7 @@ def test_every_kind_of_file_is_read_or_counted(tmp_path):
     os.mkfifo(root / "pipe.png")
     os.mkfifo(root / "pipe.tar")
     (root / "null.jpg").symlink_to("/dev/null")
-    found = found_below(root)
+    found = find_below(root)
     read_ = [str(path.relative_to(root)) for path in found.images]
     expected = ["00.png", "01.png", "02.png", "a.tif", "album.png/1.png", "b.TIFF", "c.jfif", "d.gif", "e.ppm"]
     assert read_ == sorted(expected)
@@ -92,7 +92,7 @@ def test_a_set_may_itself_be_hidden(tmp_path):
 def test_the_order_is_that_of_the_paths(tmp_path):
     for name in ("b/1.png", "b.png", "a/9.png", "B.png", "b/c/0.png", "a.b/0.png"):
         picture(tmp_path / name)
-    assert found_below(tmp_path).images == sorted(tmp_path.rglob("*.png"))
+    assert find_below(tmp_path).images == sorted(tmp_path.rglob("*.png"))
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path):

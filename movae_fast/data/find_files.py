@@ -1,4 +1,4 @@
-"""Find image files: files of their own, or stretches of a tar that answer to the same names.
+"""Find image files below a folder, and give a file in a tar the methods of a path.
 
 Whatever lies below a folder and is not read is counted by reason, so that no image is left out silently.
 """
@@ -86,7 +86,7 @@ def opened(path: File) -> IO[bytes]:
 
 
 @dataclass
-class Aside:
+class LeftAside:
     """Count what lies in a folder or a tar and is not read, by reason, with the first name for each."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -107,42 +107,42 @@ class Aside:
 
 
 @dataclass
-class Found:
+class FolderContents:
     """List what lies below a folder."""
 
     images: list[Path]
     tars: list[Path]
-    aside: Aside
+    aside: LeftAside
 
 
 def hidden(path: str) -> bool:
-    """Tell whether a part of a relative path begins with a point, as .ipynb_checkpoints/ and ._0.png do.
+    """Return whether a part of a relative path begins with a point, as .ipynb_checkpoints/ and ._0.png do.
 
     Such files are copies and notes that other programs keep beside the images.
     """
     return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
-def found_below(root: Path) -> Found:
+def find_below(root: Path) -> FolderContents:
     """Find the images and tars below `root`, sorted; links to folders are followed, to each folder once."""
-    found, others = Found([], [], Aside()), Aside()
+    below, others = FolderContents([], [], LeftAside()), LeftAside()
     start = len(os.path.join(root, ""))
-    for entry in _entries(root, found.aside):
+    for entry in _entries(root, below.aside):
         name, suffix = entry.path[start:], os.path.splitext(entry.name)[1].lower()
         kind = _kind(entry)
         if kind != "file" and (kind != "linked to nothing" or suffix not in IMAGE_SUFFIXES):
-            found.aside.add(kind, name)
+            below.aside.add(kind, name)
         elif suffix == ".tar":
-            found.tars.append(Path(entry))
+            below.tars.append(Path(entry))
         elif suffix in IMAGE_SUFFIXES:  # `decode` says what is wrong with a broken link.
-            found.images.append(Path(entry))
+            below.images.append(Path(entry))
         elif os.path.dirname(name) != PREPARED or suffix not in PREPARED_SUFFIXES:
             others.add(shown(suffix) or "without a suffix", name)
-    found.images.sort()
-    found.tars.sort()
+    below.images.sort()
+    below.tars.sort()
     for suffix in sorted(others.counts):
-        found.aside.add(suffix, others.first[suffix], others.counts[suffix])
-    return found
+        below.aside.add(suffix, others.first[suffix], others.counts[suffix])
+    return below
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -154,7 +154,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "file" if regular else "neither file nor folder"
 
 
-def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
+def _entries(root: Path, aside: LeftAside) -> Iterator[os.DirEntry[str]]:
     """Yield every entry below `root` that is not a folder, and note what is left aside.
 
     A link to a folder is followed once all folders proper are read, unless it leads to one that was read or

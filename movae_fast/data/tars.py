@@ -21,7 +21,7 @@ from typing import TypedDict
 
 from movae_fast.data.cache import cached_on_disk
 from movae_fast.data.fetch import first_line
-from movae_fast.data.find_files import IMAGE_SUFFIXES, Aside, File, Member, hidden, opened
+from movae_fast.data.find_files import IMAGE_SUFFIXES, File, LeftAside, Member, hidden, opened
 from movae_fast.names import shown
 
 BLOCK = 512  # bytes; a tar consists of such blocks
@@ -33,7 +33,7 @@ def is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
-def images_in(paths: Iterable[Path], aside: Aside | None = None) -> tuple[list[File], list[int]]:
+def images_in(paths: Iterable[Path], aside: LeftAside | None = None) -> tuple[list[File], list[int]]:
     """Return the images at `paths` and their classes, in order, with every tar's images in the tar's place.
 
     Classes are 0 where no image has one. Whatever else the tars hold is added to `aside`. Raises ValueError for
@@ -60,7 +60,7 @@ def images_in(paths: Iterable[Path], aside: Aside | None = None) -> tuple[list[F
     return images, [c for c in classes if c is not None]
 
 
-def index(shard: Path, aside: Aside | None = None) -> list[tuple[Member, int | None]]:
+def index(shard: Path, aside: LeftAside | None = None) -> list[tuple[Member, int | None]]:
     """Return the images of a tar in their order, each with the class in its sample's .cls file or None.
 
     Links to files in the tar stand for those files. Members that are not images are added to `aside`. Reading a
@@ -97,7 +97,7 @@ class _Contents:
     classes: list[str] = field(default_factory=list)
     ranges: dict[str, tuple[int, int]] = field(default_factory=dict)  # normalised name -> offset, size in bytes
     links: dict[str, str] = field(default_factory=dict)  # normalised name -> normalised name
-    aside: Aside = field(default_factory=Aside)
+    aside: LeftAside = field(default_factory=LeftAside)
 
     def range_of(self, name: str) -> tuple[int, int] | None:
         """Return offset and size of the file of this name, or of the file that it links to."""

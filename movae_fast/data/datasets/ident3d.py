@@ -8,7 +8,7 @@ from torch import Tensor
 
 from movae_fast.data.datasets.info import missing
 from movae_fast.data.fetch import first_line
-from movae_fast.data.find_files import found_below
+from movae_fast.data.find_files import find_below
 from movae_fast.data.sources import ImageFiles, ReadOptions
 
 IDENT3D_NAMES = (
@@ -51,7 +51,7 @@ def read_ident3d(options: ReadOptions) -> Ident3D:
         why = f"(raw_latents.npy is {list(latents.shape)}, expected [N, {len(IDENT3D_NAMES)}])"
         raise missing("ident3d", IDENT3D_FILES, options, why)
     # Image numbers are padded with zeros to one width, so that the sorted files are in the latents' order.
-    below = found_below(folder / "images")
+    below = find_below(folder / "images")
     if len(below.images) != len(latents):
         why = f"({len(below.images)} images and {len(latents)} rows of latents in {folder})"
         raise missing("ident3d", IDENT3D_FILES, options, why)

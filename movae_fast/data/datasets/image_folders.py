@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from movae_fast.data.datasets.info import missing
-from movae_fast.data.find_files import Aside, File, found_below, opened
+from movae_fast.data.find_files import File, LeftAside, find_below, opened
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.data.tars import images_in, is_tar
 from movae_fast.names import shown
@@ -28,13 +28,13 @@ def read_folder(options: ReadOptions) -> ImageFiles:
     """
     root = options.root
     if os.path.isfile(root):  # Path.is_file raises an error if a folder above may not be read.
-        aside = Aside()
+        aside = LeftAside()
         listed = [root] if is_tar(root) else _listed_files(options)
         files, labels = _every_tenth(*images_in(listed, aside), options.split)
         return image_files("folder", FOLDER_FILES, files, labels, options, aside=aside)
     has_splits = all(os.path.isdir(root / split) for split in ("train", "test"))
     folder = root / options.split if has_splits else root
-    below = found_below(folder)
+    below = find_below(folder)
     files, labels = images_in(below.images or below.tars, below.aside)
     if below.images and below.tars:
         below.aside.add(".tar beside image files", str(below.tars[0].relative_to(folder)), len(below.tars))
@@ -52,7 +52,7 @@ def read_imagenet(options: ReadOptions) -> ImageFiles:
         raise missing("imagenet", IMAGENET_FILES, options, "It is never downloaded.")
     classes = sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     label_of = {one.name: label for label, one in enumerate(classes)}
-    below = found_below(folder)
+    below = find_below(folder)
     depth, files, labels = len(folder.parts), list[Path](), list[int]()
     for path in below.images:
         if len(path.parts) == depth + 1:
@@ -78,7 +78,7 @@ def image_files(
     labels: list[int],
     options: ReadOptions,
     channels: int = 3,
-    aside: Aside | None = None,
+    aside: LeftAside | None = None,
 ) -> ImageFiles:
     """Return image files as a source of their central squares. Raises FileNotFoundError if there are none."""
     note = str(aside or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def open_torchvision(
     reader: str | type,
     files: str,
     options: ReadOptions,
-    **kwargs: Any,  # arguments of the reader
+    **kwargs: str | bool,  # arguments of the reader
 ) -> VisionDataset:
     """Return torchvision's dataset of the class `reader` if its files are there and whole.
 
