@@ -1,6 +1,7 @@
 """Imports follow the direction that data flows."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,45 @@ def test_nothing_imports_the_command_line(path):
 def test_kernels_are_reached_by_one_name():
     assert (ROOT / "kernels").is_symlink()
     assert (ROOT / "kernels").resolve() == (ROOT.parent / "kernels").resolve()
+
+
+# Folder or module of data/ -> what it may not import of data/.
+DATA_FORBIDDEN = {
+    "sources": {"datasets", "loaders", "prepare", "prepared", "prepared_format", "unreadable"},
+    "datasets": {"loaders", "prepare", "prepared", "prepared_format", "unreadable"},
+    "loaders": {"datasets", "prepare", "prepared", "prepared_format", "unreadable"},
+    "prepared_format": {"loaders", "prepare", "prepared"},
+    "prepared": {"loaders", "prepare"},
+}
+
+
+def data_imports():
+    """Return {module of movae_fast.data: the modules of movae_fast.data that it imports}."""
+    paths = {
+        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in (ROOT / "data").rglob("*.py")
+    }
+    graph = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("movae_fast.data"):
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {m if m in paths else node.module for m in members}
+    return graph
+
+
+def test_data_has_no_import_circle():
+    graph = data_imports()
+    assert len(graph) > 20
+    assert sum(map(len, graph.values())) > 60
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_datasets_and_loaders_know_sources_but_not_each_other():
+    for name, imported in data_imports().items():
+        here = name.removeprefix("movae_fast.data").lstrip(".").partition(".")[0]
+        for other in imported:
+            there = other.removeprefix("movae_fast.data").lstrip(".").partition(".")[0]
+            assert there, f"{name} imports the whole of movae_fast.data"
+            assert there == here or there not in DATA_FORBIDDEN.get(here, set()), f"{name} imports {other}"

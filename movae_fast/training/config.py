@@ -25,9 +25,10 @@ from movae_fast.aggregation.registry import (
 )
 from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
-from movae_fast.data.dali import require as require_dali
-from movae_fast.data.machine import all_memory
-from movae_fast.data.transforms import CELEBA_CROPS, Binarization
+from movae_fast.data.binarize import Binarization
+from movae_fast.data.datasets.celeba import CELEBA_CROPS
+from movae_fast.data.loaders.dali import require as require_dali
+from movae_fast.data.memory import all_memory
 from movae_fast.models import MODELS, VAE, Rates, build_model
 from movae_fast.models.provlae import LadderNet
 from movae_fast.names import pick

@@ -1,4 +1,4 @@
-"""Find image files: files of their own, or stretches of a tar that answer to the same names.
+"""Find image files below a folder, and give a file in a tar the methods of a path.
 
 Whatever lies below a folder and is not read is counted by reason, so that no image is left out silently.
 """
@@ -16,23 +16,25 @@ from typing import IO, NamedTuple
 
 from movae_fast.names import shown
 
-# Endings of the formats that Pillow decodes to one picture.
+# These are the endings of formats that Pillow decodes to one picture.
 IMAGE_SUFFIXES: tuple[str, ...] = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".jfif", ".jpe", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".tga"),
 )
-PREPARED = "prepared"  # the folder of prepared files, below the originals' own
+PREPARED = "prepared"  # the folder of prepared files, inside the folder of the originals
 PREPARED_SUFFIXES = (".u8", ".npy", ".json", ".part", ".lock")
 
 
 class Stat(NamedTuple):
+    """Hold what the package asks of os.stat_result."""
+
     st_size: int
     st_mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in a tar, with what the package asks of a pathlib.Path."""
+    """Name one file in a tar, with those methods of pathlib.Path that the package uses."""
 
     tar: Path
     path: str  # within the tar
@@ -52,14 +54,17 @@ class Member:
         return f"{self.tar}/{self.path}"
 
     def read_bytes(self) -> bytes:
+        """Return the file's bytes."""
         with opened(self.tar) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
     def open(self, mode: str = "rb") -> io.BytesIO:
+        """Return the file's bytes as a stream."""
         return io.BytesIO(self.read_bytes())
 
     def stat(self) -> Stat:
+        """Return the file's size and the tar's time of change."""
         return Stat(self.size, self.mtime_ns)
 
 
@@ -70,7 +75,7 @@ def opened(path: File) -> IO[bytes]:
     """Open a file for reading. Raises OSError, also for a pipe or a device, which might never end."""
     if isinstance(path, Member):
         return path.open()
-    # To open a pipe without this flag is to wait until somebody writes to it.
+    # Opening a pipe without O_NONBLOCK waits until somebody writes to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     kind = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(kind):
@@ -81,13 +86,14 @@ def opened(path: File) -> IO[bytes]:
 
 
 @dataclass
-class Aside:
-    """What was found and is not read: how many by reason, and the first of them by name."""
+class LeftAside:
+    """Count what lies in a folder or a tar and is not read, by reason, with the first name for each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, name: str, n: int = 1) -> None:
+        """Count `n` more files under this reason; `name` is the first of them."""
         self.counts[reason] = self.counts.get(reason, 0) + n
         self.first.setdefault(reason, name)
 
@@ -101,45 +107,46 @@ class Aside:
 
 
 @dataclass
-class Found:
-    """What lies below a folder."""
+class FolderContents:
+    """List what lies below a folder."""
 
     images: list[Path]
     tars: list[Path]
-    aside: Aside
+    aside: LeftAside
 
 
 def hidden(path: str) -> bool:
-    """Tell whether a part of a relative path begins with a point, as .ipynb_checkpoints/ and ._0.png do.
+    """Return whether a part of a relative path begins with a point, as .ipynb_checkpoints/ and ._0.png do.
 
     Such files are copies and notes that other programs keep beside the images.
     """
     return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
-def found_below(root: Path) -> Found:
+def find_below(root: Path) -> FolderContents:
     """Find the images and tars below `root`, sorted; links to folders are followed, to each folder once."""
-    found, others = Found([], [], Aside()), Aside()
+    below, others = FolderContents([], [], LeftAside()), LeftAside()
     start = len(os.path.join(root, ""))
-    for entry in _entries(root, found.aside):
+    for entry in _entries(root, below.aside):
         name, suffix = entry.path[start:], os.path.splitext(entry.name)[1].lower()
         kind = _kind(entry)
         if kind != "file" and (kind != "linked to nothing" or suffix not in IMAGE_SUFFIXES):
-            found.aside.add(kind, name)
+            below.aside.add(kind, name)
         elif suffix == ".tar":
-            found.tars.append(Path(entry))
-        elif suffix in IMAGE_SUFFIXES:  # of a broken link `decode` says what is wrong
-            found.images.append(Path(entry))
+            below.tars.append(Path(entry))
+        elif suffix in IMAGE_SUFFIXES:  # `decode` says what is wrong with a broken link.
+            below.images.append(Path(entry))
         elif os.path.dirname(name) != PREPARED or suffix not in PREPARED_SUFFIXES:
             others.add(shown(suffix) or "without a suffix", name)
-    found.images.sort()
-    found.tars.sort()
+    below.images.sort()
+    below.tars.sort()
     for suffix in sorted(others.counts):
-        found.aside.add(suffix, others.first[suffix], others.counts[suffix])
-    return found
+        below.aside.add(suffix, others.first[suffix], others.counts[suffix])
+    return below
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
+    """Return "file", or the reason for leaving the entry aside."""
     try:
         regular = entry.is_file() or stat.S_ISREG(entry.stat().st_mode)
     except OSError:
@@ -147,8 +154,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "file" if regular else "neither file nor folder"
 
 
-def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
-    """Yield what is no folder below `root`, and note what is left aside.
+def _entries(root: Path, aside: LeftAside) -> Iterator[os.DirEntry[str]]:
+    """Yield every entry below `root` that is not a folder, and note what is left aside.
 
     A link to a folder is followed once all folders proper are read, unless it leads to one that was read or
     that `root` lies in: so a loop ends, and a link up does not bring test images among the training images.
@@ -181,11 +188,12 @@ def _entries(root: Path, aside: Aside) -> Iterator[os.DirEntry[str]]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | None:
+    """Return numbers that are the same for all paths to one folder, or None if it cannot be asked."""
     try:
-        found = os.stat(folder)
+        status = os.stat(folder)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

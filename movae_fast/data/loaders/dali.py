@@ -1,8 +1,9 @@
-"""The `dali` loader: files are read here; DALI decodes, crops and resizes them, on a GPU or on a CPU's threads.
+"""Feed batches that DALI decodes, crops and resizes, on a GPU or on a CPU's threads.
 
-The order is the plan that all loaders share, batch by batch, so shards and resuming are theirs too. DALI
-decodes what every decoder reads alike, by `plain_size`. Any other file, and one that DALI refuses, goes through
-`decode` first and reaches DALI as raw pixels: one meaning, and one error, for each loader.
+Files are read here, in the order of the plan that all loaders share, so processes and resuming work as they do
+elsewhere. DALI decodes only files that every decoder reads alike, which `plain_size` tells. Any other file, and
+one that DALI refuses, is decoded by `decode` and reaches DALI as raw pixels: so a file has one meaning, and one
+error, in all loaders.
 """
 
 from __future__ import annotations
@@ -14,20 +15,27 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.data.decode import crop_box, decode, plain_size
-from movae_fast.data.files import opened
-from movae_fast.data.loaders import Loader
-from movae_fast.data.machine import ahead, processors
-from movae_fast.data.sources import ImageFiles
+from movae_fast.data.decode import crop_box, decode
+from movae_fast.data.find_files import opened
+from movae_fast.data.loaders.loader import Loader, LoaderOptions
+from movae_fast.data.plain_files import plain_size
+from movae_fast.data.prefetch import prefetched, processors
+from movae_fast.data.sources import ImageFiles, ImageSource
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
 
 
 def available() -> bool:
+    """Return whether DALI is installed."""
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -44,16 +52,16 @@ def require() -> None:
 
 
 class DaliLoader(Loader):
-    """Image files through a DALI pipeline with `num_threads` decoding threads, `prefetch` batches ahead."""
+    """Read image files through a DALI pipeline of `num_threads` threads that is `prefetch` batches ahead."""
 
     def __init__(
         self,
-        source: Any,
+        source: ImageSource,
         batch_size: int,
         device: torch.device,
         num_threads: int = 0,
         prefetch: int = 2,
-        **options: Any,
+        **options: Unpack[LoaderOptions],
     ) -> None:
         super().__init__(source, batch_size, device, **options)
         require()
@@ -63,22 +71,23 @@ class DaliLoader(Loader):
             raise ValueError(
                 f"--loader dali resamples: --resize {source.mode} is for --loader torch or resident"
             )
+        self.files = source
         self.num_threads = num_threads or processors()
         self.prefetch = prefetch
         self.labels = torch.tensor(source.labels)
-        self._by_pillow: set[int] = set()  # rows that DALI does not decode
+        self._pillow_rows: set[int] = set()  # rows of files that DALI refuses
         self._stream: torch.cuda.Stream | None = None
-        self._idle: list[tuple[Any, _Feed]] = []  # pipelines that wait for their next epoch
+        self._idle: list[tuple[Pipeline, _Feed]] = []  # pipelines that wait for their next epoch
 
     def finished(
         self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """As in Loader; on a CPU a step never waits for the conversion either."""
+        """Yield what Loader does; on a CPU a thread converts to floats, so that no step waits for it."""
         batches = super().finished(rows, start, flip, epoch)
-        return ahead(batches) if self.device.type == "cpu" else batches
+        return prefetched(batches) if self.device.type == "cpu" else batches
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """As in Loader; on a CPU a batch is DALI's own buffer, valid until the next one is asked for."""
+        """Yield what Loader says; on a CPU images are DALI's buffer, valid until the next request."""
         at = start * self.batch_size
         while at < len(rows):
             with suppress(_RefusedError), closing(self._decoded(rows[at:].tolist())) as decoded:
@@ -88,14 +97,17 @@ class DaliLoader(Loader):
                     at += len(images)
 
     def _decoded(self, rows: list[int]) -> Generator[Tensor, None, None]:
-        """Batches of uint8 [B, C, S, S]. Raises _RefusedError once it knows how to decode the rest."""
+        """Yield batches of uint8 [B, C, S, S].
+
+        Raises _RefusedError if DALI refuses a file, once it is known which; the rest can then be asked for.
+        """
         pipe, feed = self._idle.pop() if self._idle else self._build(self.batch_size, self.prefetch)
         feed.begin(rows)
         try:
             while (out := self._run(pipe, feed)) is not None:
                 yield self._to_torch(out)
         except GeneratorExit:
-            # Left in mid-epoch: what was read ahead must not be the next epoch's first batches.
+            # The caller leaves in mid-epoch. What was read ahead must not be the next epoch's first batches.
             feed.begin([])
             while self._run(pipe, feed) is not None:
                 pass
@@ -105,24 +117,27 @@ class DaliLoader(Loader):
                 pipe.reset()
                 self._idle.append((pipe, feed))
 
-    def _run(self, pipe: Any, feed: _Feed) -> Any:
-        """The pipeline's next batch, None at the end of the epoch."""
+    def _run(self, pipe: Pipeline, feed: _Feed) -> TensorListCPU | TensorListGPU | None:
+        """Return the pipeline's next batch, or None at the end of the epoch.
+
+        Raises the error of the file that made the pipeline fail, or _RefusedError if only DALI refuses it.
+        """
         try:
             (out,) = pipe.run()
         except StopIteration:
             feed.ended = True
             return None
         except RuntimeError:
-            feed.blame()
-            refused = self._find_refused([i for part in feed.recent for i in part])
+            feed.raise_cause()
+            refused = self._find_refused([row for batch in feed.recent for row in batch])
             if not refused:
                 raise
-            self._by_pillow |= refused
+            self._pillow_rows |= refused
             raise _RefusedError from None
         return out
 
     def _find_refused(self, rows: list[int]) -> set[int]:
-        """Which of these files DALI does not decode, though Pillow does: it reads around some damage."""
+        """Return the rows of files that DALI refuses and Pillow, which reads around some damage, does not."""
         refused = set()
         while rows:
             pipe, feed = self._build(1, prefetch=1)
@@ -131,18 +146,19 @@ class DaliLoader(Loader):
                 while rows:
                     pipe.run()
                     rows = rows[1:]
-            except RuntimeError:  # after which a pipeline is of no use
+            except RuntimeError:  # The pipeline is of no use after that.
                 refused.add(rows[0])
                 rows = rows[1:]
-        return refused - self._by_pillow
+        return refused - self._pillow_rows
 
-    def _build(self, batch_size: int, prefetch: int) -> tuple[Any, _Feed]:
+    def _build(self, batch_size: int, prefetch: int) -> tuple[Pipeline, _Feed]:
+        """Return a pipeline that decodes, crops and resizes, and what it calls for its batches."""
         from nvidia.dali import Pipeline, fn, types
 
         _keep_pipelines_from_children()
 
         cuda = self.device.type == "cuda"
-        feed = _Feed(self.source, batch_size, self._by_pillow, kept=prefetch + 2)
+        feed = _Feed(self.files, batch_size, self._pillow_rows, kept=prefetch + 2)
         pipe = Pipeline(
             batch_size=batch_size,
             num_threads=self.num_threads,
@@ -156,15 +172,15 @@ class DaliLoader(Loader):
                 anchor,
                 shape,
                 device="mixed" if cuda else "cpu",
-                output_type=types.RGB if self.source.channels == 3 else types.GRAY,
+                output_type=types.RGB if self.files.channels == 3 else types.GRAY,
                 normalized_anchor=False,
                 normalized_shape=False,
                 axis_names="HW",
             )
-            cubic = self.source.mode == "bicubic"
+            cubic = self.files.mode == "bicubic"
             images = fn.resize(
                 images,
-                size=[self.source.size, self.source.size],
+                size=[self.files.size, self.files.size],
                 interp_type=types.INTERP_CUBIC if cubic else types.INTERP_LINEAR,
                 antialias=True,
             )
@@ -172,16 +188,17 @@ class DaliLoader(Loader):
         pipe.build()
         return pipe, feed
 
-    def _to_torch(self, out: Any) -> Tensor:  # uint8 [B, C, S, S], channels last
+    def _to_torch(self, out: TensorListCPU | TensorListGPU) -> Tensor:  # [B, C, S, S] uint8, channels last
+        """Return DALI's batch as a tensor: on a CPU the same memory, on a GPU a copy."""
         tensor = out.as_tensor()
         if self.device.type != "cuda":
             return torch.from_dlpack(tensor).permute(0, 3, 1, 2)
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        # The buffer is DALI's again at the next run, so the images are copied out of it. Given a stream,
-        # feed_ndarray puts the copy on it and returns without waiting; that DALI's next use of the buffer comes
-        # after it is DALI's affair, whose own iterator for PyTorch rests on the same. On the training step's
-        # stream the copy, and with it the next batch, would queue behind the step: it has a stream of its own.
+        # DALI uses the buffer again at the next run, so the images are copied out of it. Given a stream,
+        # feed_ndarray puts the copy on it and returns without waiting; DALI sees to it that its next use of the
+        # buffer comes later, which its own iterator for PyTorch relies on too. The copy has its own stream,
+        # since on the training step's stream it, and with it the next batch, would queue behind the step.
         stream = self._stream = self._stream or torch.cuda.Stream(self.device)
         with torch.cuda.stream(stream):
             images = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
@@ -192,60 +209,66 @@ class DaliLoader(Loader):
         return images.permute(0, 3, 1, 2)
 
 
-_Encoded = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]  # files' bytes; crops' corners, extents
+# The bytes of files, and the corners (top, left) and extents (height, width) of their crops.
+_Encoded = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
 
 
 class _RefusedError(Exception):
-    """DALI decodes a file of the batch no more; by now it is known which one."""
+    """Tell that DALI has refused a file of the batch, and that it is known which one."""
 
 
 @cache
 def _keep_pipelines_from_children() -> None:
-    """A forked worker crashes if it collects a pipeline that it inherited: the threads are its parent's."""
+    """Keep forked workers from collecting the pipelines that they inherit.
+
+    A worker crashes when it does, since the pipelines' threads exist in its parent only.
+    """
     os.register_at_fork(after_in_child=gc.freeze)
 
 
 class _Feed:
-    """What the pipeline calls for its next batch: encoded files, and where the crop lies in each."""
+    """Give the pipeline, which calls it, its next batch: encoded files, and where the crop lies in each."""
 
-    def __init__(self, source: ImageFiles, batch_size: int, by_pillow: set[int], kept: int) -> None:
-        self.source, self.batch_size, self.by_pillow = source, batch_size, by_pillow
-        self.coming: Generator[tuple[list[int], _Encoded]] = ahead(_ for _ in ())
-        self.recent: deque[list[int]] = deque(maxlen=kept)  # batches that may be in the pipeline
+    def __init__(self, source: ImageFiles, batch_size: int, pillow_rows: set[int], kept: int) -> None:
+        self.source, self.batch_size, self.pillow_rows = source, batch_size, pillow_rows
+        self.coming: Generator[tuple[list[int], _Encoded]] = prefetched(_ for _ in ())
+        self.recent: deque[list[int]] = deque(maxlen=kept)  # rows of batches that may be in the pipeline
         self.error: Exception | None = None
         self.ended = False
 
     def begin(self, rows: list[int]) -> None:
+        """Start an epoch of these rows."""
         self.coming.close()
-        parts = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
-        # Read while a step is computed: DALI would ask for it in the midst of the step's waiting for images.
-        self.coming = ahead((part, self.read_all(part)) for part in parts)
+        batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+        # Files are read while a step is computed. DALI asks for them only while the step waits for images.
+        self.coming = prefetched((batch, self.read_all(batch)) for batch in batches)
         self.ended = False
 
     def __call__(self) -> _Encoded:
         try:
-            part, batch = next(self.coming)
+            rows, encoded = next(self.coming)
         except StopIteration:
             raise
         except Exception as error:
-            self.error = error  # DALI passes on its message alone
+            self.error = error  # DALI passes on the message alone.
             raise
-        self.recent.append(part)
-        return batch
+        self.recent.append(rows)
+        return encoded
 
     def read_all(self, rows: list[int]) -> _Encoded:
-        data, anchors, shapes = zip(*(self.read(i) for i in rows), strict=True)
+        """Read the files of a batch."""
+        data, anchors, shapes = zip(*(self.read(row) for row in rows), strict=True)
         return list(data), list(anchors), list(shapes)
 
-    def read(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """File i as bytes that DALI decodes, and the crop's corner and extent in it."""
-        path, channels = self.source.files[i], self.source.channels
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return a file as bytes that DALI decodes, and the crop's corner and extent in it."""
+        path, channels = self.source.files[row], self.source.channels
         try:
             with opened(path) as file:
                 data = file.read()
         except OSError:
-            data = b""  # `decode` says what is wrong
-        size = None if i in self.by_pillow else plain_size(data, channels)
+            data = b""  # `decode` says what is wrong.
+        size = None if row in self.pillow_rows else plain_size(data, channels)
         if size is None:
             pixels = decode(path, channels, data if data else None)
             size = pixels.shape[:2]
@@ -257,10 +280,10 @@ class _Feed:
             np.array((height, width), np.int32),
         )
 
-    def blame(self) -> None:
-        """After a failure: raise the error of the file that caused it, if one did."""
+    def raise_cause(self) -> None:
+        """Raise, after the pipeline has failed, the error of the file that caused it, if one did."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error from None
-        for i in (i for part in self.recent for i in part):
-            decode(self.source.files[i], self.source.channels)
+        for row in (row for batch in self.recent for row in batch):
+            decode(self.source.files[row], self.source.channels)

@@ -1,4 +1,4 @@
-"""Real JPEGs of rendered scenes, for benchmarks and tests of loaders: CelebA's size, nothing to download."""
+"""Write JPEGs of rendered scenes at CelebA's size, for benchmarks and tests that download nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from movae_fast.data.machine import in_threads
+from movae_fast.data.prefetch import in_threads
 from movae_fast.files import replacing
 
 WIDTH, HEIGHT = 178, 218
@@ -16,7 +16,7 @@ PER_FOLDER = 10_000
 
 
 def scene(seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """An RGB picture of number `seed`: a shaded background, ellipses and boxes, a photograph's fine grain."""
+    """Return RGB picture number `seed`: a shaded background, ellipses and boxes, a photograph's fine grain."""
     rng = np.random.default_rng(seed)
     corners = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     image = corners.resize((width, height), Image.Resampling.BICUBIC)
@@ -25,9 +25,8 @@ def scene(seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
         x, y = rng.integers(0, width), rng.integers(0, height)
         w, h = rng.integers(10, width // 2, 2)
         shape = draw.ellipse if rng.random() < 0.7 else draw.rectangle
-        shape(
-            (int(x - w // 2), int(y - h // 2), int(x + w // 2), int(y + h // 2)), tuple(rng.integers(0, 256, 3))
-        )
+        corner, opposite = (int(x - w // 2), int(y - h // 2)), (int(x + w // 2), int(y + h // 2))
+        shape((*corner, *opposite), tuple(rng.integers(0, 256, 3)))
     grain = rng.normal(0, 6, (height, width, 1))
     return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
 
@@ -39,7 +38,7 @@ def synthetic_jpeg(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> None:
-    """Write scenes 0 to n - 1 below `folder`, those that are not there yet: 000000.jpg, 000001.jpg, …"""
+    """Write scenes 0 to n - 1 below `folder` as 00/000000.jpg, 00/000001.jpg, …; those that exist stay."""
     paths = [folder / f"{i // PER_FOLDER:02d}" / f"{i:06d}.jpg" for i in range(n)]
     for parent in {p.parent for p in paths}:
         parent.mkdir(parents=True, exist_ok=True)
