@@ -24,7 +24,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def all_memory(device: torch.device) -> int:
-    """Return the bytes that the device has, whoever uses them now: a GPU's, or this machine's or container's."""
+    """Return the bytes that the device has, whoever uses them: a GPU's, or this machine's or container's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

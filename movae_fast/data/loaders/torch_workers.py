@@ -56,7 +56,7 @@ class TorchLoader(Loader):
 
 
 def started(loader: DataLoader) -> Iterator[Any]:
-    """Return the loader's iterator; if not all of its workers can be started, end those that were, and raise."""
+    """Return the loader's iterator; if not all of its workers can be started, end those that were and raise."""
     try:
         return iter(loader)
     except (OSError, RuntimeError) as error:
