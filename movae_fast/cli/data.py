@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
     check_values(config)
     if target is not None and not target.strip():
-        raise ValueError(f"data {command}: the NAME is empty")
+        raise ValueError("NAME or FOLDER is empty")
     if (target is None) != (command == "list"):
         raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
     return COMMANDS[command](target, config, Console())
