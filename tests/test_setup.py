@@ -95,7 +95,7 @@ def build(tmp_path, monkeypatch):
 def compiled_for(folder: Path) -> list[str]:
     """The code= targets of each nvcc call, which are the same in all."""
     lines = (folder / "log").read_text().splitlines()
-    assert len(lines) == len(list((ROOT / "csrc").glob("*.cu")))
+    assert len(lines) == len(list((ROOT / "csrc").rglob("*.cu")))
     targets = {
         tuple(w.rpartition("code=")[2] for w in line.split() if w.startswith("-gencode")) for line in lines
     }

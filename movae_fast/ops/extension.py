@@ -20,7 +20,7 @@ def _load() -> Any:
 
 csrc: Any = _load()
 
-# As csrc/nearest_code.h numbers them.
+# As csrc/common/dtype.h numbers them.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

@@ -2,7 +2,7 @@
 
 Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA (Sener & Koltun
 2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation in float64, so it
-runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/gramian_weights.h). Where the extension has
+runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/weightings/gramian_weights.h). Where the extension has
 no CUDA half, CUDA's matrices are weighed on the host: m x m numbers are copied, and a warning says so once.
 """
 
@@ -18,7 +18,7 @@ from movae_fast.ops import extension
 from movae_fast.ops.extension import csrc
 from movae_fast.ops.registration import library, refuse_vmap
 
-# In the order of `Method` in csrc/gramian_weights.h.
+# In the order of `Method` in csrc/weightings/gramian_weights.h.
 Method = Literal[
     "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse", "cagrad", "imtl_g", "mgda", "pcgrad"
 ]

@@ -1,6 +1,6 @@
 """The nearest codeword of every row: `movae::nearest_code`.
 
-On a CPU the search is C++ (csrc/nearest_code_search.cpp) and takes the fastest of the instruction sets that
+On a CPU the search is C++ (csrc/nearest_code/nearest_code.cpp) and takes the fastest of the instruction sets that
 the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of
 them; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
 """

@@ -3,7 +3,7 @@
 UPGrad (Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization", section 3) projects each
 objective's weight alone and adds up; DualProj projects the preference as a whole. Both are quadratic programs
 over the m x m Gramian: min v' A v subject to v >= u. The correction of a whole step (`step_multipliers`) is the
-same complementarity problem with another right-hand side. csrc/solver.h solves them on a CPU, the Triton kernel
+same complementarity problem with another right-hand side. csrc/projection/solver.h solves them on a CPU, the Triton kernel
 of kernels/project_weights.py on CUDA.
 """
 
@@ -23,7 +23,7 @@ Mode = Literal["upgrad", "dualproj"]
 
 # What the tableaus of CUDA's solvers are laid out for.
 MOST_ON_CUDA = 64
-# As csrc/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
+# As csrc/projection/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
 KINDS = ("rows", "sum", "multipliers")
 
 

@@ -1,8 +1,8 @@
 // Runs the Gramian, the projection and the weighted sum over odd shapes, dtypes and paths, in buffers of exactly the size
 // they need, and checks the answers. Meant for the sanitizers.
-#include "../../csrc/gramian.h"
-#include "../../csrc/gramian_weights.h"
-#include "../../csrc/project_weights.h"
+#include "gramian/gramian.h"
+#include "weightings/gramian_weights.h"
+#include "projection/project_weights.h"
 
 #include <omp.h>
 

@@ -1,6 +1,6 @@
 // Runs the codebook search and quantize, forward and backward, over odd shapes, layouts, dtypes and paths, in
 // buffers of exactly the size they need, and compares with a brute force in float64. Meant for the sanitizers.
-#include "../../csrc/quantize.h"
+#include "quantize/quantize.h"
 
 #include <algorithm>
 #include <cmath>

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/gramian_weights.h"
+#include "weightings/gramian_weights.h"
 
 using namespace movae;
 
