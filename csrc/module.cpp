@@ -1,19 +1,16 @@
-// The Python module movae_fast._csrc. Each source file of csrc/ binds its own functions; this one holds what
+// The Python module movae_fast._csrc. Each folder of csrc/ binds its own functions (bind.cpp); this one holds what
 // `movae doctor` asks of the build and of the machine.
 #include "common/bind.h"
 
-#include <cstdint>
-#include <unistd.h>
 #include <utility>
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
 #ifdef __linux__
 #include <malloc.h>
-#include <sys/syscall.h>
 #endif
 
+#include "common/instruction_set.h"
+
 namespace py = pybind11;
+using namespace movae;
 
 #ifdef MOVAE_WITH_CUDA
 // As cuda_runtime_api.h declares them, which nvcc finds and this file's compiler need not.
@@ -37,28 +34,13 @@ std::pair<int, int> cuda_versions() {
 }
 #endif
 
-// AMX tiles need the kernel's permission for this process (arch_prctl ARCH_REQ_XCOMP_PERM, component 18).
-bool amx_allowed() {
-#if defined(__linux__) && defined(__x86_64__)
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-    return false;
-#endif
-}
-
 py::dict cpu_features() {
     py::dict features;
 #ifdef __x86_64__
-    __builtin_cpu_init();
-    uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
-    const bool leaf7 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
-    const bool amx_bf16 = leaf7 && (edx & (1u << 22)) && (edx & (1u << 24));
-    features["avx2"] = bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-    features["avx512"] = bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
-    features["avx512_bf16"] = bool(__builtin_cpu_supports("avx512bf16"));
-    features["amx_bf16"] = amx_bf16 && amx_allowed();
+    features["avx2"] = has(InstructionSet::kAvx2);
+    features["avx512"] = has(InstructionSet::kAvx512);
+    features["avx512_bf16"] = has(InstructionSet::kAvx512Bf16);
+    features["amx_bf16"] = has(InstructionSet::kAmx);
 #endif
     return features;
 }

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 # The search, and what every op asks of the CPU; no Python.
 COMMON = sorted(
-    path for folder in ("common", "nearest_code") for path in (CSRC / folder).glob("*.cpp") if path.stem != "bind"
+    path
+    for path in CSRC.glob("*/*.cpp")
+    if path.parent.name in ("common", "nearest_code") and path.stem != "bind"
 )
 SOURCES = [
     *COMMON,
@@ -18,16 +20,16 @@ SOURCES = [
 ]
 
 
-DESCENT = [
+JACOBIAN = [
     *COMMON,
     CSRC / "gramian/gramian.cpp",
     CSRC / "projection/project_weights.cpp",
-    ROOT / "tests/csrc/descent_driver.cpp",
+    ROOT / "tests/csrc/jacobian_driver.cpp",
 ]
 
 
 @pytest.mark.slow
-def test_descent_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+def test_the_ops_on_a_jacobian_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     """The Gramian, the projection and the weighted sum on every path of this CPU, in exact buffers."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -35,7 +37,7 @@ def test_descent_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path
     driver = tmp_path / "driver"
     options = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined"]
     options += ["-fno-sanitize-recover=all", f"-I{CSRC}"]
-    subprocess.run([compiler, *options, *map(str, DESCENT), "-o", str(driver)], check=True)
+    subprocess.run([compiler, *options, *map(str, JACOBIAN), "-o", str(driver)], check=True)
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     run = subprocess.run([str(driver)], capture_output=True, text=True, env=env, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

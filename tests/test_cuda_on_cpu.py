@@ -1,4 +1,4 @@
-"""csrc/**/*.cu executed on a CPU (tests/cuda_on_cpu): the C++ path's answers, the same in any order of threads."""
+"""csrc/**/*.cu executed on a CPU (tests/cuda_on_cpu): the same answers in any order of threads."""
 
 import ctypes
 import os

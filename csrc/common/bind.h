@@ -1,4 +1,4 @@
-// What the files that bind into the module share, and what each of them binds: one function a file.
+// What the bind.cpp of every op share, and what they define for module.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// Compiles the header that MOVAE_KERNEL names once an instruction set, in the namespaces portable, avx2 and avx512, with
+// Compiles the header that MOVAE_KERNEL names once per instruction set, in the namespaces portable, avx2 and avx512, with
 // MOVAE_VECTOR_BYTES set to its width. No include guard: it is included in the namespace that those are to lie in.
 
 // GCC 12's own header passes a deliberately undefined register to the unmasked forms.

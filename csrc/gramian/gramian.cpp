@@ -9,8 +9,8 @@
 #include <immintrin.h>
 #endif
 
-#include "nearest_code/kernels.h"
-#include "nearest_code/pack.h"
+#include "common/half_to_float.h"
+#include "common/threads.h"
 
 namespace movae {
 namespace {
@@ -30,15 +30,15 @@ struct Path {
     void (*weighted_sum)(const T*, int64_t, const T*, int64_t, int64_t, T*, bool);
     void (*from_bfloat)(const uint16_t*, float*, int64_t);
     void (*to_bfloat)(const float*, uint16_t*, int64_t);
+    HalfToFloat from_half;
 };
-#define MOVAE_PATH(ns) {ns::add_products<T>, ns::weighted_sum<T>, ns::from_bfloat, ns::to_bfloat}
+#define MOVAE_PATH(ns) {ns::add_products<T>, ns::weighted_sum<T>, ns::from_bfloat, ns::to_bfloat, half_to_float(isa)}
 
 template <class T>
-Path<T> choose(const Isa& isa) {
+Path<T> choose(InstructionSet isa) {
 #ifdef __x86_64__
-    const std::string name = isa.exact->name;
-    if (name == "avx512") return MOVAE_PATH(avx512);
-    if (name == "avx2") return MOVAE_PATH(avx2);
+    if (vectors_of(isa) == InstructionSet::kAvx512) return MOVAE_PATH(avx512);
+    if (isa == InstructionSet::kAvx2) return MOVAE_PATH(avx2);
 #endif
     return MOVAE_PATH(portable);
 }
@@ -51,7 +51,7 @@ struct Columns {
 };
 
 template <class T>
-Columns<T> columns(const Rows& rows, int64_t first, int64_t n, T* scratch, const Path<T>& path, const Isa& isa) {
+Columns<T> columns(const Rows& rows, int64_t first, int64_t n, T* scratch, const Path<T>& path) {
     if (rows.dtype == Dtype::kFloat32 || rows.dtype == Dtype::kFloat64)
         return {static_cast<const T*>(rows.data) + first, rows.stride};
     for (int64_t i = 0; i < rows.m; ++i) {
@@ -60,7 +60,7 @@ Columns<T> columns(const Rows& rows, int64_t first, int64_t n, T* scratch, const
         if (rows.dtype == Dtype::kBfloat16)
             path.from_bfloat(from, to, n);
         else
-            isa.exact->half_to_float(from, to, n);
+            path.from_half(from, to, n);
     }
     return {scratch, n};
 }
@@ -68,7 +68,7 @@ Columns<T> columns(const Rows& rows, int64_t first, int64_t n, T* scratch, const
 bool is_half(const Rows& rows) { return item_size(rows.dtype) == 2; }
 
 template <class T>
-void products(const Rows& rows, double* out, const Isa& isa, int threads) {
+void products(const Rows& rows, double* out, InstructionSet isa, int threads) {
     const Path<T> path = choose<T>(isa);
     const int64_t m = rows.m;
     const int64_t chunk = std::max(kChunk, ((rows.columns + kChunks - 1) / kChunks + 63) / 64 * 64);
@@ -85,7 +85,7 @@ void products(const Rows& rows, double* out, const Isa& isa, int threads) {
             const int64_t end = std::min(rows.columns, (c + 1) * chunk);
             for (int64_t k = c * chunk; k < end; k += piece) {
                 const int64_t n = std::min(piece, end - k);
-                const Columns<T> here = columns(rows, k, n, scratch.data(), path, isa);
+                const Columns<T> here = columns(rows, k, n, scratch.data(), path);
                 path.add_products(here.x, here.stride, m, n, parts.data() + c * m * m);
             }
         }
@@ -99,7 +99,7 @@ void products(const Rows& rows, double* out, const Isa& isa, int threads) {
 }
 
 template <class T>
-void weighted_sum(const Rows& rows, const double* weights, void* out, const Isa& isa, int threads) {
+void weighted_sum(const Rows& rows, const double* weights, void* out, InstructionSet isa, int threads) {
     const Path<T> path = choose<T>(isa);
     const std::vector<T> w(weights, weights + rows.m);
     const int64_t pieces = (rows.columns + kSumColumns - 1) / kSumColumns, size = item_size(rows.dtype);
@@ -113,7 +113,7 @@ void weighted_sum(const Rows& rows, const double* weights, void* out, const Isa&
 #pragma omp for schedule(static)
         for (int64_t back = 0; back < pieces; ++back) {
             const int64_t first = (pieces - 1 - back) * kSumColumns, n = std::min(kSumColumns, rows.columns - first);
-            const Columns<T> here = columns(rows, first, n, scratch.data(), path, isa);
+            const Columns<T> here = columns(rows, first, n, scratch.data(), path);
             T* to = half ? sum : static_cast<T*>(out) + first;
             path.weighted_sum(here.x, here.stride, w.data(), rows.m, n, to, past_caches && !half);
             uint16_t* packed = static_cast<uint16_t*>(out) + first;
@@ -129,24 +129,22 @@ void weighted_sum(const Rows& rows, const double* weights, void* out, const Isa&
 
 }  // namespace
 
-void gramian(const Rows& rows, double* out, const std::string& isa, int threads) {
-    const Isa path = find_isa(isa);
+void gramian(const Rows& rows, double* out, InstructionSet isa, int threads) {
     if (rows.dtype == Dtype::kFloat64)
-        products<double>(rows, out, path, threads);
+        products<double>(rows, out, isa, threads);
     else
-        products<float>(rows, out, path, threads);
+        products<float>(rows, out, isa, threads);
 }
 
-void combine(const Rows& rows, const double* weights, void* out, const std::string& isa, int threads) {
-    const Isa path = find_isa(isa);
+void combine(const Rows& rows, const double* weights, void* out, InstructionSet isa, int threads) {
     if (rows.m == 0) {
         std::memset(out, 0, rows.columns * item_size(rows.dtype));
         return;
     }
     if (rows.dtype == Dtype::kFloat64)
-        weighted_sum<double>(rows, weights, out, path, threads);
+        weighted_sum<double>(rows, weights, out, isa, threads);
     else
-        weighted_sum<float>(rows, weights, out, path, threads);
+        weighted_sum<float>(rows, weights, out, isa, threads);
 }
 
 }  // namespace movae

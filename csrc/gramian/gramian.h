@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
-#include "nearest_code/nearest_code.h"
+#include "common/dtype.h"
+#include "common/instruction_set.h"
 
 namespace movae {
 
@@ -15,9 +15,9 @@ struct Rows {
 };
 
 // out [m, m] float64, symmetric to the last bit. The order of summation depends on m, columns and the instruction set alone.
-void gramian(const Rows& rows, double* out, const std::string& isa, int threads);
+void gramian(const Rows& rows, double* out, InstructionSet isa, int threads);
 
 // out [columns] in the rows' dtype: weights @ rows, added up in float32 (float64 for float64 rows), one row after another.
-void combine(const Rows& rows, const double* weights, void* out, const std::string& isa, int threads);
+void combine(const Rows& rows, const double* weights, void* out, InstructionSet isa, int threads);
 
 }  // namespace movae

@@ -1,4 +1,4 @@
-// The inner loops of the Gramian and of the weighted sum, included once an instruction set with MOVAE_VECTOR_BYTES set.
+// The inner loops of the Gramian and of the weighted sum, included once per instruction set with MOVAE_VECTOR_BYTES set.
 
 #define MOVAE_INLINE __attribute__((always_inline)) inline
 
@@ -166,19 +166,11 @@ void weighted_sum(const T* x, int64_t stride, const T* weights, int64_t m, int64
 }
 
 void from_bfloat(const uint16_t* x, float* out, int64_t n) {
-    for (int64_t k = 0; k < n; ++k) {
-        const uint32_t bits = static_cast<uint32_t>(x[k]) << 16;
-        __builtin_memcpy(out + k, &bits, 4);
-    }
+    for (int64_t k = 0; k < n; ++k) out[k] = from_bfloat16(x[k]);
 }
 
 void to_bfloat(const float* x, uint16_t* out, int64_t n) {
-    for (int64_t k = 0; k < n; ++k) {
-        uint32_t bits;
-        __builtin_memcpy(&bits, x + k, 4);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        out[k] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-    }
+    for (int64_t k = 0; k < n; ++k) out[k] = to_bfloat16_or_nan(x[k]);
 }
 
 #undef MOVAE_INLINE

@@ -3,12 +3,7 @@
 #include "nearest_code/kernels.h"
 
 #ifdef __x86_64__
-#include <cpuid.h>
 #include <immintrin.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 // GCC 12's own header passes a deliberately undefined register to the unmasked forms.
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -83,34 +78,8 @@ void amx_release() { _tile_release(); }
 
 #include "common/target_end.h"
 
-namespace {
-
-bool amx_here() {
-#if defined(MOVAE_EMULATE_AMX)
-    return true;
-#elif defined(__linux__)
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
-    // The kernel grants tile state to a process that asks (arch_prctl, component 18).
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-    return false;
-#endif
-}
-
-}  // namespace
-
 const movae::BfloatKernels* movae::amx_kernels() {
-    const BfloatKernels* narrow = avx512_bf16_kernels();
-    if (!narrow) return nullptr;
-    static const bool here = amx_here();
-    static const BfloatKernels kernels = {"amx", kRows, &screen, narrow->round_row};
-    return here ? &kernels : nullptr;
+    static const BfloatKernels kernels = {kRows, &screen, avx512_bf16_kernels()->round_row};
+    return &kernels;
 }
-#else
-const movae::BfloatKernels* movae::amx_kernels() { return nullptr; }
-void movae::amx_configure() {}
-void movae::amx_release() {}
 #endif

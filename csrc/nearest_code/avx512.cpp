@@ -17,17 +17,13 @@ namespace {
 
 struct V {
     typedef __m512 type;
-    static constexpr const char* name = "avx512";
-    static constexpr int width = 16, vectors = 4, rows = 6, half_width = 16;
+    static constexpr int width = 16, vectors = 4, rows = 6;
     static type load(const float* x) { return _mm512_loadu_ps(x); }
     static void store(float* x, type v) { _mm512_storeu_ps(x, v); }
     static type broadcast(float x) { return _mm512_set1_ps(x); }
     static type fma(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
     static type min(type a, type b) { return _mm512_min_ps(a, b); }
     static unsigned not_greater(type a, type b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-    static void widen_half(const uint16_t* x, float* out) {
-        store(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
-    }
 };
 
 }  // namespace
@@ -35,11 +31,5 @@ struct V {
 #include "nearest_code/float_kernels.h"
 #include "common/target_end.h"
 
-const movae::FloatKernels* movae::avx512_kernels() {
-    static const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return here ? &kKernels : nullptr;
-}
-#else
-const movae::FloatKernels* movae::avx512_kernels() { return nullptr; }
+const movae::FloatKernels* movae::avx512_kernels() { return &kKernels; }
 #endif

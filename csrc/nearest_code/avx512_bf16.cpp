@@ -76,17 +76,12 @@ void round_row(const float* x, int depth, uint16_t* out, float* dropped, float* 
     *kept = std::sqrt(_mm512_reduce_add_ps(kept2));
 }
 
-const BfloatKernels kKernels = {"avx512_bf16", kRows, &screen, &round_row};
+const BfloatKernels kKernels = {kRows, &screen, &round_row};
 
 }  // namespace
 }  // namespace movae
 
 #include "common/target_end.h"
 
-const movae::BfloatKernels* movae::avx512_bf16_kernels() {
-    static const bool here = avx512_kernels() && __builtin_cpu_supports("avx512bf16");
-    return here ? &kKernels : nullptr;
-}
-#else
-const movae::BfloatKernels* movae::avx512_bf16_kernels() { return nullptr; }
+const movae::BfloatKernels* movae::avx512_bf16_kernels() { return &kKernels; }
 #endif

@@ -1,8 +1,8 @@
 // Python's door to the codebook search.
+#include <pybind11/stl.h>
+
 #include "common/bind.h"
 #include "nearest_code/nearest_code.h"
-
-#include <pybind11/stl.h>
 
 namespace py = pybind11;
 using namespace movae;
@@ -20,16 +20,22 @@ void bind_nearest_code(py::module_& m) {
         }));
     m.def(
         "nearest_code",
-        [](const RowsView& z, const Codebook& codebook, std::uintptr_t index, bool exact, const std::string& isa,
-           int threads) {
-            const Isa path = find_isa(isa);
+        [](const RowsView& z, const Codebook& codebook, std::uintptr_t index, bool exact, int threads) {
+            const InstructionSet isa = chosen_isa();
             py::gil_scoped_release unlocked;
-            nearest_code(z, codebook, pointer<int64_t>(index), exact, path, threads);
+            nearest_code(z, codebook, pointer<int64_t>(index), exact, isa, threads);
         },
-        py::arg("z"), py::arg("codebook"), py::arg("index"), py::arg("exact"), py::arg("isa"), py::arg("threads"),
-        "Writes the index of every row's nearest code. isa: a name of nearest_code_isas(), or '' for the best.");
+        py::arg("z"), py::arg("codebook"), py::arg("index"), py::arg("exact"), py::arg("threads"),
+        "Writes the index of every row's nearest code.");
     m.def(
-        "nearest_code_isa", [] { return std::string(find_isa("").name); },
-        "The path nearest_code takes here: the fastest this CPU has, or what MOVAE_CPU_ISA asks for.");
-    m.def("nearest_code_isas", &available_isas, "Every path this CPU can run, fastest first.");
+        "nearest_code_isa", [] { return name_of(chosen_isa()); },
+        "The instruction set that nearest_code takes now: the fastest of this CPU, or the one that MOVAE_CPU_ISA names.");
+    m.def(
+        "nearest_code_isas",
+        [] {
+            std::vector<std::string> names;
+            for (const InstructionSet isa : available_isas()) names.emplace_back(name_of(isa));
+            return names;
+        },
+        "Every instruction set that nearest_code can take on this CPU, fastest first.");
 }

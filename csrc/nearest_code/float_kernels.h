@@ -1,4 +1,4 @@
-// The float32 kernels' bodies, compiled once an instruction set: nearest_code_{portable,avx2,avx512}.cpp define a
+// The float32 kernels' bodies, compiled once per instruction set: portable.cpp, avx2.cpp and avx512.cpp define a
 // vector `V` and include this under their own target pragma. All is in an unnamed namespace, so that the linker
 // cannot put one file's wide instructions in another's place.
 
@@ -160,20 +160,8 @@ double squared_distance(const float* x, const float* y, int depth) {
     return sum8(sum);
 }
 
-void half_to_float(const uint16_t* x, float* out, int64_t n) {
-    int64_t i = 0;
-    for (; i + V::half_width <= n; i += V::half_width) V::widen_half(x + i, out + i);
-    if (i < n) {
-        uint16_t padded[V::half_width] = {};
-        float wide[V::half_width];
-        std::memcpy(padded, x + i, (n - i) * sizeof *x);
-        V::widen_half(padded, wide);
-        std::memcpy(out + i, wide, (n - i) * sizeof *out);
-    }
-}
-
-const FloatKernels kKernels = {V::name,    V::rows,     &screen,           &candidates,    &dot4_float,
-                               &dot4_double, &sum_squares, &squared_distance, &half_to_float};
+const FloatKernels kKernels = {V::rows,      &screen,      &candidates,      &dot4_float,
+                               &dot4_double, &sum_squares, &squared_distance};
 
 }  // namespace
 }  // namespace movae

@@ -1,4 +1,4 @@
-// The inner loops of the codebook search, one table an instruction set.
+// The inner loops of the codebook search, one table per instruction set.
 //
 // The codebook is packed in panels of 64 codes. A screening kernel scores some rows against one panel and keeps,
 // for each row and each of 16 lanes, the least of the scores of the four codes lane, lane + 16, lane + 32 and
@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-// Loops over registers: unrolled before the compiler decides what lives in memory.
-#define MOVAE_UNROLL _Pragma("GCC unroll 16")
+#include "common/half_to_float.h"
+#include "common/instruction_set.h"
 
 namespace movae {
 
@@ -19,7 +19,6 @@ constexpr int kGroup = 4;    // codes a group
 constexpr int kDepthStep = 32;  // bfloat16 rows and panels are padded to the depth of one AMX tile
 
 struct FloatKernels {
-    const char* name;
     int row_step;  // rows a micro-tile; row buffers are padded to a multiple of it
 
     // minima[row * stride + lane] = min over the group of norm_scale * half_norms[code] + z[row] . panel[., code],
@@ -37,11 +36,9 @@ struct FloatKernels {
 
     float (*sum_squares)(const float* x, int depth);
     double (*squared_distance)(const float* x, const float* y, int depth);
-    void (*half_to_float)(const uint16_t* x, float* out, int64_t n);
 };
 
 struct BfloatKernels {
-    const char* name;
     int row_step;
 
     // As above in bfloat16 products and float32 sums; rows as [row][padded depth], panel as [depth / 2][64][2].
@@ -52,40 +49,25 @@ struct BfloatKernels {
     void (*round_row)(const float* x, int depth, uint16_t* out, float* dropped, float* kept);
 };
 
-// nullptr where this build (another architecture) or this CPU has no such instructions.
 const FloatKernels* portable_kernels();
+#ifdef __x86_64__  // only for a CPU that has them
 const FloatKernels* avx2_kernels();
 const FloatKernels* avx512_kernels();
 const BfloatKernels* avx512_bf16_kernels();
 const BfloatKernels* amx_kernels();
+#endif
 
 // Gives the calling thread's tiles their shapes, and takes them back; only around calls of amx_kernels()->screen.
 void amx_configure();
 void amx_release();
 
-inline uint16_t to_bfloat16(float x) {  // round to nearest even; finite x only
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline uint16_t to_half(float value) {  // round to nearest even
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    const uint32_t sign = bits >> 16 & 0x8000u;
-    const float magnitude = __builtin_fabsf(value);
-    if (!(magnitude < 65520.0f)) return static_cast<uint16_t>(sign | (value != value ? 0x7e00u : 0x7c00u));
-    if (magnitude < 0x1p-14f)  // subnormal halves are multiples of 2^-24
-        return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_lrintf(magnitude * 0x1p24f)));
-    bits = (bits & 0x7fffffffu) - (112u << 23);
-    return static_cast<uint16_t>(sign | ((bits + 0xfffu + (bits >> 13 & 1u)) >> 13));
-}
-
-inline float from_bfloat16(uint16_t x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float out;
-    __builtin_memcpy(&out, &bits, 4);
-    return out;
-}
+// What a search calls.
+struct Kernels {
+    const FloatKernels* exact;       // never null
+    const BfloatKernels* screening;  // null: float32 screens
+    bool tiles;                      // AMX: each thread configures its tiles
+    HalfToFloat half_to_float;
+};
+Kernels kernels_of(InstructionSet isa);
 
 }  // namespace movae

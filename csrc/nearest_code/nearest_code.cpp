@@ -1,7 +1,7 @@
 // The exact nearest codeword of every row, without an N x K buffer.
 //
 // 1. Screen: a kernel scores a block of rows against the packed codebook, |c|^2 / 2 - z.c in float32 or bfloat16
-//    products, and keeps the minimum of every group of four codes (nearest_code_isa.h).
+//    products, and keeps the minimum of every group of four codes (kernels.h).
 // 2. Certify: a screened score differs from the true one by no more than
 //        |z - z~| |c|  +  |z~| |c - c~|  +  gamma (|z~| |c| + |c|^2 / 2)  +  tiny,
 //    z~ and c~ being what the kernel read. The first two are Cauchy-Schwarz over what rounding really dropped,
@@ -12,11 +12,14 @@
 //
 // The answer is thus float64's on every path. Rows for which bfloat16 leaves many groups (codes that crowd together
 // far from the origin) are screened again in float32.
-#include "nearest_code/pack.h"
+#include "nearest_code/nearest_code.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "common/threads.h"
+#include "nearest_code/pack.h"
 
 namespace movae {
 namespace {
@@ -43,10 +46,10 @@ struct Workspace {  // one thread's
 template <class Real>
 class Search {
   public:
-    Search(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, const Isa& isa, int threads)
-        : z_(z), codebook_(codebook), index_(index), exact_(exact), isa_(isa), threads_(threads),
+    Search(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, const Kernels& kernels, int threads)
+        : z_(z), codebook_(codebook), index_(index), exact_(exact), kernels_(kernels), threads_(threads),
           depth_(static_cast<int>(z.depth)) {
-        const double largest = largest_magnitude(codebook, isa, threads);
+        const double largest = largest_magnitude(codebook, kernels, threads);
         exponent_ = scale_exponent(largest);
         // Norms enter the scores as |c 2^b|^2 / 2 * 2^(a - b); this keeps them under 2^100, and the factor finite.
         const int room = largest == 0 ? 0 : 98 - std::ilogb(depth_) - 2 * (std::ilogb(largest) + exponent_);
@@ -55,14 +58,14 @@ class Search {
 
     void run(const BlockDone& done) {
         const int64_t widened = item_size(codebook_.dtype) == 2 ? 4 : 0;
-        const int64_t bytes_a_code = depth_ * (4 + widened + (isa_.screening ? 2 : 0));
+        const int64_t bytes_a_code = depth_ * (4 + widened + (kernels_.screening ? 2 : 0));
         const int64_t step =
             std::max<int64_t>(kBlockBytes / bytes_a_code / kPanel * kPanel, kChunkPanels * kPanel);
         const bool one_block = step >= codebook_.count;
         if (!one_block) best_.resize(z_.rows());
         for (int64_t first = 0; first < codebook_.count; first += step) {
             const int64_t count = std::min(step, codebook_.count - first);
-            block_.pack(codebook_, first, count, exponent_, isa_, threads_);
+            block_.pack(codebook_, first, count, exponent_, kernels_, threads_);
             pass(first == 0, one_block, first + count == codebook_.count ? done : BlockDone());
         }
     }
@@ -76,7 +79,7 @@ class Search {
 #pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads_, blocks)))
         {
             Workspace<Real> work;
-            if (isa_.tiles) amx_configure();
+            if (kernels_.tiles) amx_configure();
 #pragma omp for schedule(dynamic)
             for (int64_t b = 0; b < blocks; ++b) {
                 const int64_t first = b * size;
@@ -85,20 +88,20 @@ class Search {
                     work.best[r] = first_block ? kInfinity : best_[first + r];
                     work.index[r] = first_block ? 0 : index_[first + r];
                 }
-                work.rows.load(z_, first, rows, max_row_exponent_, isa_);
+                work.rows.load(z_, first, rows, max_row_exponent_, kernels_);
                 search_block(work);
                 std::copy(work.index, work.index + rows, index_ + first);
                 if (!one_block) std::copy(work.best, work.best + rows, best_.get() + first);
                 if (done) done(first, rows, work.index);
             }
-            if (isa_.tiles) amx_release();
+            if (kernels_.tiles) amx_release();
         }
     }
 
     void search_block(Workspace<Real>& work) {
         const RowBlock<Real>& rows = work.rows;
         work.minima.resize(static_cast<int64_t>(rows.padded) * kChunkPanels * kLanes);
-        if (isa_.screening) work.rows.round(depth_, *isa_.screening);
+        if (kernels_.screening) work.rows.round(depth_, *kernels_.screening);
         // Never zero: the padding's infinite norms must stay infinite. certify() allows for what that adds.
         work.norm_scale = static_cast<float>(std::ldexp(1.0, std::max(rows.exponent - exponent_, -126)));
         // float64 rows are re-scored as scaled, others as they came.
@@ -111,7 +114,7 @@ class Search {
             work.hard_count = 0;
             for (int r = 0; r < rows.rows; ++r) {
                 if (rows.bad[r]) continue;
-                const bool low = isa_.screening != nullptr;
+                const bool low = kernels_.screening != nullptr;
                 const int found = certify(work, r, r, panel, panels, low);
                 if (low && exact_ && found > 2 * panels)
                     work.hard[work.hard_count++] = r;
@@ -130,11 +133,11 @@ class Search {
         for (int64_t p = panel; p < panel + panels; ++p) {
             float* minima = work.minima.get() + (p - panel) * kLanes;
             const float* norms = block_.half_norm.get() + p * kPanel;
-            if (isa_.screening)
-                isa_.screening->screen(rows.rounded.get(), deep, rows.rows, block_.panel16.get() + p * deep * kPanel,
+            if (kernels_.screening)
+                kernels_.screening->screen(rows.rounded.get(), deep, rows.rows, block_.panel16.get() + p * deep * kPanel,
                                        norms, unit, depth_, minima, kChunkPanels * kLanes);
             else
-                isa_.exact->screen(rows.screen, depth_, rows.rows, block_.panel32.get() + p * depth_ * kPanel, norms,
+                kernels_.exact->screen(rows.screen, depth_, rows.rows, block_.panel32.get() + p * depth_ * kPanel, norms,
                                    unit, depth_, minima, kChunkPanels * kLanes);
         }
     }
@@ -147,7 +150,7 @@ class Search {
         for (int i = 0; i < work.hard_count; ++i)
             std::copy_n(rows.screen + static_cast<int64_t>(work.hard[i]) * depth_, depth_, z + i * int64_t{depth_});
         for (int64_t p = panel; p < panel + panels; ++p)
-            isa_.exact->screen(z, depth_, work.hard_count, block_.panel32.get() + p * depth_ * kPanel,
+            kernels_.exact->screen(z, depth_, work.hard_count, block_.panel32.get() + p * depth_ * kPanel,
                                block_.half_norm.get() + p * kPanel, work.norm_scale, depth_,
                                work.minima.get() + (p - panel) * kLanes, kChunkPanels * kLanes);
         for (int i = 0; i < work.hard_count; ++i)
@@ -169,7 +172,7 @@ class Search {
         for (int p = 0; p < panels; ++p)
             work.bound[p] = exact_ ? norm[p] * (by_norm + by_square * norm[p]) + kept * lost[p] + constant : 0.0f;
         const float best = static_cast<float>(work.best[r] * work.unit);
-        return isa_.exact->candidates(work.minima.get() + static_cast<int64_t>(slot) * kChunkPanels * kLanes,
+        return kernels_.exact->candidates(work.minima.get() + static_cast<int64_t>(slot) * kChunkPanels * kLanes,
                                       work.bound, panels, best, work.groups);
     }
 
@@ -184,9 +187,9 @@ class Search {
                 codes[j] = block_.rows + (code < block_.count ? code : 0) * depth_;
             }
             if constexpr (std::is_same<Real, double>::value)
-                isa_.exact->dot4_double(z, codes, depth_, product);
+                kernels_.exact->dot4_double(z, codes, depth_, product);
             else
-                isa_.exact->dot4(z, codes, depth_, product);
+                kernels_.exact->dot4(z, codes, depth_, product);
             for (int j = 0; j < kGroup; ++j) {
                 const int64_t code = first + j * kLanes;
                 if (code >= block_.count) break;
@@ -204,7 +207,7 @@ class Search {
     const Codebook& codebook_;
     int64_t* index_;
     const bool exact_;
-    const Isa& isa_;
+    const Kernels& kernels_;
     const int threads_, depth_;
     int exponent_, max_row_exponent_;
     CodeBlock<Real> block_;
@@ -213,14 +216,15 @@ class Search {
 
 }  // namespace
 
-void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, const Isa& isa,
+void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, InstructionSet isa,
                   int threads, const BlockDone& done) {
     if (z.rows() == 0) return;
+    const Kernels kernels = kernels_of(isa);
     threads = useful_threads(threads, z.rows() * codebook.count * z.depth / 16);  // 16 a vector instruction
     if (z.dtype == Dtype::kFloat64)
-        Search<double>(z, codebook, index, exact, isa, threads).run(done);
+        Search<double>(z, codebook, index, exact, kernels, threads).run(done);
     else
-        Search<float>(z, codebook, index, exact, isa, threads).run(done);
+        Search<float>(z, codebook, index, exact, kernels, threads).run(done);
 }
 
 }  // namespace movae

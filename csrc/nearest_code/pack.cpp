@@ -14,11 +14,11 @@ constexpr float kUp = 1.001f;  // covers the rounding of a norm computed in floa
 // A block of rows, each made contiguous. Channel-first data is read along its contiguous axis and transposed in
 // the cache.
 template <class Real>
-void gather(const RowsView& z, int64_t first, int rows, Real* out, const Isa& isa) {
+void gather(const RowsView& z, int64_t first, int rows, Real* out, const Kernels& kernels) {
     const int64_t depth = z.depth;
     if (z.depth_stride == 1) {
         for (int r = 0; r < rows; ++r)
-            widen(at(z.data, z.dtype, z.offset(first + r)), z.dtype, depth, out + r * depth, isa);
+            widen(at(z.data, z.dtype, z.offset(first + r)), z.dtype, depth, out + r * depth, kernels);
         return;
     }
     constexpr int kRun = 64;
@@ -37,7 +37,7 @@ void gather(const RowsView& z, int64_t first, int rows, Real* out, const Isa& is
                     std::memcpy(copy + i * size, at(z.data, z.dtype, element + i * z.spatial_stride), size);
                 source = copy;
             }
-            widen(source, z.dtype, n, run, isa);
+            widen(source, z.dtype, n, run, kernels);
             for (int i = 0; i < n; ++i) out[(r + i) * depth + k] = run[i];
         }
         r += n;
@@ -62,27 +62,27 @@ double power_of_two(int exponent) { return std::ldexp(1.0, exponent); }
 
 }  // namespace
 
-void widen(const void* source, Dtype dtype, int64_t n, double* out, const Isa&) {
+void widen(const void* source, Dtype dtype, int64_t n, double* out, const Kernels&) {
     if (dtype == Dtype::kFloat64) std::memcpy(out, source, n * sizeof *out);
 }
 
-void widen(const void* source, Dtype dtype, int64_t n, float* out, const Isa& isa) {
+void widen(const void* source, Dtype dtype, int64_t n, float* out, const Kernels& kernels) {
     if (dtype == Dtype::kFloat32) {
         std::memcpy(out, source, n * sizeof *out);
     } else if (dtype == Dtype::kFloat16) {
-        isa.exact->half_to_float(static_cast<const uint16_t*>(source), out, n);
+        kernels.half_to_float(static_cast<const uint16_t*>(source), out, n);
     } else {
         const uint16_t* bits = static_cast<const uint16_t*>(source);
         for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(bits[i]);
     }
 }
 
-void gather_rows(const RowsView& z, int64_t first, int rows, float* out, const Isa& isa) {
-    gather(z, first, rows, out, isa);
+void gather_rows(const RowsView& z, int64_t first, int rows, float* out, const Kernels& kernels) {
+    gather(z, first, rows, out, kernels);
 }
 
-void gather_rows(const RowsView& z, int64_t first, int rows, double* out, const Isa& isa) {
-    gather(z, first, rows, out, isa);
+void gather_rows(const RowsView& z, int64_t first, int rows, double* out, const Kernels& kernels) {
+    gather(z, first, rows, out, kernels);
 }
 
 bool comfortable(double largest) { return largest == 0 || (largest >= 0x1p-40 && largest <= 0x1p40); }
@@ -92,7 +92,7 @@ int scale_exponent(double largest) {
     return std::clamp(-std::ilogb(largest), -1000, 1000);
 }
 
-double largest_magnitude(const Codebook& codebook, const Isa& isa, int threads) {
+double largest_magnitude(const Codebook& codebook, const Kernels& kernels, int threads) {
     double largest = 0;
     const int64_t depth = codebook.depth;
 #pragma omp parallel for num_threads(threads) reduction(max : largest) if (codebook.count * depth > 65536)
@@ -108,7 +108,7 @@ double largest_magnitude(const Codebook& codebook, const Isa& isa, int threads) 
         } else {
             thread_local Buffer<float> scratch;
             float* x = scratch.resize(depth);
-            widen(row, codebook.dtype, depth, x, isa);
+            widen(row, codebook.dtype, depth, x, kernels);
             value = all_finite(x, depth) ? largest_of(x, depth) : 0;
         }
         largest = std::max(largest, value);
@@ -117,7 +117,7 @@ double largest_magnitude(const Codebook& codebook, const Isa& isa, int threads) 
 }
 
 template <class Real>
-void CodeBlock<Real>::pack(const Codebook& codebook, int64_t first_code, int64_t codes, int scale, const Isa& isa,
+void CodeBlock<Real>::pack(const Codebook& codebook, int64_t first_code, int64_t codes, int scale, const Kernels& kernels,
                            int threads) {
     first = first_code, count = codes, depth = codebook.depth, exponent = scale;
     panels = (count + kPanel - 1) / kPanel;
@@ -132,7 +132,7 @@ void CodeBlock<Real>::pack(const Codebook& codebook, int64_t first_code, int64_t
     }
     rows_scale = std::is_same<Real, double>::value ? static_cast<Real>(power_of_two(exponent)) : Real(1);
     panel32.resize(panels * depth * kPanel);
-    if (isa.screening) panel16.resize(panels * padded_depth * kPanel);
+    if (kernels.screening) panel16.resize(panels * padded_depth * kPanel);
     half_norm.resize(panels * kPanel);
     half_norm64.resize(panels * kPanel);
     norm.resize(panels), dropped32.resize(panels), dropped16.resize(panels);
@@ -144,20 +144,20 @@ void CodeBlock<Real>::pack(const Codebook& codebook, int64_t first_code, int64_t
         for (int64_t p = 0; p < panels; ++p) {
             if (!direct) {
                 const int64_t n = std::min<int64_t>(kPanel, count - p * kPanel) * depth, start = p * kPanel * depth;
-                widen(at(source, codebook.dtype, start), codebook.dtype, n, widened_.get() + start, isa);
+                widen(at(source, codebook.dtype, start), codebook.dtype, n, widened_.get() + start, kernels);
             }
-            pack_panel(p, isa, scratch.get());
+            pack_panel(p, kernels, scratch.get());
         }
     }
 }
 
 template <class Real>
-void CodeBlock<Real>::pack_panel(int64_t panel, const Isa& isa, Real* scratch) {
+void CodeBlock<Real>::pack_panel(int64_t panel, const Kernels& kernels, Real* scratch) {
     const int64_t padded_depth = (depth + kDepthStep - 1) / kDepthStep * kDepthStep;
     const double scale = power_of_two(exponent);
     const double norm_unit = std::is_same<Real, double>::value ? 1.0 : 1.0 / (scale * scale);
     float* out32 = panel32.get() + panel * depth * kPanel;
-    uint16_t* out16 = isa.screening ? panel16.get() + panel * padded_depth * kPanel : nullptr;
+    uint16_t* out16 = kernels.screening ? panel16.get() + panel * padded_depth * kPanel : nullptr;
     if (out16) std::memset(out16, 0, padded_depth * kPanel * sizeof *out16);
     double largest_norm = 0, largest_dropped32 = 0, largest_dropped16 = 0;
     for (int c = 0; c < kPanel; ++c) {
@@ -196,14 +196,14 @@ void CodeBlock<Real>::pack_panel(int64_t panel, const Isa& isa, Real* scratch) {
 }
 
 template <class Real>
-void RowBlock<Real>::load(const RowsView& z, int64_t first, int n, int max_exponent, const Isa& isa) {
+void RowBlock<Real>::load(const RowsView& z, int64_t first, int n, int max_exponent, const Kernels& kernels) {
     const int depth = static_cast<int>(z.depth);
     rows = n;
     padded = (n + kRowStep - 1) / kRowStep * kRowStep;
     raw.resize(static_cast<int64_t>(padded) * depth);
     norm32.resize(padded), dropped32.resize(padded), norm16.resize(padded), dropped16.resize(padded);
     bad.resize(padded);
-    gather_rows(z, first, n, raw.get(), isa);
+    gather_rows(z, first, n, raw.get(), kernels);
     std::fill(raw.get() + static_cast<int64_t>(n) * depth, raw.get() + static_cast<int64_t>(padded) * depth, Real(0));
 
     exponent = 0;
@@ -211,7 +211,7 @@ void RowBlock<Real>::load(const RowsView& z, int64_t first, int n, int max_expon
         bool usual = max_exponent >= 0;
         float largest2 = 0;
         for (int r = 0; r < padded; ++r) {
-            const float norm2 = isa.exact->sum_squares(raw.get() + static_cast<int64_t>(r) * depth, depth);
+            const float norm2 = kernels.exact->sum_squares(raw.get() + static_cast<int64_t>(r) * depth, depth);
             usual &= norm2 <= 0x1p80f;  // false for a NaN too
             largest2 = std::max(largest2, norm2);
             norm32[r] = std::sqrt(norm2) * kUp;

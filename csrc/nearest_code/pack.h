@@ -1,37 +1,11 @@
 // Operands of the search in the layouts of the kernels, with the norms that its certificate needs.
 #pragma once
 
+#include "common/buffer.h"
+#include "nearest_code/kernels.h"
 #include "nearest_code/nearest_code.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 namespace movae {
-
-// 64-byte aligned, uninitialised, grows only.
-template <class T>
-class Buffer {
-  public:
-    T* resize(int64_t n) {
-        if (n > size_) {
-            const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
-            data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-            if (!data_) throw std::bad_alloc();
-            size_ = n;
-        }
-        return data_.get();
-    }
-    T* get() const { return data_.get(); }
-    T& operator[](int64_t i) const { return data_.get()[i]; }
-
-  private:
-    struct Free {
-        void operator()(T* p) const { std::free(p); }
-    };
-    std::unique_ptr<T, Free> data_;
-    int64_t size_ = 0;
-};
 
 // Screening works on z 2^a and codes 2^b, so that no scale of the data over- or underflows float32. Within
 // 2^-40 .. 2^40 the exponents are zero and nothing is copied for their sake.
@@ -53,11 +27,11 @@ struct CodeBlock {
     // Of each panel, rounded up: the largest norm, what float32 dropped of a code, what bfloat16 dropped of one.
     Buffer<float> norm, dropped32, dropped16;
 
-    void pack(const Codebook& codebook, int64_t first, int64_t count, int exponent, const Isa& isa, int threads);
+    void pack(const Codebook& codebook, int64_t first, int64_t count, int exponent, const Kernels& kernels, int threads);
 
   private:
     Buffer<Real> widened_;
-    void pack_panel(int64_t panel, const Isa& isa, Real* scratch);
+    void pack_panel(int64_t panel, const Kernels& kernels, Real* scratch);
 };
 
 constexpr int kRowStep = 48;  // a multiple of every kernel's row_step
@@ -75,7 +49,7 @@ struct RowBlock {
     Buffer<float> norm32, dropped32, norm16, dropped16;
     Buffer<unsigned char> bad;  // holds a NaN or an infinity: takes no part, its index is 0
 
-    void load(const RowsView& z, int64_t first, int rows, int max_exponent, const Isa& isa);
+    void load(const RowsView& z, int64_t first, int rows, int max_exponent, const Kernels& kernels);
     void round(int depth, const BfloatKernels& kernels);
 
   private:
@@ -83,18 +57,18 @@ struct RowBlock {
 };
 
 // n consecutive numbers in float32 (float64 from float64 only: nothing is ever narrowed).
-void widen(const void* source, Dtype dtype, int64_t n, float* out, const Isa& isa);
-void widen(const void* source, Dtype dtype, int64_t n, double* out, const Isa& isa);
+void widen(const void* source, Dtype dtype, int64_t n, float* out, const Kernels& kernels);
+void widen(const void* source, Dtype dtype, int64_t n, double* out, const Kernels& kernels);
 
 inline const void* at(const void* data, Dtype dtype, int64_t element) {
     return static_cast<const char*>(data) + element * item_size(dtype);
 }
 
 // A block of rows, each made contiguous: out [rows, depth] in float32 (float64 for float64 sources).
-void gather_rows(const RowsView& z, int64_t first, int rows, float* out, const Isa& isa);
-void gather_rows(const RowsView& z, int64_t first, int rows, double* out, const Isa& isa);
+void gather_rows(const RowsView& z, int64_t first, int rows, float* out, const Kernels& kernels);
+void gather_rows(const RowsView& z, int64_t first, int rows, double* out, const Kernels& kernels);
 
 // The largest finite magnitude among codes that hold nothing else.
-double largest_magnitude(const Codebook& codebook, const Isa& isa, int threads);
+double largest_magnitude(const Codebook& codebook, const Kernels& kernels, int threads);
 
 }  // namespace movae

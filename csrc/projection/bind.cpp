@@ -1,14 +1,11 @@
-// Python's door to the Gramian, the projection and the weighted sum.
+// Python's door to the projection, and on CUDA to the Gramian and the projection in one launch.
 #include "common/bind.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-#include "gramian/gramian.h"
-#include "projection/project_weights.h"
 
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "projection/project_weights.h"
 
 #ifdef MOVAE_WITH_CUDA
 #include "projection/upgrad.h"
@@ -19,24 +16,9 @@ using namespace movae;
 
 namespace {
 
-Rows view(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride) {
-    return {pointer<const void>(rows), static_cast<Dtype>(dtype), m, columns, stride};
-}
-
-void run_gramian(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride, std::uintptr_t out,
-                 const std::string& isa, int threads) {
-    py::gil_scoped_release unlocked;
-    gramian(view(rows, dtype, m, columns, stride), pointer<double>(out), isa, threads);
-}
-
-void run_combine(std::uintptr_t rows, int dtype, int64_t m, int64_t columns, int64_t stride, std::uintptr_t weights,
-                 std::uintptr_t out, const std::string& isa, int threads) {
-    py::gil_scoped_release unlocked;
-    combine(view(rows, dtype, m, columns, stride), pointer<const double>(weights), pointer<void>(out), isa, threads);
-}
-
 void run_project(std::uintptr_t gramian, int m, std::uintptr_t given, int rows, int mode, bool by_diagonal, double norm_eps,
-                 double reg_eps, std::uintptr_t out, std::uintptr_t status, const std::string& isa, int threads) {
+                 double reg_eps, std::uintptr_t out, std::uintptr_t status, int threads) {
+    const InstructionSet isa = chosen_isa();
     py::gil_scoped_release unlocked;
     std::vector<double> mean;
     if (given == 0) mean.assign(m, 1.0 / m);
@@ -53,33 +35,13 @@ void check_scratch(int64_t given, int64_t needed) {
 }
 #endif
 
-// A large result is written once, to memory that the process has just been given: with pages of 4 KiB the faults take
-// several times as long as the sum itself. Advice only; without huge pages nothing changes.
-void prefer_huge_pages(std::uintptr_t address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t kPage = std::uintptr_t(2) << 20;
-    const std::uintptr_t first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
-    if (first < last) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
-
-void bind_gramian(py::module_& m) {
-    m.def("gramian", &run_gramian, "Address of rows, dtype, m, P, row stride; address of [m, m] float64; isa, threads.");
-}
-
-void bind_combine(py::module_& m) {
-    m.def("combine", &run_combine,
-          "Address of rows, dtype, m, P, row stride; addresses of the weights [m] float64 and of [P]; isa, threads.");
-    m.def("prefer_huge_pages", &prefer_huge_pages, "Address and bytes of fresh memory that will be written whole.");
-}
 
 void bind_project_weights(py::module_& m) {
     m.def("project_weights", &run_project,
           "Address of the Gramian [m, m] float64, m; address of u or b [rows, m], rows, mode (0 rows, 1 sum, 2 multipliers), or, for a "
           "sum, of the preference [m]; 0 is 1/m each; whether the regulariser is relative to the diagonal, norm_eps, reg_eps; "
-          "addresses of the result and of the int32 status; isa, threads.");
+          "addresses of the result and of the int32 status; threads.");
 #ifdef MOVAE_WITH_CUDA
     m.def("project_scratch_cuda", &project_scratch, "Doubles of scratch for m, rows (m for a sum).");
     m.def(

@@ -10,8 +10,8 @@
 #include <immintrin.h>
 #endif
 
-#include "common/aligned.h"
-#include "nearest_code/nearest_code.h"
+#include "common/buffer.h"
+#include "common/team.h"
 
 namespace movae {
 namespace {
@@ -19,7 +19,7 @@ namespace {
 constexpr int kRowsTogether = 32;  // rows that start on each other's support
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-#define MOVAE_KERNEL "projection/path.h"
+#define MOVAE_KERNEL "projection/kernel.h"
 #include "common/every_isa.h"
 
 struct Path {
@@ -27,11 +27,10 @@ struct Path {
     int (*rows)(const Projection&, const double*, const double*, int, int, double*);
 };
 
-Path choose(const std::string& name) {
+Path choose(InstructionSet isa) {
 #ifdef __x86_64__
-    const std::string isa = find_isa(name).exact->name;
-    if (isa == "avx512") return {avx512::prepare, avx512::project_rows};
-    if (isa == "avx2") return {avx2::prepare, avx2::project_rows};
+    if (vectors_of(isa) == InstructionSet::kAvx512) return {avx512::prepare, avx512::project_rows};
+    if (isa == InstructionSet::kAvx2) return {avx2::prepare, avx2::project_rows};
 #endif
     return {portable::prepare, portable::project_rows};
 }
@@ -44,7 +43,7 @@ int thread_number() {
 #endif
 }
 
-int project_rows(Projection p, const std::string& isa, int threads) {
+int project_rows(Projection p, InstructionSet isa, int threads) {
     const Path path = choose(isa);
     p.ld = portable::padded(p.m);
     const size_t matrix = size_t(p.m) * p.ld + p.ld, each = portable::scratch_size(p.m, p.ld) + 2 * p.ld;
@@ -52,8 +51,8 @@ int project_rows(Projection p, const std::string& isa, int threads) {
     const int groups = (p.rows + kRowsTogether - 1) / kRowsTogether;
     if (threads > groups) threads = groups;
     if (int64_t(p.m) * p.m * p.rows <= int64_t(40) * 40 * 40 || threads < 1) threads = 1;  // not worth waking another
-    const Aligned<double> scratch(matrix + threads * each);
-    double *A = scratch.p, *scales = A + size_t(p.m) * p.ld;
+    const Buffer<double> scratch(matrix + threads * each);
+    double *A = scratch.get(), *scales = A + size_t(p.m) * p.ld;
     if (!path.prepare(p, A, scales)) {
         for (size_t k = 0; k < size_t(p.rows) * p.m; ++k) p.out[k] = kNaN;
         return -1;
@@ -67,14 +66,14 @@ int project_rows(Projection p, const std::string& isa, int threads) {
     return unfinished;
 }
 
-int project_sum(Projection p, const std::string& isa, int threads) {
-    const Aligned<double> each(size_t(p.m) * p.m);
+int project_sum(Projection p, InstructionSet isa, int threads) {
+    const Buffer<double> each(int64_t(p.m) * p.m);
     double* out = p.out;
-    p.rows = p.m, p.out = each.p;
+    p.rows = p.m, p.out = each.get();
     const int status = project_rows(p, isa, threads);
     for (int k = 0; k < p.m; ++k) {
         double sum = 0;
-        for (int r = 0; r < p.m; ++r) sum += each.p[size_t(r) * p.m + k];
+        for (int r = 0; r < p.m; ++r) sum += each[size_t(r) * p.m + k];
         out[k] = sum;
     }
     return status;
@@ -82,7 +81,7 @@ int project_sum(Projection p, const std::string& isa, int threads) {
 
 }  // namespace
 
-int project(Projection p, const std::string& isa, int threads) {
+int project(Projection p, InstructionSet isa, int threads) {
     return p.mode == ProjectionMode::sum ? project_sum(p, isa, threads) : project_rows(p, isa, threads);
 }
 

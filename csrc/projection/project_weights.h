@@ -1,7 +1,7 @@
 // The projection of weights onto the dual cone of a Jacobian's rows, on the host; the mathematics is in solver.h.
 #pragma once
 
-#include <string>
+#include "common/instruction_set.h"
 
 namespace movae {
 
@@ -24,6 +24,6 @@ struct Projection {
 };
 
 // How many problems did not finish (their rows hold the best point reached), -1 where the Gramian is not finite (all NaN).
-int project(Projection p, const std::string& isa, int threads);
+int project(Projection p, InstructionSet isa, int threads);
 
 }  // namespace movae

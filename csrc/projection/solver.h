@@ -11,17 +11,11 @@
 // the support is believed over the tableau, and the moves go on until both agree.
 //
 // Included more than once, each time in a namespace of its own and under another target: no include guard, and no
-// includes. One source for host and device: a Team shares the work of one problem among the threads of a
-// warp or a block; the host's team is one thread whose loops the compiler vectorises.
-
-#ifdef __CUDACC__
-#define MOVAE_HD __host__ __device__ __forceinline__
-#else
-#define MOVAE_HD inline
-#endif
+// includes: common/team.h comes before. One source for host and device: a Team shares the work of one problem among
+// the threads of a warp; the host's team is one thread, whose loops the compiler vectorises and whose packs want rows
+// padded with zeros to a multiple of eight.
 
 constexpr double kIll = 1e-5;  // a pivot beside its row's diagonal entry, below which rounding is looked after
-constexpr double kUlp = 2.220446049250313e-16;
 constexpr double kSmallestNormal = 2.2250738585072014e-308;  // a trace or a squared norm below is taken for zero
 
 // The numbers that one thread works on at once: a vector on the host (of MOVAE_VECTOR_BYTES), one number on the device.
@@ -55,10 +49,7 @@ MOVAE_HD Pack product_error(const Pack& a, double b, const Pack& p) {
 }
 
 MOVAE_HD Pack magnitudes(const Pack& x) { return x < 0.0 ? -x : x; }
-MOVAE_HD Pack larger(const Pack& a, const Pack& b, int) { return a > b ? a : b; }
-MOVAE_HD double magnitude(double x) { return x < 0 ? -x : x; }
-MOVAE_HD double larger(double a, double b) { return a > b ? a : b; }
-MOVAE_HD bool finite(double x) { return magnitude(x) <= 1.7976931348623157e308; }
+MOVAE_HD Pack larger_of_each(const Pack& a, const Pack& b) { return a > b ? a : b; }
 
 struct Found {
     double value;
@@ -68,19 +59,6 @@ MOVAE_HD Found better(Found a, Found b, bool least_index) {  // the larger value
     if (a.index < 0 || b.index < 0) return a.index < 0 ? b : a;
     return !least_index && a.value != b.value ? (a.value > b.value ? a : b) : (a.index < b.index ? a : b);
 }
-
-// One thread. Its packs want rows padded with zeros to a multiple of eight.
-struct Single {
-    static constexpr int rank() { return 0; }
-    static constexpr int size() { return 1; }
-    static constexpr int row() { return 0; }
-    static constexpr int rows() { return 1; }
-    static constexpr int column() { return 0; }
-    static constexpr int columns() { return 1; }
-    MOVAE_HD void sync() const {}
-    MOVAE_HD Found best(Found f, bool) const { return f; }
-    MOVAE_HD double most(double x) const { return x; }
-};
 
 MOVAE_HD int padded(int m) { return (m + 7) / 8 * 8; }
 
@@ -124,7 +102,7 @@ struct Problem {
     }
     MOVAE_HD double largest(const double* x) const {
         Pack most = {};
-        for (int i = team.rank() * W; i < ld; i += team.size() * W) most = larger(most, magnitudes(load(x + i)), 0);
+        for (int i = team.rank() * W; i < ld; i += team.size() * W) most = larger_of_each(most, magnitudes(load(x + i)));
         return lanes(most);
     }
 
@@ -194,7 +172,7 @@ struct Problem {
             if (round == 1) break;
         }
         team.sync();
-        if (!(pivot > 4 * m * kUlp * own[k])) {  // row k depends on the support's, as an unregularised A allows
+        if (!(pivot > 4 * m * kEps * own[k])) {  // row k depends on the support's, as an unregularised A allows
             if (team.rank() == 0) gain[k] = 0;
             team.sync();
             return;
@@ -281,8 +259,8 @@ struct Problem {
         Pack most = {};
         for (int i = team.rank() * W; i < ld; i += team.size() * W) {
             const Pack below = load(u + i), w = load(side + i) < 0.0 ? load(z + i) : Pack{};
-            most = larger(most, larger(magnitudes(below), magnitudes(w + below), 0), 0);
-            if (q) most = larger(most, magnitudes(load(q + i)), 0);
+            most = larger_of_each(most, larger_of_each(magnitudes(below), magnitudes(w + below)));
+            if (q) most = larger_of_each(most, magnitudes(load(q + i)));
         }
         return lanes(most);
     }
@@ -290,8 +268,8 @@ struct Problem {
     // The index to exchange, or -1. Of a refined v the signs are trusted to the last digits, each y against the sum that it
     // comes from (against the largest v, a violation of a row with a small diagonal would pass); of the tableau's to 1e-12.
     MOVAE_HD int violation(bool refined, bool least_index) const {
-        const double scale = length(), least_w = (refined ? -16 * kUlp : -1e-12) * scale;
-        const double of_sums = refined ? -4 * kUlp : 0, of_scale = refined ? 0 : -8 * kUlp * scale;
+        const double scale = length(), least_w = (refined ? -16 * kEps : -1e-12) * scale;
+        const double of_sums = refined ? -4 * kEps : 0, of_scale = refined ? 0 : -8 * kEps * scale;
         for (int i = team.rank() * W; i < ld; i += team.size() * W) {
             const Pack value = load(z + i), inside = load(side + i);
             const Pack least = inside < 0.0 ? Pack{} + least_w : of_sums * load(sums + i) + of_scale;
@@ -331,7 +309,7 @@ struct Problem {
     MOVAE_HD bool converged() const {
         double excess = 0;
         for (int p = team.rank(); p < count; p += team.size())
-            excess = larger(excess, magnitude(y[at(p)]) - 8 * kUlp * sums[at(p)]);
+            excess = larger(excess, magnitude(y[at(p)]) - 8 * kEps * sums[at(p)]);
         return !(team.most(excess) > 0);
     }
 
@@ -368,7 +346,7 @@ struct Problem {
             // A correction's error is to it as it is to the one before (the first: as it is to v).
             const double ratio = change / before;
             before = change;
-            if (!(ratio < 0.5) || !(ratio * change > 0.5 * kUlp)) break;
+            if (!(ratio < 0.5) || !(ratio * change > 0.5 * kEps)) break;
         }
         for (int i = team.rank(); i < ld; i += team.size()) z[i] = side[i] < 0 ? v[i] - u[i] : y[i];
         team.sync();
@@ -485,5 +463,3 @@ MOVAE_HD bool prepare(const Team& team, const double* G, int m, int ld, Regulari
     team.sync();
     return true;
 }
-
-#undef MOVAE_HD

@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/team.h"
+
 namespace movae {
 namespace {
 
@@ -20,29 +22,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kBlocks = 512;      // shares of the Gramian, at most
 constexpr int kColumnsAThread = 4;
 constexpr int kStage = 32;        // columns that lie in shared memory at a time, for more than eight rows
-constexpr unsigned kAll = 0xffffffffu;
-
-// A warp; rows of a matrix four at a time, eight lanes to a row.
-struct Warp {
-    __device__ int rank() const { return threadIdx.x & 31; }
-    __device__ int size() const { return 32; }
-    __device__ int row() const { return rank() >> 3; }
-    __device__ int rows() const { return 4; }
-    __device__ int column() const { return rank() & 7; }
-    __device__ int columns() const { return 8; }
-    __device__ void sync() const { __syncwarp(); }
-    __device__ double most(double x) const {
-        for (int k = 16; k; k >>= 1) x = larger(x, __shfl_xor_sync(kAll, x, k));
-        return x;
-    }
-    __device__ Found best(Found f, bool least_index) const {
-        for (int k = 16; k; k >>= 1) {
-            const Found other = {__shfl_xor_sync(kAll, f.value, k), __shfl_xor_sync(kAll, f.index, k)};
-            f = better(f, other, least_index);
-        }
-        return f;
-    }
-};
+constexpr unsigned kAll = Warp::kAll;
 
 struct Task {
     Projection problem;  // `rows` problems, m of them for a sum
@@ -63,7 +43,7 @@ __device__ __forceinline__ bool prepare(const Projection& p, const double* grami
     return prepare(Warp(), gramian, p.m, ld, by, p.norm_eps, p.reg_eps, A, A + static_cast<long>(p.m) * ld);
 }
 
-// One problem by one warp, as project_rows in project_weights_path.h does it. The scales lie behind A.
+// One problem by one warp, as project_rows in kernel.h does it. The scales lie behind A.
 __device__ __forceinline__ void project_row(const Task& task, int r, bool finite_gramian, const double* A, double* scratch) {
     const Warp warp;
     const Projection& p = task.problem;
@@ -133,7 +113,7 @@ __device__ double wide(__half x) { return __half2float(x); }
 
 struct Jacobian {
     const void* rows;  // [m, columns]
-    int dtype;         // as Dtype in nearest_code.h
+    int dtype;         // as Dtype in common/dtype.h
     long columns, stride;
 };
 

@@ -17,7 +17,7 @@ int64_t upgrad_scratch(int m);
 // All addresses of the projection are of the device, and so are status (one int32) and scratch.
 void project_weights_cuda(Projection p, int32_t* status, double* scratch, void* stream);
 
-// The same from the rows [m, columns] of a Jacobian, for one vector; `gramian` is written, too. dtype as Dtype in nearest_code.h.
+// The same from the rows [m, columns] of a Jacobian, for one vector; `gramian` is written, too. dtype as Dtype in common/dtype.h.
 void upgrad_weights_cuda(const void* rows, int dtype, int64_t columns, int64_t stride, Projection p, double* gramian,
                          int32_t* status, double* scratch, void* stream);
 

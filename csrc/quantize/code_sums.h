@@ -20,15 +20,7 @@ struct HalfBits {
 inline double to_real(float x) { return x; }
 inline double to_real(double x) { return x; }
 inline double to_real(BfloatBits x) { return from_bfloat16(x.bits); }
-inline double to_real(HalfBits x) {
-    const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
-    uint32_t wide = static_cast<uint32_t>(x.bits & 0x8000u) << 16 | (exponent + 112u) << 23 | static_cast<uint32_t>(mantissa) << 13;
-    if (exponent == 31) wide |= 0x7f800000u;
-    float value;
-    __builtin_memcpy(&value, &wide, 4);
-    if (exponent == 0) value = static_cast<float>(x.bits & 0x8000u ? -mantissa : mantissa) * 0x1p-24f;
-    return value;
-}
+inline double to_real(HalfBits x) { return from_half(x.bits); }
 
 // Calls body with a value of the type in which `dtype` is stored.
 template <class Body>

@@ -1,6 +1,4 @@
 // quantize and its gradients, row by row; sums over the rows of a code are in code_sums.h.
-#include "quantize/code_sums.h"
-#include "nearest_code/pack.h"
 #include "quantize/quantize.h"
 
 #include <algorithm>
@@ -8,6 +6,10 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "common/threads.h"
+#include "nearest_code/pack.h"
+#include "quantize/code_sums.h"
 
 namespace movae {
 namespace {
@@ -17,10 +19,7 @@ constexpr int kRows = 64;
 inline void store(float* out, double value) { *out = static_cast<float>(value); }
 inline void store(double* out, double value) { *out = value; }
 inline void store(HalfBits* out, double value) { out->bits = to_half(static_cast<float>(value)); }
-inline void store(BfloatBits* out, double value) {
-    const float single = static_cast<float>(value);
-    out->bits = std::isnan(single) ? 0x7fc0 : to_bfloat16(single);
-}
+inline void store(BfloatBits* out, double value) { out->bits = to_bfloat16_or_nan(static_cast<float>(value)); }
 
 // Rows of Real to where they belong in `out`, rounded to its dtype.
 template <class Real>
@@ -73,11 +72,11 @@ void copy_codes(const Codebook& codebook, const int64_t* index, const RowsView& 
     }
 }
 
-double distance(const float* x, const float* y, int depth, const Isa& isa) {
-    return isa.exact->squared_distance(x, y, depth);
+double distance(const float* x, const float* y, int depth, const Kernels& kernels) {
+    return kernels.exact->squared_distance(x, y, depth);
 }
 
-double distance(const double* x, const double* y, int depth, const Isa&) {
+double distance(const double* x, const double* y, int depth, const Kernels&) {
     double sum = 0;
     for (int k = 0; k < depth; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
     return sum;
@@ -85,35 +84,36 @@ double distance(const double* x, const double* y, int depth, const Isa&) {
 
 // A code as Real: where it lies if it is stored so.
 template <class Real>
-const Real* code_row(const Codebook& codebook, int64_t code, Real* scratch, const Isa& isa) {
+const Real* code_row(const Codebook& codebook, int64_t code, Real* scratch, const Kernels& kernels) {
     const void* row = at(codebook.data, codebook.dtype, code * codebook.depth);
     if (item_size(codebook.dtype) == sizeof(Real)) return static_cast<const Real*>(row);
-    widen(row, codebook.dtype, codebook.depth, scratch, isa);
+    widen(row, codebook.dtype, codebook.depth, scratch, kernels);
     return scratch;
 }
 
 template <class Real>
 void errors(const RowsView& z, const Codebook& codebook, const int64_t* index, int64_t first, int rows, Real* out,
-            const Isa& isa) {
+            const Kernels& kernels) {
     thread_local Buffer<Real> block, code;
     const int depth = static_cast<int>(z.depth);
     block.resize(kRows * z.depth), code.resize(z.depth);
     for (int start = 0; start < rows; start += kRows) {
         const int n = std::min(kRows, rows - start);
-        gather_rows(z, first + start, n, block.get(), isa);
+        gather_rows(z, first + start, n, block.get(), kernels);
         for (int r = 0; r < n; ++r) {
-            const Real* nearest = code_row(codebook, index[start + r], code.get(), isa);
+            const Real* nearest = code_row(codebook, index[start + r], code.get(), kernels);
             out[first + start + r] = static_cast<Real>(
-                distance(block.get() + static_cast<int64_t>(r) * depth, nearest, depth, isa));
+                distance(block.get() + static_cast<int64_t>(r) * depth, nearest, depth, kernels));
         }
     }
 }
 
 template <class Real>
-void forward(const RowsView& z, const Codebook& codebook, const Quantized& out, const Isa& isa, int threads) {
+void forward(const RowsView& z, const Codebook& codebook, const Quantized& out, InstructionSet isa, int threads) {
+    const Kernels kernels = kernels_of(isa);
     const auto finish = [&](int64_t first, int rows, const int64_t* index) {
         copy_codes(codebook, index, out.z_q, first, rows);
-        errors(z, codebook, index, first, rows, static_cast<Real*>(out.squared_error), isa);
+        errors(z, codebook, index, first, rows, static_cast<Real*>(out.squared_error), kernels);
     };
     nearest_code(z, codebook, out.index, true, isa, threads, finish);
     Real* count = static_cast<Real*>(out.count);
@@ -150,7 +150,7 @@ void rotate_back(const Real* z, const Real* code, Real* gradient, int depth) {
 
 template <class Real>
 void backward_z(const RowsView& z, const Codebook& codebook, const int64_t* index, const QuantizeGradient& g,
-                const Isa& isa, int threads) {
+                const Kernels& kernels, int threads) {
     const int depth = static_cast<int>(z.depth);
     const Real* grad_error = static_cast<const Real*>(g.grad_error);
     const bool through = g.grad_z_q.data && g.through != Gradient::kCodebook;
@@ -163,15 +163,15 @@ void backward_z(const RowsView& z, const Codebook& codebook, const int64_t* inde
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t first = b * kRows;
             const int n = static_cast<int>(std::min<int64_t>(kRows, z.rows() - first));
-            gather_rows(z, first, n, rows.get(), isa);
+            gather_rows(z, first, n, rows.get(), kernels);
             if (through)
-                gather_rows(g.grad_z_q, first, n, grads.get(), isa);
+                gather_rows(g.grad_z_q, first, n, grads.get(), kernels);
             else
                 std::fill(grads.get(), grads.get() + n * z.depth, Real(0));
             for (int r = 0; r < n; ++r) {
                 const Real* x = rows.get() + r * z.depth;
                 Real* out = grads.get() + r * z.depth;
-                const Real* code = code_row(codebook, index[first + r], scratch.get(), isa);
+                const Real* code = code_row(codebook, index[first + r], scratch.get(), kernels);
                 if (through && g.through == Gradient::kRotation) rotate_back(x, code, out, depth);
                 if (grad_error) {
                     const Real twice = 2 * grad_error[first + r];
@@ -219,7 +219,7 @@ void check_indices(const char* op, const int64_t* index, int64_t rows, int64_t c
 
 }  // namespace
 
-void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, const Isa& isa, int threads) {
+void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, InstructionSet isa, int threads) {
     threads = useful_threads(threads, z.rows() * codebook.count * z.depth / 16);
     if (z.dtype == Dtype::kFloat64)
         forward<double>(z, codebook, out, isa, threads);
@@ -228,8 +228,9 @@ void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out,
 }
 
 void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error,
-                const Isa& isa, int threads) {
+                InstructionSet isa, int threads) {
     check_indices("code_error", index, z.rows(), codebook.count);
+    const Kernels kernels = kernels_of(isa);
     threads = useful_threads(threads, z.rows() * z.depth);
     const int64_t blocks = (z.rows() + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(threads)
@@ -237,22 +238,23 @@ void code_error(const RowsView& z, const Codebook& codebook, const int64_t* inde
         const int64_t first = b * kRows;
         const int n = static_cast<int>(std::min<int64_t>(kRows, z.rows() - first));
         if (z.dtype == Dtype::kFloat64)
-            errors(z, codebook, index + first, first, n, static_cast<double*>(squared_error), isa);
+            errors(z, codebook, index + first, first, n, static_cast<double*>(squared_error), kernels);
         else
-            errors(z, codebook, index + first, first, n, static_cast<float*>(squared_error), isa);
+            errors(z, codebook, index + first, first, n, static_cast<float*>(squared_error), kernels);
     }
 }
 
 void quantize_backward(const RowsView& z, const Codebook& codebook, const int64_t* index,
-                       const QuantizeGradient& gradient, const Isa& isa, int threads) {
+                       const QuantizeGradient& gradient, InstructionSet isa, int threads) {
     check_indices("quantize_backward", index, z.rows(), codebook.count);
+    const Kernels kernels = kernels_of(isa);
     const bool wide = z.dtype == Dtype::kFloat64;
     threads = useful_threads(threads, z.rows() * z.depth);
     if (gradient.grad_z.data) {
         if (wide)
-            backward_z<double>(z, codebook, index, gradient, isa, threads);
+            backward_z<double>(z, codebook, index, gradient, kernels, threads);
         else
-            backward_z<float>(z, codebook, index, gradient, isa, threads);
+            backward_z<float>(z, codebook, index, gradient, kernels, threads);
     }
     if (gradient.grad_codebook) {
         if (wide)

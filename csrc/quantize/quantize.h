@@ -16,11 +16,11 @@ struct Quantized {       // outputs; null pointers are not written
     void* code_sum;      // [codes, depth]
 };
 
-void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, const Isa& isa, int threads);
+void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out, InstructionSet isa, int threads);
 
 // |z - code|^2 of given indices. Throws std::out_of_range, as the backward, for an index outside [0, codes).
 void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error,
-                const Isa& isa, int threads);
+                InstructionSet isa, int threads);
 
 struct QuantizeGradient {
     RowsView grad_z_q;          // as z; data may be null: no gradient
@@ -31,6 +31,6 @@ struct QuantizeGradient {
 };
 
 void quantize_backward(const RowsView& z, const Codebook& codebook, const int64_t* index,
-                       const QuantizeGradient& gradient, const Isa& isa, int threads);
+                       const QuantizeGradient& gradient, InstructionSet isa, int threads);
 
 }  // namespace movae

@@ -1,4 +1,4 @@
-// The inner loops of tc_terms for one instruction set, with vectors of MOVAE_VECTOR_BYTES (see every_isa.h).
+// The inner loops of tc_terms for one instruction set, with vectors of MOVAE_VECTOR_BYTES (common/every_isa.h).
 // Nothing here may instantiate a std template: one compiled for AVX-512 could be the copy that the linker keeps.
 
 template <class T> struct Simd;
@@ -153,7 +153,7 @@ static void forward_rows(const Problem<T>& p, int64_t begin, int64_t end, T* scr
 // l is computed here by the same operations, so that l - top is exact where it matters; with log q, rounded at its own
 // magnitude, in the place of top, the error is several times larger.
 template <class T, bool kWeighted>
-static void backward_block(const Problem<T>& p, const Gradients<T>& g, int64_t j0, int64_t n, double* grad_z, T* scratch) {
+static void backward_block(const Problem<T>& p, const TcGradients<T>& g, int64_t j0, int64_t n, double* grad_z, T* scratch) {
     constexpr int W = sizeof(Vec<T>) / sizeof(T);
     const int64_t D = p.dims;
     T *joint = scratch, *w = joint + n, *part_mu = w + n, *part_lv = part_mu + D * n;

@@ -3,22 +3,15 @@
 // Every (sample i, posterior j, dimension d) costs one exponential a pass; nothing of size B x B is stored. The
 // posteriors lie transposed, [D, B], so that a vector holds one dimension of several j. The weights W_ij are one constant but
 // for two positions a row (stratified sampling): the constant goes into the log-sum-exp, the two others enter as factors.
-#include "common/bind.h"
+#include "tc_terms/tc_terms.h"
 
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <memory>
-#include <stdexcept>
-#include <string>
 
-#include "common/aligned.h"
+#include "common/buffer.h"
 
-namespace py = pybind11;
-
+namespace movae {
 namespace {
-
-using movae::Aligned;
 
 constexpr int64_t kForwardBlock = 2048;  // posteriors a pass: three rows of them stay in the first-level cache
 constexpr int64_t kBackwardBlock = 256;  // and here 2 D rows of gradients do, for D up to about 16
@@ -46,17 +39,12 @@ template <class T> struct Problem {
     void clear_weights(T* w, int64_t i, int64_t j0, int64_t n) const { place(w, i, j0, n, 1, 1); }
 };
 
-template <class T> struct Gradients {
-    const T *log_q_z, *log_prod_q_z;  // [B], incoming
-    T *z, *mu, *logvar;               // [B, D], outgoing
-};
-
 #define MOVAE_KERNEL "tc_terms/kernel.h"
 #include "common/every_isa.h"
 
 template <class T> struct Path {
     void (*forward[2])(const Problem<T>&, int64_t, int64_t, T*);
-    void (*backward[2])(const Problem<T>&, const Gradients<T>&, int64_t, int64_t, double*, T*);
+    void (*backward[2])(const Problem<T>&, const TcGradients<T>&, int64_t, int64_t, double*, T*);
 };
 #define MOVAE_PATH(ns)                                                          \
     Path<T> {                                                                   \
@@ -65,28 +53,12 @@ template <class T> struct Path {
         }                                                                       \
     }
 
-template <class T> Path<T> choose(const std::string& isa) {
+template <class T> Path<T> choose(InstructionSet isa) {
 #ifdef __x86_64__
-    __builtin_cpu_init();
-    const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (has512 && (isa == "auto" || isa == "avx512")) return MOVAE_PATH(avx512);
-    if (has2 && (isa == "auto" || isa == "avx2")) return MOVAE_PATH(avx2);
+    if (vectors_of(isa) == InstructionSet::kAvx512) return MOVAE_PATH(avx512);
+    if (isa == InstructionSet::kAvx2) return MOVAE_PATH(avx2);
 #endif
-    if (isa == "auto" || isa == "portable") return MOVAE_PATH(portable);
-    throw std::invalid_argument("tc_terms: this CPU has no instruction set '" + isa + "'");
-}
-
-std::string widest() {
-    for (const char* isa : {"avx512", "avx2"}) {
-        try {
-            choose<float>(isa);
-            return isa;
-        } catch (const std::invalid_argument&) {
-        }
-    }
-    return "portable";
+    return MOVAE_PATH(portable);
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -104,63 +76,59 @@ template <class T> void prepare(Problem<T>& p, const T* mu, const T* logvar, T* 
     p.mu = tm, p.niv = tn, p.c = tc;
 }
 
-template <class T> Problem<T> problem(uintptr_t z, int64_t batch, int64_t dims, int64_t n_data, bool mss) {
+template <class T> Problem<T> problem(const TcInputs<T>& in, const TcSums<T>& sums) {
     Problem<T> p{};
-    p.batch = batch, p.dims = dims, p.padded = round_up(batch, kPad);
-    p.z = pointer<const T>(z);
-    const double B = double(batch), N = double(n_data);
-    p.log_w = mss ? -std::log(B - 1) : -std::log(N * B);
+    p.batch = in.batch, p.dims = in.dims, p.padded = round_up(in.batch, kPad);
+    p.z = in.z;
+    const double B = double(in.batch), N = double(in.n_data);
+    p.log_w = in.stratified ? -std::log(B - 1) : -std::log(N * B);
     p.own = T((B - 1) / N), p.other = T((N - B + 1) / N);
+    p.top = sums.top, p.total = sums.total;
     return p;
 }
 
+}  // namespace
+
 template <class T>
-void forward(uintptr_t z, uintptr_t mu, uintptr_t logvar, uintptr_t log_q_z, uintptr_t log_prod_q_z, uintptr_t top,
-             uintptr_t total, int64_t batch, int64_t dims, int64_t n_data, bool mss, int threads, const std::string& isa) {
+void tc_terms(const TcInputs<T>& in, T* log_q_z, T* log_prod_q_z, const TcSums<T>& sums, InstructionSet isa, int threads) {
     const Path<T> path = choose<T>(isa);
-    Problem<T> p = problem<T>(z, batch, dims, n_data, mss);
-    const Aligned<T> posteriors(3 * dims * p.padded);
-    prepare(p, pointer<const T>(mu), pointer<const T>(logvar), posteriors.p);
-    p.log_q_z = pointer<T>(log_q_z);
-    p.log_prod_q_z = pointer<T>(log_prod_q_z);
-    p.top = pointer<T>(top), p.total = pointer<T>(total);
-    const int64_t each = round_up(3 * kForwardBlock * sizeof(T) + 2 * (dims + 1) * sizeof(double), 64);
-    const Aligned<char> scratch(each * threads);
+    Problem<T> p = problem(in, sums);
+    const Buffer<T> posteriors(3 * p.dims * p.padded);
+    prepare(p, in.mu, in.logvar, posteriors.get());
+    p.log_q_z = log_q_z, p.log_prod_q_z = log_prod_q_z;
+    const int64_t each = round_up(3 * kForwardBlock * sizeof(T) + 2 * (p.dims + 1) * sizeof(double), 64);
+    const Buffer<char> scratch(each * threads);
     constexpr int64_t kRows = 16;  // small enough to balance, large enough not to share cache lines of the output
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int t = 0; t < threads; ++t) {
-        T* own = reinterpret_cast<T*>(scratch.p + t * each);
-        for (int64_t i = t * kRows; i < batch; i += threads * kRows)
-            path.forward[mss](p, i, i + kRows < batch ? i + kRows : batch, own);
+        T* own = reinterpret_cast<T*>(scratch.get() + t * each);
+        for (int64_t i = t * kRows; i < p.batch; i += threads * kRows)
+            path.forward[in.stratified](p, i, i + kRows < p.batch ? i + kRows : p.batch, own);
     }
 }
 
 template <class T>
-void backward(uintptr_t grad_q, uintptr_t grad_prod, uintptr_t z, uintptr_t mu, uintptr_t logvar, uintptr_t top,
-              uintptr_t total, uintptr_t grad_z, uintptr_t grad_mu, uintptr_t grad_logvar, int64_t batch, int64_t dims,
-              int64_t n_data, bool mss, int threads, const std::string& isa) {
+void tc_terms_backward(const TcInputs<T>& in, const TcSums<T>& sums, const TcGradients<T>& g, InstructionSet isa, int threads) {
     const Path<T> path = choose<T>(isa);
-    Problem<T> p = problem<T>(z, batch, dims, n_data, mss);
-    const Aligned<T> posteriors(3 * dims * p.padded);
-    prepare(p, pointer<const T>(mu), pointer<const T>(logvar), posteriors.p);
-    p.top = pointer<T>(top), p.total = pointer<T>(total);
-    const Gradients<T> g{pointer<const T>(grad_q), pointer<const T>(grad_prod), pointer<T>(grad_z), pointer<T>(grad_mu),
-                         pointer<T>(grad_logvar)};
+    Problem<T> p = problem(in, sums);
+    const int64_t batch = p.batch, dims = p.dims;
+    const Buffer<T> posteriors(3 * dims * p.padded);
+    prepare(p, in.mu, in.logvar, posteriors.get());
     // Each thread owns a range of posteriors and a private gradient of z, which is summed in thread order at the end.
     const int64_t share = round_up((p.padded + threads - 1) / threads, kPad);
     const int workers = int((p.padded + share - 1) / share);
     const int64_t block = share < kBackwardBlock ? share : kBackwardBlock;
     const int64_t each = round_up(block * (2 + 2 * dims) * sizeof(T) + 2 * block * dims * sizeof(double), 64);
-    const Aligned<char> scratch(each * workers);
-    const Aligned<double> partial(workers * batch * dims);
-    double* parts = partial.p;
+    const Buffer<char> scratch(each * workers);
+    const Buffer<double> partial(workers * batch * dims);
+    double* parts = partial.get();
     std::memset(parts, 0, workers * batch * dims * sizeof(double));
 #pragma omp parallel for schedule(static) num_threads(workers)
     for (int t = 0; t < workers; ++t) {
-        T* own = reinterpret_cast<T*>(scratch.p + t * each);
+        T* own = reinterpret_cast<T*>(scratch.get() + t * each);
         const int64_t end = (t + 1) * share < p.padded ? (t + 1) * share : p.padded;
         for (int64_t j = t * share; j < end; j += block)
-            path.backward[mss](p, g, j, end - j < block ? end - j : block, parts + t * batch * dims, own);
+            path.backward[in.stratified](p, g, j, end - j < block ? end - j : block, parts + t * batch * dims, own);
     }
     for (int64_t k = 0; k < batch * dims; ++k) {
         double s = 0;
@@ -169,14 +137,9 @@ void backward(uintptr_t grad_q, uintptr_t grad_prod, uintptr_t z, uintptr_t mu, 
     }
 }
 
-}  // namespace
+template void tc_terms(const TcInputs<float>&, float*, float*, const TcSums<float>&, InstructionSet, int);
+template void tc_terms(const TcInputs<double>&, double*, double*, const TcSums<double>&, InstructionSet, int);
+template void tc_terms_backward(const TcInputs<float>&, const TcSums<float>&, const TcGradients<float>&, InstructionSet, int);
+template void tc_terms_backward(const TcInputs<double>&, const TcSums<double>&, const TcGradients<double>&, InstructionSet, int);
 
-void bind_tc_terms(py::module_& m) {
-    const py::call_guard<py::gil_scoped_release> release;
-    const char* doc = "Addresses of contiguous tensors, B, D, data-set size, stratified or not, threads, instruction set.";
-    m.def("tc_terms_isa", &widest, "The instruction set that 'auto' takes.");
-    m.def("tc_terms_f32", &forward<float>, release, doc);
-    m.def("tc_terms_f64", &forward<double>, release, doc);
-    m.def("tc_terms_backward_f32", &backward<float>, release, doc);
-    m.def("tc_terms_backward_f64", &backward<double>, release, doc);
-}
+}  // namespace movae

@@ -17,12 +17,6 @@ using namespace movae;
 
 namespace {
 
-struct Single {
-    static constexpr int rank() { return 0; }
-    static constexpr int size() { return 1; }
-    void sync() const {}
-};
-
 WeightingTask task_of(int method, int m, std::uintptr_t G, std::uintptr_t pref, std::uintptr_t order, double a, double b,
                       int64_t iterations, std::uintptr_t out) {
     return {static_cast<Method>(method),
@@ -55,7 +49,7 @@ void run(int method, int m, std::uintptr_t G, std::uintptr_t pref, std::uintptr_
     py::gil_scoped_release unlocked;
     check_orders(pointer<const int64_t>(order), m);
     std::vector<double> scratch(weightings::scratch_size(m));
-    weightings::weigh(Single(), task_of(method, m, G, pref, order, a, b, iterations, out), scratch.data());
+    weightings::weigh(OneThread(), task_of(method, m, G, pref, order, a, b, iterations, out), scratch.data());
 }
 
 }  // namespace

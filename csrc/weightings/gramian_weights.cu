@@ -8,12 +8,6 @@
 namespace movae {
 namespace {
 
-struct Warp {
-    __device__ int rank() const { return threadIdx.x; }
-    __device__ int size() const { return 32; }
-    __device__ void sync() const { __syncwarp(); }
-};
-
 __global__ void __launch_bounds__(32) weigh_kernel(WeightingTask task, double* scratch) {
     weightings::weigh(Warp(), task, scratch);
 }

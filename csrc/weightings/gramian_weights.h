@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MOVAE_HD __host__ __device__ __forceinline__
-#else
-#define MOVAE_HD inline
-#endif
+#include "common/team.h"
 
 namespace movae {
 
@@ -32,10 +28,7 @@ struct WeightingTask {
 
 namespace weightings {
 
-constexpr double kEps = 2.220446049250313e-16;
 constexpr int kSweeps = 40;  // Jacobi's convergence is quadratic: at most 9 were taken at m = 8, 13 at m = 32
-
-MOVAE_HD double magnitude(double x) { return x < 0 ? -x : x; }
 
 // Doubles of scratch: two matrices and eight vectors.
 MOVAE_HD int64_t scratch_size(int m) { return int64_t(2) * m * m + int64_t(8) * m; }
@@ -417,5 +410,3 @@ MOVAE_HD void weigh(const Team& team, const WeightingTask& task, double* scratch
 
 }  // namespace weightings
 }  // namespace movae
-
-#undef MOVAE_HD

@@ -1,9 +1,5 @@
 // Runs the Gramian, the projection and the weighted sum over odd shapes, dtypes and paths, in buffers of exactly the size
 // they need, and checks the answers. Meant for the sanitizers.
-#include "gramian/gramian.h"
-#include "weightings/gramian_weights.h"
-#include "projection/project_weights.h"
-
 #include <omp.h>
 
 #include <cmath>
@@ -11,7 +7,12 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
+
+#include "gramian/gramian.h"
+#include "projection/project_weights.h"
+#include "weightings/gramian_weights.h"
 
 using namespace movae;
 
@@ -20,14 +21,14 @@ namespace {
 int failures = 0;
 std::mt19937 generator(0);
 
-void expect(bool ok, const char* what, int64_t m, int64_t columns, const std::string& isa) {
+void expect(bool ok, const char* what, int64_t m, int64_t columns, const std::string& path) {
     if (ok) return;
     ++failures;
-    std::printf("%s: m=%d columns=%d isa=%s\n", what, int(m), int(columns), isa.c_str());
+    std::printf("%s: m=%d columns=%d %s\n", what, int(m), int(columns), path.c_str());
 }
 
 // Small integers: exact in every dtype, and so are their products' sums.
-void rows_of(int64_t m, int64_t columns, Dtype dtype, const std::string& isa) {
+void rows_of(int64_t m, int64_t columns, Dtype dtype, InstructionSet isa) {
     const int64_t n = m * columns, size = item_size(dtype);
     std::unique_ptr<unsigned char[]> bytes(new unsigned char[n * size]), out(new unsigned char[columns * size]);
     std::vector<double> values(n), weights(m);
@@ -54,7 +55,7 @@ void rows_of(int64_t m, int64_t columns, Dtype dtype, const std::string& isa) {
                 for (int64_t k = 0; k < columns; ++k) sum += values[i * columns + k] * values[j * columns + k];
                 exact = exact && G[i * m + j] == sum;
             }
-        expect(exact, "gramian", m, columns, isa);
+        expect(exact, "gramian", m, columns, name_of(isa));
         combine(rows, weights.data(), out.get(), isa, threads);
         exact = true;
         for (int64_t k = 0; k < columns; ++k) {
@@ -70,11 +71,11 @@ void rows_of(int64_t m, int64_t columns, Dtype dtype, const std::string& isa) {
             // A negative zero is a zero.
             exact = exact && (sum == 0 || std::memcmp(wanted, out.get() + k * size, size) == 0);
         }
-        expect(exact, "combine", m, columns, isa);
+        expect(exact, "combine", m, columns, name_of(isa));
     }
 }
 
-void projection_of(int m, int rank, const std::string& isa) {
+void projection_of(int m, int rank, InstructionSet isa) {
     std::normal_distribution<double> normal;
     std::vector<double> J(m * rank);
     std::unique_ptr<double[]> G(new double[m * m]), u(new double[3 * m]), v(new double[3 * m]), w(new double[m]);
@@ -99,24 +100,19 @@ void projection_of(int m, int rank, const std::string& isa) {
                 const double residual = std::fmin(v[r * m + i] - u[r * m + i], y);
                 if (!(std::fabs(residual) < 1e-9)) status = 99;
             }
-        expect(status == 0, "projection of rows", m, rank, isa);
+        expect(status == 0, "projection of rows", m, rank, name_of(isa));
         status = solved(ProjectionMode::sum, 1, w.get());
         for (int k = 0; k < m; ++k)
             if (!std::isfinite(w[k])) status = 99;
-        expect(status == 0, "sum of projections", m, rank, isa);
+        expect(status == 0, "sum of projections", m, rank, name_of(isa));
         G[m * m - 1] = NAN;
-        expect(solved(ProjectionMode::sum, 1, w.get()) == -1, "NaN", m, rank, isa);
+        expect(solved(ProjectionMode::sum, 1, w.get()) == -1, "NaN", m, rank, name_of(isa));
         G[m * m - 1] = 0;
         for (int k = 0; k < rank; ++k) G[m * m - 1] += J[(m - 1) * rank + k] * J[(m - 1) * rank + k];
     }
 }
 
 // One thread alone, and one of four that meet at every sync: a warp in slow motion.
-struct Single {
-    static int rank() { return 0; }
-    static int size() { return 1; }
-    void sync() const {}
-};
 struct Four {
     int number;
     int rank() const { return number; }
@@ -146,7 +142,7 @@ void weightings_of(int m, int rank, bool zero_row) {
         const bool aligned = method < 3;
         WeightingTask task = {static_cast<Method>(method), m, G.get(), aligned ? pref.get() : nullptr, order.get(), 0.5,
                               1e-4, 20, out.get()};
-        weightings::weigh(Single(), task, scratch.get());
+        weightings::weigh(OneThread(), task, scratch.get());
         task.out = again.get();
 #pragma omp parallel num_threads(4)
         weightings::weigh(Four{omp_get_thread_num()}, task, scratch.get());
@@ -157,7 +153,7 @@ void weightings_of(int m, int rank, bool zero_row) {
     // An order from outside that names no row: that row's weight is NaN, and nothing outside is read or written.
     for (int64_t bad : {int64_t(-1), int64_t(m), int64_t(1) << 32, int64_t(1) << 62}) {
         order[0] = bad;
-        weightings::weigh(Single(), {Method::kPcgrad, m, G.get(), nullptr, order.get(), 0, 0, 0, out.get()}, scratch.get());
+        weightings::weigh(OneThread(), {Method::kPcgrad, m, G.get(), nullptr, order.get(), 0, 0, 0, out.get()}, scratch.get());
         expect(std::isnan(out[0]), "order from outside", m, rank, std::to_string(bad));
     }
 }
@@ -169,9 +165,9 @@ int main() {
         for (int rank : {1, (m + 1) / 2, 2 * m})
             for (bool zero_row : {false, true}) weightings_of(m, rank, zero_row);
 
-    for (const std::string& isa : available_isas()) {
-        if (isa != "avx512" && isa != "avx2" && isa != "portable") continue;
-        std::printf("%s\n", isa.c_str());
+    for (const InstructionSet isa : available_isas()) {
+        if (isa != vectors_of(isa)) continue;
+        std::printf("%s\n", name_of(isa));
         for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBfloat16, Dtype::kFloat16})
             for (int64_t m : {1, 2, 3, 4, 5, 7, 8, 9, 17})
                 for (int64_t columns : {0, 1, 7, 64, 65, 1031, 40000})

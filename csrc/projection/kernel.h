@@ -1,11 +1,11 @@
-// Included once an instruction set, in its namespace: the solver for one host thread, and the rows of one call.
+// Included once per instruction set, in its namespace: the solver for one host thread, and the rows of one call.
 #include "projection/solver.h"
 
 // Problems [first, last) of one call, each on the support of the one before; how many did not finish.
 int project_rows(const Projection& p, const double* A, const double* scales, int first, int last, double* scratch) {
     const bool sum = p.mode == ProjectionMode::sum, multipliers = p.mode == ProjectionMode::multipliers;
     double *u = scratch, *q = u + p.ld;
-    Problem<Single> problem(Single(), p.m, p.ld, A, q + p.ld);
+    Problem<OneThread> problem(OneThread(), p.m, p.ld, A, q + p.ld);
     bool warm = false;
     int unfinished = 0;
     for (int r = first; r < last; ++r) {
@@ -37,5 +37,5 @@ int project_rows(const Projection& p, const double* A, const double* scales, int
 
 bool prepare(const Projection& p, double* A, double* scales) {
     const Regulariser by = p.by_diagonal ? kDiagonal : kTrace;
-    return prepare(Single(), p.gramian, p.m, p.ld, by, p.norm_eps, p.reg_eps, A, scales);
+    return prepare(OneThread(), p.gramian, p.m, p.ld, by, p.norm_eps, p.reg_eps, A, scales);
 }
