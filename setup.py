@@ -106,7 +106,7 @@ class Build(build_ext):
         sources = sorted(str(path) for path in CSRC.rglob("*.cu"))
         commands = []
         for source in sources:
-            target = build / (Path(source).stem + ".cu.o")
+            target = build / f"{Path(source).parent.name}-{Path(source).stem}.cu.o"
             command = [
                 nvcc,
                 "--threads=0",  # the architectures side by side

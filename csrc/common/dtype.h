@@ -7,9 +7,7 @@ namespace movae {
 
 enum class Dtype : int { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
-inline int64_t item_size(Dtype dtype) {
-    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+inline int64_t item_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 inline uint16_t to_bfloat16(float x) {  // round to nearest even; finite x only
     uint32_t bits;

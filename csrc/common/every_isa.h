@@ -12,7 +12,7 @@ namespace portable {
 #define MOVAE_VECTOR_BYTES 16
 #include MOVAE_KERNEL
 #undef MOVAE_VECTOR_BYTES
-}
+}  // namespace portable
 
 #ifdef __x86_64__
 #define MOVAE_TARGET "avx2,fma"
@@ -21,7 +21,7 @@ namespace avx2 {
 #define MOVAE_VECTOR_BYTES 32
 #include MOVAE_KERNEL
 #undef MOVAE_VECTOR_BYTES
-}
+}  // namespace avx2
 #include "common/target_end.h"
 
 #define MOVAE_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"
@@ -30,7 +30,7 @@ namespace avx512 {
 #define MOVAE_VECTOR_BYTES 64
 #include MOVAE_KERNEL
 #undef MOVAE_VECTOR_BYTES
-}
+}  // namespace avx512
 #include "common/target_end.h"
 #endif
 

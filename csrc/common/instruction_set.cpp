@@ -79,7 +79,8 @@ InstructionSet isa_named(const std::string& name) {
         if (name == name_of(isa)) return isa;
         names += std::string(names.empty() ? "" : ", ") + name_of(isa);
     }
-    throw std::invalid_argument("MOVAE_CPU_ISA: '" + name + "' is not an instruction set that this machine has; those are: " + names);
+    throw std::invalid_argument("MOVAE_CPU_ISA: '" + name +
+                                "' is not an instruction set that this machine has; those are: " + names);
 }
 
 InstructionSet chosen_isa() {

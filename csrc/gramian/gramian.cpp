@@ -19,6 +19,7 @@ constexpr int64_t kChunk = 16384;      // columns of one partial Gramian, at lea
 constexpr int64_t kChunks = 512;       // partial Gramians, at most
 constexpr int64_t kColumns = 1024;     // columns that stay in the second-level cache while all pairs of rows meet
 constexpr int64_t kSumColumns = 4096;  // columns of one piece of the weighted sum
+
 constexpr int64_t kPastCaches = int64_t(8) << 20;  // bytes of a result that would only drive others out of the cache
 
 #define MOVAE_KERNEL "gramian/kernel.h"

@@ -31,14 +31,16 @@ void tile(const T* a, const T* b, int64_t stride, int64_t n, double* out, int64_
         MOVAE_UNROLL
         for (int j = 0; j < S; ++j) y[j] = kDiagonal ? x[j < R ? j : 0] : load64(pb + j * stride);
         MOVAE_UNROLL
-        for (int i = 0; i < R; ++i)
-        MOVAE_UNROLL
+        for (int i = 0; i < R; ++i) {
+            MOVAE_UNROLL
             for (int j = kDiagonal ? i : 0; j < S; ++j) sum[u][i][j] += x[i] * y[j];
+        }
     };
     int64_t k = 0;
-    for (; k + kUnroll * kLanes64 <= n; k += kUnroll * kLanes64)
-    MOVAE_UNROLL
+    for (; k + kUnroll * kLanes64 <= n; k += kUnroll * kLanes64) {
+        MOVAE_UNROLL
         for (int u = 0; u < kUnroll; ++u) step(a + k + u * kLanes64, b + k + u * kLanes64, u);
+    }
     for (; k + kLanes64 <= n; k += kLanes64) step(a + k, b + k, 0);
     const int64_t rest = n - k;
     for (int i = 0; i < R; ++i)

@@ -24,12 +24,12 @@ namespace {
 constexpr int kRows = 16;
 constexpr int kPanelBytes = kPanel * 4;  // one pair of depths of a panel
 
-void screen(const uint16_t* z, int64_t z_stride, int rows, const uint16_t* panel, const float* half_norms,
-            float norm_scale, int depth, float* minima, int64_t stride) {
+void screen(const uint16_t* z, int64_t z_stride, int rows, const uint16_t* panel, const float* half_norms, float norm_scale,
+            int depth, float* minima, int64_t stride) {
     alignas(64) float norms[kPanel], scores[kGroup][kRows][kLanes];
     for (int v = 0; v < kGroup; ++v)
-        _mm512_store_ps(norms + v * kLanes, _mm512_mul_ps(_mm512_loadu_ps(half_norms + v * kLanes),
-                                                          _mm512_set1_ps(norm_scale)));
+        _mm512_store_ps(norms + v * kLanes,
+                        _mm512_mul_ps(_mm512_loadu_ps(half_norms + v * kLanes), _mm512_set1_ps(norm_scale)));
     for (int r = 0; r < rows; r += kRows) {
         // Stride 0: every row of an accumulator starts as the same sixteen norms.
         _tile_loadd(0, norms, 0);

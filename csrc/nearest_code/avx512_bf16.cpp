@@ -1,4 +1,4 @@
-// Screening in bfloat16 with AVX512_BF16: twice the products an instruction, 6 rows x 64 codes in registers.
+// Screening in bfloat16 with AVX512_BF16: twice the products per instruction, 6 rows x 64 codes in registers.
 #include "nearest_code/kernels.h"
 
 #include <cmath>
@@ -20,40 +20,38 @@ constexpr int kRows = 6;
 
 inline __m512bh as_pairs(__m512i v) { return reinterpret_cast<__m512bh>(v); }
 
-inline void screen_tile(const uint16_t* z, int64_t z_stride, const uint16_t* panel, const float* half_norms,
-                        float norm_scale, int pairs, float* minima, int64_t stride) {
+inline void screen_tile(const uint16_t* z, int64_t z_stride, const uint16_t* panel, const float* half_norms, float norm_scale,
+                        int pairs, float* minima, int64_t stride) {
     __m512 score[kRows][kGroup];
     MOVAE_UNROLL
     for (int v = 0; v < kGroup; ++v) {
-        const __m512 norm =
-            _mm512_mul_ps(_mm512_loadu_ps(half_norms + v * kLanes), _mm512_set1_ps(norm_scale));
-    MOVAE_UNROLL
+        const __m512 norm = _mm512_mul_ps(_mm512_loadu_ps(half_norms + v * kLanes), _mm512_set1_ps(norm_scale));
+        MOVAE_UNROLL
         for (int r = 0; r < kRows; ++r) score[r][v] = norm;
     }
     for (int k = 0; k < pairs; ++k, panel += 2 * kPanel) {
         __m512bh code[kGroup];
-    MOVAE_UNROLL
+        MOVAE_UNROLL
         for (int v = 0; v < kGroup; ++v) code[v] = as_pairs(_mm512_loadu_si512(panel + v * 2 * kLanes));
-    MOVAE_UNROLL
+        MOVAE_UNROLL
         for (int r = 0; r < kRows; ++r) {
             int pair;
             __builtin_memcpy(&pair, z + r * z_stride + 2 * k, sizeof pair);
             const __m512bh x = as_pairs(_mm512_set1_epi32(pair));
-    MOVAE_UNROLL
+            MOVAE_UNROLL
             for (int v = 0; v < kGroup; ++v) score[r][v] = _mm512_dpbf16_ps(score[r][v], x, code[v]);
         }
     }
     MOVAE_UNROLL
     for (int r = 0; r < kRows; ++r)
-        _mm512_storeu_ps(minima + r * stride, _mm512_min_ps(_mm512_min_ps(score[r][0], score[r][1]),
-                                                            _mm512_min_ps(score[r][2], score[r][3])));
+        _mm512_storeu_ps(minima + r * stride,
+                         _mm512_min_ps(_mm512_min_ps(score[r][0], score[r][1]), _mm512_min_ps(score[r][2], score[r][3])));
 }
 
-void screen(const uint16_t* z, int64_t z_stride, int rows, const uint16_t* panel, const float* half_norms,
-            float norm_scale, int depth, float* minima, int64_t stride) {
+void screen(const uint16_t* z, int64_t z_stride, int rows, const uint16_t* panel, const float* half_norms, float norm_scale,
+            int depth, float* minima, int64_t stride) {
     for (int r = 0; r < rows; r += kRows)
-        screen_tile(z + r * z_stride, z_stride, panel, half_norms, norm_scale, (depth + 1) / 2,
-                    minima + r * stride, stride);
+        screen_tile(z + r * z_stride, z_stride, panel, half_norms, norm_scale, (depth + 1) / 2, minima + r * stride, stride);
 }
 
 // The instruction rounds to nearest even like to_bfloat16, but flushes subnormals; so does the product that will

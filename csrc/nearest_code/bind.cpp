@@ -8,11 +8,12 @@ namespace py = pybind11;
 using namespace movae;
 
 void bind_nearest_code(py::module_& m) {
-    py::class_<RowsView>(m, "RowsView", "Rows of z where they lie: [batch, spatial] rows of depth numbers, strides in elements.")
-        .def(py::init([](std::uintptr_t data, int dtype, int64_t batch, int64_t spatial, int64_t depth,
-                         int64_t batch_stride, int64_t spatial_stride, int64_t depth_stride) {
-            return RowsView{pointer<void>(data), static_cast<Dtype>(dtype), batch, spatial, depth,
-                            batch_stride, spatial_stride, depth_stride};
+    py::class_<RowsView>(m, "RowsView",
+                         "Rows of z where they lie: [batch, spatial] rows of depth numbers, strides in elements.")
+        .def(py::init([](std::uintptr_t data, int dtype, int64_t batch, int64_t spatial, int64_t depth, int64_t batch_stride,
+                         int64_t spatial_stride, int64_t depth_stride) {
+            return RowsView{pointer<void>(data), static_cast<Dtype>(dtype), batch, spatial, depth, batch_stride, spatial_stride,
+                            depth_stride};
         }));
     py::class_<Codebook>(m, "Codebook", "A contiguous [count, depth] codebook.")
         .def(py::init([](std::uintptr_t data, int dtype, int64_t count, int64_t depth) {

@@ -9,37 +9,37 @@ namespace {
 
 // Rows x (VECTORS * V::width) scores in registers: the norm goes in first, the products are added one by one.
 template <int ROWS>
-inline void screen_tile(const float* z, int64_t z_stride, const float* panel, const float* half_norms,
-                        float norm_scale, int depth, float* minima, int64_t stride) {
+inline void screen_tile(const float* z, int64_t z_stride, const float* panel, const float* half_norms, float norm_scale,
+                        int depth, float* minima, int64_t stride) {
     constexpr int kColumns = V::vectors * V::width;
     static_assert(kColumns == kLanes || (kColumns == kPanel && V::vectors == kGroup), "one member or all of a group");
     for (int first = 0; first < kPanel; first += kColumns) {
         V::type score[ROWS][V::vectors];
-    MOVAE_UNROLL
+        MOVAE_UNROLL
         for (int v = 0; v < V::vectors; ++v) {
             const V::type norm = V::load(half_norms + first + v * V::width) * V::broadcast(norm_scale);
-    MOVAE_UNROLL
+            MOVAE_UNROLL
             for (int r = 0; r < ROWS; ++r) score[r][v] = norm;
         }
         const float* column = panel + first;
         for (int k = 0; k < depth; ++k, column += kPanel) {
             V::type code[V::vectors];
-    MOVAE_UNROLL
+            MOVAE_UNROLL
             for (int v = 0; v < V::vectors; ++v) code[v] = V::load(column + v * V::width);
-    MOVAE_UNROLL
+            MOVAE_UNROLL
             for (int r = 0; r < ROWS; ++r) {
                 const V::type x = V::broadcast(z[r * z_stride + k]);
-    MOVAE_UNROLL
+                MOVAE_UNROLL
                 for (int v = 0; v < V::vectors; ++v) score[r][v] = V::fma(x, code[v], score[r][v]);
             }
         }
-    MOVAE_UNROLL
+        MOVAE_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             float* out = minima + r * stride;
             if constexpr (kColumns == kPanel) {
                 V::store(out, V::min(V::min(score[r][0], score[r][1]), V::min(score[r][2], score[r][3])));
             } else {
-    MOVAE_UNROLL
+                MOVAE_UNROLL
                 for (int v = 0; v < V::vectors; ++v) {
                     float* lane = out + v * V::width;
                     V::store(lane, first == 0 ? score[r][v] : V::min(V::load(lane), score[r][v]));
@@ -49,19 +49,17 @@ inline void screen_tile(const float* z, int64_t z_stride, const float* panel, co
     }
 }
 
-void screen(const float* z, int64_t z_stride, int rows, const float* panel, const float* half_norms,
-            float norm_scale, int depth, float* minima, int64_t stride) {
+void screen(const float* z, int64_t z_stride, int rows, const float* panel, const float* half_norms, float norm_scale,
+            int depth, float* minima, int64_t stride) {
     for (int r = 0; r < rows; r += V::rows)
-        screen_tile<V::rows>(z + r * z_stride, z_stride, panel, half_norms, norm_scale, depth, minima + r * stride,
-                             stride);
+        screen_tile<V::rows>(z + r * z_stride, z_stride, panel, half_norms, norm_scale, depth, minima + r * stride, stride);
 }
 
 int candidates(const float* minima, const float* bound, int panels, float best, uint16_t* groups) {
     V::type least = V::broadcast(best);
     for (int p = 0; p < panels; ++p) {
         const V::type slack = V::broadcast(bound[p]);
-        for (int lane = 0; lane < kLanes; lane += V::width)
-            least = V::min(least, V::load(minima + p * kLanes + lane) + slack);
+        for (int lane = 0; lane < kLanes; lane += V::width) least = V::min(least, V::load(minima + p * kLanes + lane) + slack);
     }
     float values[V::width];
     std::memcpy(values, &least, sizeof values);
@@ -74,8 +72,7 @@ int candidates(const float* minima, const float* bound, int panels, float best, 
         const V::type slack = V::broadcast(bound[p]);
         for (int lane = 0; lane < kLanes; lane += V::width) {
             unsigned mask = V::not_greater(V::load(minima + p * kLanes + lane) - slack, limit);
-            for (; mask; mask &= mask - 1)
-                groups[count++] = static_cast<uint16_t>(p * kLanes + lane + __builtin_ctz(mask));
+            for (; mask; mask &= mask - 1) groups[count++] = static_cast<uint16_t>(p * kLanes + lane + __builtin_ctz(mask));
         }
     }
     return count;
@@ -160,8 +157,7 @@ double squared_distance(const float* x, const float* y, int depth) {
     return sum8(sum);
 }
 
-const FloatKernels kKernels = {V::rows,      &screen,      &candidates,      &dot4_float,
-                               &dot4_double, &sum_squares, &squared_distance};
+const FloatKernels kKernels = {V::rows, &screen, &candidates, &dot4_float, &dot4_double, &sum_squares, &squared_distance};
 
 }  // namespace
 }  // namespace movae

@@ -2,7 +2,7 @@
 //
 // The codebook is packed in panels of 64 codes. A screening kernel scores some rows against one panel and keeps,
 // for each row and each of 16 lanes, the least of the scores of the four codes lane, lane + 16, lane + 32 and
-// lane + 48: the minimum over a group of four costs one instruction a vector of scores, needs no index in a
+// lane + 48: the minimum over a group of four costs one instruction per vector of scores, needs no index in a
 // register, and is all that the certificate in nearest_code.cpp asks for.
 #pragma once
 
@@ -13,18 +13,18 @@
 
 namespace movae {
 
-constexpr int kPanel = 64;   // codes a panel
-constexpr int kLanes = 16;   // groups a panel
-constexpr int kGroup = 4;    // codes a group
+constexpr int kPanel = 64;      // codes per panel
+constexpr int kLanes = 16;      // groups per panel
+constexpr int kGroup = 4;       // codes per group
 constexpr int kDepthStep = 32;  // bfloat16 rows and panels are padded to the depth of one AMX tile
 
 struct FloatKernels {
-    int row_step;  // rows a micro-tile; row buffers are padded to a multiple of it
+    int row_step;  // rows per micro-tile; row buffers are padded to a multiple of it
 
     // minima[row * stride + lane] = min over the group of norm_scale * half_norms[code] + z[row] . panel[., code],
     // panel holding the negated codes as [depth][64].
-    void (*screen)(const float* z, int64_t z_stride, int rows, const float* panel, const float* half_norms,
-                   float norm_scale, int depth, float* minima, int64_t stride);
+    void (*screen)(const float* z, int64_t z_stride, int rows, const float* panel, const float* half_norms, float norm_scale,
+                   int depth, float* minima, int64_t stride);
 
     // Groups whose minimum less its panel's bound does not exceed the least of `best` and every minimum plus its
     // bound: all others are certainly worse. Returns how many; group = panel * 16 + lane.

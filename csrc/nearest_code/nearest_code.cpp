@@ -8,7 +8,7 @@
 //    measured while packing, two to three times less than the worst case; gamma bounds the float32 summation in
 //    whatever order; tiny covers flushed subnormals. A group whose minimum less its bound exceeds the least
 //    minimum plus its bound cannot hold the nearest code.
-// 3. Re-score the groups that are left, one or two a row as a rule, in float64, and take the lowest index on a tie.
+// 3. Re-score the groups that are left, one or two per row as a rule, in float64, and take the lowest index on a tie.
 //
 // The answer is thus float64's on every path. Rows for which bfloat16 leaves many groups (codes that crowd together
 // far from the origin) are screened again in float32.
@@ -24,8 +24,8 @@
 namespace movae {
 namespace {
 
-constexpr int kRows = 96;            // rows a block: two thirds of a megabyte of minima and operands at D = 64
-constexpr int kChunkPanels = 32;     // panels screened before their candidates are re-scored
+constexpr int kRows = 96;                  // rows per block: two thirds of a megabyte of minima and operands at D = 64
+constexpr int kChunkPanels = 32;           // panels screened before their candidates are re-scored
 constexpr int64_t kBlockBytes = 12 << 20;  // of packed codebook at a time
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -37,7 +37,7 @@ struct Workspace {  // one thread's
     float bound[kChunkPanels];
     uint16_t groups[kChunkPanels * kLanes];
     int hard[kRows], hard_count = 0;
-    float norm_scale;       // 2^(a - b), by which the codes' norms enter the screened scores
+    float norm_scale;        // 2^(a - b), by which the codes' norms enter the screened scores
     double norm_unit, unit;  // the same for re-scoring, and screening units over re-scoring units
     double best[kRows];
     int64_t index[kRows];
@@ -59,8 +59,7 @@ class Search {
     void run(const BlockDone& done) {
         const int64_t widened = item_size(codebook_.dtype) == 2 ? 4 : 0;
         const int64_t bytes_a_code = depth_ * (4 + widened + (kernels_.screening ? 2 : 0));
-        const int64_t step =
-            std::max<int64_t>(kBlockBytes / bytes_a_code / kPanel * kPanel, kChunkPanels * kPanel);
+        const int64_t step = std::max<int64_t>(kBlockBytes / bytes_a_code / kPanel * kPanel, kChunkPanels * kPanel);
         const bool one_block = step >= codebook_.count;
         if (!one_block) best_.resize(z_.rows());
         for (int64_t first = 0; first < codebook_.count; first += step) {
@@ -134,11 +133,11 @@ class Search {
             float* minima = work.minima.get() + (p - panel) * kLanes;
             const float* norms = block_.half_norm.get() + p * kPanel;
             if (kernels_.screening)
-                kernels_.screening->screen(rows.rounded.get(), deep, rows.rows, block_.panel16.get() + p * deep * kPanel,
-                                       norms, unit, depth_, minima, kChunkPanels * kLanes);
+                kernels_.screening->screen(rows.rounded.get(), deep, rows.rows, block_.panel16.get() + p * deep * kPanel, norms,
+                                           unit, depth_, minima, kChunkPanels * kLanes);
             else
-                kernels_.exact->screen(rows.screen, depth_, rows.rows, block_.panel32.get() + p * depth_ * kPanel, norms,
-                                   unit, depth_, minima, kChunkPanels * kLanes);
+                kernels_.exact->screen(rows.screen, depth_, rows.rows, block_.panel32.get() + p * depth_ * kPanel, norms, unit,
+                                       depth_, minima, kChunkPanels * kLanes);
         }
     }
 
@@ -151,8 +150,8 @@ class Search {
             std::copy_n(rows.screen + static_cast<int64_t>(work.hard[i]) * depth_, depth_, z + i * int64_t{depth_});
         for (int64_t p = panel; p < panel + panels; ++p)
             kernels_.exact->screen(z, depth_, work.hard_count, block_.panel32.get() + p * depth_ * kPanel,
-                               block_.half_norm.get() + p * kPanel, work.norm_scale, depth_,
-                               work.minima.get() + (p - panel) * kLanes, kChunkPanels * kLanes);
+                                   block_.half_norm.get() + p * kPanel, work.norm_scale, depth_,
+                                   work.minima.get() + (p - panel) * kLanes, kChunkPanels * kLanes);
         for (int i = 0; i < work.hard_count; ++i)
             rescore(work, work.hard[i], panel, certify(work, work.hard[i], i, panel, panels, false));
     }
@@ -172,8 +171,8 @@ class Search {
         for (int p = 0; p < panels; ++p)
             work.bound[p] = exact_ ? norm[p] * (by_norm + by_square * norm[p]) + kept * lost[p] + constant : 0.0f;
         const float best = static_cast<float>(work.best[r] * work.unit);
-        return kernels_.exact->candidates(work.minima.get() + static_cast<int64_t>(slot) * kChunkPanels * kLanes,
-                                      work.bound, panels, best, work.groups);
+        return kernels_.exact->candidates(work.minima.get() + static_cast<int64_t>(slot) * kChunkPanels * kLanes, work.bound,
+                                          panels, best, work.groups);
     }
 
     void rescore(Workspace<Real>& work, int r, int64_t panel, int found) {
@@ -216,8 +215,8 @@ class Search {
 
 }  // namespace
 
-void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, InstructionSet isa,
-                  int threads, const BlockDone& done) {
+void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, InstructionSet isa, int threads,
+                  const BlockDone& done) {
     if (z.rows() == 0) return;
     const Kernels kernels = kernels_of(isa);
     threads = useful_threads(threads, z.rows() * codebook.count * z.depth / 16);  // 16 a vector instruction

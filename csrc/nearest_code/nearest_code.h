@@ -30,7 +30,7 @@ struct Codebook {  // [count, depth], contiguous
 // Called once for every block of rows as soon as its indices are final, from the thread that found them.
 using BlockDone = std::function<void(int64_t first_row, int rows, const int64_t* index)>;
 
-void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, InstructionSet isa,
-                  int threads, const BlockDone& done = {});
+void nearest_code(const RowsView& z, const Codebook& codebook, int64_t* index, bool exact, InstructionSet isa, int threads,
+                  const BlockDone& done = {});
 
 }  // namespace movae

@@ -22,16 +22,17 @@ void run_project(std::uintptr_t gramian, int m, std::uintptr_t given, int rows, 
     py::gil_scoped_release unlocked;
     std::vector<double> mean;
     if (given == 0) mean.assign(m, 1.0 / m);
-    *pointer<int32_t>(status) = project({pointer<const double>(gramian), m, by_diagonal, norm_eps, reg_eps,
-                                         static_cast<ProjectionMode>(mode), given ? pointer<const double>(given) : mean.data(),
-                                         rows, pointer<double>(out)},
-                                        isa, threads);
+    *pointer<int32_t>(status) =
+        project({pointer<const double>(gramian), m, by_diagonal, norm_eps, reg_eps, static_cast<ProjectionMode>(mode),
+                 given ? pointer<const double>(given) : mean.data(), rows, pointer<double>(out)},
+                isa, threads);
 }
 
 #ifdef MOVAE_WITH_CUDA
 void check_scratch(int64_t given, int64_t needed) {
     if (given < needed)
-        throw std::invalid_argument("scratch of " + std::to_string(given) + " doubles, " + std::to_string(needed) + " are needed");
+        throw std::invalid_argument("scratch of " + std::to_string(given) + " doubles, " + std::to_string(needed) +
+                                    " are needed");
 }
 #endif
 
@@ -39,7 +40,8 @@ void check_scratch(int64_t given, int64_t needed) {
 
 void bind_project_weights(py::module_& m) {
     m.def("project_weights", &run_project,
-          "Address of the Gramian [m, m] float64, m; address of u or b [rows, m], rows, mode (0 rows, 1 sum, 2 multipliers), or, for a "
+          "Address of the Gramian [m, m] float64, m; address of u or b [rows, m], rows, mode (0 rows, 1 sum, 2 multipliers), "
+          "or, for a "
           "sum, of the preference [m]; 0 is 1/m each; whether the regulariser is relative to the diagonal, norm_eps, reg_eps; "
           "addresses of the result and of the int32 status; threads.");
 #ifdef MOVAE_WITH_CUDA
@@ -70,6 +72,7 @@ void bind_project_weights(py::module_& m) {
                                 pointer<double>(gramian), pointer<int32_t>(status), pointer<double>(scratch),
                                 pointer<void>(stream));
         },
-        "Device addresses of rows [m, P], of the preference [m] and of the results, scratch, its size in doubles, and a stream.");
+        "Device addresses of rows [m, P], of the preference [m] and of the results, scratch, its size in doubles, and a "
+        "stream.");
 #endif
 }

@@ -18,7 +18,10 @@ int project_rows(const Projection& p, const double* A, const double* scales, int
         }
         double size = magnitude(preference);
         for (int k = 0; k < p.ld; ++k) {
-            const double value = k >= p.m ? 0 : sum ? (k == r ? 1 : 0) : multipliers ? scales[k] * given[k] : given[k] / scales[k];
+            const double value = k >= p.m      ? 0
+                                 : sum         ? (k == r ? 1 : 0)
+                                 : multipliers ? scales[k] * given[k]
+                                               : given[k] / scales[k];
             u[k] = multipliers ? 0 : value, q[k] = multipliers ? value : 0;
             size += magnitude(value);
         }

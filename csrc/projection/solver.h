@@ -136,8 +136,7 @@ struct Problem {
         for (int p = team.row(); p < n; p += team.rows()) {
             const double x = factor * g[p];
             double* to = inverse(p);
-            for (int q = team.column() * W; q < up(n); q += team.columns() * W)
-                store(to + q, load(to + q) + x * load(g + q));
+            for (int q = team.column() * W; q < up(n); q += team.columns() * W) store(to + q, load(to + q) + x * load(g + q));
         }
         team.sync();
     }

@@ -1,8 +1,8 @@
 // From a Jacobian's rows to UPGrad's weights in one launch.
 //
 // Each block computes the Gramian of its share of the columns in float64; the last to finish adds the shares in the
-// order of the blocks (so that the sum is the same every time) and, up to 16 rows, solves: one warp a problem. Above,
-// a second launch has one block a problem. How many blocks there are depends on the shape alone.
+// order of the blocks (so that the sum is the same every time) and, up to 16 rows, solves: one warp per problem. Above,
+// a second launch has one block per problem. How many blocks there are depends on the shape alone.
 #include "projection/upgrad.h"
 
 #include <cuda_bf16.h>
@@ -19,9 +19,9 @@ namespace {
 #include "projection/solver.h"
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kBlocks = 512;      // shares of the Gramian, at most
+constexpr int kBlocks = 512;  // shares of the Gramian, at most
 constexpr int kColumnsAThread = 4;
-constexpr int kStage = 32;        // columns that lie in shared memory at a time, for more than eight rows
+constexpr int kStage = 32;  // columns that lie in shared memory at a time, for more than eight rows
 constexpr unsigned kAll = Warp::kAll;
 
 struct Task {
@@ -95,7 +95,7 @@ __device__ bool last_block(int* counter) {
     return last;
 }
 
-// One block of one warp a problem.
+// One block of one warp per problem.
 __global__ void __launch_bounds__(32) project_kernel(Task task, int* counter) {
     extern __shared__ double shared[];
     const int m = task.problem.m, ld = row_stride(m);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void gramian_share(const Share<T>& share) {
         }
 }
 
-// More rows: a stage of columns in shared memory, four by four products a thread, groups of threads sharing the columns.
+// More rows: a stage of columns in shared memory, four by four products per thread, groups of threads sharing the columns.
 template <class T>
 __device__ __forceinline__ void gramian_share_tiles(const Share<T>& share, int m, double* shared) {
     constexpr int kSide = 4, kPitch = kStage + 1;
@@ -224,7 +224,8 @@ __device__ __forceinline__ void share_of(const Jacobian& J, int m, double* part,
 }
 
 template <int kClass>
-__global__ void __launch_bounds__(kThreads, 1) upgrad_kernel(Jacobian J, double* parts, double* gramian, Task task, int* counter) {
+__global__ void __launch_bounds__(kThreads, 1)
+    upgrad_kernel(Jacobian J, double* parts, double* gramian, Task task, int* counter) {
     extern __shared__ double shared[];
     const int m = task.problem.m, entries = m * m;
     double* part = parts + static_cast<long>(blockIdx.x) * entries;
@@ -269,7 +270,8 @@ void launch_project(const Task& task, int* counter, cudaStream_t stream) {
     const int m = task.problem.m, rows = task.problem.rows;
     const long bytes = shared_doubles(m, 1) * sizeof(double);
     allow_shared(project_kernel, bytes);
-    project_kernel<<<rows > 0 ? rows : 1, 32, bytes, stream>>>(task, counter);
+    const int blocks = rows > 0 ? rows : 1;
+    project_kernel<<<blocks, 32, bytes, stream>>>(task, counter);
     check(cudaGetLastError());
 }
 

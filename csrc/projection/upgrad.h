@@ -7,7 +7,7 @@
 
 namespace movae {
 
-constexpr int kMostRows = 64;       // rows of a Jacobian that the tableau in shared memory is laid out for
+constexpr int kMostRows = 64;         // rows of a Jacobian that the tableau in shared memory is laid out for
 constexpr int kRowsInOneLaunch = 16;  // up to here the block that finishes the Gramian solves it, too
 
 // Scratch, in doubles; `rows` are the problems: m of them for a sum.

@@ -37,7 +37,7 @@ void with_element(Dtype dtype, Body body) {
 template <class Real, class Value>
 void sum_by_code(const RowsView& z, const int64_t* index, int64_t codes, Real* out, int threads, Value value) {
     const int64_t rows = z.rows(), depth = z.depth;
-    if (z.depth_stride != 1) {  // channel-first: a channel a thread, its numbers read where they lie
+    if (z.depth_stride != 1) {  // channel-first: a channel per thread, its numbers read where they lie
 #pragma omp parallel num_threads(threads)
         {
             std::vector<double> sum(codes);
@@ -54,7 +54,7 @@ void sum_by_code(const RowsView& z, const int64_t* index, int64_t codes, Real* o
         }
         return;
     }
-    // Rows sorted by code (counting sort, stable), then a code a thread.
+    // Rows sorted by code (counting sort, stable), then a code per thread.
     std::vector<int64_t> start(codes + 1), order(rows);
     for (int64_t row = 0; row < rows; ++row) ++start[index[row] + 1];
     std::partial_sum(start.begin(), start.end(), start.begin());

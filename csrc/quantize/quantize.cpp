@@ -41,9 +41,7 @@ void scatter_rows(const Real* rows, const RowsView& out, int64_t first, int coun
     });
 }
 
-char* place(const RowsView& view, int64_t element) {
-    return static_cast<char*>(view.data) + element * item_size(view.dtype);
-}
+char* place(const RowsView& view, int64_t element) { return static_cast<char*>(view.data) + element * item_size(view.dtype); }
 
 // codes [rows] of `size`-byte items to the rows of z_q, whatever its strides: exact copies of the codebook.
 void copy_codes(const Codebook& codebook, const int64_t* index, const RowsView& out, int64_t first, int rows) {
@@ -102,8 +100,8 @@ void errors(const RowsView& z, const Codebook& codebook, const int64_t* index, i
         gather_rows(z, first + start, n, block.get(), kernels);
         for (int r = 0; r < n; ++r) {
             const Real* nearest = code_row(codebook, index[start + r], code.get(), kernels);
-            out[first + start + r] = static_cast<Real>(
-                distance(block.get() + static_cast<int64_t>(r) * depth, nearest, depth, kernels));
+            out[first + start + r] =
+                static_cast<Real>(distance(block.get() + static_cast<int64_t>(r) * depth, nearest, depth, kernels));
         }
     }
 }
@@ -118,7 +116,7 @@ void forward(const RowsView& z, const Codebook& codebook, const Quantized& out, 
     nearest_code(z, codebook, out.index, true, isa, threads, finish);
     Real* count = static_cast<Real*>(out.count);
     std::fill(count, count + codebook.count, Real(0));
-    for (int64_t row = 0; row < z.rows(); ++row) count[out.index[row]] += 1;  // exact up to 2^24 rows a code
+    for (int64_t row = 0; row < z.rows(); ++row) count[out.index[row]] += 1;  // exact up to 2^24 rows per code
     with_element(z.dtype, [&](auto element) {
         using T = decltype(element);
         const T* data = static_cast<const T*>(z.data);
@@ -184,8 +182,8 @@ void backward_z(const RowsView& z, const Codebook& codebook, const int64_t* inde
 }
 
 template <class Real>
-void backward_codebook(const RowsView& z, const Codebook& codebook, const int64_t* index,
-                       const QuantizeGradient& g, int threads) {
+void backward_codebook(const RowsView& z, const Codebook& codebook, const int64_t* index, const QuantizeGradient& g,
+                       int threads) {
     const Real* grad_error = static_cast<const Real*>(g.grad_error);
     const bool through = g.grad_z_q.data && g.through == Gradient::kCodebook;
     with_element(z.dtype, [&](auto element) {
@@ -198,8 +196,7 @@ void backward_codebook(const RowsView& z, const Codebook& codebook, const int64_
                         double value = 0;
                         if (grad_error)
                             value = 2.0 * grad_error[row] * (to_real(codes[code * depth + k]) - to_real(data[offset]));
-                        if (through)
-                            value += to_real(grad_z_q[g.grad_z_q.offset(row) + k * g.grad_z_q.depth_stride]);
+                        if (through) value += to_real(grad_z_q[g.grad_z_q.offset(row) + k * g.grad_z_q.depth_stride]);
                         return value;
                     });
     });
@@ -227,8 +224,8 @@ void quantize(const RowsView& z, const Codebook& codebook, const Quantized& out,
         forward<float>(z, codebook, out, isa, threads);
 }
 
-void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error,
-                InstructionSet isa, int threads) {
+void code_error(const RowsView& z, const Codebook& codebook, const int64_t* index, void* squared_error, InstructionSet isa,
+                int threads) {
     check_indices("code_error", index, z.rows(), codebook.count);
     const Kernels kernels = kernels_of(isa);
     threads = useful_threads(threads, z.rows() * z.depth);
@@ -244,8 +241,8 @@ void code_error(const RowsView& z, const Codebook& codebook, const int64_t* inde
     }
 }
 
-void quantize_backward(const RowsView& z, const Codebook& codebook, const int64_t* index,
-                       const QuantizeGradient& gradient, InstructionSet isa, int threads) {
+void quantize_backward(const RowsView& z, const Codebook& codebook, const int64_t* index, const QuantizeGradient& gradient,
+                       InstructionSet isa, int threads) {
     check_indices("quantize_backward", index, z.rows(), codebook.count);
     const Kernels kernels = kernels_of(isa);
     const bool wide = z.dtype == Dtype::kFloat64;

@@ -1,25 +1,33 @@
 // The inner loops of tc_terms for one instruction set, with vectors of MOVAE_VECTOR_BYTES (common/every_isa.h).
 // Nothing here may instantiate a std template: one compiled for AVX-512 could be the copy that the linker keeps.
 
-template <class T> struct Simd;
-template <> struct Simd<float> {
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
     typedef float V __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
     typedef int32_t I __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
 };
-template <> struct Simd<double> {
+template <>
+struct Simd<double> {
     typedef double V __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
     typedef int64_t I __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
 };
-template <class T> using Vec = typename Simd<T>::V;
+template <class T>
+using Vec = typename Simd<T>::V;
 
 #define MOVAE_INLINE static inline __attribute__((always_inline))
 
-template <class T> MOVAE_INLINE Vec<T> load(const T* p) {
+template <class T>
+MOVAE_INLINE Vec<T> load(const T* p) {
     Vec<T> v;
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
 }
-template <class T> MOVAE_INLINE void store(T* p, Vec<T> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+template <class T>
+MOVAE_INLINE void store(T* p, Vec<T> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
 
 // e^x for x below about 40. x = n ln2 + r with |r| <= ln2 / 2; n by adding 1.5 * 2^mantissa, which leaves it in the
 // low bits; ln2 in two parts, the first short enough that n * part is exact. e^r = 1 + r + r^2 p(r), p interpolated

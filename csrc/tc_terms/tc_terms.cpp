@@ -1,8 +1,8 @@
 // log q(z) and sum_d log q(z_d) of the aggregate posterior, forward and backward, without a B x B x D buffer.
 //
-// Every (sample i, posterior j, dimension d) costs one exponential a pass; nothing of size B x B is stored. The
+// Every (sample i, posterior j, dimension d) costs one exponential per pass; nothing of size B x B is stored. The
 // posteriors lie transposed, [D, B], so that a vector holds one dimension of several j. The weights W_ij are one constant but
-// for two positions a row (stratified sampling): the constant goes into the log-sum-exp, the two others enter as factors.
+// for two positions per row (stratified sampling): the constant goes into the log-sum-exp, the two others enter as factors.
 #include "tc_terms/tc_terms.h"
 
 #include <cmath>
@@ -13,22 +13,29 @@
 namespace movae {
 namespace {
 
-constexpr int64_t kForwardBlock = 2048;  // posteriors a pass: three rows of them stay in the first-level cache
+constexpr int64_t kForwardBlock = 2048;  // posteriors per pass: three rows of them stay in the first-level cache
 constexpr int64_t kBackwardBlock = 256;  // and here 2 D rows of gradients do, for D up to about 16
 constexpr int64_t kPad = 32;             // two of the widest vectors
 
 // A sample that no posterior reaches has maximum -inf and sum 0; its gradients are 0, not NaN.
-template <class T> T finite_or_zero(T x) { return x == -T(INFINITY) ? T(0) : x; }
-template <class T> T over(T x, T total) { return total == T(0) ? T(0) : x / total; }
+template <class T>
+T finite_or_zero(T x) {
+    return x == -T(INFINITY) ? T(0) : x;
+}
+template <class T>
+T over(T x, T total) {
+    return total == T(0) ? T(0) : x / total;
+}
 
-template <class T> struct Problem {
+template <class T>
+struct Problem {
     int64_t batch, padded, dims;
-    const T* z;                    // [B, D]
-    const T *mu, *niv, *c;         // [D, padded]: mean, -1 / (2 variance), -(log 2 pi + logvar) / 2
-    double log_w;                  // log of the common weight
-    T own, other;                  // W_ii and W_i,i+1 over the common weight (stratified sampling)
-    T *log_q_z, *log_prod_q_z;     // [B]
-    T *top, *total;                // [B, D + 1]: max and sum of exp(. - max) of each dimension and, last, of the joint
+    const T* z;                 // [B, D]
+    const T *mu, *niv, *c;      // [D, padded]: mean, -1 / (2 variance), -(log 2 pi + logvar) / 2
+    double log_w;               // log of the common weight
+    T own, other;               // W_ii and W_i,i+1 over the common weight (stratified sampling)
+    T *log_q_z, *log_prod_q_z;  // [B]
+    T *top, *total;             // [B, D + 1]: max and sum of exp(. - max) of each dimension and, last, of the joint
 
     void place(T* w, int64_t i, int64_t j0, int64_t n, T at_own, T at_next) const {
         const int64_t next = (i + 1) % batch;
@@ -42,18 +49,18 @@ template <class T> struct Problem {
 #define MOVAE_KERNEL "tc_terms/kernel.h"
 #include "common/every_isa.h"
 
-template <class T> struct Path {
+template <class T>
+struct Path {
     void (*forward[2])(const Problem<T>&, int64_t, int64_t, T*);
     void (*backward[2])(const Problem<T>&, const TcGradients<T>&, int64_t, int64_t, double*, T*);
 };
-#define MOVAE_PATH(ns)                                                          \
-    Path<T> {                                                                   \
-        {ns::forward_rows<T, false>, ns::forward_rows<T, true>}, {              \
-            ns::backward_block<T, false>, ns::backward_block<T, true>           \
-        }                                                                       \
+#define MOVAE_PATH(ns)                                                                                                         \
+    Path<T> {                                                                                                                  \
+        {ns::forward_rows<T, false>, ns::forward_rows<T, true>}, { ns::backward_block<T, false>, ns::backward_block<T, true> } \
     }
 
-template <class T> Path<T> choose(InstructionSet isa) {
+template <class T>
+Path<T> choose(InstructionSet isa) {
 #ifdef __x86_64__
     if (vectors_of(isa) == InstructionSet::kAvx512) return MOVAE_PATH(avx512);
     if (isa == InstructionSet::kAvx2) return MOVAE_PATH(avx2);
@@ -64,7 +71,8 @@ template <class T> Path<T> choose(InstructionSet isa) {
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Transposes the posteriors and fills the padding with ones that no sample can come from: log density -inf.
-template <class T> void prepare(Problem<T>& p, const T* mu, const T* logvar, T* store) {
+template <class T>
+void prepare(Problem<T>& p, const T* mu, const T* logvar, T* store) {
     T *tm = store, *tn = tm + p.dims * p.padded, *tc = tn + p.dims * p.padded;
     for (int64_t d = 0; d < p.dims; ++d)
         for (int64_t j = 0; j < p.padded; ++j) {
@@ -76,7 +84,8 @@ template <class T> void prepare(Problem<T>& p, const T* mu, const T* logvar, T* 
     p.mu = tm, p.niv = tn, p.c = tc;
 }
 
-template <class T> Problem<T> problem(const TcInputs<T>& in, const TcSums<T>& sums) {
+template <class T>
+Problem<T> problem(const TcInputs<T>& in, const TcSums<T>& sums) {
     Problem<T> p{};
     p.batch = in.batch, p.dims = in.dims, p.padded = round_up(in.batch, kPad);
     p.z = in.z;
@@ -140,6 +149,7 @@ void tc_terms_backward(const TcInputs<T>& in, const TcSums<T>& sums, const TcGra
 template void tc_terms(const TcInputs<float>&, float*, float*, const TcSums<float>&, InstructionSet, int);
 template void tc_terms(const TcInputs<double>&, double*, double*, const TcSums<double>&, InstructionSet, int);
 template void tc_terms_backward(const TcInputs<float>&, const TcSums<float>&, const TcGradients<float>&, InstructionSet, int);
-template void tc_terms_backward(const TcInputs<double>&, const TcSums<double>&, const TcGradients<double>&, InstructionSet, int);
+template void tc_terms_backward(const TcInputs<double>&, const TcSums<double>&, const TcGradients<double>&, InstructionSet,
+                                int);
 
 }  // namespace movae

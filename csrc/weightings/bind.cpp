@@ -38,14 +38,15 @@ void check_orders(const int64_t* order, int64_t m) {
             const int64_t j = order[i * m + k];
             if (j < 0 || j >= m || met[j])
                 throw std::invalid_argument("gramian_weights: order[" + std::to_string(i) + "] must be a permutation of 0.." +
-                                            std::to_string(m - 1) + "; it has " + std::to_string(j) + " at " + std::to_string(k));
+                                            std::to_string(m - 1) + "; it has " + std::to_string(j) + " at " +
+                                            std::to_string(k));
             met[j] = 1;
         }
     }
 }
 
-void run(int method, int m, std::uintptr_t G, std::uintptr_t pref, std::uintptr_t order, double a, double b,
-         int64_t iterations, std::uintptr_t out) {
+void run(int method, int m, std::uintptr_t G, std::uintptr_t pref, std::uintptr_t order, double a, double b, int64_t iterations,
+         std::uintptr_t out) {
     py::gil_scoped_release unlocked;
     check_orders(pointer<const int64_t>(order), m);
     std::vector<double> scratch(weightings::scratch_size(m));
@@ -64,8 +65,8 @@ void bind_gramian_weights(py::module_& m) {
         "gramian_weights_cuda",
         [](int method, int m, std::uintptr_t G, std::uintptr_t pref, std::uintptr_t order, double a, double b,
            int64_t iterations, std::uintptr_t out, std::uintptr_t scratch, std::uintptr_t stream) {
-            gramian_weights_cuda(task_of(method, m, G, pref, order, a, b, iterations, out),
-                                 pointer<double>(scratch), pointer<void>(stream));
+            gramian_weights_cuda(task_of(method, m, G, pref, order, a, b, iterations, out), pointer<double>(scratch),
+                                 pointer<void>(stream));
         },
         "As gramian_weights, with device addresses, scratch and a stream.");
 #endif

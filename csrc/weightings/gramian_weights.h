@@ -228,9 +228,9 @@ MOVAE_HD void pcgrad(const Team& team, const WeightingTask& task, double* scratc
 // min x' A x / 2 - r' x subject to x >= 0, for A of unit diagonal (Lawson and Hanson 1974), by one thread.
 struct NonNegative {
     int m;
-    double *A, *L;                          // [m, m] both; L the Cholesky factor of the support's block
-    double *r, *x, *z, *p;                  // [m]
-    double* place;                          // [m] the support's indices
+    double *A, *L;          // [m, m] both; L the Cholesky factor of the support's block
+    double *r, *x, *z, *p;  // [m]
+    double* place;          // [m] the support's indices
     int count = 0;
 
     MOVAE_HD int at(int k) const { return static_cast<int>(place[k]); }
@@ -344,8 +344,7 @@ MOVAE_HD void cagrad(const WeightingTask& task, double* scratch) {
     }
     const double ridge = 16 * m * kEps;  // what rounding leaves of a singular matrix is no longer negative
     for (int i = 0; i < m; ++i)
-        for (int j = 0; j < m; ++j)
-            problem.A[i * m + j] = G[i * m + j] / trace / length[i] / length[j] + (i == j ? ridge : 0);
+        for (int j = 0; j < m; ++j) problem.A[i * m + j] = G[i * m + j] / trace / length[i] / length[j] + (i == j ? ridge : 0);
     double level = high, polished = high;
     for (int round = 0; round < 200; ++round) {
         for (int i = 0; i < m; ++i) problem.r[i] = level / length[i] - b[i];

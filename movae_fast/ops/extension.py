@@ -46,7 +46,7 @@ def missing(z: Tensor) -> bool:
 def cuda_missing() -> str:
     """Return why csrc's CUDA half is of no use on this machine's GPUs, in one line; empty where it is of use.
 
-    The ops have Triton or the host instead, so nothing raises because of it. Asked once a process.
+    The ops have Triton or the host instead, so nothing raises because of it. Asked once per process.
     """
     if csrc is None:
         return "movae_fast._csrc is not built"

@@ -215,13 +215,13 @@ def project_in_torch(
         return reference.project_weights(gramian, given, norm_eps, reg_eps, regularizer), solved
     rows = given.reshape(-1, m)
     usable = rows.isfinite().all(1)
-    found = torch.full_like(rows, torch.nan)
+    solutions = torch.full_like(rows, torch.nan)
     if kind == "multipliers":
         for r in usable.nonzero()[:, 0]:
-            found[r] = reference.step_multipliers(gramian, rows[r], reg_eps)
+            solutions[r] = reference.step_multipliers(gramian, rows[r], reg_eps)
     elif bool(usable.any()):
-        found[usable] = reference.project_rows(rows[usable], gramian, norm_eps, reg_eps, regularizer)
-    return found.view(given.shape), solved
+        solutions[usable] = reference.project_rows(rows[usable], gramian, norm_eps, reg_eps, regularizer)
+    return solutions.view(given.shape), solved
 
 
 # --- CUDA -----------------------------------------------------------------------------------------------------

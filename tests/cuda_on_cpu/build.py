@@ -45,7 +45,7 @@ def build(out: Path, *flags: str, driver: bool = False, csrc: Path = CSRC) -> Pa
         return None
     files = [HERE / "emulation.cpp", HERE / "entry.cpp"]
     for source in sorted(csrc.rglob("*.cu")):
-        target = out / f"{source.stem}.cpp"
+        target = out / f"{source.parent.name}-{source.stem}.cpp"
         target.write_text(f'#include "emulation.h"\n#line 1 "{source}"\n{on_cpu(source.read_text())}')
         files.append(target)
     if driver:
