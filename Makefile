@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 # The ordinary CUDA build: it runs on a CPU too.
 PINS := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 

@@ -2,11 +2,13 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
 
 import movae_fast
+from movae_fast import ops
 
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
@@ -117,3 +119,41 @@ def test_datasets_and_loaders_know_sources_but_not_each_other():
             there = other.removeprefix("movae_fast.data").lstrip(".").partition(".")[0]
             assert there, f"{name} imports the whole of movae_fast.data"
             assert there == here or there not in DATA_FORBIDDEN.get(here, set()), f"{name} imports {other}"
+
+
+SECTIONS = ["dispatch", "CPU", "CUDA", "fake", "autograd"]
+OP_FILES = sorted({Path(getattr(ops, name).__code__.co_filename) for name in ops.__all__})
+
+
+@pytest.mark.parametrize("path", OP_FILES, ids=lambda p: p.stem)
+def test_an_op_file_has_one_order_of_sections(path):
+    """The public function comes first, then what a call meets on its way."""
+    source = path.read_text(encoding="utf-8")
+    rules = [(m.start(), m[1]) for m in re.finditer(r"^# --- (\w+) -+$", source, re.MULTILINE)]
+    names = [name for _, name in rules]
+    assert [name for name in SECTIONS if name in names] == names, names
+    assert {"CPU", "fake", "autograd"} <= set(names)
+    public = set(ops.__all__)
+    line_of_first_rule = source[: rules[0][0]].count("\n")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in public:
+            assert node.lineno < line_of_first_rule, node.name
+            public.remove(node.name)
+    assert public != set(ops.__all__), "no public function"
+
+
+def test_the_fallback_is_the_reference():
+    """An op has three definitions: reference.py, C++ and Triton. What stands in for C++ calls the first."""
+    for path in OP_FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_in_torch"):
+                called = {n.func.value.id for n in ast.walk(node) if is_method_call(n)}
+                assert "reference" in called, f"{path.name}: {node.name}"
+
+
+def is_method_call(node):
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+    )
