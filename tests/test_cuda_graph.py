@@ -143,7 +143,7 @@ def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, see
     records = []
     for i in range(steps):
         x = torch.rand(12, *SHAPE, generator=generator).to(flat)
-        noise = torch.randn(model.draw_noise(12).shape, generator=generator).to(flat)
+        noise = model.draw_noise(12).map(lambda draw: torch.randn(draw.shape, generator=generator).to(flat))
         share = torch.rand(12, generator=generator).to(flat) if shares else None
         if stages is not None:
             if stages.starts(i):

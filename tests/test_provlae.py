@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from movae_fast.cli import main
 from movae_fast.cli.ladder import traversals
-from movae_fast.models import build_model
+from movae_fast.models import Noise, build_model
 from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import graph_counters
@@ -111,7 +111,7 @@ def test_the_ports_stages_begin_at_the_least_abstract_rung():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_of_the_port_begins_where_the_last_one_ended(stage):
     model = ladder(ladder_net="port").eval()
-    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    x, noise = torch.rand(5, 1, 32, 32), Noise(torch.randn(5, 6))
     model.set_stage(stage - 1)
     before = model(x, noise)
     model.set_stage(stage, alpha=0.0)
@@ -147,7 +147,7 @@ def test_more_rungs_than_the_image_allows():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_begins_where_the_last_one_ended(stage, training):
     model = ladder().train(training)
-    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    x, noise = torch.rand(5, 1, 32, 32), Noise(torch.randn(5, 6))
     model.set_stage(stage - 1)
     before = model(x, noise)
     model.set_stage(stage, alpha=0.0)
@@ -167,7 +167,7 @@ def test_the_last_stage_with_alpha_one_is_the_plain_ladder():
     assert not plain.progressive
     plain.load_state_dict(model.state_dict())
     model.set_stage(3, alpha=1.0)
-    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    x, noise = torch.rand(5, 1, 32, 32), Noise(torch.randn(5, 6))
     for a, b in zip(model(x, noise)[:4], plain(x, noise)[:4], strict=True):
         assert torch.equal(a, b)
 

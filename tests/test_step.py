@@ -58,7 +58,7 @@ def test_float32_rows_are_float64_rows(arch):
     x = images()
     gradient(single, x)
     torch.manual_seed(2)
-    double.gradient(x.double(), 0, single.model.draw_noise(len(x)).double())
+    double.gradient(x.double(), 0, single.model.draw_noise(len(x)).map(torch.Tensor.double))
     # A convolution network's backward in float32: some tens of roundings of 6e-8.
     assert relative(single.rows.rows, double.rows.rows) < 1e-5
     assert relative(single.flat.own_grad, double.flat.own_grad) < 1e-5
@@ -121,7 +121,7 @@ def test_a_padded_batch_is_the_short_one_without_batch_statistics(arch):
         noise = padded.model.draw_noise(16)
         for number in range(2):
             record = padded.gradient(x, number, noise, sample_weight=share)
-            expected = short.gradient(x[:n], number, noise[:n])
+            expected = short.gradient(x[:n], number, noise.of_images(0, n))
             # float64's rounding through some ten layers.
             assert relative(padded.flat.grad, short.flat.grad) < 1e-12, options
             assert relative(record.losses, expected.losses) < 1e-12, options

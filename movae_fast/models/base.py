@@ -10,17 +10,34 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from movae_fast.models.multirate import Rates
+from movae_fast.models.rates import Rates
 
 Activation = Literal["tanh", "sigmoid", "none"]
 Norm = Literal["batch", "layer", "none"]
+
+
+class Noise(NamedTuple):
+    """The random draws of a batch's forward pass (`VAE.draw_noise`)."""
+
+    latent: Tensor  # [B, D] standard normal, the posterior's; [B, 0] of a model that draws nothing
+    log_beta: Tensor | None = None  # [B] of a multi-rate model: the log beta of each image
+    prior: Tensor | None = None  # [B, D] standard normal, where an objective compares with the prior
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Noise:
+        """Apply a function to each draw that is there."""
+        latent, *others = (None if draw is None else function(draw) for draw in self)
+        assert latent is not None
+        return Noise(latent, *others)
+
+    def of_images(self, start: int, stop: int) -> Noise:
+        """Return the draws of the images `start` to `stop`, which is not one of them."""
+        return self.map(lambda draw: draw[start:stop])
 
 
 class GaussianOutput(NamedTuple):
@@ -86,34 +103,33 @@ class VAE(nn.Module):
         """Latents to the images' preactivation [B, C, S, S]."""
         raise NotImplementedError
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> Any:
-        """Features to a GaussianOutput or VQOutput: everything that comes after the shared part.
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> Any:
+        """Turn features into a GaussianOutput or VQOutput: everything that comes after the shared part.
 
-        `noise` [B, *noise_shape] is drawn here if it is not given.
+        `noise` is drawn here if it is not given.
         """
         raise NotImplementedError
 
-    def condition(self, noise: Tensor) -> None:
-        """What the encoder too must know of a batch's `noise` [B, *noise_shape]; to be called before it."""
+    def condition(self, noise: Noise) -> None:
+        """Keep what the encoder has to know of a batch's noise; to be called before `encode`."""
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Any:
         noise = self.draw_noise(len(x)) if noise is None else noise
         self.condition(noise)
         return self.forward_features(self.encode(x), noise)
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise that one image's forward pass takes: standard normal, and perhaps a beta."""
-        return (0,)
-
-    def draw_noise(self, n: int) -> Tensor:
-        """Noise [n, *noise_shape] for n images.
+    def draw_noise(self, n: int) -> Noise:
+        """Draw the noise of n images.
 
         It is an argument of the forward pass so that ranks can each take their slice of one draw, and so that
         a compiled step and an eager one see the same numbers.
         """
+        return Noise(self.standard_normal(n, 0))
+
+    def standard_normal(self, *shape: int) -> Tensor:
+        """Draw a tensor of this shape, of the parameters' dtype and on their device."""
         like = next(self.parameters())
-        return torch.randn(n, *self.noise_shape, device=like.device, dtype=like.dtype)
+        return torch.randn(*shape, device=like.device, dtype=like.dtype)
 
     def to_image(self, preactivation: Tensor) -> Tensor:
         """The output activation: a preactivation to an image in the data's range."""
@@ -171,8 +187,8 @@ class GaussianVAE(VAE):
     Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and
     `decoder` ([B, D] to preactivations).
 
-    Its multi-rate form (`make_multirate`) has `rates`: in training the last column of the noise is an example's
-    log beta; in evaluation all methods compute at the beta of `set_beta`.
+    Its multi-rate form (`make_multirate`) has `rates`: in training the noise holds each example's log beta; in
+    evaluation all methods compute at the beta of `set_beta`.
     """
 
     latent_dim: int
@@ -192,19 +208,21 @@ class GaussianVAE(VAE):
     def own_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"reconstruction": [p for part in self.decoder_parts() for p in part.parameters()]}
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return (self.latent_dim + (self.rates is not None),)
+    def draw_noise(self, n: int) -> Noise:
+        if self.rates is None:
+            return Noise(self.standard_normal(n, self.latent_dim))
+        # One draw, whose last column is drawn once more: in this order a seed has always meant these numbers.
+        drawn = self.standard_normal(n, self.latent_dim + 1)
+        self.rates.draw(drawn[:, -1])
+        # Contiguous, as every copy of a draw is: a compiled step would compile anew for other strides.
+        return Noise(drawn[:, :-1].contiguous(), log_beta=drawn[:, -1].contiguous())
 
-    def draw_noise(self, n: int) -> Tensor:
-        noise = super().draw_noise(n)
-        if self.rates is not None:
-            self.rates.draw(noise[:, -1])
-        return noise
-
-    def condition(self, noise: Tensor) -> None:
-        if self.rates is not None and self.training:
-            self.rates.log_beta = noise[:, -1]
+    def condition(self, noise: Noise) -> None:
+        if self.rates is None or not self.training:
+            return
+        if noise.log_beta is None:
+            raise ValueError("noise.log_beta: a multi-rate model trains at given betas; draw it by draw_noise")
+        self.rates.log_beta = noise.log_beta
 
     def set_beta(self, beta: float | Tensor) -> None:
         """The beta that a multi-rate model computes at in evaluation: one, or one an example [B].
@@ -228,10 +246,10 @@ class GaussianVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> GaussianOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
         mu, logvar = features
         noise = self.draw_noise(len(mu)) if noise is None else noise
-        z = mu + torch.exp(0.5 * logvar) * noise[:, : self.latent_dim]
+        z = mu + torch.exp(0.5 * logvar) * noise.latent
         beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
         return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta)
 

@@ -10,6 +10,7 @@ from movae_fast import ops
 from movae_fast.models.base import (
     VAE,
     Activation,
+    Noise,
     Norm,
     VQOutput,
     at_least_float32,
@@ -103,7 +104,7 @@ class VQVAE(VAE):
         """Codes [B, h, w] to codewords [B, D, h, w], differentiable in the codebook."""
         return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> VQOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> VQOutput:
         (z,) = features
         codewords, index, error, count, _ = self.quantize(z)
         if self.training:

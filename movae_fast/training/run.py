@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.data import Binarizer, Loader, ReadOptions
-from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate, model_options
+from movae_fast.models import VAE, GaussianVAE, Noise, ProVLAE, build_model, make_multirate, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
@@ -93,10 +92,10 @@ class Run:
         assert isinstance(self.model, ProVLAE)
         self.progression.apply(self.step, self.model, self.losses)
 
-    def noise(self, n: int) -> Tensor:
-        """The forward pass's noise for this rank's n images: its slice of one draw for the global batch."""
+    def noise(self, n: int) -> Noise:
+        """Draw the forward pass's noise of this rank's n images: its slice of one draw for the global batch."""
         draw = self.model.draw_noise(n * self.world.size)
-        return draw[self.world.rank * n : (self.world.rank + 1) * n]
+        return draw.of_images(self.world.rank * n, (self.world.rank + 1) * n)
 
     def state(self) -> dict[str, Any]:
         """The sections of a checkpoint."""
