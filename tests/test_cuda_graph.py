@@ -16,11 +16,12 @@ from movae_fast.cli import main
 from movae_fast.models import MODELS, build_model
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.schedules import LossSchedule, Stages
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.cuda_graph import WARM, CudaGraphs
 from movae_fast.training.optim import forget, make_optimizer
 from movae_fast.training.precision import Precision
-from movae_fast.training.progression import Progression
+from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import TrainStep, why_not_captured
 from movae_fast.training.world import World
 from tests.host_reads import NoHostRead
@@ -121,7 +122,7 @@ def train_step(
     if options.pop("sync", False):
         convert_sync_batchnorm(model)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
-    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=6)
+    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, schedule=LossSchedule(6))
     if agg == "sum":
         aggregator = None if step_metric is None else Sum()
     else:
@@ -148,7 +149,7 @@ def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, see
         if stages is not None:
             if stages.starts(i):
                 forget(step.optimizer)
-            stages.apply(i, model, step.losses)
+            apply_stage(stages, i, model, step.losses)
         log = log_every > 0 and i % log_every == 0
         record = step(x, i, noise, log, share)
         scheduler.step()
@@ -178,8 +179,8 @@ CASES = {
         {"steps": 20},
     ),
     "padded": ("vae", "imtl_g", "adam", {}, {"shares": True}),
-    "ladder": ("provlae", "upgrad", "adam", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
-    "ladder, sum": ("provlae", "sum", "sgd", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
+    "ladder": ("provlae", "upgrad", "adam", {}, {"stages": Stages(1, 3, 5, 3, 0.5), "steps": 15}),
+    "ladder, sum": ("provlae", "sum", "sgd", {}, {"stages": Stages(1, 3, 5, 3, 0.5), "steps": 15}),
 }
 
 

@@ -6,6 +6,7 @@ import torch
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.schedules import LossSchedule
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.flat import FlatParameters, Rows
@@ -26,7 +27,7 @@ def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", netwo
     torch.manual_seed(0)
     model = build_model(arch, SHAPE, "tanh", OPTIONS[arch] | (network or {})).to(dtype)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
-    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=10)
+    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, schedule=LossSchedule(10))
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active))
     optimizer = None if lr is None else torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     return TrainStep(model, losses, aggregator, optimizer, jacobian=jacobian, **options)

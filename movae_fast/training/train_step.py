@@ -147,6 +147,7 @@ class TrainStep:
         noise: the model's, of the B images (`VAE.draw_noise`).
         sample_weight: [B] how often each image counts, see `objectives`.
         """
+        self.losses.set_step(step)
         kind, batch, scale = self.kind(step, log), Batch(images, noise, sample_weight), self.scale_at(step)
         if self.recordings.recorder is None:
             return self.update(kind, batch, scale)
@@ -164,6 +165,7 @@ class TrainStep:
         """Set every parameter's gradient as a step does, and update nothing; noise is drawn if not given."""
         noise = self.model.draw_noise(len(images)) if noise is None else noise
         batch = Batch(images, noise, sample_weight)
+        self.losses.set_step(step)
         return self.differentiate(self.kind(step, log), batch, self.scale_at(step))
 
     def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepRecord:
