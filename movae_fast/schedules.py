@@ -115,7 +115,7 @@ class Stages:
 
     @property
     def total(self) -> int:
-        """Steps of all stages together."""
+        """Return the steps of all stages together."""
         return self.steps * (self.last - self.first + 1)
 
     def stage(self, step: int) -> int:

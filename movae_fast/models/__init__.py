@@ -56,7 +56,7 @@ __all__ = [
 
 
 def model_options(arch: str) -> list[str]:
-    """Names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
+    """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
     parameters = inspect.signature(MODELS[arch].__init__).parameters
     return [name for name in parameters if name not in ("self", "image_shape", "activation")]
 

@@ -97,7 +97,7 @@ class MMDVAE(CNNVAE):
 
 
 def dcgan_init(module: nn.Module) -> None:
-    """N(0, 0.02) weights, N(1, 0.02) normalisation scales, zero biases (Radford et al. 2016)."""
+    """Draw weights from N(0, 0.02), normalisation scales from N(1, 0.02); zero biases (Radford et al. 2016)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

@@ -12,7 +12,7 @@ BetaPer = Literal["example", "batch"]
 
 
 class Rates:
-    """The range of beta of a multi-rate model, and the log betas that its gates are at.
+    """The range of beta of a multi-rate model, and the log betas that its gates compute at.
 
     One instance serves a model and all its gates. It is no module, so that a checkpoint does not list it once a
     gate; copies and pickles of a model share theirs in the same way.
@@ -29,18 +29,18 @@ class Rates:
         self.evaluated = torch.zeros(1, dtype=torch.float64)  # [B] or [1] in evaluation
 
     def standardise(self, log_beta: Tensor) -> Tensor:
-        """Log betas of any shape to zero mean and unit variance under the log-uniform distribution."""
+        """Bring log betas of any shape to zero mean and unit variance under the log-uniform distribution."""
         return (log_beta - (self.low + self.high) / 2) * (2 * math.sqrt(3) / (self.high - self.low))
 
     def draw(self, out: Tensor) -> None:  # [N]
-        """Fill `out` with log betas: one an example, or one for all."""
+        """Fill `out` with log betas: one per example, or one for all."""
         if self.beta_per == "example":
             out.uniform_(self.low, self.high)
         else:
             out.copy_(out.new_empty(1).uniform_(self.low, self.high).expand_as(out))
 
     def current(self, training: bool, like: Tensor) -> Tensor:
-        """The log betas that count now, [B] or [1], of the dtype and on the device of `like`."""
+        """Return the log betas that count now, [B] or [1], of the dtype and on the device of `like`."""
         if training:
             return self.log_beta.to(like)
         self.evaluated = self.evaluated.to(like)  # moves once after the model did

@@ -60,7 +60,7 @@ class Residual(nn.Module):
 def _stack(
     layers: Sequence[Layer], width: int, channels: int, up: bool, norm: bool, block: ResidualBlock = "author"
 ) -> list[nn.Module]:
-    """The layers on a map of `width` channels, a BatchNorm on request and ReLU behind all but the image's."""
+    """Build layers on a map of `width` channels, with ReLU (and BatchNorm) behind all but the image's."""
     built: list[nn.Module] = []
     for layer in layers:
         if not layer:

@@ -26,7 +26,7 @@ MOST_RUNGS = 30  # of a ladder, for images of side 2^32
 
 @dataclass(frozen=True)
 class TermSettings:
-    """What the terms depend on besides a batch."""
+    """Settings of the terms, the same for every batch."""
 
     activation: str
     dist: ReconsDist
@@ -125,9 +125,9 @@ class LossVector:
     """A model's objectives as a vector of m scalars in the order of `model.objectives`.
 
     An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
-    a backward pass nor takes its share of an aggregator's preference.
+    a backward pass nor counts in an aggregator's preference.
 
-    Of a multi-rate model the kl (tc where there is one) is the mean over examples of beta_i times theirs.
+    Of a multi-rate model the kl (tc where there is one) is the mean of each example's, times its beta.
 
     The base weights are changed by nothing but a ladder's stages (`set_active_rungs`); all else about a step's
     weights follows from its number and the `schedule`.

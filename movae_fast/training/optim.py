@@ -15,7 +15,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over `parameters`: torch's as one fused kernel."""
+    """Make the optimizer that the configuration names, over `parameters`: torch's as one fused kernel."""
     lr, decay = config.lr, config.weight_decay
     options: dict[str, Any] = {"lr": lr, "weight_decay": decay}
     if config.eps is not None:
@@ -69,7 +69,7 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> LearningRate:
-    """Return the learning rate's schedule that the configuration names, which counts in epochs in part."""
+    """Return the learning rate's schedule that the configuration names, its epochs counted in steps."""
     return LearningRate(
         schedule=config.scheduler,
         steps=total_steps,
