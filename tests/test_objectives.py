@@ -155,6 +155,24 @@ def test_every_model_s_objectives_have_a_term():
     assert {name for name in OBJECTIVES.keys() - named if not name.startswith("kl_")} == set()
 
 
+def test_an_objective_without_a_term_is_named():
+    model, _ = vector("vae")
+    model.objectives = ("reconstruction", "dkwl")
+    with pytest.raises(ValueError, match=r"ConvVAE.objectives: OBJECTIVES has no dkwl \(did you mean dwkl"):
+        LossVector(model, [1.0, 1.0], "gaussian", "mean", n_data=100)
+
+
+def test_an_objective_of_one_s_own_is_one_entry(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "size", lambda batch: batch.out.z.square().mean())
+    model, _ = vector("vae")
+    model.objectives = ("reconstruction", "kl", "size")
+    losses = LossVector(model, [1.0, 1.0, 0.5], "gaussian", "mean", n_data=100)
+    x = torch.rand(4, 1, 16, 16)
+    out = model(x)
+    assert torch.equal(losses(out, x)[2], out.z.square().mean())
+    assert losses.weights_at(0).tolist() == [1.0, 1.0, 0.5]
+
+
 def test_what_several_terms_need_is_computed_once(monkeypatch):
     calls = []
     terms = LossVector.__module__.replace("vector", "terms")

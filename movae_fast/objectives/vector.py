@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.models import VAE, GaussianOutput, VQOutput
+from movae_fast.names import nearest
 from movae_fast.objectives import terms
 from movae_fast.objectives.terms import LogDensities, ReconsDist, ReconsReduction
 from movae_fast.reference import TCEstimator
@@ -131,6 +132,8 @@ class LossVector:
 
     The base weights are changed by nothing but a ladder's stages (`set_active_rungs`); all else about a step's
     weights follows from its number and the `schedule`.
+
+    Raises ValueError for a model with an objective that is not in `OBJECTIVES`.
     """
 
     def __init__(
@@ -144,6 +147,11 @@ class LossVector:
         schedule: LossSchedule | None = None,
     ) -> None:
         self.names = model.objectives
+        for name in self.names:
+            if name not in OBJECTIVES:
+                raise ValueError(
+                    f"{type(model).__name__}.objectives: OBJECTIVES has no {name}{nearest(name, OBJECTIVES)}"
+                )
         self.terms = [OBJECTIVES[name] for name in self.names]
         rungs = sum(name.startswith("kl_") for name in self.names)
         self.settings = TermSettings(model.activation, dist, reduction, n_data, tc_estimator, rungs)
@@ -187,7 +195,8 @@ class LossVector:
         batch = Outcome(out, images, sample_weight, self.settings)
         values = [term(batch) for term in self.terms]
         if self.schedule.capacity is not None:
-            for i in (i for i, is_kl in enumerate(self.is_kl) if is_kl):
-                distance = terms.distance_to_capacity(values[i], self.capacity, sample_weight)
-                values[i] = torch.where(self.live[i], distance, values[i])
+            for i, is_kl in enumerate(self.is_kl):
+                if is_kl:
+                    distance = terms.distance_to_capacity(values[i], self.capacity, sample_weight)
+                    values[i] = torch.where(self.live[i], distance, values[i])
         return tuple(values)
