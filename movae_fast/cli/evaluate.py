@@ -168,11 +168,14 @@ def measure(
         return report
     loader = make_loader(trained, device, "test")
     if "objectives" in names:
-        o = trained.objective
         losses = LossVector(
-            model, trained.weights(), dist, trained.reduction, n_data=trained.info.n_train or len(loader.source)
+            model,
+            trained.weights(),
+            dist,
+            trained.reduction,
+            n_data=trained.info.n_train or len(loader.source),
+            tc_estimator=trained.objective.tc_estimator,
         )
-        losses.tc_estimator = o.tc_estimator
         found_losses = evaluate(model, losses, loader, config.seed)
         report.figures |= {k.removeprefix("test/"): v for k, v in found_losses.items()}
     if isinstance(model, GaussianVAE):

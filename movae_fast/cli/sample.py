@@ -16,8 +16,7 @@ from movae_fast.cli import parsing
 from movae_fast.cli.generate import option_of
 from movae_fast.data import to_unit
 from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
-from movae_fast.models import VAE, GaussianVAE
-from movae_fast.models.multirate import Rates
+from movae_fast.models import VAE, GaussianVAE, Rates
 from movae_fast.models.vq_vae import VQVAE
 from movae_fast.training.config import TrainConfig, check_room, point_at, resolve_device, validate
 from movae_fast.training.curve import log_spaced, say_extrapolation

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.data import Binarizer, Loader, ReadOptions
 from movae_fast.files import remove_leftovers, replacing, set_aside
-from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate, model_options
+from movae_fast.models import VAE, GaussianVAE, Noise, ProVLAE, build_model, make_multirate, model_options
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.ops.extension import keep_freed_memory
+from movae_fast.schedules import Capacity, Cycles, Factor, LossSchedule, Stages, annealing_by_epoch, restarted
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import TrainConfig, resolve_device
@@ -34,7 +34,7 @@ from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.logs import Logs, require_wandb
 from movae_fast.training.optim import forget, lr_factor, make_optimizer
 from movae_fast.training.precision import Precision
-from movae_fast.training.progression import Cycles, Progression
+from movae_fast.training.stages import apply_stage
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World, connect
@@ -58,7 +58,7 @@ class Run:
     total_steps: int
     world: World = field(default_factory=World)
     why_not_captured: str = ""  # what keeps the step from being one graph
-    progression: Progression | None = None  # the stages of a progressive model
+    progression: Stages | None = None  # the stages of a progressive model
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
@@ -95,12 +95,12 @@ class Run:
             self.best = math.inf
         self.train_step.first = self.step - self.progression.since(self.step)
         assert isinstance(self.model, ProVLAE)
-        self.progression.apply(self.step, self.model, self.losses)
+        apply_stage(self.progression, self.step, self.model, self.losses)
 
-    def noise(self, n: int) -> Tensor:
-        """The forward pass's noise for this rank's n images: its slice of one draw for the global batch."""
+    def noise(self, n: int) -> Noise:
+        """Draw the forward pass's noise of this rank's n images: its slice of one draw for the global batch."""
         draw = self.model.draw_noise(n * self.world.size)
-        return draw[self.world.rank * n : (self.world.rank + 1) * n]
+        return draw.of_images(self.world.rank * n, (self.world.rank + 1) * n)
 
     def state(self) -> dict[str, Any]:
         """The sections of a checkpoint."""
@@ -177,8 +177,8 @@ class Run:
         """Bring what the last step set by its number to where it was: an evaluation may be what comes next."""
         if self.progression is not None:
             assert isinstance(self.model, ProVLAE)
-            self.progression.apply(self.step - 1, self.model, self.losses)
-        self.losses.weights_at(self.step - 1)
+            apply_stage(self.progression, self.step - 1, self.model, self.losses)
+        self.losses.set_step(self.step - 1)
 
 
 def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bool = False) -> Run:
@@ -386,8 +386,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     steps = config.run.steps or config.run.epochs * per_epoch  # a stage, where there are stages
     progression, total = stages(config, model, steps), steps
     if progression is not None:
-        total = steps * (progression.last - progression.first + 1)
-    ladder = config.ladder
+        total = progression.total
     losses = LossVector(
         model,
         weights,
@@ -395,9 +394,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         config.reduction,
         n_data=len(train_loader.source),
         tc_estimator=config.objective.tc_estimator,
-        anneal_steps=config.objective.anneal_steps,
-        kl_factor=kl_factor(config, steps, per_epoch),
-        capacity=(ladder.max_capacity, ladder.capacity_max_iter) if ladder.use_capacity_increase else None,
+        schedule=loss_schedule(config, steps, per_epoch),
     )
     precision = Precision(config.run.precision, device)
     mode = resolve_mode(config.run.compile, device)
@@ -407,10 +404,10 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     if config.objective.gramian_batch < 1:
         mode = "off"
     optimizer = make_optimizer(config.optimizer, model.parameters())
-    factor = lr_factor(config.optimizer, steps, per_epoch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, factor if total == steps else lambda step: factor(step % steps)
-    )
+    factor: Factor = lr_factor(config.optimizer, steps, per_epoch)
+    if total != steps:  # each stage has the whole schedule
+        factor = restarted(factor, steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     train_step = TrainStep(
         model,
         losses,
@@ -449,27 +446,28 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     )
 
 
-def kl_factor(config: TrainConfig, steps: int, per_epoch: int) -> Callable[[int], float] | None:
-    """The factor on the KL's weight by 0-based step, over a stage of `steps` steps; None for always 1."""
-    ladder, kind = config.ladder, config.objective.kl_annealing
+def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedule:
+    """Return how the loss changes over a stage of `steps` steps by the configuration."""
+    ladder, objective = config.ladder, config.objective
+    factor: Factor | None = None
     if ladder.use_kl_annealing:
         weights = (ladder.min_kl_weight, ladder.max_kl_weight)
-        return Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
-    if kind == "none":
-        return None
-    cycles, ratio = (1, 0.3) if kind == "monotonic" else (4, 0.5)
-    by_epoch = Cycles("linear", math.ceil(steps / per_epoch), cycles, 0.0, 1.0, ratio)
-    return lambda step: by_epoch(step % steps // per_epoch)
+        factor = Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
+    elif objective.kl_annealing != "none":
+        factor = annealing_by_epoch(objective.kl_annealing, steps, per_epoch)
+    grows = ladder.use_capacity_increase
+    capacity = Capacity(ladder.max_capacity, ladder.capacity_max_iter) if grows else None
+    return LossSchedule(objective.anneal_steps, factor, capacity)
 
 
-def stages(config: TrainConfig, model: VAE, steps: int) -> Progression | None:
-    """The stages of `steps` steps each that the configuration asks of a progressive model."""
+def stages(config: TrainConfig, model: VAE, steps: int) -> Stages | None:
+    """Return the stages of `steps` steps each that the configuration asks of a progressive model."""
     if not (isinstance(model, ProVLAE) and model.progressive):
         return None
     ladder = config.ladder
     alone = ladder.mode == "indep_train"
     first, last = (ladder.train_seq, ladder.train_seq) if alone else (1, model.num_ladders)
-    return Progression(first, last, steps, ladder.fade_in_duration, ladder.coff if ladder.pre_kl else 0.0)
+    return Stages(first, last, steps, ladder.fade_in_duration, ladder.coff if ladder.pre_kl else 0.0)
 
 
 def start_from(config: TrainConfig, model: VAE) -> None:
