@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 # The ordinary CUDA build: it runs on a CPU too.
 PINS := torch==2.11.0 torchvision==0.26.0 triton==3.6.0
 
 # Tests use one thread each; a process of them takes up to 2 GB.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: all demo test test-all lint format bench gpu doctor clean
+.PHONY: all demo test test-all lint format docs bench gpu doctor clean
 all: $(VENV)/.ready
 
 $(BIN)/python:
@@ -53,9 +53,13 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages of docs/ as site/; a broken link fails.
+docs: $(VENV)/.ready-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 doctor: $(VENV)/.ready
 	$(BIN)/movae doctor
 
 clean:
-	rm -rf build dist *.egg-info movae_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf build dist site *.egg-info movae_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

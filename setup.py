@@ -69,7 +69,7 @@ def library_folders(nvcc: str, source: str) -> list[str]:
 
 
 class Build(build_ext):
-    """build_ext that compiles csrc/*.cu with nvcc and links them in, or does without and says why."""
+    """build_ext that compiles csrc/**/*.cu with nvcc and links them in, or does without and says why."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         required = bool(os.environ.get("MOVAE_REQUIRE_CUDA"))
@@ -91,7 +91,7 @@ class Build(build_ext):
         super().build_extension(ext)
 
     def add_cuda(self, ext: Pybind11Extension) -> None:
-        """Compile csrc/*.cu and add them to the extension. Raises whatever keeps it from doing so."""
+        """Compile csrc/**/*.cu and add them to the extension. Raises whatever keeps it from doing so."""
         if os.environ.get("MOVAE_NO_CUDA"):
             raise RuntimeError("MOVAE_NO_CUDA is set")
         nvcc = find_nvcc()
@@ -103,10 +103,10 @@ class Build(build_ext):
         say(f"CUDA for the architectures {chosen}, and PTX of the last")
         arches = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
         arches.append(f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}")
-        sources = sorted(str(path) for path in CSRC.glob("*.cu"))
+        sources = sorted(str(path) for path in CSRC.rglob("*.cu"))
         commands = []
         for source in sources:
-            target = build / (Path(source).stem + ".cu.o")
+            target = build / f"{Path(source).parent.name}-{Path(source).stem}.cu.o"
             command = [
                 nvcc,
                 "--threads=0",  # the architectures side by side
@@ -119,6 +119,7 @@ class Build(build_ext):
                 "-cudart",
                 "static",
                 *arches,
+                f"-I{CSRC}",
                 "-c",
                 source,
                 "-o",
@@ -142,7 +143,10 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "movae_fast._csrc",
-            sorted(str(path) for path in CSRC.glob("*.cpp")),
+            sorted(str(path) for path in CSRC.rglob("*.cpp")),
+            include_dirs=[str(CSRC)],
+            # A header that changes has all of them compiled again.
+            depends=sorted(str(path) for path in CSRC.rglob("*.h")),
             cxx_std=17,
             # libgomp has one soname: with torch imported first, the loader gives us torch's own thread pool.
             extra_compile_args=["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"],

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from benchmarks.measure import Call, interleaved
 from movae_fast.models import ProVLAE, build_model
 from movae_fast.objectives import LossVector
+from movae_fast.schedules import Stages
 from movae_fast.training.optim import forget
-from movae_fast.training.progression import Progression
+from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import TrainStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,12 +43,12 @@ class Ours:
         self.losses = LossVector(self.model, [1.0, 8.0, 8.0, 8.0], "bernoulli", "sum", n_data=1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
         self.step = TrainStep(self.model, self.losses, None, self.optimizer, compile_mode=mode)
-        self.stages = Progression(1, 3, STEPS, FADE, 0.5)
+        self.stages = Stages(1, 3, STEPS, FADE, 0.5)
 
     def __call__(self, x: Tensor, step: int) -> None:
         if self.stages.starts(step):
             forget(self.optimizer)
-        self.stages.apply(step, self.model, self.losses)
+        apply_stage(self.stages, step, self.model, self.losses)
         self.step(x, step, self.model.draw_noise(len(x)))
 
 

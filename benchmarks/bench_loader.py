@@ -33,12 +33,13 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from movae_fast.cli import main
-from movae_fast.data import DATASETS, ImageFiles, Images, ReadOptions, dali, make_loader
-from movae_fast.data.loaders import Loader
-from movae_fast.data.prepared import open_split, prepare
-from movae_fast.data.synthetic import synthetic_jpeg
+from movae_fast.data import DATASETS, ImageFiles, Images, ReadOptions, make_loader
+from movae_fast.data.datasets.celeba import CELEBA_CROPS
+from movae_fast.data.loaders import Loader, dali
+from movae_fast.data.prepare import prepare
+from movae_fast.data.prepared import open_split
+from movae_fast.data.synthetic_jpegs import synthetic_jpeg
 from movae_fast.data.tars import images_in
-from movae_fast.data.transforms import CELEBA_CROPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N = int(os.environ.get("MOVAE_BENCH_IMAGES", "20000"))

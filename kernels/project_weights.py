@@ -2,11 +2,11 @@
 
 A problem is min v' A v subject to v >= u over the regularised Gramian A. With v = u + w it is to find w >= 0
 with y = A w + q >= 0 and w y = 0; q is A u, or, for multipliers, whatever is given. The method is that of
-csrc/solver.h, whose comments give the reasons for every tolerance. The tableau T is the one of principal
-pivots: on the support (where w > 0 and y = 0) it holds -inv(A_SS), outside it the Schur complement, so that
-one index moves in or out by one update of rank one. The tableau only finds the support. The answer is refined
-against the untouched A, with residuals in twice the precision, and what the refined answer says of the
-support is believed over the tableau.
+csrc/projection/solver.h, whose comments give the reasons for every tolerance. The tableau T is the one of
+principal pivots: on the support (where w > 0 and y = 0) it holds -inv(A_SS), outside it the Schur complement,
+so that one index moves in or out by one update of rank one. The tableau only finds the support. The answer is
+refined against the untouched A, with residuals in twice the precision, and what the refined answer says of
+the support is believed over the tableau.
 
 All functions work on R problems side by side that share one A: matrices are [R, M, M] and vectors [R, M],
 where M is m filled up to a power of two. `project` has R = 1 and as many programs as problems.
@@ -87,7 +87,7 @@ def _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL: tl.constexpr, M: t
         none = zero[:, :, None] | zero[:, None, :]
         A = tl.where(none, tl.where((i == j) & (high < m), 1.0, 0.0), A)
     else:
-        # In order, as csrc/solver.h adds: the same A to the last bit.
+        # In order, as csrc/projection/solver.h adds: the same A to the last bit.
         trace = tl.full([], 0, tl.float64)
         for k in tl.static_range(M):
             trace += tl.load(gramian_ptr + k * (m + 1), mask=k < m, other=0.0)

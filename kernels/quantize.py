@@ -3,7 +3,7 @@ _code_error_kernel and their launchers.
 
 The search (nearest_code.py) decides some rows in a second launch, so what depends on the index is a pass of
 its own: it reads z once more, which is the small part. Counts and sums are added by atomics, in whatever
-order programs finish; or, on request, over rows sorted by code, one program a code, in one fixed order.
+order programs finish; or, on request, over rows sorted by code, one program per code, in one fixed order.
 """
 
 import torch

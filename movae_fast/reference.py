@@ -13,6 +13,9 @@ from torch import Tensor
 
 TCEstimator = Literal["mws", "mss"]
 Regularizer = Literal["trace", "diagonal"]
+Method = Literal[
+    "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse", "cagrad", "imtl_g", "mgda", "pcgrad"
+]
 
 
 def nearest_code(
@@ -31,17 +34,19 @@ def nearest_code(
 def quantize(
     z: Tensor,  # [N, D]
     codebook: Tensor,  # [K, D]
+    index: Tensor | None = None,  # [N] int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward pass of a vector-quantisation layer (van den Oord et al. 2017, eq. 1-2).
+    """Compute the forward pass of a vector-quantisation layer (van den Oord et al. 2017, eq. 1-2).
 
-    Returns z_q [N, D], index [N] int64, sq_err [N] = ||z - z_q||^2, count [K] (rows that chose a code), and
-    code_sum [K, D] (their sum, what an exponential moving average of the codebook needs).
+    Returns z_q [N, D], index [N] int64 (the given one, else the nearest code's), sq_err [N] = ||z - z_q||^2,
+    count [K] (rows that chose a code), and code_sum [K, D] (their sum, what an exponential moving average of
+    the codebook needs).
     """
-    index = nearest_code(z, codebook)
+    index = nearest_code(z, codebook) if index is None else index
     z_q = codebook[index]
-    sq_err = (z - z_q).square().sum(1)
+    sq_err = code_error(z, codebook, index)
     count = torch.zeros(codebook.shape[0], dtype=z.dtype, device=z.device).index_add_(
-        0, index, torch.ones_like(sq_err)
+        0, index, torch.ones_like(z[:, 0])
     )
     code_sum = torch.zeros_like(codebook).index_add_(0, index, z.to(codebook.dtype))
     return z_q, index, sq_err, count, code_sum
@@ -179,6 +184,40 @@ def pcgrad(
             if j != i and inner < 0:
                 weights[i, j] -= inner / gramian[j, j]
     return weights.sum(0)
+
+
+def gramian_weights(
+    gramian: Tensor,  # [m, m]
+    method: Method,
+    pref: Tensor | None = None,  # [m]
+    order: Tensor | None = None,  # [m, m] int64
+    *,
+    c: float = 0.5,
+    norm_eps: float = 1e-4,
+    epsilon: float = 1e-3,
+    max_iters: int = 100,
+) -> Tensor:  # [m]
+    """Return the weights of an aggregator that needs the Gramian alone, by TorchJD's own classes.
+
+    They are the definition: Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al.
+    2021), MGDA (Sener & Koltun 2018). PCGrad is written out here, since TorchJD's draws its own order. `pref`
+    is Aligned-MTL's, `order` PCGrad's, `c` and `norm_eps` CAGrad's, `epsilon` and `max_iters` MGDA's.
+    """
+    import torchjd.aggregation as jd  # the other functions here do without TorchJD
+
+    if method == "pcgrad":
+        assert order is not None
+        return pcgrad(gramian, order)
+    if method == "cagrad":
+        weighting = jd.CAGradWeighting(c, norm_eps=norm_eps)
+    elif method == "imtl_g":
+        weighting = jd.IMTLGWeighting()
+    elif method == "mgda":
+        weighting = jd.MGDAWeighting(epsilon, max_iters)
+    else:
+        pref = None if pref is None else pref.to(gramian.dtype)
+        weighting = jd.AlignedMTLWeighting(pref, scale_mode=method.removeprefix("aligned_mtl_"))
+    return weighting(gramian).detach()
 
 
 def gaussian_log_density(

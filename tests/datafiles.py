@@ -16,8 +16,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets as tv
 
-from movae_fast.data.grids import GRIDS
-from movae_fast.data.sets import BINARY_MNIST
+from movae_fast.data.datasets.factor_grids import GRIDS
+from movae_fast.data.datasets.original_files import BINARY_MNIST
 
 N_TRAIN, N_TEST = 8, 4
 CIFAR10_BATCH = 2  # images in each of the five training files

@@ -60,6 +60,17 @@ RUNS: dict[str, tuple[str, int]] = {
     ),
     "provlae ladder": (f"{LADDER} --agg upgrad", 1),
     "multi-rate": (f"{DENSE} --arch mlp_vae --multirate true --agg upgrad", 1),
+    "multi-rate conv, a part of the batch": (
+        f"{VAE} --multirate true --agg upgrad --gramian_batch 0.5 --kl_annealing cyclic",
+        1,
+    ),
+    "multi-rate, two processes": (f"{DENSE} --arch mlp_vae --multirate true --agg upgrad", 2),
+    "mmd_vae accumulate": (f"{MMD} --agg upgrad --accumulate 2", 1),
+    "ladder capacity": (
+        f"{LADDER} --agg upgrad --use_kl_annealing true --use_capacity_increase true --capacity_max_iter 6 "
+        "--pre_kl true --scheduler cosine --warmup_steps 2",
+        1,
+    ),
     "torch loader": (f"{VAE} --agg upgrad --loader torch --num_workers 1", 1),
     "two processes": (f"{VAE} --agg upgrad", 2),
     "resume": (f"{VAE} --agg upgrad --checkpoint_every 3", 1),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from movae_fast.data import DATASETS, ReadOptions, choose_loader, decode, make_loader, open_split
 from movae_fast.data.decode import PILLOW
-from movae_fast.data.machine import in_threads
+from movae_fast.data.prefetch import in_threads
 from tests.datafiles import photo
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -124,7 +124,7 @@ def test_a_file_that_was_mended_comes_back(tmp_path):
 def test_the_survey_reads_each_file_once(tmp_path, monkeypatch):
     empty(pictures(tmp_path) / "3.jpg")
     first = loader("torch", tmp_path, "skip").left_out
-    monkeypatch.setattr("movae_fast.data.survey.tried", None)
+    monkeypatch.setattr("movae_fast.data.unreadable.try_decode", None)
     assert loader("torch", tmp_path, "skip").left_out == first
 
 
@@ -245,14 +245,14 @@ def test_auto_takes_what_fits_and_says_why(tmp_path, monkeypatch):
     pictures(tmp_path)
     source = open_split(DATASETS["folder"], ReadOptions(tmp_path, "train", SIZE, False, CPU))
     need = 6 * 3 * SIZE * SIZE
-    monkeypatch.setattr("movae_fast.data.choice.free_memory", lambda device: 4 * need)
+    monkeypatch.setattr("movae_fast.data.loaders.choose.free_memory", lambda device: 4 * need)
     assert choose_loader("auto", source, CPU, 0.25)[0] == "resident"
-    monkeypatch.setattr("movae_fast.data.dali.available", lambda: False)
+    monkeypatch.setattr("movae_fast.data.loaders.dali.available", lambda: False)
     kind, why = choose_loader("auto", source, CPU, 0.24)
     assert kind == "torch"
     assert "chosen for" in why
     assert "resident takes at most 24%" in why
-    monkeypatch.setattr("movae_fast.data.dali.available", lambda: True)
+    monkeypatch.setattr("movae_fast.data.loaders.dali.available", lambda: True)
     assert choose_loader("auto", source, CPU, 0.24)[0] == "dali"
     assert choose_loader("torch", source, CPU)[0] == "torch"
 

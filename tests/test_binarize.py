@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from movae_fast.data import Binarizer, Images, ResidentLoader, TorchLoader, limited
-from movae_fast.data.transforms import mixed
+from movae_fast.data.binarize import hash32
 from movae_fast.training.build import make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
@@ -97,11 +97,11 @@ def test_batches_ranks_loaders_mirroring_and_a_restart_do_not_change_a_draw():
 def test_the_mixing_is_one_to_one_and_the_same_for_numbers_and_tensors():
     n = 1 << 16
     for start in (0, 1 << 20, (1 << 32) - n):
-        values = mixed(torch.arange(start, start + n))
+        values = hash32(torch.arange(start, start + n))
         assert len(values.unique()) == n
         assert int(values.min()) >= 0
         assert int(values.max()) < 1 << 32
-        assert [mixed(start), mixed(start + 1)] == values[:2].tolist()
+        assert [hash32(start), hash32(start + 1)] == values[:2].tolist()
 
 
 def test_the_flag_reaches_the_images():

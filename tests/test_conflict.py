@@ -50,7 +50,7 @@ class Judge:
                 mine.copy_(theirs)
         scale = self.run.losses.weights_at(self.run.step)[self.run.train_step.active]
         with keeping_buffers(self.step.model):
-            self.step.fill_rows([Batch(x.double(), noise.double(), None)], scale)
+            self.step.fill_rows([Batch(x.double(), noise.map(torch.Tensor.double), None)], scale)
         self.before = [p.detach().clone() for p in self.run.train_step.flat.shared]
 
     def cosine(self, change):

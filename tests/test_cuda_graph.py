@@ -13,14 +13,15 @@ from torch.utils._pytree import tree_leaves
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.cli import main
-from movae_fast.models import MODELS, build_model
+from movae_fast.models import MODELS, build_model, make_multirate
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.schedules import Capacity, LossSchedule, Stages
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.cuda_graph import WARM, CudaGraphs
 from movae_fast.training.optim import forget, make_optimizer
 from movae_fast.training.precision import Precision
-from movae_fast.training.progression import Progression
+from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import TrainStep, why_not_captured
 from movae_fast.training.world import World
 from tests.host_reads import NoHostRead
@@ -32,6 +33,8 @@ MODEL_OPTIONS = {
     "betatc_vae": {"hidden_dims": [8, 8], "latent_dim": 6},
     "vq_vae": {"hidden_dims": [8, 16], "embedding_dim": 8, "num_embeddings": 32},
     "provlae": {"hidden_dim": 8, "fc_dim": 16, "latent_dim": 2},
+    "mmd_vae": {"dim": 8, "latent_dim": 4},
+    "mlp_vae": {"hidden_dims": [16], "latent_dim": 4},
 }
 
 
@@ -120,8 +123,12 @@ def train_step(
     model = build_model(arch, SHAPE, "sigmoid", MODEL_OPTIONS[arch]).to(device, dtype)
     if options.pop("sync", False):
         convert_sync_batchnorm(model)
+    if options.pop("multirate", False):
+        make_multirate(model)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
-    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=6)
+    losses = LossVector(
+        model, weights, "gaussian", "mean", n_data=5000, schedule=options.pop("schedule", LossSchedule(6))
+    )
     if agg == "sum":
         aggregator = None if step_metric is None else Sum()
     else:
@@ -143,17 +150,21 @@ def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, see
     records = []
     for i in range(steps):
         x = torch.rand(12, *SHAPE, generator=generator).to(flat)
-        noise = torch.randn(model.draw_noise(12).shape, generator=generator).to(flat)
+        noise = model.draw_noise(12).map(lambda draw: torch.randn(draw.shape, generator=generator).to(flat))
         share = torch.rand(12, generator=generator).to(flat) if shares else None
         if stages is not None:
             if stages.starts(i):
                 forget(step.optimizer)
-            stages.apply(i, model, step.losses)
+            apply_stage(stages, i, model, step.losses)
         log = log_every > 0 and i % log_every == 0
         record = step(x, i, noise, log, share)
         scheduler.step()
         records.append([v.clone() for v in record])
     return records, [*model.parameters(), *model.buffers()]
+
+
+def rising(step):
+    return min(1.0, step / 7)
 
 
 CASES = {
@@ -178,8 +189,12 @@ CASES = {
         {"steps": 20},
     ),
     "padded": ("vae", "imtl_g", "adam", {}, {"shares": True}),
-    "ladder": ("provlae", "upgrad", "adam", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
-    "ladder, sum": ("provlae", "sum", "sgd", {}, {"stages": Progression(1, 3, 5, 3, 0.5), "steps": 15}),
+    "draws from the prior": ("mmd_vae", "upgrad", "adam", {}, {}),
+    "betas": ("mlp_vae", "upgrad", "adam", {"multirate": True}, {}),
+    "betas of a part": ("mlp_vae", "upgrad", "adam", {"multirate": True, "gramian_batch": 0.5}, {}),
+    "capacity": ("vae", "upgrad", "adam", {"schedule": LossSchedule(0, rising, Capacity(9.0, 8))}, {}),
+    "ladder": ("provlae", "upgrad", "adam", {}, {"stages": Stages(1, 3, 5, 3, 0.5), "steps": 15}),
+    "ladder, sum": ("provlae", "sum", "sgd", {}, {"stages": Stages(1, 3, 5, 3, 0.5), "steps": 15}),
 }
 
 

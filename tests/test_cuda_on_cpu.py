@@ -1,4 +1,4 @@
-"""csrc/*.cu executed on a CPU (tests/cuda_on_cpu): the C++ path's answers, the same in any order of threads."""
+"""csrc/**/*.cu executed on a CPU (tests/cuda_on_cpu): the same answers in any order of threads."""
 
 import ctypes
 import os
@@ -228,9 +228,9 @@ def test_the_sanitizers_see_a_defect_that_is_put_in(defect: str, tmp_path: Path)
     sanitizer, right, wrong, complaint = DEFECTS[defect]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    source = (csrc / "upgrad.cu").read_text()
+    source = (csrc / "projection/upgrad.cu").read_text()
     assert right in source, "upgrad.cu has changed: put the defect in another way"
-    (csrc / "upgrad.cu").write_text(source.replace(right, wrong))
+    (csrc / "projection/upgrad.cu").write_text(source.replace(right, wrong))
     driver = build(tmp_path, f"-fsanitize={sanitizer}", driver=True, csrc=csrc)
     env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     run = subprocess.run([str(driver), "4", "9"], capture_output=True, text=True, env=env, check=False)

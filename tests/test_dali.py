@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from movae_fast.data import DaliLoader, ImageFiles, ReadOptions, TorchLoader, dali
+from movae_fast.data import DaliLoader, ImageFiles, ReadOptions, TorchLoader
+from movae_fast.data.loaders import dali
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from tests import datafiles
@@ -138,7 +139,7 @@ def test_a_file_that_dali_alone_refuses_is_read_as_the_other_loaders_read_it(fil
     for number in (0, 1):
         pairs = zip(loader.epoch(number), plain.epoch(number), strict=True)
         assert all(torch.equal(y, y2) and (x - x2).abs().mean() * 255 < 2 for (x, y), (x2, y2) in pairs)
-    assert loader._by_pillow == {5, 17, 18}
+    assert loader._pillow_rows == {5, 17, 18}
     # Which it is that Pillow decodes does not hang on where an epoch began.
     whole, rest = ([x.clone() for x, _ in work.epoch(3, start=1)] for work in (loader, make(mended)))
     assert all(torch.equal(a, b) for a, b in zip(whole, rest, strict=True))

@@ -1,24 +1,31 @@
 """Sprites, transforms, and both loaders."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 from movae_fast.data import (
     DATASETS,
     Images,
+    ImageSource,
     ReadOptions,
     ResidentLoader,
     Subset,
     TorchLoader,
+    choose_loader,
     limited,
-    sprites,
+    make_loader,
 )
-from movae_fast.data.loaders import compiled_batch_of
-from movae_fast.data.machine import ahead
+from movae_fast.data.datasets import sprites
+from movae_fast.data.loaders.resident import compiled_batch_of
+from movae_fast.data.prefetch import prefetched
 from movae_fast.data.transforms import batch_of, finish, pick, resize, to_unit
 
 CPU = torch.device("cpu")
@@ -178,7 +185,7 @@ def test_the_region_is_used_where_the_set_lies_on_the_device(monkeypatch, tmp_pa
     files = DATASETS["folder"].read(options(root=tmp_path, image_size=4))
     calls = []
     monkeypatch.setattr(
-        "movae_fast.data.loaders.compiled_batch_of", lambda: lambda *a: calls.append(0) or batch_of(*a)
+        "movae_fast.data.loaders.resident.compiled_batch_of", lambda: lambda *a: calls.append(0) or batch_of(*a)
     )
     for made in (lambda: limited(source(), 18), lambda: files):
         plain, region = (ResidentLoader(made(), 4, CPU, train=True, seed=5, flip=True) for _ in range(2))
@@ -354,15 +361,110 @@ def test_what_is_made_ahead_is_the_same_and_ends_with_whoever_asked():
         finally:
             closed.append(True)
 
-    assert list(ahead(numbers(), depth=3)) == list(range(9))
+    assert list(prefetched(numbers(), depth=3)) == list(range(9))
     assert made == [(i, False) for i in range(9)]
 
     made.clear()
-    part = ahead(numbers(), depth=2)
+    part = prefetched(numbers(), depth=2)
     assert [next(part), next(part)] == [0, 1]
     part.close()
     assert 2 <= len(made) <= 4
     assert len(closed) == 2
     with pytest.raises(ValueError, match="image 3"):
-        list(ahead(numbers(fails_at=3)))
+        list(prefetched(numbers(fails_at=3)))
     assert len(closed) == 3
+
+
+@pytest.mark.parametrize("mode", ["auto", "pad", "bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [(3, 28, 28), (5, 1, 28, 20), (2, 3, 50, 71), (3, 30, 45), (1, 31, 31)])
+def test_resizing_gives_torchvisions_pixels(mode, shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    layouts = [images, images.transpose(-1, -2).contiguous().transpose(-1, -2)]
+    if images.dim() == 3:
+        layouts.append(images.permute(1, 2, 0).contiguous().permute(2, 0, 1))  # as files are decoded
+    for size in (32, 16):
+        fits = max(shape[-2:]) <= size
+        if mode == "pad" and not fits:
+            continue
+        for x in layouts:
+            if mode == "pad" or (mode == "auto" and fits and size - min(shape[-2:]) <= 4):
+                left, top = (size - shape[-1]) // 2, (size - shape[-2]) // 2
+                expected = TF.pad(x, [left, top, size - shape[-1] - left, size - shape[-2] - top])
+            else:
+                how = InterpolationMode.BICUBIC if mode == "bicubic" else InterpolationMode.BILINEAR
+                expected = TF.resize(x, [size, size], how, antialias=True)
+            found = resize(x, size, mode)
+            assert found.dtype == torch.uint8
+            assert torch.equal(found, expected)
+
+
+def test_bicubic_overshoot_stays_in_range():
+    edge = torch.zeros(1, 40, 40, dtype=torch.uint8)
+    edge[:, :, 20:] = 255
+    expected = TF.resize(edge, [23, 23], InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(resize(edge, 23, "bicubic"), expected)
+    assert expected.min() == 0
+    assert expected.max() == 255
+
+
+class Greys(ImageSource):
+    """Give image i the grey level i and the label 10 i, by the two methods that a source must have."""
+
+    def __len__(self):
+        return 12
+
+    def gather(self, rows):
+        images = rows.to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+        return images.contiguous(), rows * 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_needs_two_methods_for_every_loader_that_decodes_nothing(workers):
+    assert choose_loader("auto", Greys(), CPU) == ("resident", "")
+    options = {"train": True, "seed": 3, "flip": True}
+    resident = make_loader("resident", Greys(), 4, CPU, **options)
+    streamed = make_loader("torch", Greys(), 4, CPU, num_workers=workers, **options)
+    for (x, y), (x2, y2) in zip(resident.epoch(1), streamed.epoch(1), strict=True):
+        assert torch.equal((x[:, 0, 0, 0] * 2550).round().long(), y)
+        assert torch.equal(x, x2)
+        assert torch.equal(y, y2)
+    assert (resident.note, resident.left_out) == ("", [])
+    subset = limited(Greys(), 3)
+    assert torch.cat([y for _, y in ResidentLoader(subset, 2, CPU, train=False).epoch()]).tolist() == [
+        0,
+        60,
+        110,
+    ]
+    assert [int(subset[i][1]) for i in range(3)] == [0, 60, 110]
+    assert not hasattr(subset, "factors")
+
+
+def test_a_dataset_s_sources_are_image_sources(tmp_path):
+    for name in ("sprites", "digits"):
+        source = DATASETS[name].read(options(root=tmp_path, image_size=16))
+        image, label = source[5]
+        images, labels = source.gather(torch.tensor([5]))
+        assert torch.equal(image, images[0])
+        assert int(label) == int(labels[0])
+        assert hasattr(source, "factors") == bool(DATASETS[name].factor_names) == (name == "sprites")
+
+
+def test_torchvision_is_imported_where_a_set_of_its_own_is_read_and_nowhere_else(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import torch
+from movae_fast.data import DATASETS, ReadOptions, make_loader
+cpu = torch.device("cpu")
+for name in ("sprites", "digits"):
+    options = ReadOptions(Path(sys.argv[1]), "test", 32, False, cpu)
+    next(iter(make_loader("resident", DATASETS[name].read(options), 2, cpu, train=False).epoch()))
+assert "torchvision" not in sys.modules
+try:
+    DATASETS["mnist"].read(options)
+except FileNotFoundError:
+    assert "torchvision" in sys.modules
+else:
+    raise AssertionError("read nothing")
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from movae_fast.cli import main
-from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, prepared
+from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, prepared_format
+from movae_fast.data.datasets.factor_grids import GRIDS
 from movae_fast.data.decode import decode
-from movae_fast.data.grids import GRIDS
 from tests import datafiles
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -123,16 +123,16 @@ def test_another_transform_is_another_file(pictures, movae):
     prepare(movae, pictures)
     wider = ReadOptions(pictures, "train", 20, False, CPU)
     assert not isinstance(open_split(DATASETS["folder"], wider), Prepared)
-    at = prepared.prepared_path("folder", options(pictures)).with_suffix(".json")
+    at = prepared_format.prepared_path("folder", options(pictures)).with_suffix(".json")
     header = json.loads(at.read_text())
     header["transform"]["box"] = [0, 0, 8, 8]
-    at.write_text(json.dumps(prepared.sealed(header)))
+    at.write_text(json.dumps(prepared_format.sealed(header)))
     assert "out of date" in split(pictures).note
 
 
 def test_a_preparation_goes_on_where_it_was_stopped(pictures, movae, monkeypatch):
-    monkeypatch.setattr(prepared, "CHUNK", 2)
-    monkeypatch.setattr(prepared, "BLOCK", 1)
+    monkeypatch.setattr("movae_fast.data.prepare.CHUNK", 2)
+    monkeypatch.setattr("movae_fast.data.prepared_format.BLOCK", 1)
     read, seen = decode, []
 
     def stops(path, *rest):
@@ -141,7 +141,7 @@ def test_a_preparation_goes_on_where_it_was_stopped(pictures, movae, monkeypatch
             raise KeyboardInterrupt
         return read(path, *rest)
 
-    monkeypatch.setattr("movae_fast.data.prepared.in_threads", map)  # one after another
+    monkeypatch.setattr("movae_fast.data.prepare.in_threads", map)  # one after another
     monkeypatch.setattr("movae_fast.data.sources.decode", stops)
     with pytest.raises(KeyboardInterrupt):
         prepare(movae, pictures, "--split", "train")
@@ -159,7 +159,7 @@ def test_a_preparation_goes_on_where_it_was_stopped(pictures, movae, monkeypatch
 @pytest.mark.parametrize("what", ["u8", "json", "labels.npy"])
 def test_a_damaged_prepared_file_is_refused_with_what_was_expected(pictures, movae, what):
     prepare(movae, pictures)
-    path = prepared.prepared_path("folder", options(pictures))
+    path = prepared_format.prepared_path("folder", options(pictures))
     victim = path.with_suffix(f".{what}")
     victim.write_bytes(victim.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"is not a whole prepared file \(.*\): delete it") as caught:
@@ -174,7 +174,7 @@ def test_verify_finds_damage(pictures, movae):
     prepare(movae, pictures)
     out = movae("verify", pictures, "--image_size", SIZE)
     assert "folder train: 7 images, 0 unreadable; folder-train-16-center148-auto.u8 has its checksums" in out
-    path = prepared.prepared_path("folder", options(pictures))
+    path = prepared_format.prepared_path("folder", options(pictures))
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(bytes(data))

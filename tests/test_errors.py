@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from movae_fast.cli import errors, main
-from movae_fast.data import loaders
+from movae_fast.data.loaders import torch_workers
 from movae_fast.files import abandoned, naming, remove_leftovers, replacing, set_aside
 
 ALLOCATOR = (
@@ -124,7 +124,7 @@ def test_workers_that_cannot_start_end_the_run(train, monkeypatch, capsys):
 
 def test_started_passes_an_iterator_on():
     loader = torch.utils.data.DataLoader([1, 2])
-    assert [int(x) for x in loaders.started(loader)] == [1, 2]
+    assert [int(x) for x in torch_workers.started(loader)] == [1, 2]
 
 
 # What dead processes leave of files.

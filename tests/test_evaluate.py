@@ -10,7 +10,7 @@ from scipy import signal
 from torch import nn
 
 from movae_fast.cli import main
-from movae_fast.data.sprites import SIZE, Sprites, factors_of, index_of
+from movae_fast.data.datasets.sprites import SIZE, Sprites, factors_of, index_of
 from movae_fast.evaluation import image_quality, inception, likelihood
 from movae_fast.evaluation.likelihood import importance_weighted_bound
 from movae_fast.models.base import GaussianVAE

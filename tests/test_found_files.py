@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from movae_fast.cli import main
-from movae_fast.data import DATASETS, ReadOptions, files, make_loader, open_split
+from movae_fast.data import DATASETS, ReadOptions, find_files, make_loader, open_split
 from movae_fast.data.decode import decode
-from movae_fast.data.files import found_below, opened
-from movae_fast.data.survey import list_hash
+from movae_fast.data.find_files import find_below, opened
+from movae_fast.data.unreadable import list_hash
 from movae_fast.names import shown
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -62,7 +62,7 @@ def test_every_kind_of_file_is_read_or_counted(tmp_path):
     os.mkfifo(root / "pipe.png")
     os.mkfifo(root / "pipe.tar")
     (root / "null.jpg").symlink_to("/dev/null")
-    found = found_below(root)
+    found = find_below(root)
     read_ = [str(path.relative_to(root)) for path in found.images]
     expected = ["00.png", "01.png", "02.png", "a.tif", "album.png/1.png", "b.TIFF", "c.jfif", "d.gif", "e.ppm"]
     assert read_ == sorted(expected)
@@ -92,7 +92,7 @@ def test_a_set_may_itself_be_hidden(tmp_path):
 def test_the_order_is_that_of_the_paths(tmp_path):
     for name in ("b/1.png", "b.png", "a/9.png", "B.png", "b/c/0.png", "a.b/0.png"):
         picture(tmp_path / name)
-    assert found_below(tmp_path).images == sorted(tmp_path.rglob("*.png"))
+    assert find_below(tmp_path).images == sorted(tmp_path.rglob("*.png"))
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path):
@@ -122,9 +122,9 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(files.os, "scandir", refuse)
+    monkeypatch.setattr(find_files.os, "scandir", refuse)
     assert read(root).note == "left aside: 1 unreadable: Permission denied (locked)"
-    monkeypatch.setattr(files.os, "scandir", lambda folder: refuse("locked"))
+    monkeypatch.setattr(find_files.os, "scandir", lambda folder: refuse("locked"))
     with pytest.raises(FileNotFoundError, match=r"No train image was found \(left aside: 1 unreadable: Perm"):
         read(root)
 
@@ -242,7 +242,7 @@ def test_a_list_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("movae_fast.data.sets.opened", refuse)
+    monkeypatch.setattr("movae_fast.data.datasets.image_folders.opened", refuse)
     with pytest.raises(ValueError, match=r"--data_dir .*list\.txt cannot be read \(Permission denied\)"):
         read(tmp_path / "list.txt")
 

@@ -1,17 +1,20 @@
 """Imports follow the direction that data flows."""
 
 import ast
+import graphlib
+import re
 from pathlib import Path
 
 import pytest
 
 import movae_fast
+from movae_fast import ops
 from movae_fast.cli import COMMANDS
 
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
 LEAVES = {"exchange", "files", "names", "own_code", "reference"}
-IN_TRAINING = {"ops", "nn", "aggregation", "jacobian", "projected_step", "models", "objectives", "data"}
+IN_TRAINING = {"ops", "nn", "aggregation", "jacobian", "projected_step", "models", "objectives", "schedules", "data"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli", *LEAVES},
@@ -27,7 +30,8 @@ ALLOWED = {
     "projected_step": {"ops", *LEAVES},
     "jacobian": {"ops", "aggregation", "projected_step", *LEAVES},
     "models": {"ops", "nn", *LEAVES},
-    "objectives": {"ops", "nn", "models", *LEAVES},
+    "schedules": set(),
+    "objectives": {"ops", "nn", "models", "schedules", *LEAVES},
     "data": {*LEAVES},
     "training": {*IN_TRAINING, *LEAVES},
     "evaluation": {"training", *IN_TRAINING, *LEAVES},
@@ -84,6 +88,33 @@ def test_nothing_imports_the_command_line(path):
         assert "cli" not in set(imported_layers(path))
 
 
+def module_of(path):
+    return ".".join(("movae_fast", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported_modules(path, names):
+    """Modules of this package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in names else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_no_modules_import_each_other():
+    """Imports for types and inside functions count: a circle that happens to load is one."""
+    names = {module_of(path): path for path in FILES}
+    # A package's __init__ imports its modules, and they import their siblings from those, not from it.
+    graph = {name: set(imported_modules(path, names)) & names.keys() - {name} for name, path in names.items()}
+    left = dict(graph)
+    while loose := [name for name, imports in left.items() if not imports & left.keys()]:
+        for name in loose:
+            del left[name]
+    assert not left, f"in or behind a circle: {sorted(left)}"
+
+
 def test_kernels_are_reached_by_one_name():
     assert (ROOT / "kernels").is_symlink()
     assert (ROOT / "kernels").resolve() == (ROOT.parent / "kernels").resolve()
@@ -134,3 +165,83 @@ def test_a_library_error_names_an_argument_and_no_flag():
                 if isinstance(n, ast.Constant) and isinstance(n.value, str)
             ):
                 assert not text.startswith("--"), f"{path.name}: {text}"
+
+
+# Folder or module of data/ -> what it may not import of data/.
+DATA_FORBIDDEN = {
+    "sources": {"datasets", "loaders", "prepare", "prepared", "prepared_format", "unreadable"},
+    "datasets": {"loaders", "prepare", "prepared", "prepared_format", "unreadable"},
+    "loaders": {"datasets", "prepare", "prepared", "prepared_format", "unreadable"},
+    "prepared_format": {"loaders", "prepare", "prepared"},
+    "prepared": {"loaders", "prepare"},
+}
+
+
+def data_imports():
+    """Return {module of movae_fast.data: the modules of movae_fast.data that it imports}."""
+    paths = {
+        ".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in (ROOT / "data").rglob("*.py")
+    }
+    graph = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("movae_fast.data"):
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {m if m in paths else node.module for m in members}
+    return graph
+
+
+def test_data_has_no_import_circle():
+    graph = data_imports()
+    assert len(graph) > 20
+    assert sum(map(len, graph.values())) > 60
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_datasets_and_loaders_know_sources_but_not_each_other():
+    for name, imported in data_imports().items():
+        here = name.removeprefix("movae_fast.data").lstrip(".").partition(".")[0]
+        for other in imported:
+            there = other.removeprefix("movae_fast.data").lstrip(".").partition(".")[0]
+            assert there, f"{name} imports the whole of movae_fast.data"
+            assert there == here or there not in DATA_FORBIDDEN.get(here, set()), f"{name} imports {other}"
+
+
+SECTIONS = ["dispatch", "CPU", "CUDA", "fake", "autograd"]
+OP_FILES = sorted({Path(getattr(ops, name).__code__.co_filename) for name in ops.__all__})
+
+
+@pytest.mark.parametrize("path", OP_FILES, ids=lambda p: p.stem)
+def test_an_op_file_has_one_order_of_sections(path):
+    """The public function comes first, then what a call meets on its way."""
+    source = path.read_text(encoding="utf-8")
+    rules = [(m.start(), m[1]) for m in re.finditer(r"^# --- (\w+) -+$", source, re.MULTILINE)]
+    names = [name for _, name in rules]
+    assert [name for name in SECTIONS if name in names] == names, names
+    assert {"CPU", "fake", "autograd"} <= set(names)
+    public = set(ops.__all__)
+    line_of_first_rule = source[: rules[0][0]].count("\n")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name in public:
+            assert node.lineno < line_of_first_rule, node.name
+            public.remove(node.name)
+    assert public != set(ops.__all__), "no public function"
+
+
+def test_the_fallback_is_the_reference():
+    """An op has three definitions: reference.py, C++ and Triton. What stands in for C++ calls the first."""
+    for path in OP_FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_in_torch"):
+                called = {n.func.value.id for n in ast.walk(node) if is_method_call(n)}
+                assert "reference" in called, f"{path.name}: {node.name}"
+
+
+def is_method_call(node):
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+    )

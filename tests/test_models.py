@@ -149,6 +149,27 @@ def test_every_model_reconstructs_samples_and_splits_its_parameters(arch, shape)
     assert set(model.own_parameters()) <= set(model.objectives)
 
 
+def test_a_sized_family_is_one_class_whose_images_choose_the_network():
+    for family in ("cnn_vae", "resnet_vae"):
+        classes = {MODELS[f"{family}_{size}"] for size in (28, 32, 64)}
+        assert len(classes) == 1
+        (made,) = classes
+        for size, latents in {28: 32, 32: 256, 64: 64}.items():
+            with torch.device("meta"):
+                shape = (3, size, size)
+                named = build_model(f"{family}_{size}", shape, "sigmoid", {})
+                assert named.latent_dim == latents
+                assert str(made(shape)) == str(named)
+        with pytest.raises(ValueError, match=f"48 does not fit {family}: .* sides of 28, 32 and 64"):
+            made((3, 48, 48))
+        with pytest.raises(
+            ValueError, match=f"64 does not fit {family}_32: .*; for 64x64 there is {family}_64"
+        ):
+            build_model(f"{family}_32", (3, 64, 64), "sigmoid", {})
+        with pytest.raises(ValueError, match=f"48 does not fit {family}_32: give --image_size 32$"):
+            build_model(f"{family}_32", (3, 48, 48), "sigmoid", {})
+
+
 def test_straight_through_and_the_two_codebook_losses():
     model = build_model("vq_vae", (1, 16, 16), "tanh", SMALL["vq_vae"])
     x = torch.rand(2, 1, 16, 16)

@@ -142,7 +142,7 @@ def test_a_gated_layer_is_the_layer_times_its_gate(layer, x, units):
 
 def test_standardised_log_betas_and_their_draws():
     rates = Rates(0.02, 5)
-    drawn = torch.empty(20_000, 3)[:, 1]  # strided, as a column of the noise is
+    drawn = torch.empty(20_000, 3)[:, 1]  # strided, as the column that a draw of noise fills is
     rates.draw(drawn)
     assert math.log(0.02) <= drawn.min() < math.log(0.021)
     assert math.log(4.9) < drawn.max() <= math.log(5)
@@ -245,12 +245,12 @@ def test_a_beta_an_example_is_a_pass_for_each_beta(arch):
     noise = model.draw_noise(5)
     betas = torch.tensor([0.01, 0.1, 1.0, 3.0, 10.0], dtype=torch.float64)
     model.set_beta(betas)
-    together = model(x, noise), model.reconstruct(x), model.decode(noise[:, :-1])
+    together = model(x, noise), model.reconstruct(x), model.decode(noise.latent)
     outputs = []
     for i, beta in enumerate(betas.tolist()):
         model.set_beta(beta)
-        out = model(x[i : i + 1], noise[i : i + 1])
-        alone = out, model.reconstruct(x[i : i + 1]), model.decode(noise[i : i + 1, :-1])
+        out = model(x[i : i + 1], noise.of_images(i, i + 1))
+        alone = out, model.reconstruct(x[i : i + 1]), model.decode(noise.latent[i : i + 1])
         for name in ("preactivation", "mu", "logvar", "z", "beta"):
             torch.testing.assert_close(getattr(together[0], name)[i], getattr(out, name)[0])
         torch.testing.assert_close(together[1][i], alone[1][0])
@@ -260,19 +260,19 @@ def test_a_beta_an_example_is_a_pass_for_each_beta(arch):
     assert all(relative(a, b) > 1e-12 for a, b in itertools.pairwise(outputs))
 
 
-def test_evaluation_ignores_the_column_and_starts_at_beta_one():
+def test_evaluation_ignores_drawn_betas_and_starts_at_beta_one():
     model = multirate("vae").eval()
     x, noise = torch.rand(3, *SHAPE), model.draw_noise(3)
     out = model(x, noise)
     assert out.beta.tolist() == [1.0]
-    noise[:, -1] = 99.0
+    noise = noise._replace(log_beta=torch.full((3,), 99.0))
     assert torch.equal(model(x, noise).preactivation, out.preactivation)
     assert multirate("vae", beta_max=0.5).eval()(x).beta.item() == pytest.approx(0.5)
     model.set_beta(4.0)
     assert float(model(x, noise).beta) == pytest.approx(4.0)
     assert not torch.equal(model(x, noise).preactivation, out.preactivation)
-    drawn = model.train()(x, noise.clamp(max=1.0)).beta
-    torch.testing.assert_close(drawn, noise[:, -1].clamp(max=1.0).exp())
+    noise = noise._replace(log_beta=torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(model.train()(x, noise).beta, noise.log_beta.exp())
     double = model.eval().double()
     assert double(x.double()).beta.dtype == torch.float64
     for beta in (0.0, -1.0, math.nan, math.inf):
@@ -443,10 +443,12 @@ def test_a_step_is_the_mean_over_examples_each_with_its_beta(agg):
     for k in range(2):
         total = [torch.zeros_like(p) for p in parameters]
         for i in range(6):
-            model.eval().set_beta(float(noise[i, -1].exp()))
-            out = model(x[i : i + 1], noise[i : i + 1])
+            model.eval().set_beta(float(noise.log_beta[i].exp()))
+            out = model(x[i : i + 1], noise.of_images(i, i + 1))
             kl = 0.5 * (out.mu.square() + out.logvar.exp() - 1 - out.logvar).sum()
-            value = (out.preactivation.sigmoid() - x[i]).square().sum() if k == 0 else noise[i, -1].exp() * kl
+            value = (
+                (out.preactivation.sigmoid() - x[i]).square().sum() if k == 0 else noise.log_beta[i].exp() * kl
+            )
             grads = torch.autograd.grad(value / 6, parameters, allow_unused=True)
             total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
         row = torch.zeros_like(taken.flat.data)  # laid out as the step's own, with its gaps

@@ -8,16 +8,28 @@ from torch.nn import functional as F
 
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import (
+    OBJECTIVES,
     LossVector,
     batch_mean,
+    dimension_wise_kl,
     kl_standard_normal,
+    log_densities,
     mmd,
+    mutual_information,
     reconstruction,
     resolve_weights,
-    rung_kls,
-    tc_decomposition,
+    rung_kl,
+    total_correlation,
 )
 from movae_fast.reference import gaussian_log_density
+from movae_fast.schedules import Capacity, LossSchedule
+
+
+def tc_decomposition(z, mu, logvar, n_data, estimator, sample_weight=None):
+    densities = log_densities(z, mu, logvar, n_data, estimator)
+    return [
+        term(densities, sample_weight) for term in (mutual_information, total_correlation, dimension_wise_kl)
+    ]
 
 
 def test_reconstruction_equals_torchs_losses():
@@ -108,10 +120,84 @@ def vector(arch="betatc_vae", **options):
 
 
 def test_only_the_dimension_wise_kl_is_annealed():
-    _, losses = vector(anneal_steps=4)
+    _, losses = vector(schedule=LossSchedule(4))
     assert losses.weights_at(0).tolist() == [1.0, 1.0, 1.0, 0.25]
     assert losses.weights_at(3).tolist() == [1.0, 1.0, 1.0, 1.0]
     assert losses.weights_at(99).tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_weights_and_factors_are_functions_of_the_step_alone():
+    """Read in any order and any number of times, they are the same, and nothing in the vector has moved."""
+    schedule = LossSchedule(5, lambda step: 1 / (1 + step), Capacity(3.0, 10))
+    model, losses = vector(schedule=schedule)
+    x = torch.rand(4, 1, 16, 16)
+    out = model(x)
+    kl_model, kl_losses = vector("vae", schedule=schedule)
+    kl_losses.set_step(4)
+    kl_out = kl_model(x)
+    before = losses(out, x), kl_losses(kl_out, x)
+    steps = [7, 0, 3, 3, 100, 0]
+    for one in (losses, kl_losses):
+        tensors = {name: v.clone() for name, v in vars(one).items() if isinstance(v, torch.Tensor)}
+        read = {step: one.weights_at(step).tolist() for step in range(101)}
+        assert [one.weights_at(step).tolist() for step in steps] == [read[step] for step in steps]
+        for name, value in tensors.items():
+            assert torch.equal(getattr(one, name), value), name
+    for old, new in zip(before, (losses(out, x), kl_losses(kl_out, x)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+    assert float(kl_losses.capacity) == pytest.approx(1.2)
+
+
+def test_every_model_s_objectives_have_a_term():
+    ladder = build_model("vlae", (1, 64, 64), "tanh", {"num_ladders": 4, "hidden_dim": 4, "fc_dim": 8})
+    named = {name for model in MODELS.values() for name in model.objectives} | set(ladder.objectives)
+    assert named <= OBJECTIVES.keys()
+    assert {name for name in OBJECTIVES.keys() - named if not name.startswith("kl_")} == set()
+
+
+def test_an_objective_without_a_term_is_named():
+    model, _ = vector("vae")
+    model.objectives = ("reconstruction", "dkwl")
+    with pytest.raises(ValueError, match=r"ConvVAE.objectives: OBJECTIVES has no dkwl \(did you mean dwkl"):
+        LossVector(model, [1.0, 1.0], "gaussian", "mean", n_data=100)
+
+
+def test_an_objective_of_one_s_own_is_one_entry(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "size", lambda batch: batch.out.z.square().mean())
+    model, _ = vector("vae")
+    model.objectives = ("reconstruction", "kl", "size")
+    losses = LossVector(model, [1.0, 1.0, 0.5], "gaussian", "mean", n_data=100)
+    x = torch.rand(4, 1, 16, 16)
+    out = model(x)
+    assert torch.equal(losses(out, x)[2], out.z.square().mean())
+    assert losses.weights_at(0).tolist() == [1.0, 1.0, 0.5]
+
+
+def test_what_several_terms_need_is_computed_once(monkeypatch):
+    calls = []
+    terms = LossVector.__module__.replace("vector", "terms")
+    monkeypatch.setattr(f"{terms}.log_densities", lambda *a, f=log_densities: calls.append(a) or f(*a))
+    model, losses = vector()
+    x = torch.rand(4, 1, 16, 16)
+    out = model(x)
+    found = losses(out, x)
+    assert len(calls) == 1
+    expected = tc_decomposition(out.z, out.mu, out.logvar, 100, "mss")
+    assert all(torch.equal(a, b) for a, b in zip(found[1:], expected, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_ladder_s_rungs_are_the_kls_of_their_latents(reduction):
+    options = {"num_ladders": 3, "hidden_dim": 4, "fc_dim": 8, "latent_dim": 2}
+    model = build_model("vlae", (1, 32, 32), "sigmoid", options)
+    losses = LossVector(model, [1.0] * 4, "gaussian", reduction, n_data=100)
+    x = torch.rand(5, 1, 32, 32)
+    out = model(x)
+    found = losses(out, x)
+    for rung in range(3):
+        own = slice(2 * rung, 2 * rung + 2)
+        expected = kl_standard_normal(out.mu[:, own], out.logvar[:, own]) / (2 if reduction == "mean" else 1)
+        torch.testing.assert_close(found[1 + rung], expected)
 
 
 def test_losses_are_separate_graphs():
@@ -162,10 +248,8 @@ def test_images_that_count_nothing_are_not_there():
             short = reconstruction(pre[:6], x[:6], "sigmoid", dist, reduction)
             close(reconstruction(pre, x, "sigmoid", dist, reduction, share), factor * short)
     close(kl_standard_normal(mu, logvar, share), kl_standard_normal(mu[:6], logvar[:6]))
-    for a, b in zip(
-        rung_kls(mu, logvar, 2, "mean", share), rung_kls(mu[:6], logvar[:6], 2, "mean"), strict=True
-    ):
-        close(a, b)
+    close(rung_kl(mu, logvar, "mean", share), rung_kl(mu[:6], logvar[:6], "mean"))
+    close(rung_kl(mu, logvar, "mean"), kl_standard_normal(mu, logvar) / 6)
     close(mmd(mu, z, share), mmd(mu[:6], z[:6]))
     # Two processes of four images each: the means of what they find.
     close((mmd(mu[:4], z[:4], share[:4]) * 6 / 4) / 2, mmd(mu[:4], z[:4]))
@@ -185,8 +269,10 @@ def test_terms_of_total_correlation_are_means_of_what_counts_within_the_whole_ba
 
 def test_parts_of_a_capacity_add_up():
     model = build_model("vae", (1, 16, 16), "tanh", {"hidden_dims": [4, 4], "latent_dim": 3})
-    losses = LossVector(model, [1.0, 1.0], "gaussian", "mean", n_data=8, capacity=(2.0, 1))
-    losses.weights_at(5)
+    losses = LossVector(
+        model, [1.0, 1.0], "gaussian", "mean", n_data=8, schedule=LossSchedule(capacity=Capacity(2.0, 1))
+    )
+    losses.set_step(5)
     out, x = model(torch.rand(8, 1, 16, 16)), torch.rand(8, 1, 16, 16)
     share = (torch.arange(8) < 6) * (8 / 6)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from movae_fast import _csrc, ops
-from movae_fast.ops import rows as shared
 
 ISAS = [name for name in _csrc.nearest_code_isas() if name in ("avx512", "avx2", "portable")]
 SHAPES = [(1, 1), (2, 7), (2, 4097), (3, 257), (4, 40000), (7, 3000), (8, 1025), (9, 77), (17, 4100), (64, 33)]
@@ -14,7 +13,7 @@ SHAPES = [(1, 1), (2, 7), (2, 4097), (3, 257), (4, 40000), (7, 3000), (8, 1025),
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    monkeypatch.setattr(shared, "isa", request.param)
+    monkeypatch.setenv("MOVAE_CPU_ISA", request.param)
     return request.param
 
 

@@ -1,15 +1,18 @@
 """Without the compiled extension the ops give the same answers, more slowly, and say so."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from movae_fast import ops
 from movae_fast.cli import doctor
+from movae_fast.ops import extension
 from movae_fast.ops.gramian_weights import METHODS
 
 
@@ -98,3 +101,46 @@ def test_the_ops_fall_back_to_plain_torch_and_say_so_once(tmp_path: Path) -> Non
                 factor = 1e-3 / torch.finfo(mine.dtype).eps
             limit = factor * torch.finfo(mine.dtype).eps * theirs.double().norm()
             assert (mine.double() - theirs.double()).norm() <= limit, name
+
+
+EVERY_CPU_OP = {
+    "nearest_code": lambda: ops.nearest_code(torch.ones(2, 3), torch.ones(4, 3)),
+    "quantize": lambda: ops.quantize(torch.ones(2, 3), torch.ones(4, 3)),
+    "code_error": lambda: ops.code_error(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])),
+    "gramian": lambda: ops.gramian(torch.ones(2, 3)),
+    "combine": lambda: ops.combine(torch.ones(2, 3), torch.ones(2)),
+    "project_weights": lambda: ops.project_weights(torch.eye(2)),
+    "project_rows": lambda: ops.project_rows(torch.ones(2), torch.eye(2)),
+    "step_multipliers": lambda: ops.step_multipliers(torch.eye(2), torch.ones(2)),
+    "upgrad_weights": lambda: ops.upgrad_weights(torch.ones(2, 3)),
+    "tc_terms": lambda: ops.tc_terms(*torch.ones(3, 4, 2), 10),
+}
+
+
+@pytest.mark.parametrize("op", EVERY_CPU_OP)
+def test_one_way_to_force_an_instruction_set(op: str) -> None:
+    """MOVAE_CPU_ISA, read at each call by every op but gramian_weights, whose C++ has one path only."""
+    assert set(EVERY_CPU_OP) == set(ops.__all__) - {"gramian_weights"}
+    call = EVERY_CPU_OP[op]
+    with (
+        extension.forced_isa("sse9"),
+        pytest.raises(ValueError, match=r"^MOVAE_CPU_ISA: 'sse9' is not .*those are: .*portable$"),
+    ):
+        call()
+    for isa in ("", "auto", *extension.csrc.nearest_code_isas()):
+        with extension.forced_isa(isa):
+            call()
+
+
+def test_a_forced_instruction_set_is_that_of_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOVAE_CPU_ISA", raising=False)
+    fastest = extension.csrc.nearest_code_isa()
+    with extension.forced_isa("portable"):
+        assert extension.csrc.nearest_code_isa() == extension.csrc.tc_terms_isa() == "portable"
+        with extension.forced_isa(fastest):
+            assert extension.csrc.nearest_code_isa() == fastest
+        with pytest.raises(ValueError, match="sse9"), extension.forced_isa("sse9"):
+            ops.gramian(torch.ones(2, 3))
+        assert extension.csrc.nearest_code_isa() == "portable"
+    assert "MOVAE_CPU_ISA" not in os.environ
+    assert extension.csrc.nearest_code_isa() == fastest

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from movae_fast import _csrc, ops, reference
-from movae_fast.ops import rows as shared
 
 ISAS = [name for name in _csrc.nearest_code_isas() if name in ("avx512", "avx2", "portable")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -17,7 +16,7 @@ SHAPES += [(9, 77), (13, 500), (17, 1), (31, 129), (64, 33), (65, 2)]
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    monkeypatch.setattr(shared, "isa", request.param)
+    monkeypatch.setenv("MOVAE_CPU_ISA", request.param)
     return request.param
 
 

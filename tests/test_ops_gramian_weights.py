@@ -11,7 +11,7 @@ import torchjd.aggregation as jd
 
 from movae_fast import ops, reference
 from movae_fast.ops import extension
-from movae_fast.ops.gramian_weights import METHODS, _gramian_weights_cuda, _warn_of_the_host
+from movae_fast.ops.gramian_weights import METHODS, _gramian_weights_cuda, _warn_of_the_host, weigh_in_torch
 from tests.gramians import FAMILIES, gramian, jacobian
 
 EPS = np.finfo(float).eps
@@ -283,7 +283,7 @@ def test_errors_show_the_operands():
         ):
             ops.gramian_weights(eye, "pcgrad", order=rows)
         with pytest.raises(ValueError, match=r"must be a permutation of 0..2"):
-            extension.gramian_weights(eye.double(), "pcgrad", None, rows, 0.0, 0.0, 1)
+            weigh_in_torch(eye.double(), "pcgrad", None, rows, 0.0, 0.0, 1)
     for parameters in ({"c": math.nan}, {"c": math.inf}, {"norm_eps": math.nan}):
         with pytest.raises(ValueError, match="c and norm_eps must be >= 0 and finite"):
             ops.gramian_weights(eye, "cagrad", **parameters)
@@ -310,7 +310,7 @@ def test_opcheck():
 def test_cuda_without_its_cpp_is_the_cpus_answer_and_a_warning_once(monkeypatch, reason):
     """The CUDA implementation on CPU tensors, whose copy to the host is then no copy: the same bits."""
     monkeypatch.setattr(extension, "cuda_missing", lambda: reason)
-    monkeypatch.setattr(extension, "gramian_weights", None)  # TorchJD's classes, which read each decision
+    monkeypatch.setattr(reference, "gramian_weights", None)  # TorchJD's classes, which read each decision
     _warn_of_the_host.cache_clear()
     G = torch.as_tensor(gramian(np.random.default_rng(0), FAMILIES[0], 5))
     pref, order = torch.rand(5, dtype=torch.float64), torch.rand(5, 5).argsort(1)

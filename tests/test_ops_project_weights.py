@@ -10,7 +10,6 @@ from torchjd.aggregation import DualProj, UPGrad
 from torchjd.linalg import QuadprogProjector
 
 from movae_fast import _csrc, ops
-from movae_fast.ops import rows as shared
 from tests.gramians import FAMILIES, gramian, kkt_residual, regularised, size, solution
 
 with warnings.catch_warnings():
@@ -22,7 +21,7 @@ ISAS = [name for name in _csrc.nearest_code_isas() if name in ("avx512", "avx2",
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
-    monkeypatch.setattr(shared, "isa", request.param)
+    monkeypatch.setenv("MOVAE_CPU_ISA", request.param)
     return request.param
 
 
@@ -126,7 +125,7 @@ def test_every_cpu_path_and_number_of_threads_agree(monkeypatch):
     G = torch.tensor(gramian(rng, "gaussian", 80))
     answers = []
     for isa in ISAS:
-        monkeypatch.setattr(shared, "isa", isa)
+        monkeypatch.setenv("MOVAE_CPU_ISA", isa)
         torch.set_num_threads(1)
         answers.append(ops.project_weights(G)[0])
         torch.set_num_threads(2)

@@ -10,7 +10,6 @@ import torch
 
 from movae_fast import ops, reference
 from movae_fast.ops import extension
-from movae_fast.ops import rows as shared
 from tests.gramians import FAMILIES, gramian, kkt_residual, size, solution
 from tests.test_ops_project_weights import ISAS, by_quadprog, preferences, sizes
 
@@ -23,7 +22,7 @@ def path(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(extension, "missing", lambda z: True)
     else:
-        monkeypatch.setattr(shared, "isa", request.param)
+        monkeypatch.setenv("MOVAE_CPU_ISA", request.param)
     return request.param
 
 
@@ -109,7 +108,7 @@ def test_equals_quadprog_on_the_scaled_problem(path):
 @pytest.mark.parametrize("reg_eps", [1e-4, 1e-6, 1e-8, 1e-9])
 @pytest.mark.parametrize("isa", ISAS)
 def test_fifty_digits(isa, reg_eps, monkeypatch):
-    monkeypatch.setattr(shared, "isa", isa)
+    monkeypatch.setenv("MOVAE_CPU_ISA", isa)
     rng = np.random.default_rng(2)
     found = 0
     for t in range(55):

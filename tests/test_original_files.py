@@ -12,8 +12,8 @@ import torch
 from scipy.io import savemat
 
 from movae_fast.data import DATASETS, ReadOptions
+from movae_fast.data.datasets.factor_grids import GRIDS
 from movae_fast.data.fetch import Remote, fetch
-from movae_fast.data.grids import GRIDS
 from tests import datafiles
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from movae_fast.data import ImageFiles, ReadOptions, make_loader
-from movae_fast.data.decode import decode, plain_size
+from movae_fast.data.decode import decode
+from movae_fast.data.plain_files import plain_size
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 40, 56

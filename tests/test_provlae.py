@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from movae_fast.cli import main
 from movae_fast.evaluation.sampling import ladder_traversals
-from movae_fast.models import build_model
+from movae_fast.models import Noise, build_model
 from movae_fast.objectives import LossVector
+from movae_fast.schedules import Capacity, LossSchedule, Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.logs import read_lines
 from movae_fast.training.optim import forget, make_optimizer
-from movae_fast.training.progression import Cycles, Progression
+from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import Gradient, TrainStep
 
 SMALL = {"latent_dim": 2, "num_ladders": 3, "hidden_dim": 6, "fc_dim": 10}
@@ -111,7 +112,7 @@ def test_the_ports_stages_begin_at_the_least_abstract_rung():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_of_the_port_begins_where_the_last_one_ended(stage):
     model = ladder(ladder_net="port").eval()
-    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    x, noise = torch.rand(5, 1, 32, 32), Noise(torch.randn(5, 6))
     model.set_stage(stage - 1)
     before = model(x, noise)
     model.set_stage(stage, alpha=0.0)
@@ -147,7 +148,7 @@ def test_more_rungs_than_the_image_allows():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_stage_begins_where_the_last_one_ended(stage, training):
     model = ladder().train(training)
-    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    x, noise = torch.rand(5, 1, 32, 32), Noise(torch.randn(5, 6))
     model.set_stage(stage - 1)
     before = model(x, noise)
     model.set_stage(stage, alpha=0.0)
@@ -167,7 +168,7 @@ def test_the_last_stage_with_alpha_one_is_the_plain_ladder():
     assert not plain.progressive
     plain.load_state_dict(model.state_dict())
     model.set_stage(3, alpha=1.0)
-    x, noise = torch.rand(5, 1, 32, 32), torch.randn(5, 6)
+    x, noise = torch.rand(5, 1, 32, 32), Noise(torch.randn(5, 6))
     for a, b in zip(model(x, noise)[:4], plain(x, noise)[:4], strict=True):
         assert torch.equal(a, b)
 
@@ -191,9 +192,9 @@ def losses_of(model, beta=2.0, **options):
 def test_gradients_reach_inactive_rungs_through_the_pre_kl_only(stage):
     model = ladder()
     losses = losses_of(model)
-    stages = Progression(1, 3, steps=10, fade_in=0, pre_kl=0.5)
+    stages = Stages(1, 3, steps=10, fade_in=0, pre_kl=0.5)
     step = (stage - 1) * 10 + 3
-    stages.apply(step, model, losses)
+    apply_stage(stages, step, model, losses)
     x = torch.rand(6, 1, 32, 32)
     values = losses(model(x), x)
     for rung in range(3):
@@ -208,7 +209,7 @@ def test_gradients_reach_inactive_rungs_through_the_pre_kl_only(stage):
         others = [values[1 + k] for k in range(3) if k != rung]
         assert not bool(torch.autograd.grad(sum(others), head[:1], retain_graph=True)[0].any())
     assert losses.weights_at(step).tolist() == [1.0] + [2.0 if r >= 3 - stage else 0.5 for r in range(3)]
-    Progression(1, 3, 10, 0, pre_kl=0.0).apply(step, model, losses)
+    apply_stage(Stages(1, 3, 10, 0, pre_kl=0.0), step, model, losses)
     assert losses.weights_at(step).tolist() == [1.0] + [2.0 if r >= 3 - stage else 0.0 for r in range(3)]
 
 
@@ -218,12 +219,12 @@ def test_each_stages_loss_recomputed(stage, reduction):
     model = ladder()
     beta, coff, n = 4.0, 0.3, 6
     losses = LossVector(model, [1.0, beta, beta, beta], "bernoulli", reduction, n_data=100)
-    stages = Progression(1, 3, steps=10, fade_in=8, pre_kl=coff)
+    stages = Stages(1, 3, steps=10, fade_in=8, pre_kl=coff)
     step = (stage - 1) * 10 + 3
-    stages.apply(step, model, losses)
+    apply_stage(stages, step, model, losses)
     assert float(model.alpha) == (1.0 if stage == 1 else 3 / 8)
     x = torch.rand(n, 1, 32, 32)
-    out = model(x, torch.randn(n, 6))
+    out = model(x, Noise(torch.randn(n, 6)))
     gradient = TrainStep(model, losses, None)
     total = (torch.stack(losses(out, x)) * losses.weights_at(step)).sum()
     assert gradient.m == 4
@@ -263,33 +264,13 @@ def test_the_encoder_and_decoder_by_hand():
     torch.testing.assert_close(model.decode(z), y)
 
 
-def test_the_schedule_of_stages():
-    stages = Progression(1, 3, steps=10, fade_in=4, pre_kl=0.5)
-    assert [stages.stage(s) for s in (0, 9, 10, 19, 20, 29)] == [1, 1, 2, 2, 3, 3]
-    assert [stages.alpha(s) for s in (0, 9, 10, 11, 13, 14, 19, 20)] == [1, 1, 0, 0.25, 0.75, 1, 1, 0]
-    assert [s for s in range(31) if stages.ends(s)] == [10, 20, 30]
-    assert [s for s in range(30) if stages.starts(s)] == [0, 10, 20]
-    alone = Progression(2, 2, steps=10, fade_in=4, pre_kl=0.5)
-    assert (alone.stage(7), alone.alpha(1), alone.ends(10)) == (2, 0.25, True)
-    assert Progression(1, 3, 10, 0, 0.5).alpha(10) == 1.0
-
-
-def test_cyclic_annealing():
-    linear = Cycles("linear", steps=40, cycles=4, least=0.1, most=1.0, ratio=0.5)
-    assert [linear(s) for s in (0, 5, 9, 10, 45)] == pytest.approx([0.1, 1.0, 1.0, 0.1, 1.0])
-    assert linear(1) == pytest.approx(0.1 + 0.9 / 5)
-    cosine = Cycles("cosine", 40, 4, 0.0, 2.0, 1.0)
-    assert [cosine(s) for s in (0, 5, 8)] == pytest.approx([0, 1, 1 - math.cos(0.8 * math.pi)])
-    sigmoid = Cycles("sigmoid", 40, 4, 0.0, 1.0, 1.0)
-    assert [sigmoid(s) for s in (0, 5)] == pytest.approx([1 / (1 + math.exp(6)), 0.5])
-
-
 def test_annealing_and_capacity_leave_the_pre_kl_alone():
     model = ladder()
-    losses = losses_of(model, kl_factor=lambda step: 0.5, capacity=(10.0, 100))
-    Progression(1, 3, 10, 0, pre_kl=0.25).apply(15, model, losses)
+    losses = losses_of(model, schedule=LossSchedule(0, lambda step: 0.5, Capacity(10.0, 100)))
+    apply_stage(Stages(1, 3, 10, 0, pre_kl=0.25), 15, model, losses)
+    losses.set_step(15)
     assert losses.weights_at(15).tolist() == [1.0, 0.25, 1.0, 1.0]
-    assert float(losses.capacity_now) == pytest.approx(1.5)
+    assert float(losses.capacity) == pytest.approx(1.5)
     x = torch.rand(4, 1, 32, 32)
     out = model(x)
     plain = losses_of(model)(out, x)
@@ -298,7 +279,9 @@ def test_annealing_and_capacity_leave_the_pre_kl_alone():
     for k in (2, 3):
         torch.testing.assert_close(found[k], (plain[k] - 1.5).abs())
     losses.weights_at(5000)
-    assert float(losses.capacity_now) == 10.0
+    assert float(losses.capacity) == pytest.approx(1.5)  # reading weights moves nothing
+    losses.set_step(5000)
+    assert float(losses.capacity) == 10.0
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"])

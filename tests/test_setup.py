@@ -79,6 +79,8 @@ def build(tmp_path, monkeypatch):
         def compile_and_link(self, ext):
             built.append({"objects": [*ext.extra_objects], "macros": dict(ext.define_macros)})
             built[-1]["libraries"] = [*ext.libraries]
+            built[-1]["files"] = {*ext.sources, *ext.depends}
+            assert ext.include_dirs == ["csrc"]
             if ext.extra_objects and not links:
                 raise RuntimeError("cannot find -lcudart_static")
 
@@ -95,7 +97,7 @@ def build(tmp_path, monkeypatch):
 def compiled_for(folder: Path) -> list[str]:
     """The code= targets of each nvcc call, which are the same in all."""
     lines = (folder / "log").read_text().splitlines()
-    assert len(lines) == len(list((ROOT / "csrc").glob("*.cu")))
+    assert len(lines) == len(list((ROOT / "csrc").rglob("*.cu")))
     targets = {
         tuple(w.rpartition("code=")[2] for w in line.split() if w.startswith("-gencode")) for line in lines
     }
@@ -119,6 +121,17 @@ def test_builds_for_the_architectures_that_nvcc_knows(build, tmp_path, known, ex
         word[3:] for word in expected.split() if word.startswith("sm_")
     )
     assert "cudart_static" in extension["libraries"]
+
+
+def test_a_file_of_any_folder_is_built_and_built_anew(build, tmp_path):
+    """Sources are compiled; a header that changes has them compiled again; each CUDA source has its object."""
+    (extension,) = build(NVCC_13)
+    found = {
+        str(path.relative_to(ROOT)) for kind in ("cpp", "h") for path in (ROOT / "csrc").rglob(f"*.{kind}")
+    }
+    assert extension["files"] == found
+    assert len({Path(name).name for name in extension["objects"]}) == len(list((ROOT / "csrc").rglob("*.cu")))
+    assert all("-Icsrc" in line.split() for line in (tmp_path / "log").read_text().splitlines())
 
 
 def test_the_environment_restricts_the_architectures(build, tmp_path):

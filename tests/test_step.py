@@ -6,6 +6,7 @@ import torch
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.schedules import LossSchedule
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.flat import FlatParameters, Rows
@@ -26,7 +27,7 @@ def step(arch="vae", agg="upgrad", dtype=torch.float32, jacobian="shared", netwo
     torch.manual_seed(0)
     model = build_model(arch, SHAPE, "tanh", OPTIONS[arch] | (network or {})).to(dtype)
     weights = resolve_weights(MODELS[arch], SHAPE, None)
-    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, anneal_steps=10)
+    losses = LossVector(model, weights, "gaussian", "mean", n_data=5000, schedule=LossSchedule(10))
     aggregator = None if agg == "sum" else make_aggregator(agg, len(losses.active))
     optimizer = None if lr is None else torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     return TrainStep(model, losses, aggregator, optimizer, jacobian=jacobian, **options)
@@ -58,7 +59,7 @@ def test_float32_rows_are_float64_rows(arch):
     x = images()
     gradient(single, x)
     torch.manual_seed(2)
-    double.gradient(x.double(), 0, single.model.draw_noise(len(x)).double())
+    double.gradient(x.double(), 0, single.model.draw_noise(len(x)).map(torch.Tensor.double))
     # A convolution network's backward in float32: some tens of roundings of 6e-8.
     assert relative(single.rows.rows, double.rows.rows) < 1e-5
     assert relative(single.flat.own_grad, double.flat.own_grad) < 1e-5
@@ -121,7 +122,7 @@ def test_a_padded_batch_is_the_short_one_without_batch_statistics(arch):
         noise = padded.model.draw_noise(16)
         for number in range(2):
             record = padded.gradient(x, number, noise, sample_weight=share)
-            expected = short.gradient(x[:n], number, noise[:n])
+            expected = short.gradient(x[:n], number, noise.of_images(0, n))
             # float64's rounding through some ten layers.
             assert relative(padded.flat.grad, short.flat.grad) < 1e-12, options
             assert relative(record.losses, expected.losses) < 1e-12, options

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, tars
-from movae_fast.data.files import found_below
-from movae_fast.data.prepared import prepare
+from movae_fast.data.find_files import find_below
+from movae_fast.data.prepare import prepare
 from tests.datafiles import jpeg, labelled, shard
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -62,7 +62,7 @@ def test_images_classes_and_order_are_those_of_dalis_reader(tmp_path):
     with pipe:
         pipe.set_outputs(*dali.fn.readers.webdataset(paths=paths, ext=["jpg", "cls"]))
     pipe.build()
-    images, classes = tars.images_in(found_below(tmp_path).tars)
+    images, classes = tars.images_in(find_below(tmp_path).tars)
     assert len(images) == 8
     for image, label in zip(images, classes, strict=True):
         data, text = (out.at(0).tobytes() for out in pipe.run())

@@ -14,7 +14,7 @@ from movae_fast.cli import main
 from movae_fast.cli.train import against_mean_image
 from movae_fast.data import DATASETS
 from movae_fast.training import checkpoint, loop
-from movae_fast.training.build import kl_factor, load_model
+from movae_fast.training.build import load_model, loss_schedule
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig, TrainConfig
 from movae_fast.training.logs import TIMING_KEYS, read_lines
@@ -373,14 +373,14 @@ def test_rates_by_epoch_are_torchs_schedule_stepped_once_an_epoch():
 
 def test_kl_annealing_by_epoch():
     config = TrainConfig()
-    assert kl_factor(config, 80, 2) is None
+    assert loss_schedule(config, 80, 2).kl_factor is None
     config.objective.kl_annealing = "monotonic"  # to 1 over 12 of 40 epochs
-    factor = kl_factor(config, 80, 2)
+    factor = loss_schedule(config, 80, 2).kl_factor
     assert [factor(s) for s in (0, 1, 2, 3, 12, 24, 25, 79)] == pytest.approx(
         [0, 0, 1 / 12, 1 / 12, 0.5, 1, 1, 1]
     )
     config.objective.kl_annealing = "cyclic"  # four cycles of 10 epochs, rising over 5
-    factor = kl_factor(config, 80, 2)
+    factor = loss_schedule(config, 80, 2).kl_factor
     assert [factor(s) for s in (0, 2, 8, 10, 19, 20, 22, 79)] == pytest.approx([0, 0.2, 0.8, 1, 1, 0, 0.2, 1])
 
 

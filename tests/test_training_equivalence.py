@@ -8,6 +8,7 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.models import MODELS, build_model
 from movae_fast.objectives import LossVector, resolve_weights
+from movae_fast.schedules import LossSchedule
 from movae_fast.training.train_step import TrainStep
 
 SHAPE = (3, 32, 32)
@@ -23,7 +24,12 @@ def build(arch, dtype):
     torch.manual_seed(0)
     model = build_model(arch, SHAPE, "tanh", OPTIONS[arch]).to(dtype)
     losses = LossVector(
-        model, resolve_weights(MODELS[arch], SHAPE, None), "gaussian", "mean", n_data=5000, anneal_steps=10
+        model,
+        resolve_weights(MODELS[arch], SHAPE, None),
+        "gaussian",
+        "mean",
+        n_data=5000,
+        schedule=LossSchedule(10),
     )
     return model, losses
 

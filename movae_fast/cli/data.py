@@ -18,12 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from movae_fast.cli import parsing
-from movae_fast.data import DATASETS, DatasetInfo, ImageFiles, ReadOptions, dali
+from movae_fast.data import DATASETS, DatasetInfo, ImageFiles, ReadOptions
+from movae_fast.data.datasets.celeba import CELEBA_CROPS
 from movae_fast.data.decode import MAX_PIXELS
-from movae_fast.data.prepared import OLD_FORMAT, damage, prepare, prepared_files, read_header
-from movae_fast.data.survey import unreadable
-from movae_fast.data.synthetic import synthetic_jpeg
-from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.data.loaders import dali
+from movae_fast.data.prepare import prepare
+from movae_fast.data.prepared_format import OLD_FORMAT, damage, prepared_files, read_header
+from movae_fast.data.synthetic_jpegs import synthetic_jpeg
+from movae_fast.data.unreadable import unreadable
 from movae_fast.names import nearest, pick, shown
 from movae_fast.training.limits import check_values
 
@@ -79,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
     config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
     check_values(config)
     if target is not None and not target.strip():
-        raise ValueError(f"data {command}: the NAME is empty")
+        raise ValueError("NAME or FOLDER is empty")
     if (target is None) != (command == "list"):
         raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
     return COMMANDS[command](target, config, Console())

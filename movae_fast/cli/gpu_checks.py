@@ -25,7 +25,8 @@ from torch import Tensor
 from movae_fast import ops
 from movae_fast.aggregation import UPGrad
 from movae_fast.cli.op_checks import CPU, Check, close, conflicting, milliseconds, op_checks, random
-from movae_fast.data import DaliLoader, ImageFiles, ReadOptions, dali
+from movae_fast.data import DaliLoader, ImageFiles, ReadOptions
+from movae_fast.data.loaders import dali
 
 TIMEOUT = 150  # seconds that a process of its own may take
 TRAINING = (

@@ -1,12 +1,19 @@
-"""Datasets by name and the loaders that feed them to a model."""
+"""Read datasets by name, and feed them to a model by one of three loaders."""
 
-from movae_fast.data.choice import LOADERS, choose_loader, make_loader
-from movae_fast.data.dali import DaliLoader
-from movae_fast.data.loaders import Loader, ResidentLoader, TorchLoader
+from movae_fast.data.binarize import Binarizer
+from movae_fast.data.datasets import DATASETS, DatasetInfo
+from movae_fast.data.loaders import (
+    LOADERS,
+    DaliLoader,
+    Loader,
+    ResidentLoader,
+    TorchLoader,
+    choose_loader,
+    make_loader,
+)
 from movae_fast.data.prepared import Prepared, open_split
-from movae_fast.data.sets import DATASETS, DatasetInfo
-from movae_fast.data.sources import ImageFiles, Images, ReadOptions, Subset, limited
-from movae_fast.data.transforms import Binarizer, to_unit
+from movae_fast.data.sources import ImageFiles, Images, ImageSource, ReadOptions, Subset, limited
+from movae_fast.data.transforms import to_unit
 
 __all__ = [
     "DATASETS",
@@ -15,6 +22,7 @@ __all__ = [
     "DaliLoader",
     "DatasetInfo",
     "ImageFiles",
+    "ImageSource",
     "Images",
     "Loader",
     "Prepared",

@@ -1,4 +1,4 @@
-"""Downloads that torchvision does not do: restartable, and checked before they count."""
+"""Download files that torchvision does not: restartable, and checked before they take their names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from movae_fast.names import first_line as first_line
 
 @dataclass(frozen=True)
 class Remote:
-    """A file that can be fetched: its address, size in bytes and SHA-256."""
+    """Name a file that can be fetched: its address, size in bytes and SHA-256."""
 
     url: str
     size: int
@@ -21,7 +21,10 @@ class Remote:
 
 
 def fetch(remote: Remote, path: Path) -> None:
-    """Download to `path`, continuing what an earlier attempt left. Raises OSError."""
+    """Download to `path`, going on from what an earlier attempt left in a .part file.
+
+    Raises OSError if the network or the disk fails, or if the file is not the expected one.
+    """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = part.stat().st_size if part.exists() else 0
@@ -31,14 +34,14 @@ def fetch(remote: Remote, path: Path) -> None:
     if done < remote.size:
         request = urllib.request.Request(remote.url, headers={"Range": f"bytes={done}-"} if done else {})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            # A server that knows no ranges sends the whole file again.
+            # A server that does not know ranges sends the whole file again.
             mode = "ab" if answer.status == 206 else "wb"
             with part.open(mode) as file:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
     if part.stat().st_size != remote.size:
         raise OSError(f"{part} has {part.stat().st_size:,} bytes of {remote.size:,}; run again to continue")
-    if (found := file_digest(part, hashlib.sha256())) != remote.sha256:
+    if (digest := file_digest(part, hashlib.sha256())) != remote.sha256:
         part.unlink()
-        raise OSError(f"{remote.url}: SHA-256 is {found}, expected {remote.sha256}; the download was removed")
+        raise OSError(f"{remote.url}: SHA-256 is {digest}, expected {remote.sha256}; the download was removed")
     part.replace(path)

@@ -1,34 +1,75 @@
-"""Image sources: where a split's uint8 images come from, in memory or in files.
-
-A source has `__len__` and either `gather(rows) -> (uint8 images [B, C, S, S], labels [B])`, or, where files
-must be decoded, `source[i] -> (uint8 image [C, S, S], label)`. `to(device)`, where there is one, moves it;
-`table(rows)`, where there is one, is what `gather` indexes: all images and labels on that device, or None.
-"""
+"""Hold one split's images, in memory or in files, behind one interface: `ImageSource`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from movae_fast.data.decode import Box, crop_box, decode
-from movae_fast.data.files import File
-from movae_fast.data.machine import in_threads
+from movae_fast.data.find_files import File
+from movae_fast.data.prefetch import in_threads
 from movae_fast.data.transforms import pick, resize
 from movae_fast.names import shown
 
 
+class ImageSource(Protocol):
+    """Give the uint8 images of one split, and one label per image, by their row.
+
+    Derive from it and write `__len__` and `gather`. The rest has defaults, which suit a source that lies in
+    memory and says nothing of itself.
+    """
+
+    on_host: bool = False  # Rows are wanted on the CPU, since what they name is read or decoded there.
+    note: str = ""  # One line for the user: prepared, out of date, left aside.
+    skipped: Sequence[str] = ()  # The unreadable files that the source does without, each with the reason.
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        raise NotImplementedError
+
+    def gather(
+        self,
+        rows: Tensor,  # [B] int64
+    ) -> tuple[Tensor, Tensor]:  # [B, C, S, S] uint8, [B] int64
+        """Return the images of the given rows and their labels, wherever the source keeps them."""
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor | int]:  # [C, S, S] uint8, []
+        """Return one image and its label."""
+        images, labels = self.gather(torch.tensor([row]))
+        return images[0], labels[0]
+
+    def to(self, device: torch.device) -> None:
+        """Move to the device what is worth moving; by default nothing."""
+        return None
+
+    def table(
+        self,
+        rows: Tensor,  # [B] int64
+    ) -> tuple[Tensor, Tensor] | None:  # [N, C, S, S] uint8, [N] int64
+        """Return all images and labels if those of `rows` lie on the device and rows index them, else None."""
+        return None
+
+    @property
+    def factors(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from rows [B] to the factors' values [B, F].
+
+        Raises AttributeError where the factors are not known, so that `hasattr` tells.
+        """
+        raise AttributeError(f"{type(self).__name__} has no factors")
+
+
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a reader needs to know: where, which split, what to make of an image."""
+    """Tell a dataset's reader where its files are, which split to read, and what to make of an image."""
 
     root: Path
-    split: str  # "train" | "test"
+    split: str  # "train" or "test"
     image_size: int
     download: bool
     device: torch.device
@@ -37,33 +78,41 @@ class ReadOptions:
     antialias: bool = False
 
 
-class Images:
-    """An image source in memory: uint8 [N, C, S, S] and labels [N] int64, wherever they lie."""
+class Images(ImageSource):
+    """Hold images in memory."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        # As convolutions want them; for three channels on a CPU a batch is then ready 2 to 8 times sooner.
+    def __init__(
+        self,
+        images: Tensor,  # [N, C, S, S] uint8
+        labels: Tensor,  # [N] int64
+    ) -> None:
+        # Convolutions want this layout, and three-channel batches are ready 2 to 8 times sooner on a CPU.
         self.images, self.labels = images.contiguous(memory_format=torch.channels_last), labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: torch.device) -> None:
+        """Move all images and labels to the device."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] to images [B, C, S, S] uint8 and labels [B]."""
+        """Return the images and labels of `rows`, where the images lie."""
         rows = rows.to(self.images.device)
         return pick(self.images, rows), self.labels[rows]
 
     def table(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """All images and labels, whichever rows are wanted."""
+        """Return all images and labels, whichever rows are wanted."""
         return self.images, self.labels
 
 
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files (or members of tars), cropped to `box` (or to the central square) and resized as they are
-    read; labels or 0.
+class ImageFiles(ImageSource):
+    """Decode image files (or members of tars) as they are asked for.
+
+    Each is cropped to `box` (or to its central square) and resized. Without labels all of them are 0.
     """
+
+    on_host = True
 
     def __init__(
         self,
@@ -77,62 +126,61 @@ class ImageFiles(torch.utils.data.Dataset):
         self.files, self.box, self.size, self.channels = list(files), box, options.image_size, channels
         self.mode = mode
         self.labels = list(labels) if labels is not None else [0] * len(self.files)
-        self.skipped: list[str] = []  # what was left out, with the reason
+        self.skipped: list[str] = []
         self.note = ""
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        pixels = torch.from_numpy(decode(self.files[i], self.channels)).permute(2, 0, 1)
-        top, left, height, width = crop_box(self.files[i], self.box, *pixels.shape[1:])
-        return resize(pixels[:, top : top + height, left : left + width], self.size, self.mode), self.labels[i]
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        pixels = torch.from_numpy(decode(self.files[row], self.channels)).permute(2, 0, 1)
+        top, left, height, width = crop_box(self.files[row], self.box, *pixels.shape[1:])
+        cropped = pixels[:, top : top + height, left : left + width]
+        return resize(cropped, self.size, self.mode), self.labels[row]
 
-    def leave_out(self, bad: dict[int, str]) -> None:
-        """Drop the rows of `bad`, row -> why."""
-        self.skipped = [f"{shown(self.files[i])}: {shown(why)}" for i, why in bad.items()]
-        self.keep([i for i in range(len(self.files)) if i not in bad])
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode the files of `rows` in threads."""
+        return stack(in_threads(self.__getitem__, rows.tolist()))
+
+    def leave_out(self, reasons: dict[int, str]) -> None:
+        """Drop these rows, and remember in `skipped` the reason of each."""
+        self.skipped = [f"{shown(self.files[row])}: {shown(why)}" for row, why in reasons.items()]
+        self.keep([row for row in range(len(self.files)) if row not in reasons])
 
     def keep(self, rows: list[int]) -> None:
-        """Have these rows alone, in this order."""
-        self.files = [self.files[i] for i in rows]
-        self.labels = [self.labels[i] for i in rows]
+        """Keep these rows alone, in this order."""
+        self.files = [self.files[row] for row in rows]
+        self.labels = [self.labels[row] for row in rows]
 
 
-class Subset:
-    """Evenly spaced `n` rows of a source, in order."""
+class Subset(ImageSource):
+    """Give `n` evenly spaced rows of a source, in order."""
 
-    def __init__(self, source: Any, n: int) -> None:
+    def __init__(self, source: ImageSource, n: int) -> None:
         self.source = source
         self.rows = torch.linspace(0, len(source) - 1, n).round().long()
+        self.on_host, self.note, self.skipped = source.on_host, source.note, source.skipped
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def on_host(self) -> bool:
-        return getattr(self.source, "on_host", not hasattr(self.source, "gather"))
-
     def to(self, device: torch.device) -> None:
-        """Move the rows that are left, not the set that they were taken from."""
+        """Move the chosen rows of a set in memory, not the set that they were chosen from."""
         if isinstance(self.source, Images):
             self.source = Images(*self.source.gather(self.rows))
             self.rows = torch.arange(len(self.rows))
-        if hasattr(self.source, "to"):
-            self.source.to(device)
-        if not self.on_host:  # a batch's rows are looked up where they are wanted
+        self.source.to(device)
+        self.on_host = self.source.on_host
+        if not self.on_host:  # The rows of a batch are then looked up on the device.
             self.rows = self.rows.to(device)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B] of the subset to images and labels, wherever the source keeps them."""
-        rows = self.rows.to(rows.device)[rows]
-        if hasattr(self.source, "gather"):
-            return self.source.gather(rows)
-        return stack(in_threads(self.source.__getitem__, rows.tolist()))
+        """Return the images and labels of the subset's `rows`, wherever the source keeps them."""
+        return self.source.gather(self.rows.to(rows.device)[rows])
 
 
-def limited(source: Any, n: int) -> Any:
-    """The source itself, or evenly spaced `n` rows of it where it has more (0: all)."""
+def limited(source: ImageSource, n: int) -> ImageSource:
+    """Return `n` evenly spaced rows of the source where it has more, else (or if n is 0) the source itself."""
     if not 0 < n < len(source):
         return source
     subset = Subset(source, n)
@@ -144,26 +192,7 @@ def limited(source: Any, n: int) -> Any:
     return source
 
 
-def stack(items: Iterator[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+def stack(items: Iterator[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:  # [B, C, S, S], [B]
+    """Return single images and labels as a batch."""
     images, labels = zip(*items, strict=True)
     return torch.stack(images), torch.tensor(labels)
-
-
-def in_memory(images: Any, labels: Any, options: ReadOptions) -> Images:
-    """uint8 [N, H, W] or [N, H, W, 3] with labels [N], brought to the wanted side."""
-    pixels = torch.as_tensor(np.asarray(images))
-    if pixels.dim() == 3:  # [N, H, W]
-        pixels = pixels[:, None]
-    elif pixels.shape[-1] == 3:  # [N, H, W, 3]
-        pixels = pixels.permute(0, 3, 1, 2)
-    pixels = resize(pixels.contiguous(), options.image_size, options.resize)
-    return Images(pixels, torch.as_tensor(np.asarray(labels)).long())
-
-
-def missing(name: str, files: str, options: ReadOptions, error: Exception | str) -> FileNotFoundError:
-    """What is not there, and what to put where."""
-    how = "" if options.download else " (--download false: nothing was fetched)"
-    return FileNotFoundError(
-        f"--dataset {name}: not found or damaged in --data_dir {shown(options.root)}{how}; wanted there: "
-        f"{files}. {shown(error)}"
-    )

@@ -103,8 +103,14 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
     """Return what training's evaluation says of the loader's images, without `test/` before the names."""
     objective = trained.objective
     n_data = trained.info.n_train or len(loader.source)
-    losses = LossVector(model, trained.weights(), objective.recons_dist, trained.reduction, n_data=n_data)
-    losses.tc_estimator = objective.tc_estimator
+    losses = LossVector(
+        model,
+        trained.weights(),
+        objective.recons_dist,
+        trained.reduction,
+        n_data=n_data,
+        tc_estimator=objective.tc_estimator,
+    )
     figures = evaluate(model, losses, loader, seed)
     return {name.removeprefix("test/"): value for name, value in figures.items()}
 

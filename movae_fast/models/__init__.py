@@ -4,12 +4,13 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, VQOutput
+from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, Noise, VQOutput
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
 from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
-from movae_fast.models.multirate import Gated, Rates, gated_layers, make_multirate
+from movae_fast.models.multirate import Gated, gated_layers, make_multirate
 from movae_fast.models.provlae import VLAE, ProVLAE
-from movae_fast.models.sized_vae import CNNVAE28, CNNVAE32, CNNVAE64, ResNetVAE28, ResNetVAE32, ResNetVAE64
+from movae_fast.models.rates import Rates
+from movae_fast.models.sized_vae import SizedCNNVAE, SizedResNetVAE
 from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
 from movae_fast.models.vae import BetaTCVAE, ConvVAE
 from movae_fast.models.vq_vae import VQVAE
@@ -27,13 +28,15 @@ MODELS: dict[str, type[VAE]] = {
     "linear_vae": LinearVAE,
     "mlp_vae": MLPVAE,
     "betatc_mlp_vae": BetaTCMLPVAE,
-    "cnn_vae_28": CNNVAE28,
-    "cnn_vae_32": CNNVAE32,
-    "cnn_vae_64": CNNVAE64,
-    "resnet_vae_28": ResNetVAE28,
-    "resnet_vae_32": ResNetVAE32,
-    "resnet_vae_64": ResNetVAE64,
+    "cnn_vae_28": SizedCNNVAE,
+    "cnn_vae_32": SizedCNNVAE,
+    "cnn_vae_64": SizedCNNVAE,
+    "resnet_vae_28": SizedResNetVAE,
+    "resnet_vae_32": SizedResNetVAE,
+    "resnet_vae_64": SizedResNetVAE,
 }
+# Names that stand for a class at one side of the images.
+SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
 
 __all__ = [
     "MODELS",
@@ -41,6 +44,7 @@ __all__ = [
     "Gated",
     "GaussianOutput",
     "GaussianVAE",
+    "Noise",
     "ProVLAE",
     "Rates",
     "VQOutput",
@@ -52,7 +56,7 @@ __all__ = [
 
 
 def model_options(arch: str) -> list[str]:
-    """Names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
+    """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
     parameters = inspect.signature(MODELS[arch].__init__).parameters
     return [name for name in parameters if name not in ("self", "image_shape", "activation")]
 
@@ -63,7 +67,7 @@ def build_model(
     activation: Activation,
     options: Mapping[str, Any],
 ) -> VAE:
-    """The model `arch` for images [C, S, S]; `options` whose value is None are left to the model's default.
+    """Build the model `arch` for images [C, S, S]; options whose value is None are left to its defaults.
 
     Raises ValueError for an option that the model does not have, and for an image size that its strides do not
     allow (the message names sizes that fit).
@@ -82,4 +86,14 @@ def build_model(
         raise ValueError(
             f"--recons_activation {activation} is unknown; valid: {', '.join(get_args(Activation))}"
         )
+    check_side(arch, image_shape[1])
     return MODELS[arch](image_shape, activation, **given)
+
+
+def check_side(arch: str, size: int) -> None:
+    """Refuse images of another side than the one that a name like cnn_vae_28 stands for."""
+    if arch not in SIDES or SIDES[arch] == size:
+        return
+    other = f"{arch.rpartition('_')[0]}_{size}"
+    hint = f"; for {size}x{size} there is {other}" if other in SIDES else ""
+    raise ValueError(f"--image_size {size} does not fit {arch}: give --image_size {SIDES[arch]}{hint}")

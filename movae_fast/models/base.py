@@ -1,4 +1,4 @@
-"""What every model of this package has in common.
+"""The base of every model of this package, and what a forward pass takes and returns.
 
 A model splits at its *features*: `encode` is the shared part before them (its parameters receive the
 aggregated gradient), `forward_features` everything after them, whose parameters belong to one objective each
@@ -10,21 +10,38 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from movae_fast.models.multirate import Rates
+from movae_fast.models.rates import Rates
 
 Activation = Literal["tanh", "sigmoid", "none"]
 Norm = Literal["batch", "layer", "none"]
 
 
+class Noise(NamedTuple):
+    """The random draws of a batch's forward pass (`VAE.draw_noise`)."""
+
+    latent: Tensor  # [B, D] standard normal, the posterior's; [B, 0] of a model that draws nothing
+    log_beta: Tensor | None = None  # [B] of a multi-rate model: the log beta of each image
+    prior: Tensor | None = None  # [B, D] standard normal, where an objective compares with the prior
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Noise:
+        """Apply a function to each draw that is there."""
+        latent, *others = (None if draw is None else function(draw) for draw in self)
+        assert latent is not None
+        return Noise(latent, *others)
+
+    def of_images(self, start: int, stop: int) -> Noise:
+        """Return the draws of the images `start` to `stop`, which is not one of them."""
+        return self.map(lambda draw: draw[start:stop])
+
+
 class GaussianOutput(NamedTuple):
-    """What a model with a Gaussian posterior returns."""
+    """The output of a model with a Gaussian posterior."""
 
     preactivation: Tensor  # [B, C, H, W] the decoder's output before the output activation
     mu: Tensor  # [B, D]
@@ -35,7 +52,7 @@ class GaussianOutput(NamedTuple):
 
 
 class VQOutput(NamedTuple):
-    """What a model with a codebook returns."""
+    """The output of a model with a codebook."""
 
     preactivation: Tensor  # [B, C, H, W]
     embedding: Tensor  # [B] mean squared distance that moves the codebook to the encoder's output
@@ -68,73 +85,74 @@ class VAE(nn.Module):
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        """Weights of `objectives`, in their order, as published with the network: 1 each unless overridden."""
+        """Return the weights of `objectives` as published with the network: 1 each unless overridden."""
         return (1.0,) * len(cls.objectives)
 
     @classmethod
     def weighted_objectives(
         cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]
     ) -> dict[str, float]:
-        """Objectives in order with their default weights, for a model built with `options` (None: default)."""
+        """Return the objectives in order with their default weights, of a model built with `options`.
+
+        An option that is None has its default.
+        """
         return dict(zip(cls.objectives, cls.default_weights(image_shape), strict=True))
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, C, S, S] to features: (mu, logvar) [B, D] each, or (encoder output [B, D, h, w],)."""
+        """Turn images [B, C, S, S] into features: (mu, logvar) [B, D], or (encoder output [B, D, h, w],)."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to the images' preactivation [B, C, S, S]."""
+        """Turn latents into the images' preactivation [B, C, S, S]."""
         raise NotImplementedError
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> Any:
-        """Features to a GaussianOutput or VQOutput: everything that comes after the shared part.
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> Any:
+        """Turn features into a GaussianOutput or VQOutput: everything that comes after the shared part.
 
-        `noise` [B, *noise_shape] is drawn here if it is not given.
+        `noise` is drawn here if it is not given.
         """
         raise NotImplementedError
 
-    def condition(self, noise: Tensor) -> None:
-        """What the encoder too must know of a batch's `noise` [B, *noise_shape]; to be called before it."""
+    def condition(self, noise: Noise) -> None:
+        """Keep what the encoder has to know of a batch's noise; to be called before `encode`."""
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Any:
         noise = self.draw_noise(len(x)) if noise is None else noise
         self.condition(noise)
         return self.forward_features(self.encode(x), noise)
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise that one image's forward pass takes: standard normal, and perhaps a beta."""
-        return (0,)
-
-    def draw_noise(self, n: int) -> Tensor:
-        """Noise [n, *noise_shape] for n images.
+    def draw_noise(self, n: int) -> Noise:
+        """Draw the noise of n images.
 
         It is an argument of the forward pass so that ranks can each take their slice of one draw, and so that
         a compiled step and an eager one see the same numbers.
         """
+        return Noise(self.standard_normal(n, 0))
+
+    def standard_normal(self, *shape: int) -> Tensor:
+        """Draw a tensor of this shape, of the parameters' dtype and on their device."""
         like = next(self.parameters())
-        return torch.randn(n, *self.noise_shape, device=like.device, dtype=like.dtype)
+        return torch.randn(*shape, device=like.device, dtype=like.dtype)
 
     def to_image(self, preactivation: Tensor) -> Tensor:
-        """The output activation: a preactivation to an image in the data's range."""
+        """Turn a preactivation into an image in the data's range by the output activation."""
         return output_image(preactivation, self.activation)
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Parameters before the features, in a fixed order."""
-        own = {id(p) for params in self.own_parameters().values() for p in params}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in own]
+        """Return the parameters before the features, in a fixed order."""
+        task = {id(p) for params in self.own_parameters().values() for p in params}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in task]
 
     def own_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Objective -> the parameters after the features that only this objective trains."""
+        """Return by objective the task parameters: those after the features, which it alone trains."""
         raise NotImplementedError
 
     def shared_heads(self) -> list[nn.Module]:
-        """Parallel parts that end the shared part, one or more per feature; they count as one in
-        `shared_layers`."""
+        """Return the modules that end the shared part side by side; they count as one in `shared_layers`."""
         return []
 
     def shared_layers(self) -> list[list[nn.Parameter]]:
-        """Parameters before the features by layer, those next to the features last.
+        """Return the parameters before the features by layer, those next to the features last.
 
         A layer is a module with parameters of its own; the k-th last layers of all `shared_heads` are one
         layer.
@@ -142,8 +160,8 @@ class VAE(nn.Module):
         shared = {id(p) for p in self.shared_parameters()}
 
         def layers(module: nn.Module) -> list[list[nn.Parameter]]:
-            found = [[p for p in m.parameters(recurse=False) if id(p) in shared] for m in module.modules()]
-            return [parameters for parameters in found if parameters]
+            each = [[p for p in m.parameters(recurse=False) if id(p) in shared] for m in module.modules()]
+            return [parameters for parameters in each if parameters]
 
         heads = [layers(head) for head in self.shared_heads()]
         in_heads = {id(p) for head in heads for layer in head for p in layer}
@@ -153,11 +171,11 @@ class VAE(nn.Module):
         return [layer for layer in trunk if layer] + ends[::-1]
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Images [B, C, S, S] to their deterministic reconstruction (posterior mean, or nearest codes)."""
+        """Reconstruct images [B, C, S, S] without noise, from the posterior means or the nearest codes."""
         raise NotImplementedError
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images [n, C, S, S] from the prior; noise is drawn on the CPU so that a seed means one picture."""
+        """Draw n images [n, C, S, S] from the prior, on the CPU so that a seed means one picture anywhere."""
         raise NotImplementedError
 
     @property
@@ -171,8 +189,8 @@ class GaussianVAE(VAE):
     Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and
     `decoder` ([B, D] to preactivations).
 
-    Its multi-rate form (`make_multirate`) has `rates`: in training the last column of the noise is an example's
-    log beta; in evaluation all methods compute at the beta of `set_beta`.
+    Its multi-rate form (`make_multirate`) has `rates`: in training the noise holds each example's log beta; in
+    evaluation all methods compute at the beta of `set_beta`.
     """
 
     latent_dim: int
@@ -183,7 +201,7 @@ class GaussianVAE(VAE):
     rates: Rates | None = None
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
-        """The modules after the features, the image's layer last."""
+        """Return the modules after the features, the image's layer last."""
         return (self.decoder,)
 
     def shared_heads(self) -> list[nn.Module]:
@@ -192,22 +210,24 @@ class GaussianVAE(VAE):
     def own_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"reconstruction": [p for part in self.decoder_parts() for p in part.parameters()]}
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return (self.latent_dim + (self.rates is not None),)
+    def draw_noise(self, n: int) -> Noise:
+        if self.rates is None:
+            return Noise(self.standard_normal(n, self.latent_dim))
+        # One draw, whose last column is drawn once more: in this order a seed has always meant these numbers.
+        drawn = self.standard_normal(n, self.latent_dim + 1)
+        self.rates.draw(drawn[:, -1])
+        # Contiguous, as every copy of a draw is: a compiled step would compile anew for other strides.
+        return Noise(drawn[:, :-1].contiguous(), log_beta=drawn[:, -1].contiguous())
 
-    def draw_noise(self, n: int) -> Tensor:
-        noise = super().draw_noise(n)
-        if self.rates is not None:
-            self.rates.draw(noise[:, -1])
-        return noise
-
-    def condition(self, noise: Tensor) -> None:
-        if self.rates is not None and self.training:
-            self.rates.log_beta = noise[:, -1]
+    def condition(self, noise: Noise) -> None:
+        if self.rates is None or not self.training:
+            return
+        if noise.log_beta is None:
+            raise ValueError("noise.log_beta: a multi-rate model trains at given betas; draw it by draw_noise")
+        self.rates.log_beta = noise.log_beta
 
     def set_beta(self, beta: float | Tensor) -> None:
-        """The beta that a multi-rate model computes at in evaluation: one, or one an example [B].
+        """Set the beta that a multi-rate model computes at in evaluation: one, or one per example [B].
 
         Any positive beta is taken; outside the trained range the gates extrapolate. Raises ValueError for a
         model with one rate, and for a beta that is not positive and finite.
@@ -228,10 +248,10 @@ class GaussianVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> GaussianOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
         mu, logvar = features
         noise = self.draw_noise(len(mu)) if noise is None else noise
-        z = mu + torch.exp(0.5 * logvar) * noise[:, : self.latent_dim]
+        z = mu + torch.exp(0.5 * logvar) * noise.latent
         beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
         return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta)
 
@@ -243,22 +263,22 @@ class GaussianVAE(VAE):
         return self.to_image(self.decode(self.sample_latents(n, generator)))
 
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws [n, D] from the prior."""
+        """Draw n latents [n, D] from the prior."""
         return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
 
 
 def output_image(preactivation: Tensor, activation: str) -> Tensor:
-    """A decoder's preactivation through the output activation called `activation`."""
+    """Apply the output activation called `activation` to a decoder's preactivation."""
     return {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x, in float32 if autocast made it shorter."""
+    """Return x, in float32 if autocast made it shorter."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
-    """The normalisation called `norm` over [B, channels, h, w]; "layer" is over channels and positions."""
+    """Make the normalisation called `norm` over [B, channels, h, w]; "layer" is over channels and positions."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "layer":

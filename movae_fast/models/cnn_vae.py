@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from movae_fast.models.base import Activation, GaussianOutput, GaussianVAE, check_image_size
+from movae_fast.models.base import Activation, GaussianOutput, GaussianVAE, Noise, check_image_size
 
 
 class CNNVAE(GaussianVAE):
@@ -82,13 +82,14 @@ class MMDVAE(CNNVAE):
     objectives = ("reconstruction", "kl", "mmd")
     beta_objective = "mmd"
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        return 2, self.latent_dim  # the posterior's and the prior's
+    def draw_noise(self, n: int) -> Noise:
+        # One draw for both, image by image.
+        posterior, prior = self.standard_normal(n, 2, self.latent_dim).unbind(1)
+        return Noise(posterior.contiguous(), prior=prior.contiguous())
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> GaussianOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
         noise = self.draw_noise(len(features[0])) if noise is None else noise
-        return super().forward_features(features, noise[:, 0])._replace(prior=noise[:, 1])
+        return super().forward_features(features, noise)._replace(prior=noise.prior)
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
@@ -96,7 +97,7 @@ class MMDVAE(CNNVAE):
 
 
 def dcgan_init(module: nn.Module) -> None:
-    """N(0, 0.02) weights, N(1, 0.02) normalisation scales, zero biases (Radford et al. 2016)."""
+    """Draw weights from N(0, 0.02), normalisation scales from N(1, 0.02); zero biases (Radford et al. 2016)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

@@ -19,7 +19,7 @@ LOG_VARIANCE = -4.0
 
 
 class SharedLogVariance(nn.Module):
-    """A log-variance a latent that does not depend on the image: [B, …] to [B, D]."""
+    """One log-variance per latent, which does not depend on the image: [B, …] to [B, D]."""
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()

@@ -11,7 +11,6 @@ objectives, that is for the range of betas as a whole and not at each single bet
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -20,53 +19,17 @@ from torch import Tensor, nn
 
 from movae_fast.models.base import GaussianVAE
 from movae_fast.models.dense_vae import SharedLogVariance
+from movae_fast.models.rates import BetaPer, Rates
 
 GateKind = Literal["sigmoid", "sqrt"]
 GatePosition = Literal["pre_bn", "post_bn"]
-BetaPer = Literal["example", "batch"]
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, SharedLogVariance)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-class Rates:
-    """The range of beta of a multi-rate model, and the log betas that its gates are at.
-
-    One instance serves a model and all its gates. It is no module, so that a checkpoint does not list it once a
-    gate; copies and pickles of a model share theirs in the same way.
-    """
-
-    def __init__(self, beta_min: float, beta_max: float, beta_per: BetaPer = "example") -> None:
-        if not (math.isfinite(beta_max) and 0 < beta_min < beta_max):
-            raise ValueError(
-                f"--beta_min {beta_min:g} and --beta_max {beta_max:g} must satisfy 0 < beta_min < beta_max"
-            )
-        self.beta_min, self.beta_max, self.beta_per = beta_min, beta_max, beta_per
-        self.low, self.high = math.log(beta_min), math.log(beta_max)
-        self.log_beta = torch.zeros(1)  # [B] or [1] of the batch in training
-        self.evaluated = torch.zeros(1, dtype=torch.float64)  # [B] or [1] in evaluation
-
-    def standardise(self, log_beta: Tensor) -> Tensor:
-        """Log betas of any shape to zero mean and unit variance under the log-uniform distribution."""
-        return (log_beta - (self.low + self.high) / 2) * (2 * math.sqrt(3) / (self.high - self.low))
-
-    def draw(self, out: Tensor) -> None:  # [N]
-        """Fill `out` with log betas: one an example, or one for all."""
-        if self.beta_per == "example":
-            out.uniform_(self.low, self.high)
-        else:
-            out.copy_(out.new_empty(1).uniform_(self.low, self.high).expand_as(out))
-
-    def current(self, training: bool, like: Tensor) -> Tensor:
-        """The log betas that count now, [B] or [1], of the dtype and on the device of `like`."""
-        if training:
-            return self.log_beta.to(like)
-        self.evaluated = self.evaluated.to(like)  # moves once after the model did
-        return self.evaluated
-
-
 def gate(x: Tensor, kind: GateKind) -> Tensor:
-    """The gate's value: sigmoid(x), or sqrt(relu(1 - e^x)) with a finite gradient everywhere.
+    """Return a gate's value: sigmoid(x), or sqrt(relu(1 - e^x)) with a finite gradient everywhere.
 
     The root's slope grows without bound as its gate closes, and relu would multiply that by 0. Here the root of
     a closed gate is not taken at all; an open one's slope, -e^x / 2g, is finite for every float below 0, as
@@ -80,7 +43,7 @@ def gate(x: Tensor, kind: GateKind) -> Tensor:
 
 
 def from_product(inner: Tensor, x: Tensor, g: Tensor, kind: GateKind) -> Tensor:
-    """dL/dx = g'(x) dL/dg of a gate g = gate(x), from inner = g dL/dg; 0 where it is closed."""
+    """Return dL/dx = g'(x) dL/dg of a gate g = gate(x), from inner = g dL/dg; 0 where it is closed."""
     if kind == "sigmoid":
         return inner * torch.sigmoid(-x)
     is_open = g > 0
@@ -120,12 +83,12 @@ class _Multiply(torch.autograd.Function):
 
 
 def spread(g: Tensor, y: Tensor) -> Tensor:
-    """Gate values [B or 1, C] in the dtype of y [B, C, ...], to be multiplied with it."""
+    """Return gate values [B or 1, C] in the dtype and with the dimensions of y [B, C, ...]."""
     return g.to(y.dtype).view(*g.shape, *(1,) * (y.dim() - 2))
 
 
 class Gated(nn.Module):
-    """A layer whose output [B, C, ...] is multiplied by g(w n + c) [B, C], one w and one c a unit or channel.
+    """A layer whose output [B, C, ...] is multiplied by g(w n + c) [B, C], a w and a c per unit or channel.
 
     `kind` is the gate's function; w and c start as a Linear(1, C)'s, U(-1, 1), and c of a sqrt gate shifted by
     `gate_bias`: of those gates 14 % start closed for every beta, and a negative shift opens them. `gate_slope`
@@ -153,7 +116,7 @@ class Gated(nn.Module):
 
     @staticmethod
     def rises(kind: GateKind) -> bool:
-        """Whether a larger beta should make the gate's argument larger: sqrt gates close upwards."""
+        """Return whether a larger beta should make the gate's argument larger: sqrt gates close upwards."""
         return kind == "sqrt"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,12 +124,12 @@ class Gated(nn.Module):
         return _Multiply.apply(self.layer(x), n, self.gate_weight, self.gate_bias, self.kind)
 
     def preactivation(self, log_beta: Tensor) -> Tensor:
-        """Log betas [N] to w n + c [N, C]."""
+        """Return w n + c [N, C] of log betas [N]."""
         n = self.rates.standardise(log_beta.to(self.gate_weight))
         return torch.addcmul(self.gate_bias, n[:, None], self.gate_weight)
 
     def gate_values(self, log_beta: Tensor) -> Tensor:
-        """The response function: log betas [N] to the gates' values [N, C], from 0 to 1."""
+        """Return the gates' values [N, C], from 0 to 1, at log betas [N]."""
         return gate(self.preactivation(log_beta), self.kind)
 
     def extra_repr(self) -> str:
@@ -193,7 +156,7 @@ class GatedVariance(Gated):
         return nn.functional.logsigmoid(x) if self.kind == "sigmoid" else x.clamp(max=0)
 
     def gate_values(self, log_beta: Tensor) -> Tensor:
-        """Log betas [N] to the factors of the variances [N, D]."""
+        """Return the factors of the variances [N, D] at log betas [N]."""
         return self._log_gate(log_beta).exp()
 
 
@@ -218,8 +181,8 @@ def make_multirate(
     batch in front of BatchNorm, whose normalisation divides such a gate out again.
     """
     model.rates = Rates(beta_min, beta_max, beta_per)
-    found = list(_layers(model))
-    normalised = any(norm is not None for _, _, _, norm in found)
+    layers = list(_layers(model))
+    normalised = any(norm is not None for _, _, _, norm in layers)
     if gate_position == "post_bn" and not normalised:
         raise ValueError("--gate_position post_bn: this model has no BatchNorm; use pre_bn")
     if gate_position == "pre_bn" and beta_per == "batch" and normalised:
@@ -229,7 +192,7 @@ def make_multirate(
         )
     decoder = {id(m) for part in model.decoder_parts() for m in part.modules()}
     *_, output = (m for part in model.decoder_parts() for m in part.modules() if isinstance(m, LAYERS))
-    for parent, name, layer, norm in found:
+    for parent, name, layer, norm in layers:
         if layer is output:
             continue
         kind = gate_decoder if id(layer) in decoder else gate_encoder
@@ -243,7 +206,7 @@ def make_multirate(
 
 
 def _layers(model: GaussianVAE) -> Iterator[tuple[nn.Module, str, nn.Module, str | None]]:
-    """Each layer that can be gated: its parent, its name there, itself, and its BatchNorm's name or None."""
+    """Yield each layer that can be gated: parent, name there, the layer, and its BatchNorm's name or None."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LAYERS):
             above, _, name = path.rpartition(".")
@@ -263,5 +226,5 @@ def _units(layer: nn.Module) -> int:
 
 
 def gated_layers(model: nn.Module) -> dict[str, Gated]:
-    """A multi-rate model's gated layers by name, in its order; empty for another model."""
+    """Return a multi-rate model's gated layers by name, in its order; none of another model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}

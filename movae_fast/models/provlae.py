@@ -26,14 +26,14 @@ def _linear(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def resize(x: Tensor, side: int) -> Tensor:
-    """Images to another side, bilinear with aligned corners; as they are if it is theirs."""
+    """Resize images to another side, bilinear with aligned corners; as they are if it is theirs."""
     if x.shape[-1] == side:
         return x
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
 
 
 def enlarge(x: Tensor, side: int) -> Tensor:
-    """Maps to a larger side by repeating values; as they are if it is theirs."""
+    """Enlarge maps to a side by repeating values; as they are if it is theirs."""
     return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="nearest")
 
 
@@ -152,7 +152,7 @@ class ProVLAE(GaussianVAE):
         self.stage.fill_(stage)
 
     def fade(self) -> Tensor:  # [L]
-        """alpha for the rung that fades in, 1 for the others."""
+        """Return alpha for the rung that fades in, 1 for the others."""
         return 1 + self.fading * (self.alpha - 1)
 
     def shared_heads(self) -> list[nn.Module]:
@@ -162,25 +162,27 @@ class ProVLAE(GaussianVAE):
         return self.generators, self.joins, self.ups, self.finish, self.out
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to (mu, logvar) [B, L * latent_dim], rung 1 first."""
+        """Turn images into (mu, logvar) [B, L * latent_dim], rung 1 first."""
         h, fade = resize(x, self.target), self.fade()
-        found = []
+        posteriors = []
         for i, (block, rung, head) in enumerate(zip(self.blocks, self.rungs, self.heads, strict=True)):
             faded = fade[i].to(h.dtype)
             h = block(h * faded if self.port else h)
             read = rung(h if self.port else h * faded)
             with torch.autocast(h.device.type, enabled=False):  # bfloat16 would round the posterior
-                found.append(head(at_least_float32(read)).chunk(2, dim=1))
-        mu, logvar = (torch.cat([pair[k] for pair in found], dim=1) for k in (0, 1))
+                posteriors.append(head(at_least_float32(read)).chunk(2, dim=1))
+        mu, logvar = (torch.cat([pair[k] for pair in posteriors], dim=1) for k in (0, 1))
         return mu, logvar.clamp(min=-100 if self.port else None, max=3)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [B, L * latent_dim] to the images' preactivation."""
+        """Turn latents [B, L * latent_dim] into the images' preactivation."""
         gate = self.active * self.fade()
         maps = []
-        for i, (generator, part) in enumerate(zip(self.generators, z.chunk(self.num_ladders, 1), strict=True)):
-            made = generator(part)
-            maps.append(made * gate[i].to(made.dtype))
+        for i, (generator, latents) in enumerate(
+            zip(self.generators, z.chunk(self.num_ladders, 1), strict=True)
+        ):
+            generated = generator(latents)
+            maps.append(generated * gate[i].to(generated.dtype))
         x = maps[-1]
         for i in reversed(range(self.num_ladders - 1)):
             x = enlarge(x, self.map_sides[i])

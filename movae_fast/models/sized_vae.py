@@ -8,7 +8,7 @@ over an image) and kl, weight 1 each; sigmoid output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -60,7 +60,7 @@ class Residual(nn.Module):
 def _stack(
     layers: Sequence[Layer], width: int, channels: int, up: bool, norm: bool, block: ResidualBlock = "author"
 ) -> list[nn.Module]:
-    """The layers on a map of `width` channels, a BatchNorm on request and ReLU behind all but the image's."""
+    """Build layers on a map of `width` channels, with ReLU (and BatchNorm) behind all but the image's."""
     built: list[nn.Module] = []
     for layer in layers:
         if not layer:
@@ -79,37 +79,39 @@ def _stack(
     return built
 
 
-class _SizedVAE(GaussianVAE):
-    """What the networks share: an encoder of convolutions, Linear heads, a Linear, transposed convolutions."""
-
-    size: ClassVar[int]
-    recons_reduction = "sum"
-    default_activation = "sigmoid"
-
-    def check(self, family: str) -> None:
-        size = self.image_shape[1]
-        if size != self.size:
-            others = f"; for {size}x{size} there is {family}_{size}" if size in LATENTS else ""
-            raise ValueError(
-                f"--image_size {size} does not fit {family}_{self.size}: give --image_size {self.size}{others}"
-            )
-
-    def assemble(
-        self, encoder: list[nn.Module], decoder: list[nn.Module], top: int, sides: tuple[int, int], latents: int
-    ) -> None:
-        """From [top, s, s] at both ends of the latents, s of `sides` (encoder's, decoder's)."""
-        self.latent_dim = latents
-        self.encoder = nn.Sequential(*encoder, nn.Flatten())
-        self.mu, self.logvar = (nn.Linear(top * sides[0] ** 2, latents) for _ in range(2))
-        self.decoder = nn.Sequential(
-            nn.Linear(latents, top * sides[1] ** 2), nn.Unflatten(1, (top, sides[1], sides[1])), *decoder
+def _check_size(family: str, size: int) -> None:
+    """Refuse images of a side that the published networks have no layers for."""
+    if size not in LATENTS:
+        *others, last = LATENTS
+        raise ValueError(
+            f"--image_size {size} does not fit {family}: its networks are for sides of "
+            f"{', '.join(map(str, others))} and {last}"
         )
 
 
-class CNNVAE28(_SizedVAE):
-    """`cnn_vae_28`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels; the decoder goes back."""
+def _join(
+    model: GaussianVAE, encoder: list[nn.Module], decoder: list[nn.Module], top: int, sides: tuple[int, int]
+) -> None:
+    """Put Linear layers between two stacks: from [top, s, s] at both ends, s of `sides` (encoder's, decoder's).
 
-    size = 28
+    The order in which a network's parts are made is the order in which its weights are drawn.
+    """
+    latents = model.latent_dim
+    model.encoder = nn.Sequential(*encoder, nn.Flatten())
+    model.mu, model.logvar = (nn.Linear(top * sides[0] ** 2, latents) for _ in range(2))
+    model.decoder = nn.Sequential(
+        nn.Linear(latents, top * sides[1] ** 2), nn.Unflatten(1, (top, sides[1], sides[1])), *decoder
+    )
+
+
+class SizedCNNVAE(GaussianVAE):
+    """`cnn_vae_28`, `_32`, `_64`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels, and back.
+
+    The images' side chooses among the three published networks, which differ in their decoders.
+    """
+
+    recons_reduction = "sum"
+    default_activation = "sigmoid"
 
     def __init__(
         self,
@@ -118,30 +120,22 @@ class CNNVAE28(_SizedVAE):
         latent_dim: int | None = None,
     ) -> None:
         super().__init__(image_shape, activation)
-        self.check("cnn_vae")
         channels, size, _ = image_shape
+        _check_size("cnn_vae", size)
+        self.latent_dim = latent_dim or LATENTS[size]
         encoder = _stack(CNN_ENCODER, channels, channels, up=False, norm=True)
         decoder = _stack(CNN_DECODERS[size], 1024, channels, up=True, norm=True)
-        sides = size // 16, CNN_FIRST_SIDE[size]
-        self.assemble(encoder, decoder, 1024, sides, latent_dim or LATENTS[size])
+        _join(self, encoder, decoder, 1024, (size // 16, CNN_FIRST_SIDE[size]))
 
 
-class CNNVAE32(CNNVAE28):
-    """`cnn_vae_32`: the same for 32x32."""
+class SizedResNetVAE(GaussianVAE):
+    """`resnet_vae_28`, `_32`, `_64`: strided convolutions to 128 channels, two residual blocks, and back.
 
-    size = 32
+    The images' side chooses among the three published networks, which differ in their convolutions.
+    """
 
-
-class CNNVAE64(CNNVAE28):
-    """`cnn_vae_64`: the same for 64x64."""
-
-    size = 64
-
-
-class ResNetVAE28(_SizedVAE):
-    """`resnet_vae_28`: strided convolutions to 128 channels, two residual blocks, and the same backwards."""
-
-    size = 28
+    recons_reduction = "sum"
+    default_activation = "sigmoid"
 
     def __init__(
         self,
@@ -151,21 +145,9 @@ class ResNetVAE28(_SizedVAE):
         residual_block: ResidualBlock = "author",
     ) -> None:
         super().__init__(image_shape, activation)
-        self.check("resnet_vae")
         channels, size, _ = image_shape
+        _check_size("resnet_vae", size)
+        self.latent_dim = latent_dim or LATENTS[size]
         encoder = _stack(RESNET_ENCODERS[size], channels, channels, up=False, norm=False, block=residual_block)
         decoder = _stack(RESNET_DECODERS[size], 128, channels, up=True, norm=False, block=residual_block)
-        sides = 8 if size == 32 else 4, RESNET_FIRST_SIDE[size]
-        self.assemble(encoder, decoder, 128, sides, latent_dim or LATENTS[size])
-
-
-class ResNetVAE32(ResNetVAE28):
-    """`resnet_vae_32`: the same for 32x32."""
-
-    size = 32
-
-
-class ResNetVAE64(ResNetVAE28):
-    """`resnet_vae_64`: the same for 64x64."""
-
-    size = 64
+        _join(self, encoder, decoder, 128, (8 if size == 32 else 4, RESNET_FIRST_SIDE[size]))

@@ -50,7 +50,7 @@ def _up(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
 
 
 def _decoder(latent_dim: int, hidden_dims: Sequence[int], channels: int, side: int, norm: Norm) -> nn.Module:
-    """Linear, one upsampling block a width down the reversed list and once more at the first, Conv 3/1/1."""
+    """Build a decoder: Linear, an upsampling block per width in reverse order and one more, Conv 3/1/1."""
     widths = [*reversed(hidden_dims), hidden_dims[0]]
     return nn.Sequential(
         nn.Linear(latent_dim, hidden_dims[-1] * side * side),

@@ -10,6 +10,7 @@ from movae_fast import ops
 from movae_fast.models.base import (
     VAE,
     Activation,
+    Noise,
     Norm,
     VQOutput,
     at_least_float32,
@@ -95,15 +96,18 @@ class VQVAE(VAE):
         return (at_least_float32(self.encoder(x)),)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Encoder output [B, D, h, w] to codewords as z, index and squared error [B, h, w], counts [K] and
-        sums [K, D]. Its gradients go to z alone: straight through, and the error's own."""
+        """Quantize the encoder's output [B, D, h, w].
+
+        Returns codewords in the shape of z, index and squared error [B, h, w], counts [K] and sums [K, D].
+        Gradients go to z alone: straight through, and those of the error.
+        """
         return ops.quantize(z, self.codebook.detach())
 
     def lookup(self, index: Tensor) -> Tensor:
-        """Codes [B, h, w] to codewords [B, D, h, w], differentiable in the codebook."""
+        """Return the codewords [B, D, h, w] of codes [B, h, w], differentiable in the codebook."""
         return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Tensor | None = None) -> VQOutput:
+    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> VQOutput:
         (z,) = features
         codewords, index, error, count, _ = self.quantize(z)
         if self.training:
@@ -127,7 +131,7 @@ class VQVAE(VAE):
         return self.to_image(self.decode(self.quantize(z)[0]))
 
     def sample_codes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n code maps [n, h, w] drawn independently by how often training chose each code.
+        """Draw n code maps [n, h, w], each code independently by how often training chose it.
 
         There is no learned prior over code maps here, so pictures drawn from these have texture, not shape.
         """

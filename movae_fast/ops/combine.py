@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from movae_fast import reference
 from movae_fast.ops import extension
-from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import DTYPES, csrc
 from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
@@ -21,7 +21,7 @@ def combine(
     weights: Tensor,  # [m]
     out: Tensor | None = None,  # [P]
 ) -> Tensor:  # [P]
-    """The update w' J = sum over i of weights[i] rows[i], in the rows' dtype and in one pass over them.
+    """Return the update w' J = sum over i of weights[i] rows[i], in the rows' dtype and in one pass over them.
 
     rows: [m, P] float32, float64, bfloat16 or float16, read where it lies if a row is contiguous.
     weights: [m], any floating dtype; float64 as `project_weights` returns them.
@@ -64,9 +64,22 @@ def _combine_into(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+# --- dispatch -------------------------------------------------------------------------------------------------
+
+
 library.define("combine_cpu(Tensor rows, Tensor weights) -> Tensor")
 library.define("combine_out(Tensor rows, Tensor weights, Tensor(a!) out) -> ()")
 library.define("combine_backward(Tensor grad, Tensor rows, Tensor weights) -> (Tensor, Tensor)")
+
+
+@triton_op("movae::combine", mutates_args=())
+def _combine(rows: Tensor, weights: Tensor) -> Tensor:
+    if rows.is_cpu:
+        return torch.ops.movae.combine_cpu(rows, weights)
+    return triton_kernels("combine").combine(rows, weights, launch=wrap_triton)
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "combine_cpu", "CPU")
@@ -81,7 +94,8 @@ def _combine_cpu(rows: Tensor, weights: Tensor) -> Tensor:
 @torch.library.impl(library, "combine_out", "CPU")
 def _combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     if extension.missing(rows):
-        out.copy_(extension.combine(rows, weights))
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        out.copy_(reference.combine(rows.to(wide), weights))  # rounded once
         return
     m, columns = rows.shape
     rows, stride = row_view(rows)
@@ -94,9 +108,11 @@ def _combine_out(rows: Tensor, weights: Tensor, out: Tensor) -> None:
         stride,
         weights.data_ptr(),
         out.data_ptr(),
-        shared.isa,
         torch.get_num_threads(),
     )
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "combine_out", "CUDA")
@@ -104,11 +120,7 @@ def _combine_out_cuda(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     triton_kernels("combine").combine(rows, weights, out)
 
 
-@triton_op("movae::combine", mutates_args=())
-def _combine(rows: Tensor, weights: Tensor) -> Tensor:
-    if rows.is_cpu:
-        return torch.ops.movae.combine_cpu(rows, weights)
-    return triton_kernels("combine").combine(rows, weights, launch=wrap_triton)
+# --- fake -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("movae::combine_cpu")
@@ -121,14 +133,17 @@ def _combine_out_fake(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     return None
 
 
-@torch.library.impl(library, "combine_backward", "CompositeExplicitAutograd")
-def _combine_backward(grad: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.outer(weights.to(grad.dtype), grad), (rows.double() @ grad.double()).to(weights.dtype)
-
-
 @torch.library.register_fake("movae::combine_backward")
 def _combine_backward_fake(grad: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl(library, "combine_backward", "CompositeExplicitAutograd")
+def _combine_backward(grad: Tensor, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.outer(weights.to(grad.dtype), grad), (rows.double() @ grad.double()).to(weights.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -140,5 +155,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _combine.register_autograd(_differentiate, setup_context=_save)
+
+
 for _name in ("combine", "combine_cpu", "combine_out", "combine_backward"):
-    refuse_vmap(_name, "call it once a Jacobian")
+    refuse_vmap(_name, "call it once per Jacobian")

@@ -1,14 +1,15 @@
-"""The compiled part, or what stands in for it: plain torch on a CPU, which says so once."""
+"""The compiled part: whether it is there, what it can do here, and how its instruction set is forced."""
 
 import importlib
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from movae_fast import reference
 
 
 def _load() -> Any:
@@ -20,7 +21,7 @@ def _load() -> Any:
 
 csrc: Any = _load()
 
-# As csrc/nearest_code.h numbers them.
+# As csrc/common/dtype.h numbers them.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -34,7 +35,7 @@ def keep_freed_memory() -> None:
 
 
 def missing(z: Tensor) -> bool:
-    """Whether an op on z has to fall back; the first that does warns."""
+    """Return whether an op on z has to fall back on movae_fast.reference; the first that does warns."""
     if csrc is not None or z.device.type != "cpu":
         return False
     _warn()
@@ -45,7 +46,7 @@ def missing(z: Tensor) -> bool:
 def cuda_missing() -> str:
     """Return why csrc's CUDA half is of no use on this machine's GPUs, in one line; empty where it is of use.
 
-    The ops have Triton or the host instead, so nothing raises because of it. Asked once a process.
+    The ops have Triton or the host instead, so nothing raises because of it. Asked once per process.
     """
     if csrc is None:
         return "movae_fast._csrc is not built"
@@ -81,114 +82,34 @@ def _warn() -> None:
     )
 
 
-def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """ops.nearest_code by the reference in float64, a chunk of rows at a time."""
-    rows = as_rows(z.detach()).double()
-    codebook = codebook.detach().double()
-    (usable,) = codebook.isfinite().all(1).nonzero(as_tuple=True)
-    if len(usable) == 0:
-        return rows.new_zeros(index_shape(z), dtype=torch.int64)
-    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, torch.nan)
-    found = [reference.nearest_code(part, codebook[usable]) for part in rows.split(1024)]
-    index = torch.where(rows.isnan().any(1), 0, usable[torch.cat(found)])
-    return index.view(index_shape(z))
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Compute the CPU's ops with the instruction set `name` inside the block; "" takes the fastest.
 
-
-def quantize(z: Tensor, codebook: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """ops.quantize by the reference; torch differentiates it."""
-    index = nearest_code(z, codebook)
-    wide = torch.promote_types(z.dtype, torch.float32)
-    rows, codes = as_rows(z).to(wide), codebook[index.flatten()].to(wide)
-    if gradient == "straight_through":
-        codes = reference.straight_through(rows, codes)
-    elif gradient == "rotation":
-        codes = reference.rotation_trick(rows, codes)
-    count = torch.bincount(index.flatten(), minlength=len(codebook)).to(wide)
-    code_sum = torch.zeros(codebook.shape, dtype=wide).index_add_(0, index.flatten(), rows.detach())
-    return as_map(codes.to(z.dtype), z), index, code_error(z, codebook, index), count, code_sum
-
-
-def code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    """ops.code_error by the reference; a negative index would count from the codebook's end."""
-    beyond = (index < 0) | (index >= len(codebook))
-    if beyond.any():
-        at = int(beyond.flatten().nonzero()[0])
-        raise IndexError(
-            f"code_error: index {int(index.flatten()[at])} at position {at} does not lie in "
-            f"[0, {len(codebook)}), the codebook's; leave out masked vectors, whose index is -1"
-        )
-    wide = torch.promote_types(z.dtype, torch.float32)
-    error = reference.code_error(as_rows(z).to(wide), codebook.to(wide), index.flatten())
-    return error.view(index_shape(z))
-
-
-def combine(rows: Tensor, weights: Tensor) -> Tensor:
-    """ops.combine: added up in float32 at least, rounded once."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return (weights.to(wide) @ rows.to(wide)).to(rows.dtype)
-
-
-def project_weights(
-    gramian: Tensor, given: Tensor | None, kind: str, diagonal: bool, norm_eps: float, reg_eps: float
-) -> tuple[Tensor, Tensor]:
-    """Do what csrc.project_weights does by the reference."""
-    m = len(gramian)
-    given = torch.full((m,), 1 / m, dtype=torch.float64) if given is None else given.double()
-    if not gramian.isfinite().all():
-        return torch.full_like(given, torch.nan), torch.tensor(-1, dtype=torch.int32)
-    solved = torch.tensor(0, dtype=torch.int32)
-    regularizer: reference.Regularizer = "diagonal" if diagonal else "trace"
-    if kind == "sum":
-        if given.isnan().any() or (given == torch.inf).any():
-            return torch.full_like(given, torch.nan), solved
-        return reference.project_weights(gramian, given, norm_eps, reg_eps, regularizer), solved
-    rows = given.reshape(-1, m)
-    usable = rows.isfinite().all(1)
-    found = torch.full_like(rows, torch.nan)
-    if kind == "multipliers":
-        for r in usable.nonzero()[:, 0]:
-            found[r] = reference.step_multipliers(gramian, rows[r], reg_eps)
-    elif bool(usable.any()):
-        found[usable] = reference.project_rows(rows[usable], gramian, norm_eps, reg_eps, regularizer)
-    return found.view(given.shape), solved
-
-
-def gramian_weights(
-    gramian: Tensor, method: str, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
-) -> Tensor:
-    """ops.gramian_weights by TorchJD's own classes, which read values on the host."""
-    import torchjd.aggregation as jd  # the other ops do without TorchJD
-
-    gramian = gramian.double()
-    if not gramian.isfinite().all():
-        return torch.full_like(gramian[0], torch.nan)
-    if method == "pcgrad":
-        assert order is not None
-        if not torch.equal(order.sort(1).values, torch.arange(len(order)).expand_as(order)):
-            raise ValueError(f"gramian_weights: each row of order must be a permutation of 0..{len(order) - 1}")
-        return reference.pcgrad(gramian, order)
-    if method == "cagrad":
-        weighting = jd.CAGradWeighting(a, norm_eps=b)
-    elif method == "imtl_g":
-        weighting = jd.IMTLGWeighting()
-    elif method == "mgda":
-        weighting = jd.MGDAWeighting(a, iterations)
-    else:
-        pref = None if pref is None else pref.double()
-        weighting = jd.AlignedMTLWeighting(pref, scale_mode=method.removeprefix("aligned_mtl_"))
-    return weighting(gramian).detach()
+    It sets MOVAE_CPU_ISA, the one place where C++ looks, at each call: amx, avx512_bf16, avx512, avx2 or
+    portable. An op raises ValueError for a name that this machine has not.
+    """
+    before = os.environ.get("MOVAE_CPU_ISA")
+    os.environ["MOVAE_CPU_ISA"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MOVAE_CPU_ISA"]
+        else:
+            os.environ["MOVAE_CPU_ISA"] = before
 
 
 def index_shape(z: Tensor) -> tuple[int, ...]:
-    """[N] of [N, D]; [B, *spatial] of [B, D, *spatial]."""
+    """Return the shape of one number per vector: [N] for [N, D], [B, *spatial] for [B, D, *spatial]."""
     return (z.shape[0], *z.shape[2:])
 
 
 def as_rows(z: Tensor) -> Tensor:
-    """[B, D, *spatial] as [N, D]."""
+    """Return z, [N, D] or [B, D, *spatial], as [N, D]."""
     return z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
 def as_map(rows: Tensor, z: Tensor) -> Tensor:
-    """[N, D] in the shape of z."""
+    """Return rows, [N, D], in the shape of z."""
     return rows if z.dim() == 2 else rows.view(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)

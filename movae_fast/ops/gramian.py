@@ -8,7 +8,6 @@ from torch.library import triton_op, wrap_triton
 
 from movae_fast import reference
 from movae_fast.ops import extension
-from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import DTYPES, csrc
 from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
@@ -17,7 +16,7 @@ from movae_fast.ops.rows import check_rows, row_view
 def gramian(
     rows: Tensor,  # [m, P]
 ) -> Tensor:  # [m, m] float64
-    """G = J J' of a Jacobian's rows J, accumulated in float64 whatever the dtype of the rows.
+    """Return G = J J' of a Jacobian's rows J, accumulated in float64 whatever the dtype of the rows.
 
     rows: [m, P] float32, float64, bfloat16 or float16, read once where it lies if a row is contiguous.
 
@@ -33,8 +32,21 @@ def gramian(
     return _gramian(rows)
 
 
+# --- dispatch -------------------------------------------------------------------------------------------------
+
+
 library.define("gramian_cpu(Tensor rows) -> Tensor")
 library.define("gramian_backward(Tensor grad, Tensor rows) -> Tensor")
+
+
+@triton_op("movae::gramian", mutates_args=())
+def _gramian(rows: Tensor) -> Tensor:
+    if rows.is_cpu:
+        return torch.ops.movae.gramian_cpu(rows)
+    return triton_kernels("gramian").gramian(rows, wrap_triton)
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "gramian_cpu", "CPU")
@@ -51,17 +63,12 @@ def _gramian_cpu(rows: Tensor) -> Tensor:
         columns,
         stride,
         out.data_ptr(),
-        shared.isa,
         torch.get_num_threads(),
     )
     return out
 
 
-@triton_op("movae::gramian", mutates_args=())
-def _gramian(rows: Tensor) -> Tensor:
-    if rows.is_cpu:
-        return torch.ops.movae.gramian_cpu(rows)
-    return triton_kernels("gramian").gramian(rows, wrap_triton)
+# --- fake -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("movae::gramian_cpu")
@@ -70,16 +77,19 @@ def _gramian_fake(rows: Tensor) -> Tensor:
     return rows.new_empty((m, m), dtype=torch.float64)
 
 
-@torch.library.impl(library, "gramian_backward", "CompositeExplicitAutograd")
-def _gramian_backward(grad: Tensor, rows: Tensor) -> Tensor:
-    """(dG + dG') J, in the rows' dtype."""
-    both = grad + grad.T
-    return (both @ rows.double()).to(rows.dtype)
-
-
 @torch.library.register_fake("movae::gramian_backward")
 def _gramian_backward_fake(grad: Tensor, rows: Tensor) -> Tensor:
     return rows.new_empty(rows.shape)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl(library, "gramian_backward", "CompositeExplicitAutograd")
+def _gramian_backward(grad: Tensor, rows: Tensor) -> Tensor:
+    """Return (dG + dG') J, in the rows' dtype."""
+    both = grad + grad.T
+    return (both @ rows.double()).to(rows.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -94,4 +104,4 @@ _gramian.register_autograd(_differentiate, setup_context=_save)
 
 
 for _name in ("gramian", "gramian_cpu", "gramian_backward"):
-    refuse_vmap(_name, "call it once a Jacobian")
+    refuse_vmap(_name, "call it once per Jacobian")

@@ -2,26 +2,26 @@
 
 Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA (Sener & Koltun
 2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation in float64, so it
-runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/gramian_weights.h). Where the extension has
-no CUDA half, CUDA's matrices are weighed on the host: m x m numbers are copied, and a warning says so once.
+runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/weightings/gramian_weights.h). Where the
+extension has no CUDA half, CUDA's matrices are weighed on the host: m x m numbers are copied, and a warning
+says so once.
 """
 
 import math
 import warnings
 from functools import cache
-from typing import Literal, NoReturn, get_args
+from typing import NoReturn, get_args
 
 import torch
 from torch import Tensor
 
+from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops.extension import csrc
 from movae_fast.ops.registration import library, refuse_vmap
+from movae_fast.reference import Method
 
-# In the order of `Method` in csrc/gramian_weights.h.
-Method = Literal[
-    "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse", "cagrad", "imtl_g", "mgda", "pcgrad"
-]
+# In the order of `Method` in csrc/weightings/gramian_weights.h.
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -36,7 +36,7 @@ def gramian_weights(
     epsilon: float = 1e-3,
     max_iters: int = 100,
 ) -> Tensor:  # [m] float64
-    """The weights w of the update w' J that `method` gives to a Jacobian J.
+    """Return the weights w of the update w' J that `method` gives to a Jacobian J.
 
     gramian: J J', symmetric; float64 as `ops.gramian` makes it, or any floating dtype (float64 is worked in).
     method:
@@ -82,6 +82,7 @@ def gramian_weights(
 def check_parameters(
     method: str, c: float = 0.5, norm_eps: float = 1e-4, epsilon: float = 1e-3, max_iters: int = 100
 ) -> None:
+    """Raise ValueError for a method, or a parameter of one, that there is not."""
     if method not in METHODS:
         raise ValueError(f"gramian_weights: method must be one of {METHODS}; got {method!r}")
     # Written so that a NaN is refused, too.
@@ -105,10 +106,28 @@ def _refuse(problem: str, gramian: Tensor) -> NoReturn:
     raise ValueError(f"gramian_weights: {problem}; the Gramian is {list(gramian.shape)} on {gramian.device}")
 
 
+# --- dispatch -------------------------------------------------------------------------------------------------
+
+
 library.define(
     "gramian_weights(Tensor gramian, int method, Tensor? pref, Tensor? order, float a, float b, int iterations)"
     " -> Tensor"
 )
+
+
+def _as_taken(
+    gramian: Tensor, pref: Tensor | None, order: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the tensors as C++ and CUDA read them; the caller keeps them until the call is over."""
+    pref = None if pref is None else pref.double().contiguous()
+    return gramian.double().contiguous(), pref, None if order is None else order.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "gramian_weights", "CPU")
@@ -116,11 +135,34 @@ def _gramian_weights(
     gramian: Tensor, method: int, pref: Tensor | None, order: Tensor | None, a: float, b: float, iterations: int
 ) -> Tensor:
     if extension.missing(gramian):
-        return extension.gramian_weights(gramian, METHODS[method], pref, order, a, b, iterations)
+        return weigh_in_torch(gramian.double(), METHODS[method], pref, order, a, b, iterations)
     given = _as_taken(gramian, pref, order)
     out = given[0].new_empty(len(gramian))
     csrc.gramian_weights(method, len(gramian), *map(_address, given), a, b, iterations, out.data_ptr())
     return out
+
+
+def weigh_in_torch(
+    gramian: Tensor,
+    method: Method,
+    pref: Tensor | None,
+    order: Tensor | None,
+    a: float,
+    b: float,
+    iterations: int,
+) -> Tensor:
+    """Weigh by movae_fast.reference, with csrc's answers to what is not finite or no permutation."""
+    if not gramian.isfinite().all():
+        return torch.full_like(gramian[0], torch.nan)
+    m = len(gramian)
+    if order is not None and not torch.equal(order.sort(1).values, torch.arange(m).expand_as(order)):
+        raise ValueError(f"gramian_weights: each row of order must be a permutation of 0..{m - 1}")
+    return reference.gramian_weights(
+        gramian, method, pref, order, c=a, norm_eps=b, epsilon=a, max_iters=iterations
+    )
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "gramian_weights", "CUDA")
@@ -156,16 +198,7 @@ def _warn_of_the_host(reason: str) -> None:
     )
 
 
-def _as_taken(
-    gramian: Tensor, pref: Tensor | None, order: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The tensors as C++ and CUDA read them; the caller keeps them until the call is over."""
-    pref = None if pref is None else pref.double().contiguous()
-    return gramian.double().contiguous(), pref, None if order is None else order.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+# --- fake -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("movae::gramian_weights")
@@ -175,4 +208,7 @@ def _gramian_weights_fake(
     return gramian.new_empty(gramian.shape[0], dtype=torch.float64)
 
 
-refuse_vmap("gramian_weights", "call it once a Gramian")
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+refuse_vmap("gramian_weights", "call it once per Gramian")

@@ -1,8 +1,8 @@
 """The nearest codeword of every row: `movae::nearest_code`.
 
-On a CPU the search is C++ (csrc/nearest_code_search.cpp) and takes the fastest of the instruction sets that
-the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of
-them; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
+On a CPU the search is C++ (csrc/nearest_code/nearest_code.cpp) and takes the fastest of the instruction sets
+that the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of
+them, for the other ops too; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
 """
 
 from itertools import pairwise
@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from movae_fast import reference
 from movae_fast.ops import extension
-from movae_fast.ops.extension import DTYPES, csrc, index_shape
+from movae_fast.ops.extension import DTYPES, as_rows, csrc, index_shape
 from movae_fast.ops.registration import refuse_vmap, triton_kernels
 
 
@@ -21,7 +22,7 @@ def nearest_code(
     codebook: Tensor,  # [K, D]
     exact: bool = True,
 ) -> Tensor:  # [N] or [B, *spatial] int64
-    """Index of the codeword nearest to each vector in Euclidean distance; the lowest index on a tie.
+    """Return the index of the codeword nearest to each vector in Euclidean distance; the lowest index on a tie.
 
     z: [N, D], or [B, D, *spatial] (an image of features as a convolution returns it), read where it lies;
         float32, float64, bfloat16 or float16. Where the dtypes of z and codebook differ, both are promoted.
@@ -31,18 +32,18 @@ def nearest_code(
 
     A vector that holds a NaN or an infinity gets index 0 and does not touch its neighbours. N = 0 gives an
     empty result. Not differentiable. Memory: a packed copy of the codebook (at most 20 MiB of it at a time
-    for D <= 1024) and about 1 MiB a thread, never N x K.
+    for D <= 1024) and about 1 MiB per thread, never N x K.
 
     Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
     """
     z, codebook = check_operands("nearest_code", z, codebook)
     if extension.missing(z):
-        return extension.nearest_code(z, codebook)
+        return search_in_torch(z, codebook)
     return torch.ops.movae.nearest_code(z, codebook, exact)
 
 
 def check_operands(op: str, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """z and codebook in their common dtype, or one error that shows both."""
+    """Return z and codebook in their common dtype, or raise one error that shows both."""
 
     def refuse(problem: str, error: type[Exception] = ValueError) -> NoReturn:
         operands = [
@@ -65,15 +66,46 @@ def check_operands(op: str, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor
     return z.to(dtype), codebook.to(dtype)
 
 
+# --- CPU ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("movae::nearest_code", mutates_args=(), device_types="cpu")
+def _nearest_code(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
+    index = torch.empty(index_shape(z), dtype=torch.int64)
+    z, codebook = flat(z), codebook.contiguous()
+    csrc.nearest_code(rows_view(z), codebook_view(codebook), index.data_ptr(), exact, torch.get_num_threads())
+    return index
+
+
+def search_in_torch(z: Tensor, codebook: Tensor) -> Tensor:
+    """Search by movae_fast.reference in float64, a chunk of rows at a time, with csrc's answers to what is not
+    finite."""
+    rows = as_rows(z.detach()).double()
+    codebook = codebook.detach().double()
+    (usable,) = codebook.isfinite().all(1).nonzero(as_tuple=True)
+    if len(usable) == 0:
+        return rows.new_zeros(index_shape(z), dtype=torch.int64)
+    rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, torch.nan)
+    nearest = [reference.nearest_code(chunk, codebook[usable]) for chunk in rows.split(1024)]
+    index = torch.where(rows.isnan().any(1), 0, usable[torch.cat(nearest)])
+    return index.view(index_shape(z))
+
+
 def is_flat(z: Tensor) -> bool:
-    """Whether the spatial dimensions of [B, D, *spatial] can be walked with one stride."""
+    """Return whether the spatial dimensions of [B, D, *spatial] can be walked with one stride."""
     sizes, strides = z.shape[2:], z.stride()[2:]
     walked = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
     return all(outer == inner * n for (_, outer), (n, inner) in pairwise(walked))
 
 
+def flat(z: Tensor) -> Tensor:
+    """Return z itself if C++ can walk it, else a contiguous copy."""
+    return z if is_flat(z) else z.contiguous()
+
+
 def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
-    """z, [N, D] or flat [B, D, *spatial], as csrc's RowsView; None as an absent operand shaped as `like`."""
+    """Return z, [N, D] or flat [B, D, *spatial], as csrc's RowsView; None is an absent operand, shaped as
+    `like`."""
     shape = z if z is not None else like
     assert shape is not None
     data = 0 if z is None else z.data_ptr()
@@ -96,28 +128,11 @@ def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
 
 
 def codebook_view(codebook: Tensor) -> Any:
-    """A contiguous [K, D] codebook as csrc's Codebook."""
+    """Return a contiguous [K, D] codebook as csrc's Codebook."""
     return csrc.Codebook(codebook.data_ptr(), DTYPES[codebook.dtype], *codebook.shape)
 
 
-def flat(z: Tensor) -> Tensor:
-    """z itself if C++ can walk it, else a contiguous copy."""
-    return z if is_flat(z) else z.contiguous()
-
-
-@torch.library.custom_op("movae::nearest_code", mutates_args=(), device_types="cpu")
-def _nearest_code(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
-    return search(z, codebook, exact)
-
-
-def search(z: Tensor, codebook: Tensor, exact: bool = True, isa: str = "") -> Tensor:
-    """The CPU path, by name if `isa` is one of csrc.nearest_code_isas()."""
-    index = torch.empty(index_shape(z), dtype=torch.int64)
-    z, codebook = flat(z), codebook.contiguous()
-    csrc.nearest_code(
-        rows_view(z), codebook_view(codebook), index.data_ptr(), exact, isa, torch.get_num_threads()
-    )
-    return index
+# --- CUDA -----------------------------------------------------------------------------------------------------
 
 
 @_nearest_code.register_kernel("cuda")
@@ -125,9 +140,15 @@ def _nearest_code_cuda(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
     return triton_kernels("nearest_code").nearest_code(z, codebook, exact=exact)
 
 
+# --- fake -----------------------------------------------------------------------------------------------------
+
+
 @_nearest_code.register_fake
 def _nearest_code_fake(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
     return z.new_empty(index_shape(z), dtype=torch.int64)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
 
 
 refuse_vmap("nearest_code", "fold the mapped dimension into N")

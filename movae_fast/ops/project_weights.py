@@ -3,8 +3,8 @@
 UPGrad (Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization", section 3) projects each
 objective's weight alone and adds up; DualProj projects the preference as a whole. Both are quadratic programs
 over the m x m Gramian: min v' A v subject to v >= u. The correction of a whole step (`step_multipliers`) is the
-same complementarity problem with another right-hand side. csrc/solver.h solves them on a CPU, the Triton kernel
-of kernels/project_weights.py on CUDA.
+same complementarity problem with another right-hand side. csrc/projection/solver.h solves them on a CPU, the
+Triton kernel of kernels/project_weights.py on CUDA.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
+from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops import rows as shared
 from movae_fast.ops.extension import csrc
@@ -23,7 +24,8 @@ Mode = Literal["upgrad", "dualproj"]
 
 # What the tableaus of CUDA's solvers are laid out for.
 MOST_ON_CUDA = 64
-# As csrc/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
+
+# As csrc/projection/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
 KINDS = ("rows", "sum", "multipliers")
 
 
@@ -146,11 +148,17 @@ def refuse(problem: str, operand: Tensor, op: str = "project_weights") -> NoRetu
     raise ValueError(f"{op}: {problem}; the other operand is {list(operand.shape)} on {operand.device}")
 
 
+# --- dispatch -------------------------------------------------------------------------------------------------
+
+
 library.define(
     "project_weights(Tensor gramian, Tensor? u, float norm_eps, float reg_eps, bool sum, bool diagonal=False)"
     " -> (Tensor, Tensor)"
 )
 library.define("step_multipliers(Tensor gramian, Tensor slopes, float reg_eps) -> (Tensor, Tensor)")
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "project_weights", "CPU")
@@ -172,7 +180,7 @@ def _on_cpu(
     gramian = gramian.double().contiguous()
     given = None if given is None else given.double().contiguous()
     if extension.missing(gramian):
-        return extension.project_weights(gramian, given, kind, diagonal, norm_eps, reg_eps)
+        return project_in_torch(gramian, given, kind, diagonal, norm_eps, reg_eps)
     out = torch.empty(m, dtype=torch.float64) if given is None else torch.empty_like(given)
     status = torch.empty((), dtype=torch.int32)
     csrc.project_weights(
@@ -186,10 +194,37 @@ def _on_cpu(
         reg_eps,
         out.data_ptr(),
         status.data_ptr(),
-        shared.isa,
         torch.get_num_threads(),
     )
     return out, status
+
+
+def project_in_torch(
+    gramian: Tensor, given: Tensor | None, kind: str, diagonal: bool, norm_eps: float, reg_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Solve by movae_fast.reference, with csrc's answers to what is not finite."""
+    m = len(gramian)
+    given = torch.full((m,), 1 / m, dtype=torch.float64) if given is None else given.double()
+    if not gramian.isfinite().all():
+        return torch.full_like(given, torch.nan), torch.tensor(-1, dtype=torch.int32)
+    solved = torch.tensor(0, dtype=torch.int32)
+    regularizer: reference.Regularizer = "diagonal" if diagonal else "trace"
+    if kind == "sum":
+        if given.isnan().any() or (given == torch.inf).any():
+            return torch.full_like(given, torch.nan), solved
+        return reference.project_weights(gramian, given, norm_eps, reg_eps, regularizer), solved
+    rows = given.reshape(-1, m)
+    usable = rows.isfinite().all(1)
+    solutions = torch.full_like(rows, torch.nan)
+    if kind == "multipliers":
+        for r in usable.nonzero()[:, 0]:
+            solutions[r] = reference.step_multipliers(gramian, rows[r], reg_eps)
+    elif bool(usable.any()):
+        solutions[usable] = reference.project_rows(rows[usable], gramian, norm_eps, reg_eps, regularizer)
+    return solutions.view(given.shape), solved
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "project_weights", "CUDA")
@@ -206,7 +241,7 @@ def _step_multipliers_cuda(gramian: Tensor, slopes: Tensor, reg_eps: float) -> t
 
 
 def mean_preference(like: Tensor) -> Tensor:  # [m] float64
-    """The preference 1/m for each row of `like` [m, ...], on its device."""
+    """Return the preference 1/m for each row of `like` [m, ...], on its device."""
     m = like.shape[0]
     return torch.full((m,), 1 / m, dtype=torch.float64, device=like.device)
 
@@ -244,6 +279,9 @@ def _on_cuda(
     return out, status
 
 
+# --- fake -----------------------------------------------------------------------------------------------------
+
+
 @torch.library.register_fake("movae::project_weights")
 def _project_weights_fake(
     gramian: Tensor, u: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
@@ -257,5 +295,8 @@ def _step_multipliers_fake(gramian: Tensor, slopes: Tensor, reg_eps: float) -> t
     return gramian.new_empty(slopes.shape, dtype=torch.float64), gramian.new_empty((), dtype=torch.int32)
 
 
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
 refuse_vmap("project_weights", "project_rows takes many vectors of one Gramian")
-refuse_vmap("step_multipliers", "call it once a step")
+refuse_vmap("step_multipliers", "call it once per step")

@@ -13,9 +13,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops.extension import as_map, as_rows, csrc, index_shape
-from movae_fast.ops.nearest_code import check_operands, codebook_view, flat, is_flat, rows_view
+from movae_fast.ops.nearest_code import (
+    check_operands,
+    codebook_view,
+    flat,
+    is_flat,
+    rows_view,
+    search_in_torch,
+)
 from movae_fast.ops.registration import refuse_vmap, triton_kernels
 
 Gradient = Literal["straight_through", "rotation", "codebook"]
@@ -28,7 +36,7 @@ def quantize(
     gradient: Gradient = "straight_through",
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Each vector's nearest codeword, and all a VQ layer makes of it (van den Oord et al. 2017, eq. 1-3).
+    """Find each vector's nearest codeword, and all a VQ layer makes of it (van den Oord et al. 2017, eq. 1-3).
 
     z, codebook: as `nearest_code` takes them.
     gradient: what z_q hands back. "straight_through": its gradient goes to z unchanged. "rotation": it is
@@ -53,7 +61,7 @@ def quantize(
         raise ValueError(f"quantize: gradient must be one of {get_args(Gradient)}; got {gradient!r}")
     z, codebook = check_operands("quantize", z, codebook)
     if extension.missing(z):
-        return extension.quantize(z, codebook, gradient)
+        return quantize_in_torch(z, codebook, gradient)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     return torch.ops.movae.quantize(z, codebook, gradient, deterministic)
 
@@ -63,7 +71,7 @@ def code_error(
     codebook: Tensor,  # [K, D]
     index: Tensor,  # [N] or [B, *spatial] int64
 ) -> Tensor:  # as index
-    """||z - codebook[index]||^2 for indices already found; differentiable in z and in codebook.
+    """Return ||z - codebook[index]||^2 for indices already found; differentiable in z and in codebook.
 
     float32, or float64 where z is. Indices must lie in [0, K); -1, which `nn.VectorQuantizer` gives to masked
     vectors, does not. On a CPU another index raises IndexError; on CUDA, where that would stall the device, the
@@ -81,16 +89,17 @@ def code_error(
             f"code_error: index must be {list(index_shape(z))} for z {list(z.shape)}; got {list(index.shape)}"
         )
     if extension.missing(z):
-        return extension.code_error(z, codebook, index)
+        return code_error_in_torch(z, codebook, index)
     return torch.ops.movae.code_error(z, codebook, index)
 
 
 def accumulation_dtype(z: Tensor) -> torch.dtype:
-    """Of errors, counts and sums: float64 for float64, else float32 (a float16 cannot count to 2049)."""
+    """Return the dtype of errors, counts and sums: float64 for float64, else float32 (a float16 cannot count to
+    2049)."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-# --- forward ------------------------------------------------------------------------------------------------
+# --- CPU ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("movae::quantize", mutates_args=(), device_types="cpu")
@@ -108,33 +117,11 @@ def _quantize(
         sq_err.data_ptr(),
         count.data_ptr(),
         code_sum.data_ptr(),
-        "",
         torch.get_num_threads(),
     )
     if written is not z_q:
         z_q.copy_(written)
     return out
-
-
-@_quantize.register_kernel("cuda")
-def _quantize_cuda(
-    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return triton_kernels("quantize").quantize(z, codebook, deterministic=deterministic)
-
-
-@_quantize.register_fake
-def _quantize_fake(
-    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(z)
-    return (
-        torch.empty_like(z),
-        z.new_empty(index_shape(z), dtype=torch.int64),
-        z.new_empty(index_shape(z), dtype=dtype),
-        z.new_empty(codebook.shape[0], dtype=dtype),
-        z.new_empty(codebook.shape, dtype=dtype),
-    )
 
 
 @torch.library.custom_op("movae::code_error", mutates_args=(), device_types="cpu")
@@ -145,19 +132,6 @@ def _code_error(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
         rows_view(z), codebook_view(codebook), index.data_ptr(), sq_err.data_ptr(), torch.get_num_threads()
     )
     return sq_err
-
-
-@_code_error.register_kernel("cuda")
-def _code_error_cuda(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    return triton_kernels("quantize").code_error(z, codebook, index)
-
-
-@_code_error.register_fake
-def _code_error_fake(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    return z.new_empty(index_shape(z), dtype=accumulation_dtype(z))
-
-
-# --- backward -----------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("movae::quantize_backward", mutates_args=(), device_types="cpu")
@@ -200,20 +174,49 @@ def _quantize_backward(
     return grad_z, grad_codebook
 
 
-@_quantize_backward.register_fake
-def _quantize_backward_fake(
-    grad_z_q: Tensor | None,
-    grad_sq_err: Tensor | None,
-    z: Tensor,
-    codebook: Tensor,
-    index: Tensor,
-    gradient: str,
-    want_z: bool,
-    want_codebook: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_z = torch.empty_like(z) if want_z else z.new_empty((0, 0))
-    grad_codebook = codebook.new_empty(codebook.shape if want_codebook else (0, 0))
-    return grad_z, grad_codebook
+def quantize_in_torch(
+    z: Tensor, codebook: Tensor, gradient: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute by movae_fast.reference; torch differentiates it."""
+    index = search_in_torch(z, codebook)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    rows = as_rows(z).to(wide)
+    codes, _, sq_err, count, code_sum = reference.quantize(rows, codebook.to(wide), index.flatten())
+    if gradient == "straight_through":
+        codes = reference.straight_through(rows, codes)
+    elif gradient == "rotation":
+        codes = reference.rotation_trick(rows, codes)
+    z_q = as_map(codes.to(z.dtype), z)
+    return z_q, index, sq_err.view(index_shape(z)), count, code_sum.detach()
+
+
+def code_error_in_torch(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    """Compute by movae_fast.reference; a negative index, which would count from the codebook's end, raises."""
+    beyond = (index < 0) | (index >= len(codebook))
+    if beyond.any():
+        position = int(beyond.flatten().nonzero()[0])
+        raise IndexError(
+            f"code_error: index {int(index.flatten()[position])} at position {position} does not lie in "
+            f"[0, {len(codebook)}), the codebook's; leave out masked vectors, whose index is -1"
+        )
+    wide = torch.promote_types(z.dtype, torch.float32)
+    error = reference.code_error(as_rows(z).to(wide), codebook.to(wide), index.flatten())
+    return error.view(index_shape(z))
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------
+
+
+@_quantize.register_kernel("cuda")
+def _quantize_cuda(
+    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return triton_kernels("quantize").quantize(z, codebook, deterministic=deterministic)
+
+
+@_code_error.register_kernel("cuda")
+def _code_error_cuda(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    return triton_kernels("quantize").code_error(z, codebook, index)
 
 
 @_quantize_backward.register_kernel("cuda")
@@ -253,7 +256,8 @@ def _quantize_backward_cuda(
 
 
 def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
-    """The transpose of z's scaled rotation onto its code, applied to grad; as is without a direction."""
+    """Apply the transpose of z's scaled rotation onto its code to grad."""
+    # Where one of the two has no direction, grad passes as it is.
     length_z, length_code = z.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
     e, q = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(code, dim=1)
     r = torch.nn.functional.normalize(e + q, dim=1)
@@ -261,7 +265,45 @@ def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
     return torch.where((length_z > 0) & (length_code > 0), length_code / length_z * turned, grad)
 
 
-# --- autograd -----------------------------------------------------------------------------------------------
+# --- fake -----------------------------------------------------------------------------------------------------
+
+
+@_quantize.register_fake
+def _quantize_fake(
+    z: Tensor, codebook: Tensor, gradient: str, deterministic: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(z)
+    return (
+        torch.empty_like(z),
+        z.new_empty(index_shape(z), dtype=torch.int64),
+        z.new_empty(index_shape(z), dtype=dtype),
+        z.new_empty(codebook.shape[0], dtype=dtype),
+        z.new_empty(codebook.shape, dtype=dtype),
+    )
+
+
+@_code_error.register_fake
+def _code_error_fake(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
+    return z.new_empty(index_shape(z), dtype=accumulation_dtype(z))
+
+
+@_quantize_backward.register_fake
+def _quantize_backward_fake(
+    grad_z_q: Tensor | None,
+    grad_sq_err: Tensor | None,
+    z: Tensor,
+    codebook: Tensor,
+    index: Tensor,
+    gradient: str,
+    want_z: bool,
+    want_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_z = torch.empty_like(z) if want_z else z.new_empty((0, 0))
+    grad_codebook = codebook.new_empty(codebook.shape if want_codebook else (0, 0))
+    return grad_z, grad_codebook
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
 
 
 def _save_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -306,8 +348,6 @@ def _gradients(
 
 _quantize.register_autograd(_differentiate_quantize, setup_context=_save_quantize)
 _code_error.register_autograd(_differentiate_code_error, setup_context=_save_code_error)
-
-
 refuse_vmap("quantize", "fold the mapped dimension into N")
 refuse_vmap("code_error", "fold the mapped dimension into N")
 refuse_vmap("quantize_backward", "compute one gradient at a time")

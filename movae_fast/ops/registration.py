@@ -10,7 +10,7 @@ library = torch.library.Library("movae", "FRAGMENT")
 
 
 def triton_kernels(stem: str) -> Any:
-    """movae_fast.kernels.<stem>, imported when the first CUDA tensor comes in: Triton is not everywhere."""
+    """Return movae_fast.kernels.<stem>, imported at the first CUDA tensor: Triton is not everywhere."""
     return importlib.import_module(f"movae_fast.kernels.{stem}")
 
 

@@ -1,12 +1,9 @@
-"""What the ops on a Jacobian's rows share: the checks, the CPU path's name, and the choice of CUDA's path."""
+"""What the ops on a Jacobian's rows share: the checks, and the choice of CUDA's path."""
 
 from torch import Tensor
 
 from movae_fast.ops import extension
 from movae_fast.ops.extension import DTYPES
-
-# Set by tests to force a path on a CPU; "" takes the widest that it has (see ops.nearest_code).
-isa = ""
 
 # The projection's path on CUDA: "triton", "cuda" (C++, where it was built), or "" for the default. Set by
 # tests, benchmarks and `movae doctor --gpu`, which compare the two: they share no code.
@@ -14,13 +11,13 @@ cuda_path = ""
 
 
 def by_cuda_cpp() -> bool:
-    """Whether the projection on CUDA is csrc's rather than Triton's."""
+    """Return whether the projection on CUDA is csrc's rather than Triton's."""
     # Triton unless told: on an H200 it projects three times as fast (benchmarks/results/nvidia-h200.md).
     return cuda_path == "cuda" and not extension.cuda_missing()
 
 
 def check_rows(op: str, rows: Tensor) -> None:
-    """One error that shows what is wrong with rows."""
+    """Raise one error that shows what is wrong with rows."""
     if rows.dim() != 2:
         raise ValueError(f"{op}: rows must be [m, P], got {list(rows.shape)}")
     if rows.dtype not in DTYPES:
@@ -28,7 +25,7 @@ def check_rows(op: str, rows: Tensor) -> None:
 
 
 def row_view(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows with contiguous columns, and the stride from one to the next."""
+    """Return the rows with contiguous columns, and the stride from one to the next."""
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)

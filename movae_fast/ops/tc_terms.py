@@ -1,6 +1,5 @@
 """Total-correlation terms: `movae::tc_terms`, by C++ on a CPU and by Triton elsewhere."""
 
-import os
 from typing import Any
 
 import torch
@@ -14,114 +13,35 @@ from movae_fast.ops.registration import refuse_vmap, triton_kernels
 from movae_fast.reference import TCEstimator
 
 
-def isa() -> str:
-    """The instruction set to take: what MOVAE_CPU_ISA names (nearest_code knows two more; they are AVX-512
-    here), "auto" for the widest that this CPU has."""
-    asked = os.environ.get("MOVAE_CPU_ISA", "") or "auto"
-    return "avx512" if asked in ("amx", "avx512_bf16") else asked
-
-
-def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_q_z [B], log_prod_q_z [B]; for the backward, of each dimension and (last) of the joint, the largest
-    log density and the sum of exp(log density - largest), [B, D + 1] both."""
-    batch, dims = z.shape
-    return z.new_empty(batch), z.new_empty(batch), z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
-
-
-@torch.library.custom_op("movae::tc_terms_cpu", mutates_args=(), device_types="cpu")
-def _cpu(
-    z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, dims = z.shape
-    z, mu, logvar = z.contiguous(), mu.contiguous(), logvar.contiguous()
-    outputs = _outputs(z)
-    if batch:
-        run = csrc.tc_terms_f32 if z.dtype == torch.float32 else csrc.tc_terms_f64
-        addresses = [t.data_ptr() for t in (z, mu, logvar, *outputs)]
-        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
-    return outputs
-
-
-@_cpu.register_fake
-def _cpu_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(z)
-
-
-@torch.library.custom_op("movae::tc_terms_backward_cpu", mutates_args=(), device_types="cpu")
-def _backward_cpu(
-    grad_log_q_z: Tensor,
-    grad_log_prod_q_z: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    top: Tensor,
-    total: Tensor,
+def tc_terms(
+    z: Tensor,  # [B, D] samples of the posteriors
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
     n_data: int,
-    stratified: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, dims = z.shape
-    inputs = [t.contiguous() for t in (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)]
-    grads = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
-    if batch:
-        run = csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else csrc.tc_terms_backward_f64
-        addresses = [t.data_ptr() for t in (*inputs, *grads)]
-        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads(), isa())
-    return grads
+    estimator: TCEstimator = "mws",
+) -> tuple[Tensor, Tensor]:  # [B], [B]
+    """Return log q(z_i) and sum_d log q(z_id) of the aggregate posterior q(z) = E_x q(z|x), in nats.
 
+    Estimated from the batch by minibatch-weighted ("mws", biased) or minibatch-stratified ("mss", unbiased)
+    sampling from a data set of `n_data` examples: Chen et al. 2018, "Isolating Sources of Disentanglement in
+    VAEs", eq. S3-S6. E[log_q_z - log_prod_q_z] is the total correlation. Equals
+    `movae_fast.reference.tc_terms`, with memory O(B D).
 
-@_backward_cpu.register_fake
-def _backward_cpu_fake(
-    grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, z: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
+    bfloat16 and float16 are computed in float32 and the terms stay float32; otherwise the result has the
+    inputs' common dtype. Differentiable once with respect to z, mu and logvar; vmap is not supported.
 
-
-@triton_op("movae::tc_terms", mutates_args=())
-def _tc_terms(
-    z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if z.device.type == "cpu":
-        return _cpu(z, mu, logvar, n_data, stratified)
-    launch = triton_kernels("tc_terms").tc_terms
-    return launch(z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton)
-
-
-@triton_op("movae::tc_terms_backward", mutates_args=())
-def _tc_terms_backward(
-    grad_log_q_z: Tensor,
-    grad_log_prod_q_z: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    top: Tensor,
-    total: Tensor,
-    n_data: int,
-    stratified: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)
-    if z.device.type == "cpu":
-        return _backward_cpu(*tensors, n_data, stratified)
-    launch = triton_kernels("tc_terms").tc_terms_backward
-    return launch(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, mu, logvar, ctx.n_data, ctx.stratified = inputs
-    _, _, top, total = output
-    ctx.save_for_backward(z, mu, logvar, top, total)
-    ctx.mark_non_differentiable(top, total)
-
-
-def _backward(ctx: Any, grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    grads = _tc_terms_backward(grad_log_q_z, grad_log_prod_q_z, *ctx.saved_tensors, ctx.n_data, ctx.stratified)
-    return (*grads, None, None)
-
-
-_tc_terms.register_autograd(_backward, setup_context=_setup_context)
-
-
-refuse_vmap("tc_terms", "each mapped batch is an estimate of its own")
-refuse_vmap("tc_terms_backward", "compute one gradient at a time")
+    Raises ValueError where shapes, devices, estimator or n_data do not fit, TypeError for tensors that hold
+    integers.
+    """
+    _check(z, mu, logvar, n_data, estimator)
+    dtype = torch.promote_types(torch.promote_types(z.dtype, mu.dtype), logvar.dtype)
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if extension.missing(z):
+        return reference.tc_terms(z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator)
+    log_q_z, log_prod_q_z, _, _ = _tc_terms(
+        z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator == "mss"
+    )
+    return log_q_z, log_prod_q_z
 
 
 def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -> None:
@@ -146,32 +66,114 @@ def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -
         )
 
 
-def tc_terms(
-    z: Tensor,  # [B, D] samples of the posteriors
-    mu: Tensor,  # [B, D]
-    logvar: Tensor,  # [B, D]
+# --- dispatch -------------------------------------------------------------------------------------------------
+
+
+@triton_op("movae::tc_terms", mutates_args=())
+def _tc_terms(
+    z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if z.device.type == "cpu":
+        return _tc_terms_cpu(z, mu, logvar, n_data, stratified)
+    launch = triton_kernels("tc_terms").tc_terms
+    return launch(z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton)
+
+
+@triton_op("movae::tc_terms_backward", mutates_args=())
+def _tc_terms_backward(
+    grad_log_q_z: Tensor,
+    grad_log_prod_q_z: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    top: Tensor,
+    total: Tensor,
     n_data: int,
-    estimator: TCEstimator = "mws",
-) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """log q(z_i) and sum_d log q(z_id) of the aggregate posterior q(z) = E_x q(z|x), in nats.
+    stratified: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)
+    if z.device.type == "cpu":
+        return _tc_terms_backward_cpu(*tensors, n_data, stratified)
+    launch = triton_kernels("tc_terms").tc_terms_backward
+    return launch(*(t.contiguous() for t in tensors), n_data, stratified, wrap_triton)
 
-    Estimated from the batch by minibatch-weighted ("mws", biased) or minibatch-stratified ("mss", unbiased)
-    sampling from a data set of `n_data` examples: Chen et al. 2018, "Isolating Sources of Disentanglement in
-    VAEs", eq. S3-S6. E[log_q_z - log_prod_q_z] is the total correlation. Equals
-    `movae_fast.reference.tc_terms`, with memory O(B D).
 
-    bfloat16 and float16 are computed in float32 and the terms stay float32; otherwise the result has the
-    inputs' common dtype. Differentiable once with respect to z, mu and logvar; vmap is not supported.
+# --- CPU ------------------------------------------------------------------------------------------------------
 
-    Raises ValueError where shapes, devices, estimator or n_data do not fit, TypeError for tensors that hold
-    integers.
-    """
-    _check(z, mu, logvar, n_data, estimator)
-    dtype = torch.promote_types(torch.promote_types(z.dtype, mu.dtype), logvar.dtype)
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if extension.missing(z):
-        return reference.tc_terms(z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator)
-    log_q_z, log_prod_q_z, _, _ = _tc_terms(
-        z.to(dtype), mu.to(dtype), logvar.to(dtype), n_data, estimator == "mss"
-    )
-    return log_q_z, log_prod_q_z
+
+@torch.library.custom_op("movae::tc_terms_cpu", mutates_args=(), device_types="cpu")
+def _tc_terms_cpu(
+    z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, dims = z.shape
+    z, mu, logvar = z.contiguous(), mu.contiguous(), logvar.contiguous()
+    outputs = _outputs(z)
+    if batch:
+        run = csrc.tc_terms_f32 if z.dtype == torch.float32 else csrc.tc_terms_f64
+        addresses = [t.data_ptr() for t in (z, mu, logvar, *outputs)]
+        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads())
+    return outputs
+
+
+@torch.library.custom_op("movae::tc_terms_backward_cpu", mutates_args=(), device_types="cpu")
+def _tc_terms_backward_cpu(
+    grad_log_q_z: Tensor,
+    grad_log_prod_q_z: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    top: Tensor,
+    total: Tensor,
+    n_data: int,
+    stratified: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dims = z.shape
+    inputs = [t.contiguous() for t in (grad_log_q_z, grad_log_prod_q_z, z, mu, logvar, top, total)]
+    grads = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
+    if batch:
+        run = csrc.tc_terms_backward_f32 if z.dtype == torch.float32 else csrc.tc_terms_backward_f64
+        addresses = [t.data_ptr() for t in (*inputs, *grads)]
+        run(*addresses, batch, dims, n_data, stratified, torch.get_num_threads())
+    return grads
+
+
+# --- fake -----------------------------------------------------------------------------------------------------
+
+
+@_tc_terms_cpu.register_fake
+def _tc_terms_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(z)
+
+
+@_tc_terms_backward_cpu.register_fake
+def _tc_terms_backward_fake(
+    grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, z: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape)
+
+
+def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate log_q_z [B], log_prod_q_z [B]; for the backward, of each dimension and (last) of the joint, the
+    largest log density and the sum of exp(log density - largest), [B, D + 1] both."""
+    batch, dims = z.shape
+    return z.new_empty(batch), z.new_empty(batch), z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, mu, logvar, ctx.n_data, ctx.stratified = inputs
+    _, _, top, total = output
+    ctx.save_for_backward(z, mu, logvar, top, total)
+    ctx.mark_non_differentiable(top, total)
+
+
+def _differentiate(ctx: Any, grad_log_q_z: Tensor, grad_log_prod_q_z: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    grads = _tc_terms_backward(grad_log_q_z, grad_log_prod_q_z, *ctx.saved_tensors, ctx.n_data, ctx.stratified)
+    return (*grads, None, None)
+
+
+_tc_terms.register_autograd(_differentiate, setup_context=_save)
+refuse_vmap("tc_terms", "each mapped batch is an estimate of its own")
+refuse_vmap("tc_terms_backward", "compute one gradient at a time")

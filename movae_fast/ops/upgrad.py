@@ -13,6 +13,7 @@ from movae_fast.ops.project_weights import (
     Mode,
     check_options,
     mean_preference,
+    project_in_torch,
     refuse,
 )
 from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
@@ -48,10 +49,16 @@ def upgrad_weights(
     return torch.ops.movae.upgrad_weights(rows, pref, norm_eps, reg_eps, mode == "upgrad", diagonal)
 
 
+# --- dispatch -------------------------------------------------------------------------------------------------
+
+
 library.define(
     "upgrad_weights(Tensor rows, Tensor? pref, float norm_eps, float reg_eps, bool sum, bool diagonal=False)"
     " -> (Tensor, Tensor, Tensor)"
 )
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "upgrad_weights", "CPU")
@@ -61,7 +68,7 @@ def _upgrad_weights(
     if extension.missing(rows):
         gramian = reference.gramian(rows)
         kind = "sum" if total else "rows"
-        weights, status = extension.project_weights(gramian, pref, kind, diagonal, norm_eps, reg_eps)
+        weights, status = project_in_torch(gramian, pref, kind, diagonal, norm_eps, reg_eps)
         return weights, gramian, status
     m, columns = rows.shape
     rows, stride = row_view(rows)
@@ -70,7 +77,7 @@ def _upgrad_weights(
     status = torch.empty((), dtype=torch.int32)
     # Written out: through the two ops' functions a call for a small Jacobian took a tenth longer.
     threads, address = torch.get_num_threads(), gramian.data_ptr()
-    csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, shared.isa, threads)
+    csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, threads)
     csrc.project_weights(
         address,
         m,
@@ -82,10 +89,12 @@ def _upgrad_weights(
         reg_eps,
         weights.data_ptr(),
         status.data_ptr(),
-        shared.isa,
         threads,
     )
     return weights, gramian, status
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(library, "upgrad_weights", "CUDA")
@@ -124,6 +133,9 @@ def _upgrad_weights_cuda(
     return weights, gramian, status
 
 
+# --- fake -----------------------------------------------------------------------------------------------------
+
+
 @torch.library.register_fake("movae::upgrad_weights")
 def _upgrad_weights_fake(
     rows: Tensor, pref: Tensor | None, norm_eps: float, reg_eps: float, total: bool, diagonal: bool = False
@@ -137,4 +149,7 @@ def _upgrad_weights_fake(
     )
 
 
-refuse_vmap("upgrad_weights", "call it once a Jacobian")
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+refuse_vmap("upgrad_weights", "call it once per Jacobian")

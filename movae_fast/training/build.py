@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from movae_fast.data import Binarizer, Loader, ReadOptions
 from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
+from movae_fast.schedules import Capacity, Cycles, Factor, LossSchedule, Stages, annealing_by_epoch, restarted
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.optim import lr_factor, make_optimizer
 from movae_fast.training.precision import Precision
-from movae_fast.training.progression import Cycles, Progression
 from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World
 
@@ -98,7 +97,7 @@ def build_losses(
     config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths
 ) -> LossVector:
     """Return the objectives, with the schedules of their weights."""
-    objective, ladder = config.objective, config.ladder
+    objective = config.objective
     return LossVector(
         model,
         weights,
@@ -106,9 +105,7 @@ def build_losses(
         config.reduction,
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
-        anneal_steps=objective.anneal_steps,
-        kl_factor=kl_factor(config, lengths.stage, lengths.epoch),
-        capacity=(ladder.max_capacity, ladder.capacity_max_iter) if ladder.use_capacity_increase else None,
+        schedule=loss_schedule(config, lengths.stage, lengths.epoch),
     )
 
 
@@ -117,10 +114,10 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return the optimizer and its schedule, which begins anew with each stage."""
     built = make_optimizer(optimizer, model.parameters())
-    factor = lr_factor(optimizer, lengths.stage, lengths.epoch)
-    staged = lengths.total != lengths.stage
-    by_step = (lambda step: factor(step % lengths.stage)) if staged else factor
-    return built, torch.optim.lr_scheduler.LambdaLR(built, by_step)
+    factor: Factor = lr_factor(optimizer, lengths.stage, lengths.epoch)
+    if lengths.total != lengths.stage:
+        factor = restarted(factor, lengths.stage)
+    return built, torch.optim.lr_scheduler.LambdaLR(built, factor)
 
 
 def build_step(
@@ -165,34 +162,34 @@ def compile_mode(
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
 
 
-def plan_lengths(config: TrainConfig, model: VAE, per_epoch: int) -> tuple[Lengths, Progression | None]:
+def plan_lengths(config: TrainConfig, model: VAE, per_epoch: int) -> tuple[Lengths, Stages | None]:
     """Return the run's lengths, and its stages if it has any: `epochs` or `steps` is the length of one."""
     stage = config.run.steps or config.run.epochs * per_epoch
-    progression = build_stages(config.ladder, model, stage)
-    count = 1 if progression is None else progression.last - progression.first + 1
-    return Lengths(per_epoch, stage, stage * count), progression
+    stages = build_stages(config.ladder, model, stage)
+    return Lengths(per_epoch, stage, stage if stages is None else stages.total), stages
 
 
-def kl_factor(config: TrainConfig, steps: int, per_epoch: int) -> Callable[[int], float] | None:
-    """The factor on the KL's weight by 0-based step, over a stage of `steps` steps; None for always 1."""
-    ladder, kind = config.ladder, config.objective.kl_annealing
+def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedule:
+    """Return how the loss changes over a stage of `steps` steps by the configuration."""
+    ladder, objective = config.ladder, config.objective
+    factor: Factor | None = None
     if ladder.use_kl_annealing:
         weights = (ladder.min_kl_weight, ladder.max_kl_weight)
-        return Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
-    if kind == "none":
-        return None
-    cycles, ratio = (1, 0.3) if kind == "monotonic" else (4, 0.5)
-    by_epoch = Cycles("linear", math.ceil(steps / per_epoch), cycles, 0.0, 1.0, ratio)
-    return lambda step: by_epoch(step % steps // per_epoch)
+        factor = Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
+    elif objective.kl_annealing != "none":
+        factor = annealing_by_epoch(objective.kl_annealing, steps, per_epoch)
+    grows = ladder.use_capacity_increase
+    capacity = Capacity(ladder.max_capacity, ladder.capacity_max_iter) if grows else None
+    return LossSchedule(objective.anneal_steps, factor, capacity)
 
 
-def build_stages(ladder: LadderConfig, model: VAE, steps: int) -> Progression | None:
+def build_stages(ladder: LadderConfig, model: VAE, steps: int) -> Stages | None:
     """Return the stages, of `steps` steps each, that the configuration asks of a progressive model."""
     if not (isinstance(model, ProVLAE) and model.progressive):
         return None
     alone = ladder.mode == "indep_train"
     first, last = (ladder.train_seq, ladder.train_seq) if alone else (1, model.num_ladders)
-    return Progression(first, last, steps, ladder.fade_in_duration, ladder.coff if ladder.pre_kl else 0.0)
+    return Stages(first, last, steps, ladder.fade_in_duration, ladder.coff if ladder.pre_kl else 0.0)
 
 
 def start_from(ladder: LadderConfig, model: VAE) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
-from movae_fast.data.transforms import Binarization
+from movae_fast.data.binarize import Binarization
 from movae_fast.models import MODELS, VAE
 from movae_fast.models.provlae import LadderNet
 from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights

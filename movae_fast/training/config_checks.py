@@ -24,9 +24,9 @@ from movae_fast.aggregation.registry import (
     weights_rows,
 )
 from movae_fast.data import DATASETS
-from movae_fast.data.dali import require as require_dali
-from movae_fast.data.machine import all_memory
-from movae_fast.data.transforms import CELEBA_CROPS
+from movae_fast.data.datasets.celeba import CELEBA_CROPS
+from movae_fast.data.loaders.dali import require as require_dali
+from movae_fast.data.memory import all_memory
 from movae_fast.models import MODELS, Rates, build_model
 from movae_fast.names import first_line, pick
 from movae_fast.training.config import (

@@ -7,6 +7,7 @@ find weights without the exact rows: `cheap_rows_of`, `of_cheaply_weighted` and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from movae_fast.jacobian import (
     shared_rows,
     weighted_row,
 )
-from movae_fast.models import VAE, VQOutput
+from movae_fast.models import VAE, Noise, VQOutput
 from movae_fast.objectives import LossVector
 from movae_fast.training.precision import Precision
 
@@ -51,14 +52,29 @@ class Batch(NamedTuple):
     """The images of one step, or a part of them that is differentiated on its own."""
 
     images: Tensor  # [B, C, S, S]
-    noise: Tensor  # [B, …] the model's, see `VAE.draw_noise`
+    noise: Noise  # of B images, see `VAE.draw_noise`
     sample_weight: Tensor | None  # [B] how often each image counts
 
     def split(self, count: int) -> list[Batch]:
         """Return `count` parts of equal size."""
-        weights = [None] * count if self.sample_weight is None else self.sample_weight.chunk(count)
-        parts = zip(self.images.chunk(count), self.noise.chunk(count), weights, strict=True)
-        return [Batch(*part) for part in parts]
+        ends = list(itertools.accumulate(len(part) for part in self.images.chunk(count)))
+        if len(ends) < count:
+            raise ValueError(f"accumulate {count}: a batch of {len(self.images)} images has fewer such parts")
+        return [self.of_images(*span) for span in itertools.pairwise([0, *ends])]
+
+    def of_images(self, start: int, stop: int) -> Batch:
+        """Return the images `start` to `stop`, which is not one of them, and what belongs to them."""
+        weights = None if self.sample_weight is None else self.sample_weight[start:stop]
+        return Batch(self.images[start:stop], self.noise.of_images(start, stop), weights)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return what the batch holds, in the order that `of_tensors` takes."""
+        return self.images, self.sample_weight, *self.noise
+
+    @classmethod
+    def of_tensors(cls, images: Tensor, sample_weight: Tensor | None, *noise: Tensor) -> Batch:
+        """Put a batch together from its `tensors`."""
+        return cls(images, Noise(*noise), sample_weight)
 
 
 class Differentiated(NamedTuple):
@@ -158,9 +174,9 @@ def of_subset_weighted(
     features, weighted, losses, usage = forward(network, batch, scale)
     found = at_features(weighted, features, network.task)
     with keeping_buffers(network.model), network.precision.autocast():
-        network.model.condition(batch.noise[:count])
-        images = batch.images[:count].contiguous(memory_format=torch.channels_last)
-        few = network.model.encode(images)
+        first = batch.of_images(0, count)
+        network.model.condition(first.noise)
+        few = network.model.encode(first.images.contiguous(memory_format=torch.channels_last))
     upstream = [[None if g is None else g[:count] for g in row] for row in found.features]
     weights = weigh(cheap_rows(few, upstream, network.shared))
     row = weighted_row(features, found.features, weights, network.shared)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from movae_fast.schedules import LearningRate
 from movae_fast.training.config import FROM_EXTRA, OptimizerConfig
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, over `parameters`: torch's as one fused kernel."""
+    """Make the optimizer that the configuration names, over `parameters`: torch's as one fused kernel."""
     lr, decay = config.lr, config.weight_decay
     options: dict[str, Any] = {"lr": lr, "weight_decay": decay}
     if config.eps is not None:
@@ -68,25 +68,14 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
             group["step"] = 0
 
 
-def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """0-based step to the factor on `lr`: linear warm-up, then the schedule over the remaining steps.
-
-    With `scheduler_per` "epoch" all steps of an epoch have the factor that its first step has.
-    """
-    warmup = config.warmup_steps or config.warmup_epochs * steps_per_epoch
-    least = config.scheduler_lr_min / config.lr
-    milestones = [epoch * steps_per_epoch for epoch in config.scheduler_milestones]
-    unit = steps_per_epoch if config.scheduler_per == "epoch" else 1
-
-    def factor(step: int) -> float:
-        step -= step % unit
-        if step < warmup:
-            return min(1.0, (step + unit) / warmup)
-        if config.scheduler == "cosine":
-            progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-            return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
-        if config.scheduler == "multi_step":
-            return config.scheduler_gamma ** sum(step >= m for m in milestones)
-        return 1.0
-
-    return factor
+def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> LearningRate:
+    """Return the learning rate's schedule that the configuration names, its epochs counted in steps."""
+    return LearningRate(
+        schedule=config.scheduler,
+        steps=total_steps,
+        warmup=config.warmup_steps or config.warmup_epochs * steps_per_epoch,
+        unit=steps_per_epoch if config.scheduler_per == "epoch" else 1,
+        least=config.scheduler_lr_min / config.lr,
+        milestones=tuple(epoch * steps_per_epoch for epoch in config.scheduler_milestones),
+        gamma=config.scheduler_gamma,
+    )

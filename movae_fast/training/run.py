@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state
 from movae_fast.data import Loader
-from movae_fast.models import VAE, ProVLAE
+from movae_fast.models import VAE, Noise, ProVLAE
 from movae_fast.objectives import LossVector
+from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
 from movae_fast.training.optim import forget
-from movae_fast.training.progression import Progression
+from movae_fast.training.stages import apply_stage
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.train_step import TrainStep
 from movae_fast.training.world import World
@@ -43,7 +43,7 @@ class Run:
     total_steps: int
     world: World = field(default_factory=World)
     why_not_captured: str = ""  # what keeps the step from being one graph
-    progression: Progression | None = None  # the stages of a progressive model
+    progression: Stages | None = None  # the stages of a progressive model
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
@@ -80,12 +80,12 @@ class Run:
             self.best = math.inf
         self.train_step.first = self.step - self.progression.since(self.step)
         assert isinstance(self.model, ProVLAE)
-        self.progression.apply(self.step, self.model, self.losses)
+        apply_stage(self.progression, self.step, self.model, self.losses)
 
-    def noise(self, n: int) -> Tensor:
-        """The forward pass's noise for this rank's n images: its slice of one draw for the global batch."""
+    def noise(self, n: int) -> Noise:
+        """Draw the forward pass's noise of this rank's n images: its slice of one draw for the global batch."""
         draw = self.model.draw_noise(n * self.world.size)
-        return draw[self.world.rank * n : (self.world.rank + 1) * n]
+        return draw.of_images(self.world.rank * n, (self.world.rank + 1) * n)
 
     def state(self) -> dict[str, Any]:
         """The sections of a checkpoint."""
@@ -162,5 +162,5 @@ class Run:
         """Bring what the last step set by its number to where it was: an evaluation may be what comes next."""
         if self.progression is not None:
             assert isinstance(self.model, ProVLAE)
-            self.progression.apply(self.step - 1, self.model, self.losses)
-        self.losses.weights_at(self.step - 1)
+            apply_stage(self.progression, self.step - 1, self.model, self.losses)
+        self.losses.set_step(self.step - 1)

@@ -21,7 +21,7 @@ from movae_fast.aggregation.fused import FusedAggregator
 from movae_fast.aggregation.registry import aggregate, is_weighting
 from movae_fast.aggregation.weightings import MethodAggregator
 from movae_fast.jacobian import cosines_with_update
-from movae_fast.models import VAE
+from movae_fast.models import VAE, Noise
 from movae_fast.objectives import LossVector
 from movae_fast.ops import extension
 from movae_fast.projected_step import Columns, StepMetric
@@ -140,37 +140,42 @@ class TrainStep:
         self.prepare_optimizer()
 
     def __call__(
-        self, images: Tensor, step: int, noise: Tensor, log: bool = False, sample_weight: Tensor | None = None
+        self, images: Tensor, step: int, noise: Noise, log: bool = False, sample_weight: Tensor | None = None
     ) -> StepRecord:
         """Update every parameter by this rank's images [B, C, S, S] of 0-based `step`.
 
-        noise: [B, …] the model's (`VAE.draw_noise`).
+        noise: the model's, of the B images (`VAE.draw_noise`).
         sample_weight: [B] how often each image counts, see `objectives`.
         """
-        kind, inputs = self.kind(step, log), (images, noise, sample_weight, self.scale_at(step))
+        self.losses.set_step(step)
+        kind, batch, scale = self.kind(step, log), Batch(images, noise, sample_weight), self.scale_at(step)
         if self.recordings.recorder is None:
-            return self.update(kind, *inputs)
-        return StepRecord(*self.recordings(kind, partial(self.update, kind), inputs))
+            return self.update(kind, batch, scale)
+        inputs = (scale, *batch.tensors())
+        return StepRecord(*self.recordings(kind, partial(self.update_by_tensors, kind), inputs))
 
     def gradient(
         self,
         images: Tensor,
         step: int,
-        noise: Tensor | None = None,
+        noise: Noise | None = None,
         log: bool = False,
         sample_weight: Tensor | None = None,
     ) -> StepRecord:
         """Set every parameter's gradient as a step does, and update nothing; noise is drawn if not given."""
         noise = self.model.draw_noise(len(images)) if noise is None else noise
         batch = Batch(images, noise, sample_weight)
+        self.losses.set_step(step)
         return self.differentiate(self.kind(step, log), batch, self.scale_at(step))
 
-    def update(
-        self, kind: Kind, images: Tensor, noise: Tensor, sample_weight: Tensor | None, scale: Tensor
-    ) -> StepRecord:
-        """Differentiate, clip, let the optimizer step, and project what it did: a function of tensors."""
+    def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepRecord:
+        """Do `update` as a function of tensors alone, as a recording calls it."""
+        return self.update(kind, Batch.of_tensors(*batch), scale)
+
+    def update(self, kind: Kind, batch: Batch, scale: Tensor) -> StepRecord:
+        """Differentiate, clip, let the optimizer step, and project what it did."""
         assert self.optimizer is not None
-        record = self.differentiate(kind, Batch(images, noise, sample_weight), scale)
+        record = self.differentiate(kind, batch, scale)
         with record_function("optimizer"):
             self.precision.unscale_gradients(self.optimizer)
             if self.max_grad_norm:

@@ -172,7 +172,13 @@ def connect(device: str) -> tuple[World, str]:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=30)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps the store when it starts processes anew, and with it the addresses of the dead ones
+        # (torch 2.11): the new ones would wait for those until the timeout.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     atexit.register(world.close)
     return world, device

@@ -1,4 +1,4 @@
-// AMX's tile instructions in plain C++, for the bfloat16 product that csrc/nearest_code_amx.cpp takes: eight tiles of
+// AMX's tile instructions in plain C++, for the bfloat16 product that csrc/nearest_code/amx.cpp takes: eight tiles of
 // 16 rows x 64 bytes, configured so and no other way.
 #pragma once
 

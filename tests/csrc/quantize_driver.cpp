@@ -1,6 +1,6 @@
 // Runs the codebook search and quantize, forward and backward, over odd shapes, layouts, dtypes and paths, in
 // buffers of exactly the size they need, and compares with a brute force in float64. Meant for the sanitizers.
-#include "../../csrc/quantize.h"
+#include "quantize/quantize.h"
 
 #include <algorithm>
 #include <cmath>
@@ -63,14 +63,14 @@ struct Case {
     bool channel_first;
     Dtype dtype;
     double scale, offset;
-    const char* isa;
+    InstructionSet isa;
     int threads;
 };
 
 void expect(bool holds, const Case& c, const char* what) {
     if (holds) return;
     ++failures;
-    std::printf("FAILED %s: %s B=%ld S=%ld K=%ld D=%ld dtype=%d scale=%g offset=%g\n", what, c.isa, long(c.batch),
+    std::printf("FAILED %s: %s B=%ld S=%ld K=%ld D=%ld dtype=%d scale=%g offset=%g\n", what, name_of(c.isa), long(c.batch),
                 long(c.spatial), long(c.codes), long(c.depth), int(c.dtype), c.scale, c.offset);
 }
 
@@ -90,7 +90,7 @@ void run(const Case& c) {
     };
     const RowsView rows_of_z = view(z);
     const Codebook codebook = {codes.bytes.get(), c.dtype, c.codes, c.depth};
-    const Isa isa = find_isa(c.isa);
+    const InstructionSet isa = c.isa;
     std::unique_ptr<int64_t[]> index(new int64_t[rows]), screened(new int64_t[rows]);
     nearest_code(rows_of_z, codebook, screened.get(), false, isa, c.threads);
     quantize(rows_of_z, codebook, {view(z_q), index.get(), error.bytes.get(), count.bytes.get(), sum.bytes.get()}, isa, c.threads);
@@ -147,7 +147,7 @@ int main() {
                                  {0, 7, 4, 3},    {2, 0, 4, 3},    {1, 100, 63, 65}, {5, 1, 200, 7},  {1, 13, 2113, 5},
                                  {2, 70, 300, 64}, {1, 3, 20, 257}};
     int cases = 0;
-    for (const std::string& isa : available_isas())
+    for (const InstructionSet isa : available_isas())
         for (Dtype dtype : dtypes)
             for (const auto& s : shapes)
                 for (bool channel_first : {false, true})
@@ -155,14 +155,14 @@ int main() {
                         for (double offset : {0.0, 4000.0}) {
                             if (dtype == Dtype::kFloat16 && scale != 1.0) continue;
                             if ((dtype == Dtype::kBfloat16 || dtype == Dtype::kFloat16) && offset != 0.0) continue;
-                            run({s[0], s[1], s[2], s[3], channel_first, dtype, scale, offset, isa.c_str(), 1 + cases % 3});
+                            run({s[0], s[1], s[2], s[3], channel_first, dtype, scale, offset, isa, 1 + cases % 3});
                             ++cases;
                         }
     // More than one packed block of codes.
-    for (const std::string& isa : available_isas())
-        run({1, 20, 2500, 1030, false, Dtype::kFloat32, 1.0, 0.0, isa.c_str(), 2});
+    for (const InstructionSet isa : available_isas())
+        run({1, 20, 2500, 1030, false, Dtype::kFloat32, 1.0, 0.0, isa, 2});
     std::printf("paths:");
-    for (const std::string& isa : available_isas()) std::printf(" %s", isa.c_str());
+    for (const InstructionSet isa : available_isas()) std::printf(" %s", name_of(isa));
     std::printf("\n%d cases, %d failures\n", cases, failures);
     return failures != 0;
 }

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/gramian_weights.h"
+#include "weightings/gramian_weights.h"
 
 using namespace movae;
 
@@ -32,12 +32,6 @@ struct Barrier {
         const long mine = turn;
         all_here.wait(lock, [&] { return turn != mine; });
     }
-};
-
-struct Single {
-    int rank() const { return 0; }
-    int size() const { return 1; }
-    void sync() const {}
 };
 
 struct Team {
@@ -67,7 +61,7 @@ int main() {
             std::vector<double> out(m), expected(m), scratch(weightings::scratch_size(m));
             WeightingTask task{static_cast<Method>(method), m, G.data(), pref.data(), order.data(),
                                cagrad ? 0.5 : 1e-3, cagrad ? 1e-4 : 0, 10, expected.data()};
-            weightings::weigh(Single(), task, scratch.data());
+            weightings::weigh(OneThread(), task, scratch.data());
             task.out = out.data();
             Barrier barrier;
             std::vector<std::thread> threads;
@@ -86,7 +80,7 @@ int main() {
         const std::vector<double> G = {2, -1, 0, -1, 2, 0, 0, 0, 1};
         const std::vector<int64_t> order = {0, 1, 2, bad, 0, 2, 2, 0, 1};
         std::vector<double> out(3), scratch(weightings::scratch_size(3));
-        weightings::weigh(Single(), {Method::kPcgrad, 3, G.data(), nullptr, order.data(), 0, 0, 0, out.data()}, scratch.data());
+        weightings::weigh(OneThread(), {Method::kPcgrad, 3, G.data(), nullptr, order.data(), 0, 0, 0, out.data()}, scratch.data());
         ++compared;
         if (out[0] != out[0] || out[1] == out[1] || out[2] != out[2]) {
             ++failures;

@@ -1,4 +1,4 @@
-"""Compile csrc/*.cu for a CPU: a library for Python, or the sanitizers' driver."""
+"""Compile csrc/**/*.cu for a CPU: a library for Python, or the sanitizers' driver."""
 
 import os
 import re
@@ -44,8 +44,8 @@ def build(out: Path, *flags: str, driver: bool = False, csrc: Path = CSRC) -> Pa
     if compiler is None:
         return None
     files = [HERE / "emulation.cpp", HERE / "entry.cpp"]
-    for source in sorted(csrc.glob("*.cu")):
-        target = out / f"{source.stem}.cpp"
+    for source in sorted(csrc.rglob("*.cu")):
+        target = out / f"{source.parent.name}-{source.stem}.cpp"
         target.write_text(f'#include "emulation.h"\n#line 1 "{source}"\n{on_cpu(source.read_text())}')
         files.append(target)
     if driver:

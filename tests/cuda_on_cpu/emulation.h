@@ -1,4 +1,4 @@
-// CUDA's language on a CPU, as much of it as csrc/*.cu uses: the blocks of a launch run one after the other, the threads of
+// CUDA's language on a CPU, as much of it as csrc/**/*.cu use: the blocks of a launch run one after the other, the threads of
 // a block as fibers that take turns at barriers. AddressSanitizer and ThreadSanitizer know of the fibers: to the latter
 // each is a thread, and nothing but the kernel's own barriers and atomics orders what two of them do.
 //

@@ -5,8 +5,8 @@
 #include <exception>
 
 #include "emulation.h"
-#include "gramian_weights_cuda.h"
-#include "upgrad.h"
+#include "weightings/gramian_weights_cuda.h"
+#include "projection/upgrad.h"
 
 using namespace movae;
 

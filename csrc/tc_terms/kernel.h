@@ -1,0 +1,224 @@
+// The inner loops of tc_terms for one instruction set, with vectors of MOVAE_VECTOR_BYTES (common/every_isa.h).
+// Nothing here may instantiate a std template: one compiled for AVX-512 could be the copy that the linker keeps.
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+    typedef float V __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
+    typedef int32_t I __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
+};
+template <>
+struct Simd<double> {
+    typedef double V __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
+    typedef int64_t I __attribute__((vector_size(MOVAE_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename Simd<T>::V;
+
+#define MOVAE_INLINE static inline __attribute__((always_inline))
+
+template <class T>
+MOVAE_INLINE Vec<T> load(const T* p) {
+    Vec<T> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+template <class T>
+MOVAE_INLINE void store(T* p, Vec<T> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// e^x for x below about 40. x = n ln2 + r with |r| <= ln2 / 2; n by adding 1.5 * 2^mantissa, which leaves it in the
+// low bits; ln2 in two parts, the first short enough that n * part is exact. e^r = 1 + r + r^2 p(r), p interpolated
+// at Chebyshev nodes: relative error 1.1e-8 (float, before rounding) and 1.8e-17 (double). Where the result would be
+// subnormal, and at -inf, it is 0; a NaN stays one (the comparison is false).
+MOVAE_INLINE Vec<float> vexp(Vec<float> x) {
+    const float magic = 12582912.0f, lowest = -87.0f;
+    const Vec<float> zero = {};
+    const Simd<float>::I below = x < lowest;
+    x = below ? zero + lowest : x;
+    const Vec<float> t = x * 1.44269504f + magic;
+    const Vec<float> n = t - magic;
+    const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Vec<float> p = zero + 0.0013926250831497611f;
+    p = p * r + 0.008363232883682618f;
+    p = p * r + 0.04166655421298415f;
+    p = p * r + 0.16666576666119928f;
+    p = p * r + 0.5f;
+    p = p * (r * r) + r + 1.0f;
+    const Simd<float>::I scale = ((Simd<float>::I)t + (127 - 0x4B400000)) << 23;
+    return below ? zero : p * (Vec<float>)scale;
+}
+
+MOVAE_INLINE Vec<double> vexp(Vec<double> x) {
+    const double magic = 6755399441055744.0, lowest = -708.0;
+    const Vec<double> zero = {};
+    const Simd<double>::I below = x < lowest;
+    x = below ? zero + lowest : x;
+    const Vec<double> t = x * 1.4426950408889634 + magic;
+    const Vec<double> n = t - magic;
+    const Vec<double> r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+    Vec<double> p = zero + 2.09147553258932e-09;
+    p = p * r + 2.5105312729622103e-08;
+    p = p * r + 2.755727347871858e-07;
+    p = p * r + 2.755725517000089e-06;
+    p = p * r + 2.480158732567746e-05;
+    p = p * r + 0.0001984126987500228;
+    p = p * r + 0.0013888888888883711;
+    p = p * r + 0.008333333333326084;
+    p = p * r + 0.041666666666666664;
+    p = p * r + 0.1666666666666667;
+    p = p * r + 0.5;
+    p = p * (r * r) + r + 1.0;
+    const Simd<double>::I scale = ((Simd<double>::I)t + (1023LL - 0x4338000000000000LL)) << 52;
+    return below ? zero : p * (Vec<double>)scale;
+}
+
+// Running log-sum-exp in double: `s` is a sum of exp(x - m), merged with the part seen so far.
+MOVAE_INLINE void merge(double& m_all, double& s_all, double m, double s) {
+    if (m > m_all) {
+        s_all = s_all * __builtin_exp(m_all - m) + s;
+        m_all = m;
+    } else if (m_all == -__builtin_inf()) {
+        s_all += s;  // nothing finite yet: 0, or a NaN that must not be lost
+    } else {
+        s_all += s * __builtin_exp(m - m_all);
+    }
+}
+
+// Largest value and sum of exp(x - largest) (of 0 where nothing is above -inf) over x[0:n].
+template <class T, bool kWeighted>
+MOVAE_INLINE void sum_exp(const T* x, const T* w, int64_t n, Vec<T> top, double& m_all, double& s_all) {
+    constexpr int W = sizeof(Vec<T>) / sizeof(T);
+    T m = top[0];
+    for (int k = 1; k < W; ++k) m = top[k] > m ? top[k] : m;
+    const T shift = m == -T(__builtin_inf()) ? T(0) : m;
+    Vec<T> s0 = {}, s1 = {};  // two chains hide the addition's latency; rows are padded to pairs of vectors
+    for (int64_t j = 0; j < n; j += 2 * W) {
+        Vec<T> e0 = vexp(load(x + j) - shift), e1 = vexp(load(x + j + W) - shift);
+        if (kWeighted) {
+            e0 *= load(w + j);
+            e1 *= load(w + j + W);
+        }
+        s0 += e0;
+        s1 += e1;
+    }
+    double s = 0;
+    for (int k = 0; k < W; ++k) s += double(s0[k]) + double(s1[k]);
+    merge(m_all, s_all, m, s);
+}
+
+template <class T, bool kWeighted>
+static void forward_rows(const Problem<T>& p, int64_t begin, int64_t end, T* scratch) {
+    constexpr int W = sizeof(Vec<T>) / sizeof(T);
+    const T ninf = -T(__builtin_inf());
+    T *l = scratch, *joint = l + kForwardBlock, *w = joint + kForwardBlock;
+    double* running = reinterpret_cast<double*>(w + kForwardBlock);  // (max, sum) of each dimension, then of the joint
+    for (int64_t j = 0; kWeighted && j < kForwardBlock; ++j) w[j] = 1;
+    for (int64_t i = begin; i < end; ++i) {
+        for (int64_t d = 0; d <= p.dims; ++d) running[2 * d] = -__builtin_inf(), running[2 * d + 1] = 0;
+        for (int64_t j0 = 0; j0 < p.padded; j0 += kForwardBlock) {
+            const int64_t n = p.padded - j0 < kForwardBlock ? p.padded - j0 : kForwardBlock;
+            if (kWeighted) p.set_weights(w, i, j0, n);
+            for (int64_t d = 0; d < p.dims; ++d) {
+                const T *mu = p.mu + d * p.padded + j0, *niv = p.niv + d * p.padded + j0, *c = p.c + d * p.padded + j0;
+                const T z = p.z[i * p.dims + d];
+                Vec<T> top = Vec<T>{} + ninf;
+                for (int64_t j = 0; j < n; j += W) {
+                    const Vec<T> diff = z - load(mu + j);
+                    const Vec<T> v = (diff * diff) * load(niv + j) + load(c + j);
+                    store(joint + j, d ? load(joint + j) + v : v);
+                    store(l + j, v);
+                    top = v > top ? v : top;
+                }
+                sum_exp<T, kWeighted>(l, w, n, top, running[2 * d], running[2 * d + 1]);
+            }
+            Vec<T> top = Vec<T>{} + ninf;
+            for (int64_t j = 0; j < n; j += W) {
+                const Vec<T> v = load(joint + j);
+                top = v > top ? v : top;
+            }
+            sum_exp<T, kWeighted>(joint, w, n, top, running[2 * p.dims], running[2 * p.dims + 1]);
+            if (kWeighted) p.clear_weights(w, i, j0, n);
+        }
+        double product = 0;
+        for (int64_t d = 0; d < p.dims; ++d) {
+            product += running[2 * d] + __builtin_log(running[2 * d + 1]) + p.log_w;
+        }
+        p.log_prod_q_z[i] = T(product);
+        p.log_q_z[i] = T(running[2 * p.dims] + __builtin_log(running[2 * p.dims + 1]) + p.log_w);
+        for (int64_t d = 0; d <= p.dims; ++d) {
+            p.top[i * (p.dims + 1) + d] = T(running[2 * d]);
+            p.total[i * (p.dims + 1) + d] = T(running[2 * d + 1]);
+        }
+    }
+}
+
+// One block of posteriors j against all samples i. The weight of l_ijd in the loss is
+//     r = g1_i / total_i exp(sum_d l_ijd - top_i) + g2_i / total_id exp(l_ijd - top_id),
+// both exponentials times W_ij; the rest is the derivative of a Gaussian's log density. The maxima and sums are the forward's:
+// l is computed here by the same operations, so that l - top is exact where it matters; with log q, rounded at its own
+// magnitude, in the place of top, the error is several times larger.
+template <class T, bool kWeighted>
+static void backward_block(const Problem<T>& p, const TcGradients<T>& g, int64_t j0, int64_t n, double* grad_z, T* scratch) {
+    constexpr int W = sizeof(Vec<T>) / sizeof(T);
+    const int64_t D = p.dims;
+    T *joint = scratch, *w = joint + n, *part_mu = w + n, *part_lv = part_mu + D * n;
+    double *sum_mu = reinterpret_cast<double*>(part_lv + D * n), *sum_lv = sum_mu + D * n;
+    for (int64_t k = 0; k < D * n; ++k) sum_mu[k] = sum_lv[k] = 0;
+    for (int64_t j = 0; kWeighted && j < n; ++j) w[j] = 1;
+    // Sums over i are taken in T over 64 samples and in double over those parts: the error does not grow with B.
+    for (int64_t i0 = 0; i0 < p.batch; i0 += 64) {
+        for (int64_t k = 0; k < D * n; ++k) part_mu[k] = part_lv[k] = 0;
+        const int64_t i1 = i0 + 64 < p.batch ? i0 + 64 : p.batch;
+        for (int64_t i = i0; i < i1; ++i) {
+            if (kWeighted) p.set_weights(w, i, j0, n);
+            for (int64_t d = 0; d < D; ++d) {
+                const T *mu = p.mu + d * p.padded + j0, *niv = p.niv + d * p.padded + j0, *c = p.c + d * p.padded + j0;
+                const T z = p.z[i * D + d];
+                for (int64_t j = 0; j < n; j += W) {
+                    const Vec<T> diff = z - load(mu + j);
+                    const Vec<T> v = (diff * diff) * load(niv + j) + load(c + j);
+                    store(joint + j, d ? load(joint + j) + v : v);
+                }
+            }
+            const T *top = p.top + i * (D + 1), *total = p.total + i * (D + 1);
+            const T g1 = over(g.log_q_z[i], total[D]), top_joint = finite_or_zero(top[D]);
+            for (int64_t j = 0; j < n; j += W) {
+                Vec<T> e = g1 * vexp(load(joint + j) - top_joint);
+                if (kWeighted) e *= load(w + j);
+                store(joint + j, e);
+            }
+            for (int64_t d = 0; d < D; ++d) {
+                const T *mu = p.mu + d * p.padded + j0, *niv = p.niv + d * p.padded + j0, *c = p.c + d * p.padded + j0;
+                T *gm = part_mu + d * n, *gl = part_lv + d * n;
+                const T z = p.z[i * D + d], top_d = finite_or_zero(top[d]), g2 = over(g.log_prod_q_z[i], total[d]);
+                Vec<T> gz = {};
+                for (int64_t j = 0; j < n; j += W) {
+                    const Vec<T> diff = z - load(mu + j), ni = load(niv + j);
+                    const Vec<T> a = (diff * diff) * ni;
+                    Vec<T> q = g2 * vexp(a + load(c + j) - top_d);
+                    if (kWeighted) q *= load(w + j);
+                    const Vec<T> r = load(joint + j) + q;
+                    const Vec<T> t = r * diff;
+                    gz += t * ni;
+                    store(gm + j, load(gm + j) + t);
+                    store(gl + j, load(gl + j) + r + (a + a) * r);
+                }
+                double s = 0;
+                for (int k = 0; k < W; ++k) s += double(gz[k]);
+                grad_z[i * D + d] += 2 * s;
+            }
+            if (kWeighted) p.clear_weights(w, i, j0, n);
+        }
+        for (int64_t k = 0; k < D * n; ++k) sum_mu[k] += part_mu[k], sum_lv[k] += part_lv[k];
+    }
+    for (int64_t j = 0; j < n && j0 + j < p.batch; ++j)
+        for (int64_t d = 0; d < D; ++d) {
+            g.mu[(j0 + j) * D + d] = T(-2 * double(p.niv[d * p.padded + j0 + j]) * sum_mu[d * n + j]);
+            g.logvar[(j0 + j) * D + d] = T(-0.5 * sum_lv[d * n + j]);
+        }
+}
+
+#undef MOVAE_INLINE

@@ -1,0 +1,61 @@
+"""Turn grey levels into black and white, the same for every loader, process and resumed run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Binarization = Literal["none", "threshold", "static", "dynamic"]
+STATIC_SEED = 777  # The static draw is the same for everybody, whatever the seed of a run.
+LOW_32_BITS = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Binarizer:
+    """Turn the grey levels of one split into black and white as `mode` says.
+
+    A draw is a function of seed, split, epoch, row and position and of nothing else, so that a resumed epoch,
+    other processes and other loaders get the same pixels. It is made on the device and keeps no state.
+    """
+
+    mode: Binarization
+    split: str
+    seed: int
+
+    def __call__(
+        self,
+        images: Tensor,  # [B, C, S, S] uint8
+        rows: Tensor,  # [B], the images' places in the split
+        epoch: int | None,
+    ) -> Tensor:  # [B, C, S, S] uint8
+        """Return images of 0 and 255, or the images themselves where `mode` is none.
+
+        Without an epoch a dynamic binarizer makes the static draw.
+        """
+        if self.mode == "none":
+            return images
+        if self.mode == "threshold":
+            return (images > 127).to(torch.uint8).mul_(255)
+        key = STATIC_SEED
+        if self.mode == "dynamic" and epoch is not None:
+            key = hash32(hash32(self.seed) + epoch + 1)
+        key = hash32(2 * key + (self.split == "train"))
+        keys = hash32(rows.to(images.device) + key)
+        positions = torch.arange(images[0].numel(), device=images.device)
+        draws = hash32(keys[:, None] + hash32(positions)) >> 8  # [B, C S S], 24 bits each
+        white = draws.view(images.shape) * 255 < images.to(torch.int64) << 24
+        return white.to(torch.uint8).mul_(255)
+
+
+Integers = TypeVar("Integers", int, Tensor)
+
+
+def hash32(x: Integers) -> Integers:
+    """Return well-mixed integers of 32 bits: the finaliser lowbias32 of the low 32 bits of x."""
+    x = x & LOW_32_BITS
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32_BITS
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW_32_BITS  # The product may wrap in int64; its low bits are right.
+    return x ^ (x >> 16)

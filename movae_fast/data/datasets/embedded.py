@@ -1,0 +1,27 @@
+"""Read the datasets that need no files: sprites, which are rendered, and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from movae_fast.data.datasets.info import images_in_memory
+from movae_fast.data.datasets.sprites import Sprites, split_index
+from movae_fast.data.sources import Images, ReadOptions
+
+DIGITS_TEST = 297  # images
+
+
+def read_sprites(options: ReadOptions) -> Sprites:
+    """Return a split of the sprites; they are rendered on the options' device."""
+    return Sprites(split_index(options.split), options.image_size, options.device, options.antialias)
+
+
+def read_digits(options: ReadOptions) -> Images:
+    """Return a split of scikit-learn's 1,797 digits: one fixed shuffle, its last 297 for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.images))
+    rows = order[-DIGITS_TEST:] if options.split == "test" else order[:-DIGITS_TEST]
+    pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
+    return images_in_memory(pixels, digits.target[rows], options)

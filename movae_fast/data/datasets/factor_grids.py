@@ -1,0 +1,220 @@
+"""Read the sets whose images are a full grid of ground-truth factors: dSprites, 3D Shapes and MPI3D.
+
+The factor values of image number i are the digits of i in the mixed base of the factors' sizes, and the last
+factor varies fastest. The sets have no published splits: one fixed shuffle, its last 10,000 images (at most a
+tenth of all) for testing.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from movae_fast.data.datasets.info import missing
+from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.sources import ImageSource, ReadOptions
+from movae_fast.data.transforms import resize
+from movae_fast.names import shown
+
+N_TEST = 10_000
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Describe one file of images over a grid of factors."""
+
+    filename: str
+    member: str  # the name of the array of images in the file
+    image: tuple[int, ...]  # the shape of one image
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    home: str  # where the file is published
+    scale: int = 1  # Stored values times this are grey levels.
+    remote: Remote | None = None
+
+    @property
+    def size(self) -> int:
+        """Return the number of images."""
+        return math.prod(self.sizes)
+
+    @property
+    def shape_column(self) -> int:
+        """Return which factor is the object's shape."""
+        return next(i for i, name in enumerate(self.names) if name.endswith("shape"))
+
+    @property
+    def files(self) -> str:
+        """Return the file to put into data_dir, with its source."""
+        return f"{self.filename} from {self.home}"
+
+
+_MPI3D = {
+    "member": "images",
+    "image": (64, 64, 3),
+    "names": ("object_color", "object_shape", "object_size", "camera_height", "background", "axis_1", "axis_2"),
+    "sizes": (6, 6, 2, 3, 3, 40, 40),
+    "home": "https://github.com/rr-learning/disentanglement_dataset",
+}
+GRIDS = {
+    "dsprites": Grid(
+        "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",
+        "imgs",
+        (64, 64),
+        ("color", "shape", "scale", "orientation", "pos_x", "pos_y"),
+        (1, 3, 6, 40, 32, 32),
+        "https://github.com/google-deepmind/dsprites-dataset",
+        scale=255,
+    ),
+    "shapes3d": Grid(
+        "3dshapes.h5",
+        "images",
+        (64, 64, 3),
+        ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation"),
+        (10, 10, 10, 8, 4, 15),
+        "https://storage.googleapis.com/3d-shapes/3dshapes.h5",
+        remote=Remote(
+            "https://storage.googleapis.com/3d-shapes/3dshapes.h5",
+            267_573_662,
+            "0a0f6ed98baff276a50f3a081a7434d788da63cb135a98189b2a5b5769be1785",
+        ),
+    ),
+    "mpi3d_toy": Grid("mpi3d_toy.npz", **_MPI3D),  # type: ignore[arg-type]
+    "mpi3d_realistic": Grid("mpi3d_realistic.npz", **_MPI3D),  # type: ignore[arg-type]
+    "mpi3d_real": Grid("mpi3d_real.npz", **_MPI3D),  # type: ignore[arg-type]
+}
+# These arrays are in use. The two splits of a set share one.
+_LOADED: weakref.WeakValueDictionary[tuple[str, int], np.ndarray] = weakref.WeakValueDictionary()
+
+
+class GridImages(ImageSource):
+    """Hold one split of a grid: some of the file's images, loaded at the first use. Labels are the shapes."""
+
+    def __init__(
+        self,
+        path: Path,
+        grid: Grid,
+        rows: Tensor,  # [N], the images' numbers in the file
+        options: ReadOptions,
+    ) -> None:
+        self.path, self.grid, self.rows = path, grid, rows
+        self.size, self.mode = options.image_size, options.resize
+        self.files, self.note = [path], ""
+        self._images: Tensor | None = None  # [grid.size or N, H, W(, 3)] as in the file
+        self._places = rows  # [N], the images' places in _images
+        self.labels = factors_of(rows, grid.sizes)[:, grid.shape_column]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def images(self) -> Tensor:  # [grid.size or N, H, W(, 3)] uint8
+        """Return the images in memory; the file is loaded if it is not yet."""
+        if self._images is None:
+            self._images = torch.from_numpy(_load(self.path, self.grid))
+        return self._images
+
+    def to(self, device: torch.device) -> None:
+        """Copy the split to a GPU, in the split's order; on a CPU both splits share the whole array."""
+        if device.type != "cpu" and self._places is self.rows:  # not copied yet
+            self._images = self.images.index_select(0, self.rows).to(device)
+            self._places = torch.arange(len(self.rows), device=device)
+            self.labels = self.labels.to(device)
+
+    def factors(self, rows: Tensor) -> Tensor:
+        """Return the factor values [B, F] int64 of rows [B] of this split."""
+        return factors_of(self.rows[rows.cpu()], self.grid.sizes)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images [B, C, S, S] of `rows`, resized, and their shapes [B]."""
+        rows = rows.to(self._places.device)
+        images = self.images.index_select(0, self._places[rows])
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        return resize(images * self.grid.scale, self.size, self.mode), self.labels[rows]
+
+
+def factors_of(index: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Return the factor values [B, F] int64 of image numbers [B] in a grid of these sizes."""
+    values = []
+    for size in reversed(sizes):
+        values.append(index % size)
+        index = index // size
+    return torch.stack(values[::-1], dim=1)
+
+
+def split_rows(n: int, split: str) -> Tensor:  # int64
+    """Return which of n images are in the "train" or the "test" split."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    test = min(N_TEST, n // 10)
+    return order[n - test :] if split == "test" else order[: n - test]
+
+
+def grid_reader(name: str) -> Callable[[ReadOptions], GridImages]:
+    """Return the function that reads a split of the grid called `name`."""
+
+    def read(options: ReadOptions) -> GridImages:
+        grid = GRIDS[name]
+        places = [options.root / grid.filename, *(options.root / d / grid.filename for d in (name, "mpi3d"))]
+        path = next((p for p in places if p.is_file()), None)
+        if path is None and options.download and grid.remote is not None:
+            try:
+                fetch(grid.remote, places[0])
+            except OSError as error:
+                raise missing(name, grid.files, options, f"Downloading failed: {first_line(error)}") from None
+            path = places[0]
+        if path is None:
+            raise missing(name, grid.files, options, "It is not downloaded by this program." * options.download)
+        try:
+            shape, dtype = _header(path, grid.member)
+        except Exception as error:  # The readers of zip, npy and HDF5 each have their own errors.
+            raise missing(name, grid.files, options, f"({path.name}: {first_line(error)})") from None
+        expected = (grid.size, *grid.image)
+        if shape != expected or dtype != np.uint8:
+            why = f"{path.name} holds {grid.member} {list(shape)} {dtype}, expected {list(expected)} uint8"
+            raise missing(name, grid.files, options, f"({why})")
+        return GridImages(path, grid, split_rows(grid.size, options.split), options)
+
+    return read
+
+
+def _header(path: Path, member: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and dtype of the array called `member`, without reading the array."""
+    if path.suffix == ".h5":
+        import h5py
+
+        with h5py.File(path) as file:
+            return tuple(file[member].shape), file[member].dtype
+    with zipfile.ZipFile(path) as archive, archive.open(f"{member}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _load(path: Path, grid: Grid) -> np.ndarray:
+    """Return the array of images in a file, or the one that the other split has loaded."""
+    key = (str(path.resolve()), path.stat().st_mtime_ns)
+    images = _LOADED.get(key)
+    if images is None:
+        try:
+            if path.suffix == ".h5":
+                import h5py
+
+                with h5py.File(path) as file:
+                    images = file[grid.member][:]
+            else:
+                with np.load(path) as archive:
+                    images = archive[grid.member]
+        except Exception as error:
+            raise ValueError(
+                f"{shown(path)} is damaged ({first_line(error)}): fetch it again from {grid.home}"
+            ) from None
+        _LOADED[key] = images
+    return images

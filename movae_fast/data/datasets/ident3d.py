@@ -1,0 +1,62 @@
+"""Read 3DIdent: image files with ten continuous ground-truth factors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from movae_fast.data.datasets.info import missing
+from movae_fast.data.fetch import first_line
+from movae_fast.data.find_files import find_below
+from movae_fast.data.sources import ImageFiles, ReadOptions
+
+IDENT3D_NAMES = (
+    *("pos_x", "pos_y", "pos_z", "rotation_1", "rotation_2", "rotation_3"),
+    *("hue_1", "hue_2", "spotlight_position", "hue_3"),
+)
+IDENT3D_FILES = (
+    "3dident/train/raw_latents.npy, 3dident/train/images/*.png and the same in 3dident/test, "
+    "from https://zenodo.org/records/4502485"
+)
+
+
+class Ident3D(ImageFiles):
+    """Decode 3DIdent's image files, and know their factors."""
+
+    latents: Tensor  # [N, 10] float32
+
+    def factors(self, rows: Tensor) -> Tensor:
+        """Return the factor values [B, 10] float32 of rows [B]; they are continuous."""
+        return self.latents[rows.cpu()]
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep these rows alone, in this order."""
+        self.latents = self.latents[torch.tensor(rows, dtype=torch.long)]
+        super().keep(rows)
+
+
+def read_ident3d(options: ReadOptions) -> Ident3D:
+    """Return a split of 3DIdent."""
+    folders = [options.root / d / options.split for d in ("3dident", "ident3d", "3DIdent", ".")]
+    folder = next((f for f in folders if (f / "raw_latents.npy").is_file()), None)
+    if folder is None:
+        raise missing("ident3d", IDENT3D_FILES, options, "It is not downloaded by this program.")
+    try:
+        latents = np.load(folder / "raw_latents.npy")
+    except Exception as error:  # numpy raises ValueError, EOFError, UnpicklingError
+        why = f"({folder / 'raw_latents.npy'}: {first_line(error)})"
+        raise missing("ident3d", IDENT3D_FILES, options, why) from None
+    if latents.ndim != 2 or latents.shape[1] != len(IDENT3D_NAMES):
+        why = f"(raw_latents.npy is {list(latents.shape)}, expected [N, {len(IDENT3D_NAMES)}])"
+        raise missing("ident3d", IDENT3D_FILES, options, why)
+    # Image numbers are padded with zeros to one width, so that the sorted files are in the latents' order.
+    below = find_below(folder / "images")
+    if len(below.images) != len(latents):
+        why = f"({len(below.images)} images and {len(latents)} rows of latents in {folder})"
+        raise missing("ident3d", IDENT3D_FILES, options, why)
+    mode = "bilinear" if options.resize == "auto" else options.resize
+    source = Ident3D(below.images, options, None, mode)
+    source.latents = torch.from_numpy(latents).float()
+    source.note = str(below.aside)
+    return source

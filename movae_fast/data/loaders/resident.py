@@ -1,0 +1,133 @@
+"""Keep the whole set on the device as uint8, so that a batch is one indexing away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from movae_fast.data.loaders.loader import Loader, LoaderOptions
+from movae_fast.data.prefetch import in_threads, prefetched
+from movae_fast.data.sources import ImageFiles, ImageSource, stack
+from movae_fast.data.transforms import batch_of, pick
+from movae_fast.own_code import with_own_code
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11 on
+
+
+class ResidentLoader(Loader):
+    """Index a set that lies on the device as uint8, or is rendered there.
+
+    Image files come to lie there as they are used: the first epoch decodes them, on all processors. A prepared
+    file stays where it is mapped.
+
+    On CUDA gathering, mirroring and normalising are one compiled kernel, unless `compiled` is False or pixels
+    are made black or white. They are not compiled on a CPU: there the kernel took 0.6 to 0.8 of the time of
+    `pick` and `finish` without mirroring, but 3 to 20 times as long with it, since it goes byte by byte where
+    those copy whole images.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        device: torch.device,
+        compiled: bool = True,
+        **options: Unpack[LoaderOptions],
+    ) -> None:
+        if isinstance(source, ImageFiles):
+            source = DecodedFiles(source, device)
+        super().__init__(source, batch_size, device, **options)
+        source.to(device)
+        self.compiled = compiled and device.type == "cuda"
+
+    def finished(
+        self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield what Loader does; images on a GPU are indexed there, and nothing waits for the device."""
+        fused = self.compiled and self.binarizer.mode == "none"
+        table = self.source.table(rows) if fused else None
+        if table is None:
+            yield from super().finished(rows, start, flip, epoch)
+            return
+        rows, flip = rows.to(self.device), None if flip is None else flip.to(self.device)
+        for at in range(start * self.batch_size, len(rows), self.batch_size):
+            here = slice(at, at + self.batch_size)
+            yield self.batch_of(*table, rows[here], None if flip is None else flip[here], self.normalize)
+
+    @cached_property
+    def batch_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Compile this loader's own kernel, so that the shapes of other loaders do not recompile it."""
+        return compiled_batch_of()
+
+    def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Yield what Loader says; decoding and reading of mapped files run two batches ahead of the step."""
+        starts = range(start * self.batch_size, len(rows), self.batch_size)
+        if not self.source.on_host:
+            rows = rows.to(self.device)
+            for at in starts:
+                yield at, self.source.gather(rows[at : at + self.batch_size])
+            return
+        gathered = (self._gather(rows[at : at + self.batch_size]) for at in starts)
+        with closing(prefetched(gathered, depth=2)) as ready:
+            for at, (images, labels) in zip(starts, ready, strict=True):
+                yield at, (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+
+    def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = self.source.gather(rows)
+        if self.device.type == "cuda" and not images.is_cuda:  # Copies from pinned memory are asynchronous.
+            images = images.pin_memory()
+        return images, labels.pin_memory() if self.device.type == "cuda" else labels
+
+
+def compiled_batch_of() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return `batch_of`, compiled in a code object of its own."""
+    return torch.compile(with_own_code(batch_of), fullgraph=True)
+
+
+class DecodedFiles(ImageSource):
+    """Decode image files at their first use, and keep them on the device as uint8 from then on."""
+
+    on_host = True  # The host knows which rows are wanted, without asking the device.
+
+    def __init__(self, source: ImageFiles, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.note, self.skipped = source.note, source.skipped
+        shape = (len(source), source.channels, source.size, source.size)
+        try:
+            self.images = torch.empty(
+                shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last
+            )
+        except RuntimeError:
+            raise ValueError(
+                f"--loader resident: {len(source):,} images take {set_bytes(source) / 1e9:.1f} GB on {device}, "
+                "more than there is: use --loader dali or torch, or prepare them (movae data prepare)"
+            ) from None
+        self.labels = torch.tensor(source.labels)
+        self.present = torch.zeros(len(source), dtype=torch.bool)  # [N], which images have been decoded
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images of `rows` on the device and their labels; `rows` and labels are on the host."""
+        new = rows[~self.present[rows]]
+        if len(new):
+            items = in_threads(self.source.__getitem__, new.tolist())
+            self.images[new.to(self.device)] = stack(items)[0].to(self.device)
+            self.present[new] = True
+        return pick(self.images, rows.to(self.device)), self.labels[rows]
+
+    def table(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return all images and labels on the device once every one of `rows` is decoded."""
+        return (self.images, self.labels.to(self.device)) if bool(self.present[rows].all()) else None
+
+
+def set_bytes(source: ImageFiles) -> int:
+    """Return the bytes that the decoded images take."""
+    return len(source) * source.channels * source.size**2

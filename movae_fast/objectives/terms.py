@@ -1,0 +1,176 @@
+"""The terms of the loss vector: each a pure function of tensors, in nats or in squared units.
+
+A batch may hold images that count for nothing: `sample_weight` [B] says how often each image counts, 1 on
+average over all processes and parts of a batch, so that their mean is the mean over what counts. None is 1 for
+every image. `beta` weights the images of a multi-rate model.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from movae_fast import ops
+from movae_fast.models.base import output_image
+from movae_fast.reference import TCEstimator, gaussian_log_density
+
+ReconsDist = Literal["bernoulli", "gaussian", "laplacian"]
+ReconsReduction = Literal["mean", "sum", "scaled_sum"]
+
+
+def reconstruction(
+    preactivation: Tensor,  # [B, C, H, W] the decoder's output before its activation
+    x: Tensor,  # [B, C, H, W]
+    activation: str,
+    dist: ReconsDist = "gaussian",
+    reduction: ReconsReduction = "mean",
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return -log p(x|z) up to constants: BCE (bernoulli), squared error (gaussian), L1 (laplacian).
+
+    "mean" is over values and batch, "sum" over an image's values with the mean over the batch, "scaled_sum"
+    (gaussian only) 255 times the sum over everything. The Bernoulli term works on logits, which do not round
+    past 1 as probabilities do.
+    """
+    error = pixel_errors(preactivation, x, activation, dist)
+    if sample_weight is not None:
+        error = error * sample_weight.to(error)[:, None, None, None]
+    if reduction == "mean":
+        return error.mean()
+    if reduction == "sum":
+        return error.sum() / x.shape[0]
+    return 255 * error.sum()
+
+
+def pixel_errors(
+    preactivation: Tensor,  # [B, C, H, W]
+    x: Tensor,  # [B, C, H, W]
+    activation: str,
+    dist: ReconsDist,
+) -> Tensor:  # [B, C, H, W]
+    """Return -log p(x|z) of every value without its constant."""
+    if dist == "bernoulli":
+        return F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
+    image = output_image(preactivation, activation)
+    return (image - x).square() if dist == "gaussian" else (image - x).abs()
+
+
+def kl_standard_normal(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+    sample_weight: Tensor | None = None,  # [B]
+    beta: Tensor | None = None,  # [B] or [1]
+) -> Tensor:  # []
+    """Return KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
+    return batch_mean(kl_of_latents(mu, logvar).sum(1), sample_weight, beta)
+
+
+def kl_of_latents(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+) -> Tensor:  # [B, D]
+    """Return KL(N(mu, exp(logvar)) || N(0, 1)) of each latent in nats."""
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp())
+
+
+def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:
+    """Return the mean of values [B], each times its factors ([B] or [1]; None is 1)."""
+    for factor in factors:
+        values = values if factor is None else values * factor.to(values)
+    return values.mean()
+
+
+def rung_kl(
+    mu: Tensor,  # [B, D] of one rung
+    logvar: Tensor,  # [B, D]
+    reduction: ReconsReduction = "sum",
+    sample_weight: Tensor | None = None,  # [B]
+    beta: Tensor | None = None,  # [B] or [1]
+) -> Tensor:  # []
+    """Return KL(N(mu, exp(logvar)) || N(0, I)) of a ladder's rung in nats, as `kl_standard_normal` does.
+
+    With "mean" it is averaged over the latents as well, as the reconstruction is over pixels.
+    """
+    divisor = mu.shape[1] if reduction == "mean" else 1
+    return kl_standard_normal(mu, logvar, sample_weight, beta) / divisor
+
+
+def distance_to_capacity(
+    kl: Tensor,  # []
+    capacity: Tensor,  # []
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return |KL - C| in nats (Burgess et al. 2018)."""
+    # Of a part of the batch the mean is a part of the whole batch's, which has the whole capacity.
+    counted = 1 if sample_weight is None else sample_weight.mean()
+    return (kl - counted * capacity).abs()
+
+
+class LogDensities(NamedTuple):
+    """Log densities [B] of each image's latents, which the terms of the decomposed KL are differences of."""
+
+    q_given_x: Tensor  # log q(z|x)
+    prior: Tensor  # log p(z)
+    q: Tensor  # log q(z), estimated from the batch
+    q_product: Tensor  # log of the product of q(z_j) over the latents, estimated from the batch
+
+
+def log_densities(
+    z: Tensor,  # [B, D]
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+    n_data: int,
+    estimator: TCEstimator = "mss",
+) -> LogDensities:
+    """Return the log densities of latents z drawn from N(mu, exp(logvar)), for a data set of `n_data` images.
+
+    q(z) is estimated from all B posteriors, whatever their images count.
+    """
+    q_given_x = gaussian_log_density(z, mu, logvar).sum(1)
+    prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+    return LogDensities(q_given_x, prior, *ops.tc_terms(z, mu, logvar, n_data, estimator))
+
+
+# Chen et al. 2018, eq. 2. The sum of the three is the Monte-Carlo KL, E[log q(z|x) - log p(z)], exactly and
+# whatever the estimator.
+
+
+def mutual_information(d: LogDensities, sample_weight: Tensor | None = None) -> Tensor:
+    """Return the mutual information of images and latents in nats."""
+    return batch_mean(d.q_given_x - d.q, sample_weight)
+
+
+def total_correlation(
+    d: LogDensities, sample_weight: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
+    """Return the total correlation of the latents in nats."""
+    return batch_mean(d.q - d.q_product, sample_weight, beta)
+
+
+def dimension_wise_kl(d: LogDensities, sample_weight: Tensor | None = None) -> Tensor:
+    """Return the sum over latents of KL(q(z_j) || p(z_j)) in nats."""
+    return batch_mean(d.q_product - d.prior, sample_weight)
+
+
+def mmd(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    sample_weight: Tensor | None = None,  # [N], where N = M
+) -> Tensor:  # []
+    """Return the squared maximum mean discrepancy (biased V-statistic) of InfoVAE (Zhao et al. 2017).
+
+    The kernel of the published MMD-VAE is exp(-mean_d (x_d - y_d)^2 / D) = exp(-||x - y||^2 / D^2): the width
+    grows with D once by the mean and once by the division.
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        # The difference itself: the expanded square cancels where rows are close, on the diagonal above all.
+        values = torch.exp(-(a[:, None] - b[None]).square().sum(2) / a.shape[1] ** 2)
+        if sample_weight is None:
+            return values.mean()
+        # The statistic of what counts here, times how much that is of the whole batch.
+        counts = sample_weight.to(values)
+        return (values * counts[:, None] * counts).mean() / counts.mean().clamp_min(1e-9)
+
+    return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)

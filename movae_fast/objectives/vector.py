@@ -1,0 +1,202 @@
+"""A model's objectives by name, and the loss vector that they make up.
+
+An objective is a function of `Outcome`: `OBJECTIVES` names them all, and a model's `objectives` are names of
+it. `LossVector` computes a model's objectives in their documented order and weights them; every objective is
+multiplied by its weight before aggregation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from movae_fast.models import VAE, GaussianOutput, VQOutput
+from movae_fast.names import nearest
+from movae_fast.objectives import terms
+from movae_fast.objectives.terms import LogDensities, ReconsDist, ReconsReduction
+from movae_fast.reference import TCEstimator
+from movae_fast.schedules import LossSchedule
+
+MOST_RUNGS = 30  # of a ladder, for images of side 2^32
+
+
+@dataclass(frozen=True)
+class TermSettings:
+    """Settings of the terms, the same for every batch."""
+
+    activation: str
+    dist: ReconsDist
+    reduction: ReconsReduction
+    n_data: int  # images of the training set
+    tc_estimator: TCEstimator
+    rungs: int  # of a ladder; 0 without one
+
+
+class Outcome:
+    """A batch after its forward pass. What several objectives need is computed once, by the first of them."""
+
+    def __init__(
+        self,
+        out: Any,  # a GaussianOutput or a VQOutput
+        images: Tensor,  # [B, C, S, S]
+        sample_weight: Tensor | None,  # [B] how often each image counts
+        settings: TermSettings,
+    ) -> None:
+        self.out, self.images, self.sample_weight, self.settings = out, images, sample_weight, settings
+        # Not functools.cached_property: its lock, up to Python 3.11, is nothing that torch.compile can trace.
+        self._densities: LogDensities | None = None
+        self._rungs: list[tuple[Tensor, Tensor]] | None = None
+
+    def densities(self) -> LogDensities:
+        """Return the latents' log densities."""
+        if self._densities is None:
+            out, s = self.out, self.settings
+            self._densities = terms.log_densities(out.z, out.mu, out.logvar, s.n_data, s.tc_estimator)
+        return self._densities
+
+    def rungs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the posterior (mu, logvar) [B, D] of each rung of a ladder."""
+        if self._rungs is None:
+            mu, logvar = (values.chunk(self.settings.rungs, 1) for values in (self.out.mu, self.out.logvar))
+            self._rungs = list(zip(mu, logvar, strict=True))
+        return self._rungs
+
+
+Objective = Callable[[Outcome], Tensor]  # -> a scalar, unweighted
+
+
+def _reconstruction(b: Outcome) -> Tensor:
+    s = b.settings
+    return terms.reconstruction(
+        b.out.preactivation, b.images, s.activation, s.dist, s.reduction, b.sample_weight
+    )
+
+
+def _kl(b: Outcome) -> Tensor:
+    return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta)
+
+
+def _rung_kl(b: Outcome, rung: int) -> Tensor:
+    return terms.rung_kl(*b.rungs()[rung], b.settings.reduction, b.sample_weight, b.out.beta)
+
+
+def _mi(b: Outcome) -> Tensor:
+    return terms.mutual_information(b.densities(), b.sample_weight)
+
+
+def _tc(b: Outcome) -> Tensor:
+    return terms.total_correlation(b.densities(), b.sample_weight, b.out.beta)
+
+
+def _dwkl(b: Outcome) -> Tensor:
+    return terms.dimension_wise_kl(b.densities(), b.sample_weight)
+
+
+def _mmd(b: Outcome) -> Tensor:
+    return terms.mmd(b.out.prior, b.out.z, b.sample_weight)
+
+
+def _embedding(b: Outcome) -> Tensor:
+    return terms.batch_mean(b.out.embedding, b.sample_weight)
+
+
+def _commitment(b: Outcome) -> Tensor:
+    return terms.batch_mean(b.out.commitment, b.sample_weight)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "reconstruction": _reconstruction,
+    "kl": _kl,
+    **{f"kl_{i + 1}": partial(_rung_kl, rung=i) for i in range(MOST_RUNGS)},  # of a ladder, rung by rung
+    "mi": _mi,
+    "tc": _tc,
+    "dwkl": _dwkl,
+    "mmd": _mmd,
+    "embedding": _embedding,
+    "commitment": _commitment,
+}
+
+
+class LossVector:
+    """A model's objectives as a vector of m scalars in the order of `model.objectives`.
+
+    An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
+    a backward pass nor counts in an aggregator's preference.
+
+    Of a multi-rate model the kl (tc where there is one) is the mean of each example's, times its beta.
+
+    The base weights are changed by nothing but a ladder's stages (`set_active_rungs`); all else about a step's
+    weights follows from its number and the `schedule`.
+
+    Raises ValueError for a model with an objective that is not in `OBJECTIVES`.
+    """
+
+    def __init__(
+        self,
+        model: VAE,
+        weights: Sequence[float],
+        dist: ReconsDist,
+        reduction: ReconsReduction,
+        n_data: int,
+        tc_estimator: TCEstimator = "mss",
+        schedule: LossSchedule | None = None,
+    ) -> None:
+        self.names = model.objectives
+        for name in self.names:
+            if name not in OBJECTIVES:
+                raise ValueError(
+                    f"{type(model).__name__}.objectives: OBJECTIVES has no {name}{nearest(name, OBJECTIVES)}"
+                )
+        self.terms = [OBJECTIVES[name] for name in self.names]
+        rungs = sum(name.startswith("kl_") for name in self.names)
+        self.settings = TermSettings(model.activation, dist, reduction, n_data, tc_estimator, rungs)
+        self.schedule = schedule or LossSchedule()
+        self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
+        self.full = self.weights.clone()  # where every rung is active
+        self.active = [i for i, w in enumerate(weights) if w != 0]
+        self.dwkl = torch.tensor([name == "dwkl" for name in self.names], device=model.device)
+        # The KLs of latents in use: their weight may be annealed, and they may be pulled to the capacity.
+        self.is_kl = [name.startswith("kl") for name in self.names]
+        self.live = torch.tensor(self.is_kl, device=model.device)
+        self.capacity = torch.zeros((), device=model.device)  # nats, at the step of `set_step`
+
+    def set_active_rungs(self, active: Tensor, pre_kl: float) -> None:
+        """Give the KL of each rung that is not `active` [L] the weight pre_kl; in place, on the device."""
+        self.live[1:].copy_(active)
+        self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
+
+    def set_step(self, step: int) -> None:
+        """Give the objectives the capacity of 0-based `step`; in place, on the device."""
+        if self.schedule.capacity is not None:
+            self.capacity.fill_(self.schedule.capacity(step))
+
+    def weights_at(self, step: int) -> Tensor:  # [m]
+        """Return the weights at 0-based `step` of the current stage, annealing included."""
+        weights = torch.where(self.dwkl, self.weights * self.schedule.dwkl_factor(step), self.weights)
+        if self.schedule.kl_factor is not None:
+            weights = torch.where(self.live, weights * self.schedule.kl_factor(step), weights)
+        return weights
+
+    def __call__(
+        self,
+        out: GaussianOutput | VQOutput,
+        images: Tensor,  # [B, C, S, S]
+        sample_weight: Tensor | None = None,  # [B]
+    ) -> tuple[Tensor, ...]:  # m scalars
+        """Return the m unweighted objectives of a batch, each image counted `sample_weight` times.
+
+        They are not stacked: a stack's backward would send zeros through every other objective's graph.
+        """
+        batch = Outcome(out, images, sample_weight, self.settings)
+        values = [term(batch) for term in self.terms]
+        if self.schedule.capacity is not None:
+            for i, is_kl in enumerate(self.is_kl):
+                if is_kl:
+                    distance = terms.distance_to_capacity(values[i], self.capacity, sample_weight)
+                    values[i] = torch.where(self.live[i], distance, values[i])
+        return tuple(values)

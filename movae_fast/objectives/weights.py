@@ -1,0 +1,49 @@
+"""The weights of a model's objectives, as a user gives them."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from movae_fast.models import VAE
+from movae_fast.names import nearest
+
+
+def resolve_weights(
+    model: type[VAE],
+    image_shape: tuple[int, int, int],
+    given: Sequence[float] | Mapping[str, float] | None,
+    beta: float | None = None,
+    defaults: Mapping[str, float] | None = None,
+) -> list[float]:
+    """Return the objectives' weights in order: from a list, from names, from `beta`, or the model's defaults.
+
+    Raises ValueError that lists the objectives in order for a wrong number, an unknown name, or a weight that
+    is negative or not finite.
+    """
+    defaults = defaults or model.weighted_objectives({}, image_shape)
+    names, weights = list(defaults), list(defaults.values())
+    order = ", ".join(names)
+    if beta is not None and given is not None:
+        raise ValueError(f"--beta and --loss_weights both set the weight of {model.beta_objective}; give one")
+    if beta is not None:
+        for i, name in enumerate(names):
+            if name.partition("_")[0] == model.beta_objective:  # kl, or the kl_1, kl_2, … of a ladder
+                weights[i] = beta
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            if name not in names:
+                raise ValueError(
+                    f"--loss_weights.{name}: no such objective{nearest(name, names)}; in order: {order}"
+                )
+            weights[names.index(name)] = float(value)
+    elif given is not None:
+        if len(given) != len(names):
+            raise ValueError(
+                f"--loss_weights has {len(given)} values; the objectives are {len(names)}, in order: {order}"
+            )
+        weights = [float(w) for w in given]
+    for name, weight in zip(names, weights, strict=True):
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"--loss_weights: {name} is {weight}; a weight is finite and not negative")
+    if not any(weights):
+        raise ValueError(f"--loss_weights are all zero: nothing to train; in order: {order}")
+    return weights

@@ -1,0 +1,141 @@
+"""What changes with the step: the learning rate, the KL's weight and capacity, the stages of a ladder.
+
+All of it is a pure function of the 0-based step, so that a resumed run goes on in the middle of a schedule bit
+for bit. The trainer evaluates it outside the step that is compiled or recorded, and hands over the numbers as
+the contents of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Factor = Callable[[int], float]  # 0-based step -> what something is multiplied by
+KLAnnealing = Literal["linear", "sigmoid", "cosine"]
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Factor on the learning rate: linear warm-up, then the schedule over the remaining steps.
+
+    `unit` steps in a row have the factor of their first one: 1, or an epoch's steps.
+    """
+
+    schedule: Literal["none", "cosine", "multi_step"]
+    steps: int
+    warmup: int = 0
+    unit: int = 1
+    least: float = 0.0  # where the cosine ends
+    milestones: tuple[int, ...] = ()  # steps from which on `gamma` is multiplied once more
+    gamma: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        step -= step % self.unit
+        if step < self.warmup:
+            return min(1.0, (step + self.unit) / self.warmup)
+        if self.schedule == "cosine":
+            progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+            return self.least + (1 - self.least) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "multi_step":
+            return self.gamma ** sum(step >= milestone for milestone in self.milestones)
+        return 1.0
+
+
+def restarted(factor: Factor, steps: int) -> Factor:
+    """Start a schedule anew every `steps` steps."""
+    return lambda step: factor(step % steps)
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """Cyclic annealing (Fu et al. 2019): a factor that rises from `least` to `most` in each cycle."""
+
+    mode: KLAnnealing
+    steps: int  # of a stage
+    cycles: int = 4  # per stage
+    least: float = 0.1
+    most: float = 1.0
+    ratio: float = 1.0  # the part of a cycle in which the factor rises
+
+    def __call__(self, step: int) -> float:
+        period = self.steps / self.cycles
+        progress = min((step % self.steps) % period / (period * self.ratio), 1.0)
+        if self.mode == "sigmoid":
+            progress = 1 / (1 + math.exp(6 - 12 * progress))
+        elif self.mode == "cosine":
+            progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+        return self.least + (self.most - self.least) * progress
+
+
+def annealing_by_epoch(kind: Literal["monotonic", "cyclic"], steps: int, steps_per_epoch: int) -> Factor:
+    """Return a factor that rises from 0 to 1 over the epochs of a stage of `steps` steps.
+
+    "monotonic" rises over the first 30 % of the epochs and stays; "cyclic" rises over half of each of 4 cycles.
+    """
+    cycles, ratio = (1, 0.3) if kind == "monotonic" else (4, 0.5)
+    epochs = Cycles("linear", math.ceil(steps / steps_per_epoch), cycles, 0.0, 1.0, ratio)
+    return lambda step: epochs(step % steps // steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The KL's capacity in nats (Burgess et al. 2018): it grows linearly from 0 to `most` in `steps` steps."""
+
+    most: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return min(self.most, self.most * step / self.steps)
+
+
+@dataclass(frozen=True)
+class LossSchedule:
+    """How the loss changes with the step; by default not at all."""
+
+    anneal_steps: int = 0  # steps in which the weight of the dimension-wise KL rises to its full size
+    kl_factor: Factor | None = None  # on the KL's weight; None is always 1
+    capacity: Capacity | None = None  # towards which each KL is pulled, instead of towards 0
+
+    def dwkl_factor(self, step: int) -> float:
+        """Return what the weight of the dimension-wise KL is multiplied by: from 1 / anneal_steps to 1."""
+        return min((step + 1) / max(self.anneal_steps, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages `first` to `last` of a progressive ladder, of `steps` steps each."""
+
+    first: int
+    last: int
+    steps: int
+    fade_in: int  # steps in which the newest rung fades in
+    pre_kl: float  # weight of the KL of rungs that are not active yet
+
+    @property
+    def total(self) -> int:
+        """Return the steps of all stages together."""
+        return self.steps * (self.last - self.first + 1)
+
+    def stage(self, step: int) -> int:
+        """Return the stage that a step belongs to."""
+        return min(self.first + step // self.steps, self.last)
+
+    def since(self, step: int) -> int:
+        """Return the number of steps since that stage began."""
+        return step - (self.stage(step) - self.first) * self.steps
+
+    def alpha(self, step: int) -> float:
+        """Return how far the newest rung has faded in, from 0 to 1; the first stage fades nothing in."""
+        if self.fade_in == 0 or self.stage(step) == 1:
+            return 1.0
+        return min(1.0, self.since(step) / self.fade_in)
+
+    def starts(self, step: int) -> bool:
+        """Return whether a step is the first of a stage."""
+        return self.since(step) == 0
+
+    def ends(self, done: int) -> bool:
+        """Return whether a stage is over once `done` steps are done."""
+        return done % self.steps == 0 and 0 < done <= self.total

@@ -1,0 +1,11 @@
+"""The stages of a progressive ladder in a run: where a step's stage reaches the model and its losses."""
+
+from movae_fast.models import ProVLAE
+from movae_fast.objectives import LossVector
+from movae_fast.schedules import Stages
+
+
+def apply_stage(stages: Stages, step: int, model: ProVLAE, losses: LossVector) -> None:
+    """Put the step's stage, alpha and weights into the model's and the losses' tensors, which stay in place."""
+    model.set_stage(stages.stage(step), stages.alpha(step))
+    losses.set_active_rungs(model.active, stages.pre_kl)
