@@ -14,7 +14,17 @@ from movae_fast.cli import COMMANDS
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
 LEAVES = {"exchange", "files", "names", "own_code", "reference"}
-IN_TRAINING = {"ops", "nn", "aggregation", "jacobian", "projected_step", "models", "objectives", "schedules", "data"}
+IN_TRAINING = {
+    "ops",
+    "nn",
+    "aggregation",
+    "jacobian",
+    "projected_step",
+    "models",
+    "objectives",
+    "schedules",
+    "data",
+}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli", *LEAVES},
