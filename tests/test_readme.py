@@ -18,6 +18,7 @@ from movae_fast.cli import COMMANDS, main
 from movae_fast.cli.parsing import ALIASES
 from movae_fast.data import DATASETS
 from movae_fast.models import MODELS
+from movae_fast.objectives import OBJECTIVES
 from tests.test_layout import ALLOWED, LEAVES
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +103,7 @@ def test_no_placeholder_is_left(page: Path) -> None:
 @pytest.fixture
 def registries():
     """Take out again what a page's example adds to them."""
-    kept = [(registry, dict(registry)) for registry in (MODELS, DATASETS)]
+    kept = [(registry, dict(registry)) for registry in (MODELS, OBJECTIVES, DATASETS)]
     yield
     for registry, values in kept:
         registry.clear()
@@ -248,6 +249,15 @@ def test_all_models_aggregators_and_datasets_are_listed() -> None:
             named.add(span)
             family = re.sub(r"_\d+$", "", span)
     assert named >= {*MODELS, *AGGREGATORS, "sum", *DATASETS}
+
+
+def test_the_words_that_are_still_in_the_code_are() -> None:
+    table = prose(DOCS / "glossary.md").split("\n## Words to avoid\n")[1]
+    still_there = re.findall(r"^\| .+? \| .+? \|(.*)\|$", table, re.MULTILINE)
+    words = [span.rpartition(".")[2] for span in re.findall(r"`([\w.]+)`", "".join(still_there))]
+    assert len(words) > 5
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "movae_fast").rglob("*.py"))
+    assert [word for word in words if not re.search(rf"\b{word}\b", code)] == []
 
 
 def test_all_recipes_are_listed() -> None:
