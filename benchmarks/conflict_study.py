@@ -250,6 +250,8 @@ def tables(paths: list[Path]) -> str:
 
 def cells_of(found: list[dict[str, Any]]) -> list[str]:
     """One group's cells: runs, conflict of gradients and steps, error, rate."""
+    if not all(math.isfinite(loss) for f in found for loss in f["final_losses"]):
+        return [str(len(found)), "diverged", "diverged", "–", "–"]  # what was not computed is no conflict
     error = [f["test/mse"] for f in found]
     spread = f" ± {statistics.stdev(error):.5f}" if len(error) > 1 else ""
     return [
