@@ -7,7 +7,7 @@ import time
 
 from movae_fast.training import checkpoint
 from movae_fast.training.logs import TIMING_KEYS
-from tests import lives
+from tests import datafiles, lives
 
 COMMON = (
     "--dataset sprites --image_size 16 --limit_train 120 --limit_test 24 --batch_size 20 --epochs 3 "
@@ -32,6 +32,12 @@ class Chain:
     def __init__(self, kind, folder, *flags):
         self.kind, self.folder = kind, folder
         self.words = ["train", *COMMON.split(), *KINDS[kind].split(), *flags, "--exp_dir", folder]
+        if kind == "dali":  # which decodes files
+            pictures = folder.parent / "pictures"
+            for split, count in (("train", 120), ("test", 24)) if not pictures.exists() else ():
+                for i in range(count):
+                    datafiles.photo(pictures / split / f"{i:03d}.jpg", i)
+            self.words += ["--dataset", "folder", "--data_dir", pictures]
         self.log = folder.parent / f"{folder.name}.log"
         self.last = folder / "checkpoints" / "last.pt"
         self.kills = 0
