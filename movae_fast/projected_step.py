@@ -51,6 +51,10 @@ class Columns:
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the sum over the processes
     gather: Callable[[Tensor], None] = lambda row: None  # fills in the others' stretches of a row [P]
 
+    def gramian(self, rows: Tensor) -> Tensor:  # [m, m] float64
+        """Return the Gramian of rows [m, P], each process contributing its stretch of them."""
+        return self.total(ops.gramian(self.share(rows)))
+
 
 def correction(
     both: Tensor,  # [m + 1, P] the rows J and, last, the step s; overwritten

@@ -15,9 +15,8 @@ from contextlib import suppress
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from movae_fast.data.fetch import first_line
 from movae_fast.data.find_files import File, opened
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 MAX_PIXELS = 100_000_000  # A larger image is a mistake or an attack: this one takes 300 MB when it is decoded.

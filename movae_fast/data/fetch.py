@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from movae_fast.files import CHUNK, file_digest
-from movae_fast.names import first_line as first_line
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.datasets import DatasetInfo
-from movae_fast.data.fetch import first_line
 from movae_fast.data.loaders.dali import DaliLoader
 from movae_fast.data.prefetch import in_threads
 from movae_fast.data.prepared import leave_out_unreadable
@@ -43,7 +42,7 @@ from movae_fast.data.prepared_format import (
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.data.unreadable import list_hash
 from movae_fast.files import locked, replacing, sync
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 CHUNK = 1024  # images between two states that survive a loss of power
 

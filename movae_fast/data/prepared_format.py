@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from movae_fast.data.datasets.factor_grids import GridImages
-from movae_fast.data.fetch import first_line
 from movae_fast.data.find_files import PREPARED
 from movae_fast.data.sources import ImageFiles, ImageSource, ReadOptions
 from movae_fast.files import file_digest
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 FORMAT = "movae uint8 images 2"
 OLD_FORMAT = "movae uint8 images 1"  # with one checksum of all images, none of labels

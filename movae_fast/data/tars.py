@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from movae_fast.data.cache import cached_on_disk
-from movae_fast.data.fetch import first_line
 from movae_fast.data.find_files import IMAGE_SUFFIXES, File, LeftAside, Member, hidden, opened
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 BLOCK = 512  # bytes; a tar consists of such blocks
 MAX_LINKS = 40  # the longest chain of links that is followed, which is also Linux's limit

@@ -1,4 +1,4 @@
-"""What an optimizer's step did to the shared parameters: its projection, and its cosine with each row."""
+"""What an optimizer's step did to the shared parameters: its projection."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from movae_fast import ops
-from movae_fast.projected_step import Columns, StepMetric, correction, metric_roots, step_cosines
+from movae_fast.projected_step import Columns, StepMetric, correction, metric_roots
 from movae_fast.training.flat import FlatParameters, Rows
 
 
@@ -39,8 +38,3 @@ class StepProjection:
                 metric_roots(self.optimizer, self.flat.shared, self.root_views)
             change, _ = correction(both, roots, loss_scale, self.columns)
             self.flat.shared_data.add_(change)
-
-
-def applied_cosines(rows_and_step: Tensor, columns: Columns) -> Tensor:  # [rows] float64
-    """Return the cosine of a step, the last of [rows + 1, P], with each row."""
-    return step_cosines(columns.total(ops.gramian(columns.share(rows_and_step))))

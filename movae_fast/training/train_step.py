@@ -24,9 +24,9 @@ from movae_fast.jacobian import cosines_with_update
 from movae_fast.models import VAE, Noise
 from movae_fast.objectives import LossVector
 from movae_fast.ops import extension
-from movae_fast.projected_step import Columns, StepMetric
+from movae_fast.projected_step import Columns, StepMetric, step_cosines
 from movae_fast.training import gradients
-from movae_fast.training.applied_step import StepProjection, applied_cosines
+from movae_fast.training.applied_step import StepProjection
 from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
 from movae_fast.training.config import FROM_EXTRA
 from movae_fast.training.cuda_graph import Recorder, Recordings
@@ -293,7 +293,7 @@ class TrainStep:
     def gramian(self) -> Tensor:  # [m, m] float64
         """Return the Gramian of all ranks' rows, each rank contributing its stretch of them."""
         with record_function("gramian"):
-            gramian = self.columns.total(ops.gramian(self.columns.share(self.rows.rows)))
+            gramian = self.columns.gramian(self.rows.rows)
             return self.rows.spread_square(self.precision.unscaled(gramian))
 
     def weigh(self, gramian: Tensor) -> Tensor:  # [m]
@@ -405,7 +405,7 @@ class TrainStep:
     def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
         """Return the cosine of the applied change of the shared parameters with each row."""
         torch.sub(before, self.flat.shared_data, out=self.rows.step)
-        return self.of_all(self.rows.spread(applied_cosines(self.rows.with_step, self.columns)))
+        return self.of_all(self.rows.spread(step_cosines(self.columns.gramian(self.rows.with_step))))
 
     def of_all(self, values: Tensor | None) -> Tensor:
         """Return values of the active objectives [a] at their places among all m; NaN elsewhere."""

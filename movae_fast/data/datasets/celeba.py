@@ -11,9 +11,8 @@ from pathlib import Path
 from movae_fast.data.datasets.info import missing
 from movae_fast.data.datasets.torchvision_sets import open_torchvision
 from movae_fast.data.decode import Box
-from movae_fast.data.fetch import first_line
 from movae_fast.data.sources import ImageFiles, ReadOptions
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 CELEBA_FILES = (
     "celeba/img_align_celeba.zip or celeba/img_align_celeba/*.jpg, celeba/list_eval_partition.txt, "

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.datasets.info import missing
-from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.fetch import Remote, fetch
 from movae_fast.data.sources import ImageSource, ReadOptions
 from movae_fast.data.transforms import resize
-from movae_fast.names import shown
+from movae_fast.names import first_line, shown
 
 N_TEST = 10_000
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.datasets.info import missing
-from movae_fast.data.fetch import first_line
 from movae_fast.data.find_files import find_below
 from movae_fast.data.sources import ImageFiles, ReadOptions
+from movae_fast.names import first_line
 
 IDENT3D_NAMES = (
     *("pos_x", "pos_y", "pos_z", "rotation_1", "rotation_2", "rotation_3"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from movae_fast.data.datasets.info import images_in_memory, missing
-from movae_fast.data.fetch import Remote, fetch, first_line
+from movae_fast.data.fetch import Remote, fetch
 from movae_fast.data.sources import Images, ReadOptions
+from movae_fast.names import first_line
 
 TORONTO = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
 BINARY_MNIST = {

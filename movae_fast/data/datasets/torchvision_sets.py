@@ -11,8 +11,8 @@ import numpy as np
 
 from movae_fast.data.datasets.image_folders import image_files
 from movae_fast.data.datasets.info import images_in_memory, missing
-from movae_fast.data.fetch import first_line
 from movae_fast.data.sources import ImageFiles, Images, ReadOptions
+from movae_fast.names import first_line
 
 if TYPE_CHECKING:
     from torchvision.datasets import VisionDataset
