@@ -46,7 +46,8 @@ ALLOWED = {
     "training": {*IN_TRAINING, *LEAVES},
     "evaluation": {"training", *IN_TRAINING, *LEAVES},
     "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
-    "figures": {*LEAVES},
+    "pictures": {*LEAVES},
+    "plots": {*LEAVES},
 }
 # A search does not follow the link to the kernels.
 FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")})

@@ -1,4 +1,4 @@
-"""Layers built on the fused ops, each a drop-in part for somebody else's model."""
+"""Provide layers on the fused ops, each usable alone in another model."""
 
 from movae_fast.nn.vector_quantizer import VectorQuantizer
 

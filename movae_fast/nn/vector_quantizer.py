@@ -1,4 +1,4 @@
-"""A vector-quantisation layer with the interface of vector-quantize-pytorch's `VectorQuantize`."""
+"""Provide a vector-quantisation layer with the interface of vector-quantize-pytorch's `VectorQuantize`."""
 
 import math
 from typing import Any
@@ -206,7 +206,8 @@ class VectorQuantizer(nn.Module):
         return out, index, loss
 
     def _quantize(self, z: Tensor, keep: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """z [N, D] or [B, D, ...] float32; keep as the index, or None for all."""
+        """Quantize z [N, D] or [B, D, ...] float32; `keep` is a mask of the index's shape, or None for
+        all."""
         book = self._codebook
         if self.training:
             book.initialise(z.detach(), keep)
@@ -262,7 +263,7 @@ def _refuse(place: str, given: dict[str, Any], known: dict[str, Any]) -> None:
 
 
 def _masked(indices: Tensor) -> Tensor:
-    """Where indices are -1."""
+    """Return where indices are -1."""
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32: got {indices.dtype}")
     return indices == -1

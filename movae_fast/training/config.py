@@ -1,4 +1,4 @@
-"""Every setting of a run: one dataclass per subject, each field a flag of the same name.
+"""Define every setting of a run: one dataclass per subject, each field one flag of the same name.
 
 `config_checks.validate` says what may be asked for together.
 """
@@ -36,18 +36,18 @@ class DataConfig:
         download: Fetch missing files through torchvision.
         loader: `resident` keeps the set on the device as uint8, `dali` decodes image files with DALI, `torch`
             with worker processes; `auto` is resident where the set fits.
-        resident_share: Share of the device's free memory that `auto` lets a set of image files take.
-        num_workers: Worker processes of the `torch` loader, decoding threads of `dali` (0: a processor each).
+        resident_share: Fraction of the device's free memory that `auto` lets a set of image files take.
+        num_workers: Worker processes of the `torch` loader, decoding threads of `dali` (0: one per processor).
         prefetch: Batches that `dali` works ahead.
         on_bad_image: What an image file that cannot be read does: stop the run, or stay out of it (all files
             are read once before the first run to find out).
         verify_prepared: Compare the images of a prepared file with its checksums as each is first read; a
             difference stops the run.
-        batch_size: Images a step and process.
+        batch_size: Images per step and process.
         last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
             up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
             q(z) in total correlation see those. Either way all steps have one shape.
-        eval_batch_size: Images a batch of evaluation; the default is batch_size.
+        eval_batch_size: Images per batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
         binarize: Grey levels to black and white, a pixel white with its grey level for probability: `static`
             draws each image once, the same for every run and seed; `dynamic` draws training images anew every
@@ -90,7 +90,7 @@ class ModelConfig:
     Args:
         arch: Name of the model.
         latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128), or of
-            latents a rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
+            latents per rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
             resnet_vae_28 32, those of 32 pixels 256, of 64 pixels 64.
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
@@ -100,7 +100,7 @@ class ModelConfig:
         num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
         max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
         dim: Base channels (cnn_vae, mmd_vae: 64).
-        dim_mults: Multiples of dim, one a stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
+        dim_mults: Multiples of dim, one per stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
         hidden_dim: Channels of the convolutions (provlae, vlae: 32).
@@ -151,7 +151,7 @@ class ObjectiveConfig:
         mmd_lambda: mmd_vae's lambda.
         agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
-        pref_weights: Preference of the aggregator, one weight an objective (default 1/m each).
+        pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all).
         upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
             norm (diagonal), so that no row is too short to be protected, or of the trace (trace), as TorchJD
@@ -210,7 +210,7 @@ class MultiRateConfig:
         gate_decoder: Gates of the decoder.
         gate_position: Before a layer's BatchNorm or behind it; layers without one are gated themselves.
         beta_per: A beta for each example or one for the batch (the default where there is a tc, which is
-            estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
+            estimated within the batch). One per batch needs post_bn: BatchNorm divides a gate before it out.
         gate_bias: Added to the initial bias of sqrt gates, a seventh of which start closed; negative opens
             them.
         gate_slope: Added to the initial slope of all gates, in the direction that closes them as beta grows.
@@ -241,7 +241,7 @@ class LadderConfig:
         pre_kl: Whether those have a KL at all.
         use_kl_annealing: Anneal the KL's weight in cycles.
         kl_annealing_mode: How the weight rises in a cycle.
-        cycle_period: Cycles a stage.
+        cycle_period: Cycles per stage.
         max_kl_weight: Factor on the KL's weight at the end of a cycle's rise.
         min_kl_weight: Factor at its start.
         ratio: The part of a cycle in which the factor rises.
@@ -282,7 +282,7 @@ class OptimizerConfig:
         eps: What keeps a division from zero; the default is the optimizer's own (not sgd).
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
         scheduler: Learning-rate schedule after the warm-up.
-        scheduler_per: Whether the rate, warm-up included, changes every step or every epoch.
+        scheduler_per: Whether the learning rate, warm-up included, changes every step or every epoch.
         scheduler_lr_min: Learning rate at the end of cosine.
         scheduler_gamma: Factor at each milestone of multi_step.
         scheduler_milestones: Epochs of multi_step's drops.
@@ -311,7 +311,7 @@ class RunConfig:
     """The run.
 
     Args:
-        epochs: Passes over the training set (a stage, where training has stages).
+        epochs: Passes over the training set (per stage, where training has stages).
         steps: Stop (a stage) after this many steps instead; 0 means by epochs.
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
@@ -325,9 +325,9 @@ class RunConfig:
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
-        save_freq: Epochs between kept checkpoints and figures; 0 keeps `last` and `best` only.
+        save_freq: Epochs between kept checkpoints and pictures; 0 keeps `last` and `best` only.
         checkpoint_every: Steps between writes of the `last` checkpoint, besides each epoch's end; 0 for none.
-        num_samples: Images of each kind in a figure.
+        num_samples: Images of each kind in a picture.
         max_fid_samples: Accepted for compatibility; training computes no FID.
         save_path: Folder under which a run gets dataset/arch/agg/time.
         exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.
@@ -380,7 +380,7 @@ class WandbConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `movae train` is told."""
+    """Hold all settings of `movae train`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -393,7 +393,8 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
-        """From flags by name, as on a command line or in a config.yaml; unknown names are ignored."""
+        """Build the configuration from flags by name, as on a command line or in a config.yaml; unknown
+        names are ignored."""
         parts = {}
         for part in fields(cls):
             section = SECTIONS[part.name]
@@ -402,7 +403,7 @@ class TrainConfig:
         return cls(**parts)
 
     def flat(self) -> dict[str, Any]:
-        """Flags by name; the inverse of `from_flat`."""
+        """Return flags by name; the inverse of `from_flat`."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
 
     @property
@@ -424,7 +425,8 @@ class TrainConfig:
 
     @property
     def needs_jacobian(self) -> bool:
-        """False where the weights of the rows are ones whatever the rows: one backward of the sum does it."""
+        """Return False where the rows' weights are ones whatever the rows are, so that one backward of
+        the sum is enough."""
         return self.objective.agg not in ("sum", "jd_sum")
 
     @property
@@ -443,11 +445,12 @@ class TrainConfig:
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:
-        """Whether a multi-rate model draws a beta an example or a batch: tc compares a batch's posteriors."""
+        """Return whether a multi-rate model draws a beta per example or per batch: tc compares the
+        posteriors of a batch."""
         return self.multirate.beta_per or ("batch" if self.model_class.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:
-        """The objectives' weights in order."""
+        """Return the objectives' loss weights in order."""
         o = self.objective
         defaults = self.model_class.weighted_objectives(vars(self.model), self.image_shape)
         if self.multirate.multirate:

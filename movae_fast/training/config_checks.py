@@ -1,4 +1,4 @@
-"""Refuse what no run can do, before anything is allocated; a message names the flag and the remedy.
+"""Refuse settings that no run can have, before anything is allocated; a message names the flag and the remedy.
 
 `validate` makes all the checks of a configuration; `check_fits` asks whether the device can hold it.
 """
@@ -61,12 +61,14 @@ def validate(config: TrainConfig) -> None:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Spell dataset, arch and aggregator as the tables do, and give the images their size."""
+    """Replace dataset, arch and aggregator by their exact names, and set the image size."""
     data, objective = config.data, config.objective
     data.dataset = pick("dataset", data.dataset, DATASETS)
     config.model.arch = pick("arch", config.model.arch, MODELS)
     if objective.agg in NEED_TWO_BATCHES:
-        raise ValueError(f"--agg {objective.agg} needs two independent batches a step; this trainer draws one")
+        raise ValueError(
+            f"--agg {objective.agg} needs two independent batches per step; this trainer draws one"
+        )
     objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
     if data.image_size is None:
         data.image_size = config.info.default_size
