@@ -55,6 +55,28 @@ UNSUPPORTED_IN_FORWARD: dict[str, Any] = {
 }
 
 
+def _check_ranges(
+    codebook_dim: int,
+    decay: float,
+    eps: float,
+    kmeans_iters: int,
+    threshold_ema_dead_code: float,
+    commitment_weight: float,
+) -> None:
+    """Raise ValueError for an option of `VectorQuantizer` that is out of its range."""
+    # Written so that a NaN is refused, too.
+    for name, value, holds, range_ in (
+        ("codebook_dim", codebook_dim, codebook_dim >= 1, "at least 1"),
+        ("decay", decay, 0 <= decay <= 1, "between 0 and 1"),
+        ("eps", eps, 0 < eps < math.inf, "positive"),
+        ("kmeans_iters", kmeans_iters, kmeans_iters >= 0, "at least 0"),
+        ("threshold_ema_dead_code", threshold_ema_dead_code, threshold_ema_dead_code >= 0, "at least 0"),
+        ("commitment_weight", commitment_weight, 0 <= commitment_weight < math.inf, "at least 0"),
+    ):
+        if not holds:
+            raise ValueError(f"{name} must be {range_}: got {value}")
+
+
 class VectorQuantizer(nn.Module):
     """Replace each vector of a feature map by the nearest code (van den Oord et al. 2017).
 
@@ -107,17 +129,7 @@ class VectorQuantizer(nn.Module):
         if learnable_codebook and (ema_update or use_cosine_sim):
             raise ValueError("learnable_codebook=True needs ema_update=False and use_cosine_sim=False")
         codebook_dim = dim if codebook_dim is None else codebook_dim
-        # Written so that a NaN is refused, too.
-        for name, value, holds, range_ in (
-            ("codebook_dim", codebook_dim, codebook_dim >= 1, "at least 1"),
-            ("decay", decay, 0 <= decay <= 1, "between 0 and 1"),
-            ("eps", eps, 0 < eps < math.inf, "positive"),
-            ("kmeans_iters", kmeans_iters, kmeans_iters >= 0, "at least 0"),
-            ("threshold_ema_dead_code", threshold_ema_dead_code, threshold_ema_dead_code >= 0, "at least 0"),
-            ("commitment_weight", commitment_weight, 0 <= commitment_weight < math.inf, "at least 0"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {range_}: got {value}")
+        _check_ranges(codebook_dim, decay, eps, kmeans_iters, threshold_ema_dead_code, commitment_weight)
         self.dim, self.codebook_size = dim, codebook_size
         self.channel_first = accept_image_fmap or not channel_last
         self.accept_image_fmap = accept_image_fmap
