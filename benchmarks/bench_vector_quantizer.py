@@ -76,7 +76,7 @@ RVQ = {"dim": 64, "num_quantizers": 4, "codebook_size": 1024}
 
 
 def test_residual_ratios(benchmark: Any) -> None:
-    """Both in turn, forward and backward of four levels; how many times faster ours is, and its extra memory."""
+    """Both in turn, forward and backward of four levels; how many times faster ours is, and its memory."""
     vq = pytest.importorskip("vector_quantize_pytorch")
     benchmark.group = f"ResidualVQ ratios N={N} {RVQ}"
     generator = torch.Generator().manual_seed(0)

@@ -102,7 +102,7 @@ def test_fifty_training_steps_are_those_of_vector_quantize_pytorch(name: str) ->
     optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (ours, theirs) if list(m.parameters())]
     generator = torch.Generator().manual_seed(1)
     used: set[int] = set()
-    # The logits of LFQ's entropies are some 1e3: rounding them to float32 moves probabilities by 1e-4. Its loss is
+    # LFQ's logits are some 1e3: rounding them to float32 moves probabilities by 1e-4. Its loss is
     # a difference of entropies, whose size counts. Weights then drift apart, and are set equal again.
     by_entropy = isinstance(ours, LFQ)
     gradient_tolerance = 1e-3 if by_entropy else 1e-4
