@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from movae_fast import ops
 from movae_fast.nn.codebook import Codebook, snapshot, unit
+from movae_fast.nn.options import refuse
 from movae_fast.ops.quantize import Gradient
 
 # Options of vector-quantize-pytorch that this layer has not, with the value that leaves them off.
@@ -122,7 +123,7 @@ class VectorQuantizer(nn.Module):
         **unsupported: Any,
     ) -> None:
         super().__init__()
-        _refuse("VectorQuantizer", unsupported, UNSUPPORTED)
+        refuse("VectorQuantizer", unsupported, UNSUPPORTED)
         ema_update, learnable_codebook = ema_update is not False, bool(learnable_codebook)
         if min(dim, codebook_size) < 1:
             raise ValueError(f"dim and codebook_size must be positive: got {dim} and {codebook_size}")
@@ -189,7 +190,7 @@ class VectorQuantizer(nn.Module):
         freeze_codebook: bool | None = None,
         **unsupported: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _refuse("VectorQuantizer.forward", unsupported, UNSUPPORTED_IN_FORWARD)
+        refuse("VectorQuantizer.forward", unsupported, UNSUPPORTED_IN_FORWARD)
         channel_first = self.channel_first and x.ndim > 2
         self._check(x, mask, lens, channel_first)
         if lens is not None:
@@ -260,18 +261,6 @@ class VectorQuantizer(nn.Module):
             raise ValueError(
                 f"mask {tuple(mask.shape)} {mask.dtype} must be bool {tuple(shape)} for x {tuple(x.shape)}"
             )
-
-
-def _refuse(place: str, given: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raise for an option that is not at the value which leaves it off, or that nobody has."""
-    for name, value in given.items():
-        if name not in known:
-            raise TypeError(f"{place} has no option {name!r}")
-        default = known[name]
-        plain = value is None or isinstance(value, bool | int | float | str)
-        if not plain or value != default:
-            shown = repr(value) if plain else f"a {type(value).__name__}"
-            raise ValueError(f"{place} does not support {name}={shown}: leave it at {default!r}")
 
 
 def _masked(indices: Tensor) -> Tensor:
