@@ -20,11 +20,12 @@ from movae_fast import ops
 from movae_fast.aggregation.fused import FusedAggregator
 from movae_fast.aggregation.registry import aggregate, is_weighting
 from movae_fast.aggregation.weightings import MethodAggregator
+from movae_fast.choices import StepMetric
 from movae_fast.jacobian import cosines_with_update
 from movae_fast.models import VAE, Noise
 from movae_fast.objectives import LossVector
 from movae_fast.ops import extension
-from movae_fast.projected_step import Columns, StepMetric, step_cosines
+from movae_fast.projected_step import Columns, step_cosines
 from movae_fast.training import gradients
 from movae_fast.training.applied_step import StepProjection
 from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
