@@ -36,6 +36,7 @@ __all__ = [
     "aggregator_args",
     "aggregator_state",
     "check_runs",
+    "is_fused",
     "is_weighting",
     "load_aggregator_state",
     "make_aggregator",
@@ -88,6 +89,15 @@ def check_runs(name: str, m: int, args: Mapping[str, Any] | None = None, **optio
         except (ValueError, RuntimeError, IndexError) as error:
             reason = " ".join(str(error).replace("`", "").split())
             raise ValueError(f"--agg {name} does not take the rows of {m} objectives: {reason}") from None
+
+
+def is_fused(aggregator: nn.Module | None) -> bool:
+    """Return whether an aggregator runs where the rows are and reads nothing on the host; False without one."""
+    if aggregator is None:
+        return False
+    from movae_fast.aggregation.fused import FusedAggregator
+
+    return isinstance(aggregator, FusedAggregator)
 
 
 def is_weighting(aggregator: nn.Module) -> bool:

@@ -78,6 +78,8 @@ def dispatch(args: list[str]) -> int:
         raise ValueError(f"unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
     # Torch and what trains is imported after the flags were found right: it takes seconds.
     flags = import_module(f"movae_fast.cli.flags.{command}").parse(args[1:])
+    if isinstance(flags, int):  # the status: what was asked is printed
+        return flags
     run: Callable[[Any], int] = import_module(f"movae_fast.cli.{command}").run
     return run(flags)
 

@@ -11,6 +11,7 @@ import torch
 
 from movae_fast import __version__, ops
 from movae_fast.aggregation.catalog import AGGREGATORS, FUSED
+from movae_fast.cli.flags.doctor import DoctorFlags
 from movae_fast.data import DATASETS
 from movae_fast.models import MODELS
 from movae_fast.ops import extension
@@ -42,9 +43,9 @@ TRITON = {
 }
 
 
-def run(gpu: bool) -> int:
+def run(flags: DoctorFlags) -> int:
     """Print the report; the exit status is 1 if the extension is missing, or a check of --gpu failed."""
-    if gpu:
+    if flags.gpu:
         return try_gpus()
     print("\n".join(report()))
     return 0 if extension.csrc is not None else 1

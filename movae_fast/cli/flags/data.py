@@ -48,11 +48,11 @@ class DataCommand:
     n: int = 1000
 
 
-def parse(argv: Sequence[str]) -> tuple[str, str | None, DataCommand]:
+def parse(argv: Sequence[str]) -> tuple[str, str | None, DataCommand] | int:
     """Return the command, its NAME or FOLDER, and the flags, checked by themselves. Raises ValueError."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
-        raise SystemExit(0 if argv else 2)
+        return 0 if argv else 2
     command, *rest = argv
     if command not in COMMANDS:
         raise ValueError(f"{command}: unknown{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
