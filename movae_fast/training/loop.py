@@ -166,6 +166,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         warn_of_collapse(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     figures: dict[str, float] = {}
+    better = False
     if due or run.finished:
         run.world.average_buffers(run.model)
         figures = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
@@ -181,13 +182,16 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
             + (f"  ({bar.figures.split('  ')[-1]})" if "images/s" in bar.figures else "")
         )
         run.ended = run.finished
-        if figures["test/loss"] < run.best:
+        if better := figures["test/loss"] < run.best:
             run.best = figures["test/loss"]
             run.save("best")
     kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
         run.save(f"epoch_{number:04d}")
-    run.save("last")
+    if better:
+        run.name_again("best", "last")
+    else:
+        run.save("last")
     if run.draw is not None and run.world.main and (tag := figures_due(run)):
         run.draw(run, tag)
     run.telemetry.restart_clock()
