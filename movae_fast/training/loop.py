@@ -108,12 +108,12 @@ def stage_ends(run: Run) -> bool:
 
 
 def end_stage(run: Run, bar: Bar) -> None:
-    """Keep the stage's checkpoint and draw its pictures."""
+    """Keep the stage's checkpoint and draw its pictures; those of the last stage are drawn at the run's end."""
     assert run.progression is not None
     stage = run.progression.stage(run.step - 1)
     log(run, bar, wait=True)
     run.save(f"stage_{stage}")
-    if run.draw is not None and run.world.main:
+    if run.draw is not None and run.world.main and not run.finished:
         run.draw(run, f"stage_{stage}")
     run.telemetry.restart_clock()
 
