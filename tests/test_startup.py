@@ -63,6 +63,7 @@ ANSWERED = {
     "train --agg mgda --agg_args.max_iters -1": "a whole number",
     "train --agg krum --pref_weights 1 2": "krum has no preference",
     "train --gramian_every 5": "need an aggregator",
+    "train --export twice.yaml": "exists and is not overwritten",
     "train --resume auto": "needs --exp_dir",
     "train --resume": "--resume takes one value",
     "evaluate run --metrics nope": "--metrics nope: unknown",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,10 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     values = parsing.parse(build_parser(), words, recipe)
     notes = completed(values, system)
     config = TrainConfig.from_flat(values)
-    without_export(config, check_settings)
+    if resumed is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        check_settings(config)
+    else:
+        without_export(config, check_settings)
     if resumed == "auto" and config.run.exp_dir is None:
         raise ValueError("--resume auto needs --exp_dir: the folder in which the run starts, or goes on")
     return TrainFlags(words, recipe, resumed, config, tuple(notes))
