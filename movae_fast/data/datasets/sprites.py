@@ -10,16 +10,16 @@ import math
 import torch
 from torch import Tensor
 
-from movae_fast.data.datasets.facts import SPRITES_SIZES
+from movae_fast.data.datasets.facts import SPRITES_SIZES as FACTOR_SIZES
 from movae_fast.data.sources import ImageSource
 
-SIZE = math.prod(SPRITES_SIZES)
+SIZE = math.prod(FACTOR_SIZES)
 
 
 def factors_of(index: Tensor) -> Tensor:
     """Return the factor values [B, 5] int64 of indices [B] in [0, 737280); the last factor varies fastest."""
     values = []
-    for size in reversed(SPRITES_SIZES):
+    for size in reversed(FACTOR_SIZES):
         values.append(index % size)
         index = index // size
     return torch.stack(values[::-1], dim=1)
@@ -28,7 +28,7 @@ def factors_of(index: Tensor) -> Tensor:
 def index_of(factors: Tensor) -> Tensor:
     """Return the indices [B] int64 of factor values [B, 5]: the inverse of `factors_of`."""
     index = torch.zeros_like(factors[:, 0])
-    for i, size in enumerate(SPRITES_SIZES):
+    for i, size in enumerate(FACTOR_SIZES):
         index = index * size + factors[:, i]
     return index
 
@@ -62,7 +62,7 @@ def render(
 
     # Lengths are in pixels of an image of side 64. The largest sprite at an outermost position lies inside it.
     radius = 12.0 * (0.5 + column(scale) / 10)
-    angle = column(orientation) * (2 * math.pi / SPRITES_SIZES[2])
+    angle = column(orientation) * (2 * math.pi / FACTOR_SIZES[2])
     pixel = (torch.arange(size, device=factors.device, dtype=torch.float32) + 0.5) * (64 / size)
     x = pixel[None, None, :] - (16 + column(pos_x) * (32 / 31))
     y = pixel[None, :, None] - (16 + column(pos_y) * (32 / 31))
