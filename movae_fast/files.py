@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,11 +45,42 @@ def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
             with suppress(OSError):  # the block's own error is the one to show
                 temporary.unlink(missing_ok=True)
         if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
+
+
+def give_name(source: Path, path: Path) -> None:
+    """Make the file `source` known as `path`, too: a hard link, or a copy where the file system has no links.
+
+    `path` is the old file or the new one at any moment, and after it the machine may die. Whoever writes to
+    either name by `replacing` leaves the other as it is. An OSError names `path`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(path):
+        if path.exists() and path.samefile(source):
+            return  # a rename between two names of one file would do nothing, and leave both
+        try:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            os.link(source, temporary)
+        except OSError:  # no links here, or none to this file; whatever else is wrong, copying says
+            with source.open("rb") as read, replacing(path, durable=True) as write:
+                shutil.copyfileobj(read, write, CHUNK)
+            return
+        try:
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder lie on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager

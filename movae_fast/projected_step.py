@@ -18,14 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from movae_fast import ops
-
-StepMetric = Literal["identity", "optimizer"]
 
 # Of the projection's Gramian, relative to each row's own: small beside the cosines that it has to keep.
 REG_EPS = 1e-9

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from movae_fast.choices import Regularizer
+
 TCEstimator = Literal["mws", "mss"]
-Regularizer = Literal["trace", "diagonal"]
 Method = Literal[
     "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse", "cagrad", "imtl_g", "mgda", "pcgrad"
 ]

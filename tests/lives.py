@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+OPERATIONS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["movae_fast.cli.train", "tests.warm"])
@@ -36,7 +36,7 @@ class Fate:
             return
         if not self.error:
             os.kill(os.getpid(), signal.SIGKILL)
-        if event in ("os.rename", "os.mkdir") or (event == "open" and args[2] & WRITING):
+        if event in ("os.link", "os.rename", "os.mkdir") or (event == "open" and args[2] & WRITING):
             raise OSError(self.error, os.strerror(self.error), str(args[0]))
 
 

@@ -206,3 +206,24 @@ def test_find(path, tmp_path):
         checkpoint.find(path.parent)
     with pytest.raises(CheckpointError, match="no checkpoint or run at"):
         checkpoint.find(tmp_path / "nothing")
+
+
+def test_checkpoints_of_one_state_are_one_file_that_a_later_write_leaves(train, monkeypatch):
+    """`best` and `last` of a first epoch; then `last` alone goes on. `epoch_0001` is a file of its own."""
+    folder = train("--save_freq 1") / "checkpoints"
+    best, kept, last = (folder / f"{name}.pt" for name in ("best", "epoch_0001", "last"))
+    assert best.samefile(last)
+    assert not best.samefile(kept)
+    before = best.read_bytes()
+    written = []
+
+    def save(path, sections):
+        written.append((path.name, best.read_bytes() == before))
+        saved(path, sections)
+
+    saved = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    train(f"--resume {folder.parent}", "--epochs 2", "--save_freq 0", "--eval_freq 0", "--checkpoint_every 1")
+    assert written[:3] == [("last.pt", True)] * 3
+    assert checkpoint.load(last)["position"]["epoch"] == 2
+    assert checkpoint.load(kept)["position"]["epoch"] == 1

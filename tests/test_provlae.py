@@ -439,6 +439,9 @@ def test_pictures_of_every_stage_and_of_a_checkpoint(train, capsys):
             assert (figures / f"{kind}_stage_{stage}.png").stat().st_size > 200
         assert iio.imread(figures / f"traversal_stage_{stage}.gif").shape[0] == 10
     assert (figures / "ladder.png").stat().st_size > 1000
+    for kind in ("input", "samples", "reconstructions", "traversal"):  # the end is drawn once, under two names
+        (end,) = figures.glob(f"{kind}_epoch_*.png")
+        assert end.samefile(figures / f"{kind}_stage_3.png")
     capsys.readouterr()
     made = figures / "traversal_stage_2.gif"
     before = made.read_bytes()

@@ -1,6 +1,19 @@
-"""Aggregate the rows of a Jacobian to one update."""
+"""Aggregators: from a Jacobian's rows to one update. Imported, with TorchJD, when they are first used."""
 
-from movae_fast.aggregation.upgrad import DualProj, FusedProjector, UPGrad
-from movae_fast.aggregation.weightings import IMTLG, MGDA, AlignedMTL, CAGrad, PCGrad
+from typing import TYPE_CHECKING
+
+from movae_fast import lazy
+
+if TYPE_CHECKING:
+    from movae_fast.aggregation.upgrad import DualProj, FusedProjector, UPGrad
+    from movae_fast.aggregation.weightings import IMTLG, MGDA, AlignedMTL, CAGrad, PCGrad
+
+__getattr__, __dir__ = lazy.exports(
+    __name__,
+    {
+        "upgrad": ("DualProj", "FusedProjector", "UPGrad"),
+        "weightings": ("IMTLG", "MGDA", "AlignedMTL", "CAGrad", "PCGrad"),
+    },
+)
 
 __all__ = ["IMTLG", "MGDA", "AlignedMTL", "CAGrad", "DualProj", "FusedProjector", "PCGrad", "UPGrad"]

@@ -22,11 +22,8 @@ from typing_extensions import Self
 
 from movae_fast import ops
 from movae_fast.aggregation.fused import FusedAggregator, GramianWeighting, preference, preference_suffix
+from movae_fast.choices import STRICT_REG_EPS, Regularizer
 from movae_fast.ops.project_weights import Mode, check_options
-from movae_fast.reference import Regularizer
-
-# Of the strict projection: small enough that no cosine falls below -1e-3, large enough for float64.
-STRICT_REG_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)

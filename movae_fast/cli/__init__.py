@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import TextIO
+from typing import Any, TextIO
 
 from movae_fast import __version__
 from movae_fast.cli.errors import explained, shortened
@@ -76,9 +76,12 @@ def dispatch(args: list[str]) -> int:
     command = args[0]
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command}{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
-    # Imported on demand: torch takes a second, and help should not.
-    run: Callable[[list[str]], int] = import_module(f"movae_fast.cli.{command}").run
-    return run(args[1:])
+    # Torch and what trains is imported after the flags were found right: it takes seconds.
+    flags = import_module(f"movae_fast.cli.flags.{command}").parse(args[1:])
+    if isinstance(flags, int):  # the status: what was asked is printed
+        return flags
+    run: Callable[[Any], int] = import_module(f"movae_fast.cli.{command}").run
+    return run(flags)
 
 
 def mendable(error: Exception) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,73 +16,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from movae_fast.cli import parsing
+from movae_fast.cli.flags.data import DataCommand
 from movae_fast.data import DATASETS, DatasetInfo, ImageFiles, ReadOptions
-from movae_fast.data.datasets.celeba import CELEBA_CROPS
+from movae_fast.data.datasets.facts import CELEBA_CROPS
 from movae_fast.data.decode import MAX_PIXELS
 from movae_fast.data.loaders import dali
 from movae_fast.data.prepare import prepare
 from movae_fast.data.prepared_format import OLD_FORMAT, damage, prepared_files, read_header
 from movae_fast.data.synthetic_jpegs import synthetic_jpeg
 from movae_fast.data.unreadable import unreadable
-from movae_fast.names import nearest, pick, shown
-from movae_fast.training.limits import check_values
+from movae_fast.names import pick, shown
 
 MAX_SIZE = math.isqrt(MAX_PIXELS)
-USAGE = """usage: movae data COMMAND [NAME] [flags]
-
-  list                     the datasets: size, splits, factors, and which are in --data_dir
-  verify NAME              read the original files and the prepared ones, and check them
-  prepare NAME|FOLDER      decode once into a file of uint8 that later runs map
-  synthetic_jpeg FOLDER    write --n JPEGs of rendered scenes, for benchmarks
-
-movae data COMMAND --help lists a command's flags."""
 
 
-@dataclasses.dataclass
-class DataCommand:
-    """Where and how.
-
-    Args:
-        data_dir: Folder that holds the original files.
-        image_size: Side of the square images in pixels; the default is the dataset's own.
-        resize: How images reach that side, as in `movae train`.
-        crop: CelebA's crop, as in `movae train`.
-        split: The split to prepare.
-        on_bad_image: What an image file that cannot be read does: stop, or stay out.
-        decoder: Who decodes; `auto` is DALI where it is installed.
-        download: Fetch missing files, where this program can.
-        n: Number of images that synthetic_jpeg writes.
-    """
-
-    data_dir: str = "data"
-    image_size: int | None = None
-    resize: Literal["auto", "pad", "bilinear", "bicubic"] = "auto"
-    crop: Literal["center148", "center140", "stylegan", "none"] = "center148"
-    split: Literal["both", "train", "test"] = "both"
-    on_bad_image: Literal["error", "skip"] = "error"
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
-    download: bool = False
-    n: int = 1000
-
-
-def run(argv: Sequence[str]) -> int:
-    """Run one of the four commands and return the exit status."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
-    command, *rest = argv
-    if command not in COMMANDS:
-        raise ValueError(f"{command}: unknown{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
-    target = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    kinds = parsing.flag_types([DataCommand])
-    parser = parsing.build_parser(f"data {command}", [DataCommand], USAGE.splitlines()[0])
-    config = DataCommand(**parsing.parse(parser, parsing.normalise(rest, kinds), {}))
-    check_values(config)
-    if target is not None and not target.strip():
-        raise ValueError("NAME or FOLDER is empty")
-    if (target is None) != (command == "list"):
-        raise ValueError(f"data {command} takes {'no name' if command == 'list' else 'a NAME or FOLDER'}")
+def run(flags: tuple[str, str | None, DataCommand]) -> int:
+    """One of the four commands; the exit status."""
+    command, target, config = flags
     return COMMANDS[command](target, config, Console())
 
 

@@ -1,22 +1,17 @@
-"""Run `movae doctor`: show versions, devices, the implementation of each op, and what is missing and how to get
-it.
-
-`movae doctor --gpu` tries every GPU: each op against the CPU, in a CUDA graph, in training, DALI, nccl. It
-takes up to three minutes and prints a row a check; the exit status is 1 if one failed or there is no GPU.
-"""
+"""`movae doctor`: versions, devices, which path each op takes, what is missing and how to get it."""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
 import time
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from movae_fast import __version__, ops
-from movae_fast.aggregation.registry import AGGREGATORS, FUSED
+from movae_fast.aggregation.catalog import AGGREGATORS, FUSED
+from movae_fast.cli.flags.doctor import DoctorFlags
 from movae_fast.data import DATASETS
 from movae_fast.models import MODELS
 from movae_fast.ops import extension
@@ -48,13 +43,11 @@ TRITON = {
 }
 
 
-def run(argv: Sequence[str]) -> int:
+def run(flags: DoctorFlags) -> int:
     """Print the report; the exit status is 1 if the extension is missing, or a check of --gpu failed."""
-    if list(argv) == ["--gpu"]:
+    if flags.gpu:
         return try_gpus()
-    if argv and argv[0] not in ("-h", "--help"):
-        raise ValueError(f"doctor takes no flag but --gpu, got {' '.join(argv)}")
-    print(__doc__.strip() if argv else "\n".join(report()))
+    print("\n".join(report()))
     return 0 if extension.csrc is not None else 1
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,76 +12,23 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from movae_fast.cli import parsing
+from movae_fast.cli.flags.evaluate import EvaluateConfig
 from movae_fast.cli.trained import choose_beta
-from movae_fast.evaluation.disentanglement import METRICS
 from movae_fast.evaluation.inception import load_inception
-from movae_fast.evaluation.measure import ON_IMAGES, QUICK, Report, applies, inception_distances, measure
+from movae_fast.evaluation.measure import Report, applies, inception_distances, measure
+from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, QUICK, named
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
 from movae_fast.models import VAE, GaussianVAE
-from movae_fast.names import nearest
-from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
-from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_folder import folder_of
 
-DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
 
-
-@dataclass
-class EvaluateConfig:
-    """Evaluation.
-
-    Args:
-        weights: The run's folder or a checkpoint; may stand first without its flag.
-        metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units), `images` (PSNR,
-            SSIM, MS-SSIM) and, for data with factors, mig, mig_sup, mig_sampled, mig_sup_sampled, modularity,
-            jemmig, factor_vae, sap, dci; `all` is every one that applies, `auto` leaves out the slow ones.
-        samples: Images whose codes the factor metrics are fitted on; half as many more test dci and sap.
-        seed: Seed of the choice of images and of every draw.
-        iw: Draws of the importance-weighted bound; 0 leaves it out.
-        iw_images: Test images of the importance-weighted bound.
-        fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
-            reconstructions and (not for a codebook) of samples.
-        fid_images: Test images, reconstructions and samples of FID and KID; published metrics take 10,000
-            or more.
-        beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
-        limit_test: Use this many evenly spaced test images; 0 means all.
-        batch_size: Images at a time.
-        save_dir: Folder for the files; the default is evaluation/ in the run's folder.
-        device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        data_dir: Folder of the original files, if not where training had it.
-    """
-
-    weights: str
-    metrics: str = "auto"
-    samples: int = 10_000
-    seed: int = 0
-    iw: int = 0
-    iw_images: int = 256
-    fid_weights: str | None = None
-    fid_images: int = 10_000
-    beta: float | None = None
-    limit_test: int = 0
-    batch_size: int = 500
-    save_dir: str | None = None
-    device: str = "auto"
-    data_dir: str | None = None
-
-
-def run(argv: Sequence[str]) -> int:
-    """Parse, check, load, measure, write; the exit status."""
-    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
-    words = parsing.normalise(words, parsing.flag_types([EvaluateConfig]))
-    parser = parsing.build_parser("evaluate", [EvaluateConfig], DESCRIPTION)
-    if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
-        raise ValueError("which model? give the run's folder: movae evaluate RUN, or --weights FILE")
-    config = EvaluateConfig(**parsing.parse(parser, words, {}))
-    check_values(config, samples=Bounds(100), fid_images=Bounds(2))
+def run(config: EvaluateConfig) -> int:
+    """Load, measure, write; the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     adapt_config(trained, config.device, config.data_dir, config.batch_size)
@@ -114,23 +59,18 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
     info, arch = trained.info, trained.model.arch
     # Continuous factors have names and no sizes.
     codes, factors = isinstance(model, GaussianVAE), bool(info.factor_sizes)
-    valid = [*ON_IMAGES, *METRICS]
     if config.iw and not codes:
         raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has a codebook")
     if config.metrics in ("auto", "all"):
-        wanted = METRICS if config.metrics == "all" else QUICK
+        wanted = ON_FACTORS if config.metrics == "all" else QUICK
         return [n for n in (*ON_IMAGES, *wanted) if applies(n, codes, factors)]
-    names = [n.strip().lower().replace("-", "_") for n in config.metrics.split(",") if n.strip()]
+    names = named(config.metrics)
     for name in names:
-        if name not in valid:
-            raise ValueError(f"--metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
-        if name in METRICS and not factors:
+        if name in ON_FACTORS and not factors:
             has = "continuous ones" if info.factor_names else "none"
             raise ValueError(f"--metrics {name} needs data with known discrete factors; {info.name} has {has}")
         if not applies(name, codes, factors):
             raise ValueError(f"--metrics {name} needs a model with latents; {arch} has a codebook")
-    if not names:
-        raise ValueError(f"--metrics is empty; valid: {', '.join(valid)}")
     return names
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from movae_fast.aggregation.registry import CONES
+from movae_fast.aggregation.catalog import CONES
 from movae_fast.cli.yaml_file import BeyondBoundsError, check_shape, read_yaml
 from movae_fast.names import nearest
 
@@ -202,12 +202,18 @@ def is_flag(word: str) -> bool:
 
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """Build a parser with one group of flat flags per dataclass."""
+    """A parser with one group of flat flags a dataclass, and --config."""
     usage = f"movae {command} [--config RECIPE] [--flag value …]"
-    parser = OneLineParser(prog=f"movae {command}", usage=usage, description=description, exit_on_error=False)
+    parser = new_parser(command, sections, description, usage=usage)
+    parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
+    return parser
+
+
+def new_parser(command: str, sections: Sequence[type], description: str, **options: Any) -> OneLineParser:
+    """A parser with one group of flat flags a dataclass."""
+    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, **options)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)
-    parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
     return parser
 
 

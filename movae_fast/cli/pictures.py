@@ -8,6 +8,8 @@ import torch
 
 from movae_fast.cli.ladder import draw_traversals
 from movae_fast.data import to_unit
+from movae_fast.figures import grid, ladder_curves, loss_curves, pairs, write_png
+from movae_fast.files import give_name
 from movae_fast.models import ProVLAE
 from movae_fast.pictures import grid, pairs, write_png
 from movae_fast.plots import ladder_curves, loss_curves
@@ -20,7 +22,8 @@ from movae_fast.training.run import Run
 def draw_run(run: Run, tag: str) -> None:
     """Draw figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run.
 
-    The curves come first: where the pictures of a tag are, the curves are up to date.
+    The curves come first: where the pictures of a tag are, the curves are up to date. Those of a ladder's end
+    are the pictures of its last stage, too.
     """
     folder, n = run.folder / "figures", run.config.run.num_samples
     lines = read_lines(run.folder / "metrics.jsonl")
@@ -39,6 +42,9 @@ def draw_run(run: Run, tag: str) -> None:
     write_png(paths["samples"], grid(to_unit(run.model.sample(n, noise), normalize)))
     picture = pairs(to_unit(x, normalize), to_unit(run.model.reconstruct(x), normalize))
     write_png(paths["reconstructions"], picture)
+    if run.finished and run.progression is not None:
+        for kind, path in pictures(run, f"stage_{run.progression.stage(run.step - 1)}").items():
+            give_name(paths[kind], path)
     run.model.train(was_training)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.cli import parsing
+from movae_fast.cli.flags.sample import SampleConfig
 from movae_fast.cli.trained import choose_beta
 from movae_fast.data import to_unit
 from movae_fast.evaluation.rate_distortion import log_spaced
@@ -31,55 +31,10 @@ from movae_fast.pictures import back_and_forth, captioned, grid, pairs, write_gi
 from movae_fast.plots import latent_scatter
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.config_checks import check_room, validate
+from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
-from movae_fast.training.limits import Bounds, check_values
+from movae_fast.training.device_checks import check_room
 from movae_fast.training.run_folder import folder_of
-
-DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
-
-
-@dataclass
-class SampleConfig:
-    """Sampling.
-
-    Args:
-        weights: The run's folder or a checkpoint; may stand first without its flag.
-        mode: `sample` from the prior; `interpolate` between two draws; `traverse` one latent; `reconstruct`
-            test images; `visualize_latent`, the posterior means of a model with two latents, coloured by label;
-            `beta_sweep`, reconstructions and samples of a multi-rate model over its range of beta.
-        n_samples: Images, strips, pairs, or (visualize_latent) test images.
-        save_dir: Folder for the pictures; the default is figures/ in the run's folder.
-        batch_size: Images decoded at a time.
-        seed: Seed of the draws.
-        n_interpolate: Images of a strip from one draw to the other, both included.
-        n_traverse: Images of a strip along the latent.
-        traverse_range: A strip spans [-range, range], in prior standard deviations.
-        traverse_dim: The latent to traverse; -1 traverses every latent of one draw, a strip each.
-        beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
-        n_betas: Betas of beta_sweep, evenly spaced in their logarithm.
-        single_files: Also write every image, strip or pair to a PNG of its own.
-        device: `auto`, `cpu`, `cuda` or `cuda:1`.
-        data_dir: Folder of the original files, for modes that need test images, if not where training had it.
-    """
-
-    weights: str
-    mode: Literal["sample", "interpolate", "traverse", "reconstruct", "visualize_latent", "beta_sweep"] = (
-        "sample"
-    )
-    n_samples: int = 16
-    save_dir: str | None = None
-    batch_size: int = 500
-    seed: int = 8888
-    n_interpolate: int = 15
-    n_traverse: int = 15
-    traverse_range: float = 3.0
-    traverse_dim: int = 0
-    beta: float | None = None
-    n_betas: int = 24
-    single_files: bool = False
-    device: str = "auto"
-    data_dir: str | None = None
 
 
 @dataclass
@@ -110,17 +65,10 @@ class Job:
         return draw_test_images(self.trained, device, self.config.n_samples, self.generator, each)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Parse, load, draw; the exit status."""
-    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
-    kinds = parsing.flag_types([SampleConfig])
-    words = parsing.normalise(words, kinds)
-    name, words = parsing.take(words, "config")
-    parser = parsing.build_parser("sample", [SampleConfig], DESCRIPTION)
-    if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
-        raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
-    config = SampleConfig(**parsing.parse(parser, words, {}))
-    job = load(config, name)
+def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
+    """Load, draw; the exit status."""
+    config, name, expected = flags
+    job = load(config, name, expected)
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "figures"
     with torch.no_grad():
         for path in MODES[config.mode](job, folder):
@@ -128,14 +76,12 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def load(config: SampleConfig, expected: str | None) -> Job:
-    """Load the model to draw from. `expected` is a training configuration that it must agree with."""
-    check_values(config, traverse_dim=Bounds(-1))
+def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Job:
+    """The model to draw from; it must agree with the training configuration called `name`."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
-    if expected is not None:
-        kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
-        agree(parsing.read_config(expected, kinds), trained, model, expected)
+    if name is not None:
+        agree(expected, trained, model, name)
     adapt_config(trained, config.device, config.data_dir)
     validate(trained)
     steps = {"interpolate": "n_interpolate", "traverse": "n_traverse", "beta_sweep": "n_betas"}.get(config.mode)

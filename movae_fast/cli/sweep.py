@@ -2,108 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import math
 import signal
 import subprocess
 import sys
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from movae_fast.cli import parsing
-from movae_fast.cli.curves import CurveConfig, check_curve, draw
-from movae_fast.cli.yaml_file import read_yaml
-from movae_fast.evaluation.curve_runs import trial_folder
-from movae_fast.names import nearest
-from movae_fast.plots import sweep_plot
-from movae_fast.sweeps.search import (
-    FIGURES,
-    bundles,
-    check_objectives,
-    check_space,
-    check_storage,
-    check_trials,
-    is_bundle,
-    selected,
+from movae_fast.cli.curves import draw
+from movae_fast.cli.flags.sweep import (
+    SweepAsked,
+    SweepFile,
+    SweepFlags,
+    check_sweep,
+    curve_config,
+    read_sweep,
+    sweep_names,
 )
+from movae_fast.evaluation.curve_runs import trial_folder
+from movae_fast.figures import sweep_figure
+from movae_fast.sweeps.search import FIGURES, check_storage, check_trials, selected
 from movae_fast.sweeps.study import Report, Study, report
-from movae_fast.training.config import SECTIONS
-from movae_fast.training.limits import ONE, ZERO, check_values
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate
+from movae_fast.training.device_checks import check_fits
 
-DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
+__all__ = ["SweepFlags", "make_study", "read_sweep", "run", "sweep_names"]
 STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself ended
-SWEEPS = Path(__file__).parent.parent / "sweeps"
 
 
-@dataclass
-class SweepFlags:
-    """Sweep.
-
-    Args:
-        config: Sweep by name, or a YAML file: `search` (flag -> {low, high, log, step} or {choices}; choices
-            that are mappings each set the flags in them, under any name), `objectives` (figure -> minimize or
-            maximize), and any of `config` (a recipe), `flags` (fixed ones), `sampler` (tpe, or grid: every
-            combination of the choices), `curve` (flags of `movae curve`, which draws the trials at the end, and
-            `select`: names of the search of whose values only the best is drawn), `trials`, `workers`,
-            `storage`, `samples`, `prune`.
-        trials: Trials that the study shall have in all, those of earlier calls included.
-        workers: Processes that share the study.
-        storage: Journal file, or URL of a database for many machines; by default study.journal in the folder.
-        sweep_dir: Folder of the study and its runs; one that holds this study is continued.
-        seed: Seed of the sampler.
-        device: Device of every trial.
-        data_dir: Folder of the original files, for every trial.
-        worker: Number of a worker process; set by the sweep itself.
-    """
-
-    config: str
-    trials: int | None = None
-    workers: int | None = None
-    storage: str | None = None
-    sweep_dir: str | None = None
-    seed: int = 0
-    device: str | None = None
-    data_dir: str | None = None
-    worker: int | None = None
-
-
-@dataclass
-class SweepFile:
-    """Hold the content of a sweep's YAML file."""
-
-    search: dict[str, dict[str, Any]]
-    objectives: dict[str, str] = field(default_factory=lambda: {"test/loss": "minimize"})
-    config: str | None = None
-    flags: dict[str, Any] = field(default_factory=dict)
-    sampler: str = "tpe"
-    curve: dict[str, Any] | None = None
-    trials: int | None = None
-    workers: int = 1
-    storage: str | None = None
-    samples: int = 10_000
-    prune: bool = True
-
-
-def run(argv: Sequence[str]) -> int:
-    """Parse, check, search, report; the exit status."""
-    words = parsing.normalise(argv, parsing.flag_types([SweepFlags]))
-    name, words = parsing.take(words, "config")
-    if name is None and "--help" not in words:
-        raise ValueError(f"which sweep? give --config, one of {parsing.listed(sweep_names())} or a YAML file")
-    parser = parsing.OneLineParser(prog="movae sweep", description=DESCRIPTION, exit_on_error=False)
-    parser.add_class_arguments(SweepFlags, as_group=True)
-    given = parsing.parse(parser, words if name is None else [f"--config={name}", *words], {})
-    flags = SweepFlags(**{"config": name, **given})
-    spec, stem = read_sweep(flags.config)
-    study = make_study(flags, spec, stem)
+def run(asked: SweepAsked) -> int:
+    """Search, report; the exit status."""
+    flags, spec = asked.flags, asked.spec
+    study = make_study(flags, spec, asked.stem)
     if flags.worker is not None:
         return study.work(flags.worker)
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -112,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     left = study.left()
     console.print(f"{study.name}: {study.trials} trials, {left} to go; {study.folder}", highlight=False)
     count = min(study.workers, left)
-    again = [sys.executable, "-m", "movae_fast", "sweep", *argv]
+    again = [sys.executable, "-m", "movae_fast", "sweep", *asked.argv]
     workers = [subprocess.Popen([*again, "--worker", str(k)]) for k in range(count)]
     statuses = wait(workers)
     if stopped := [s - 128 for s in statuses if s > 128] + [-s for s in statuses if s in STOPPED]:
@@ -132,6 +67,12 @@ def run(argv: Sequence[str]) -> int:
     return 1 if any(statuses) else 0
 
 
+def check_runs(config: TrainConfig) -> None:
+    """Make all checks of a configuration. Raises ValueError."""
+    validate(config)
+    check_fits(config)
+
+
 def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     """Wait for the workers and return their exit statuses; SIGTERM and SIGINT are passed on to them."""
 
@@ -147,43 +88,10 @@ def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
             signal.signal(signum, handler)
 
 
-def sweep_names() -> list[str]:
-    return sorted(str(p.relative_to(SWEEPS).with_suffix("")) for p in SWEEPS.rglob("*.yaml"))
-
-
-def read_sweep(name: str) -> tuple[SweepFile, str]:
-    """Return the sweep called `name` (or in that file) and its stem. Raises ValueError for a name or file
-    that is not one."""
-    path = parsing.find_yaml(name, SWEEPS, "sweep")
-    values = read_yaml(path, "--config")
-    known = [f.name for f in dataclasses.fields(SweepFile)]
-    if not isinstance(values, dict) or not isinstance(values.get("search"), dict) or not values["search"]:
-        raise ValueError(f"--config {path}: a sweep has `search`, the flags to search over with their ranges")
-    for key in values:
-        if key not in known:
-            raise ValueError(f"--config {path}: {key} is unknown{nearest(str(key), known)}")
-    kinds = typing.get_type_hints(SweepFile)
-    values = {key: parsing.typed(key, value, kinds[key]) for key, value in values.items()}
-    inside = path.is_relative_to(SWEEPS)
-    return SweepFile(**values), str(path.relative_to(SWEEPS).with_suffix("")) if inside else path.stem
-
-
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
-    """Make the study, with everything checked that can be checked before a trial runs."""
-    if importlib.util.find_spec("optuna") is None:
-        raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'")
-    check_values(flags, worker=ZERO)
-    check_values(spec, samples=ONE)
-    kinds = parsing.flag_types(list(SECTIONS.values()))
-    type_search(flags.config, spec, kinds)
-    if spec.curve is not None:
-        curve_config(spec, [], None)
-    if not spec.objectives:
-        raise ValueError(f"--config {flags.config}: objectives are empty")
-    check_objectives(spec.objectives)
-    fixed = parsing.read_config(spec.config, kinds) if spec.config else {}
-    fixed |= spec.flags | {k: v for k in ("device", "data_dir") if (v := getattr(flags, k)) is not None}
-    check_trials(spec.search, spec.objectives, fixed)
+    """The study, with everything checked that can be before a trial runs."""
+    fixed = check_sweep(flags, spec)
+    check_trials(spec.search, spec.objectives, fixed, check_runs)
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20
     workers = spec.workers if flags.workers is None else flags.workers
     trials = next((n for n in (flags.trials, spec.trials) if n is not None), every)
@@ -203,66 +111,6 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
         prune=spec.prune,
         seed=flags.seed,
     )
-
-
-def type_search(config: str, spec: SweepFile, kinds: dict[str, Any]) -> None:
-    """Check the search and the fixed flags, and give their values the types of their flags."""
-    for name, space in spec.search.items():
-        check_space(name, space)
-    bundled = [key for choice in bundles(spec.search) for key in choice]
-    single = [name for name, space in spec.search.items() if not is_bundle(space)]
-    for where, names in (("search", [*single, *bundled]), ("flags", list(spec.flags))):
-        for name in names:
-            if name not in kinds:
-                raise ValueError(f"--config {config}: {where}: {name} is no flag{nearest(name, kinds)}")
-    check_sampler(config, spec)
-    spec.flags = {name: parsing.typed(name, value, kinds[name]) for name, value in spec.flags.items()}
-    for name, space in spec.search.items():
-        type_space(name, space, kinds)
-
-
-def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
-    """Give each choice the type of its flag, or of its own flags where it is a mapping; check a range's ends.
-
-    Raises ValueError for a value of another type.
-    """
-    if is_bundle(space):
-        space["choices"] = [{k: parsing.typed(k, v, kinds[k]) for k, v in c.items()} for c in space["choices"]]
-    elif "choices" in space:
-        space["choices"] = [parsing.typed(name, choice, kinds[name]) for choice in space["choices"]]
-    else:
-        for end in ("low", "high"):
-            parsing.typed(name, space[end], kinds[name])
-
-
-def check_sampler(name: str, spec: SweepFile) -> None:
-    """Refuse a sampler that there is not, and a grid over a range."""
-    if spec.sampler not in ("tpe", "grid"):
-        raise ValueError(f"--config {name}: sampler {spec.sampler}: valid: tpe, grid")
-    for key, space in spec.search.items():
-        if spec.sampler == "grid" and "choices" not in space:
-            raise ValueError(f"--config {name}: search: {key}: a grid is over {{choices: [...]}}")
-
-
-def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> CurveConfig:
-    """Return the `curve` section as flags of `movae curve`. Raises ValueError for a name that is not such a
-    flag."""
-    given = dict(spec.curve or {})
-    known = {f.name for f in dataclasses.fields(CurveConfig)} - {"runs", "out"}
-    for key in given:
-        if key not in {*known, "select"}:
-            raise ValueError(f"curve: {key} is unknown{nearest(str(key), [*known, 'select'])}")
-    select = given.pop("select", [])
-    if not isinstance(select, list):
-        raise ValueError(f"curve: select: {select} must be a list of names of the search")
-    kinds = typing.get_type_hints(CurveConfig)
-    given = {key: parsing.typed(f"curve: {key}", value, kinds[key]) for key, value in given.items()}
-    for name in select:
-        if name not in spec.search:
-            raise ValueError(f"curve: select: {name} is not searched{nearest(str(name), spec.search)}")
-    config = CurveConfig(runs=runs, out=None if folder is None else str(folder), **given)
-    check_curve(config)
-    return config
 
 
 def draw_curve(study: Study, spec: SweepFile, results: Report, console: Console) -> None:

@@ -7,21 +7,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli import parsing
 from movae_fast.cli.errors import explained
+from movae_fast.cli.flags.train import TrainFlags, build_parser, without_export
 from movae_fast.cli.ladder import visualize
 from movae_fast.cli.pictures import draw_missing, draw_run
 from movae_fast.names import first_line, shown
-from movae_fast.training.config import SECTIONS, RunConfig, TrainConfig
-from movae_fast.training.config_checks import check_fits, validate
+from movae_fast.training.config import RunConfig, TrainConfig
+from movae_fast.training.config_checks import validate
+from movae_fast.training.device_checks import check_fits
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -32,7 +34,6 @@ from movae_fast.training.start import resume, setup, start_or_resume
 from movae_fast.training.telemetry import NonFiniteError
 from movae_fast.training.train_step import NOT_ASKED
 
-DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
 # What a resumed run may change without ceasing to be the same run.
 RESUMABLE = {
     *(f.name for f in dataclasses.fields(RunConfig)),
@@ -48,40 +49,12 @@ RESUMABLE = {
     ),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
 } - {"seed", "log_every", "save_path"}
-# torch-vae's own defaults, for its own spelling of the flags.
-TORCH_VAE = {
-    "arch": "torch_vae",
-    "dataset": "mnist",
-    "image_size": 64,
-    "resize": "bilinear",
-    "batch_size": 32,
-    "max_filters": 128,
-    "epochs": 100,
-    "lr": 3e-4,
-    "optimizer": "adamw",
-    "weight_decay": 0.01,  # torch's default for AdamW, which it leaves as it is
-    "seed": 0,
-}
-# The PyTorch port of proVLAE has no --arch either; its defaults, and the side of each set's images.
-PORT = {
-    "arch": "provlae",
-    "ladder_net": "port",
-    "dataset": "shapes3d",
-    "recons_dist": "bernoulli",
-    "recons_reduction": "mean",
-    "beta": 8.0,
-    "batch_size": 100,
-    "epochs": 1,
-    "lr": 5e-4,
-}
-PORT_SIZES = {"mnist": 28, "fashionmnist": 28}
-PORT_SIZES |= dict.fromkeys(("celeba", "flowers102", "dtd", "imagenet", "ident3d"), 128)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Parse, validate, train; the exit status (130 or 143 after SIGINT or SIGTERM, with the run saved)."""
+def run(flags: TrainFlags) -> int:
+    """Train; the exit status (130 or 143 after SIGINT or SIGTERM, with the run saved)."""
     try:
-        return parsed_and_trained(argv)
+        return set_up_and_trained(flags)
     except RuntimeError as error:  # before the first step; `train` sees the later ones
         if not lost_a_process(int(os.environ.get("WORLD_SIZE", "1")), error):
             raise
@@ -90,24 +63,18 @@ def run(argv: Sequence[str]) -> int:
         os._exit(1)
 
 
-def parsed_and_trained(argv: Sequence[str]) -> int:
-    """Parse, validate, set up or resume, train."""
+def set_up_and_trained(flags: TrainFlags) -> int:
+    """Check what needs torch, set up or resume, train."""
     # A log file wants whole lines; a terminal its own width.
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     console = Console(width=None if sys.stdout.isatty() else 200, quiet=quiet)
-    kinds = parsing.flag_types(list(SECTIONS.values()))
-    words = parsing.normalise(argv, kinds)
-    parser = parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
-    resumed, words = parsing.take(words, "resume")
-    if resumed is not None and not resumed.strip():
-        raise ValueError("--resume is empty; name the run to go on with, or give auto")
-    recipe, words, system = given_defaults(argv, words, kinds)
-    if resumed not in (None, "auto"):
-        work = resume(Path(resumed), lambda saved: continued(parser, words, saved, resumed, recipe))
+    resumed, config = flags.resumed, flags.config
+    if config is None:
+        assert resumed is not None
+        work = resume(Path(resumed), lambda saved: continued(flags, saved, resumed))
         return train(work, console)
-    values = parsing.parse(parser, words, recipe)
-    complete(values, system, console)
-    config = TrainConfig.from_flat(values)
+    for line in flags.notes:
+        console.print(line, highlight=False)
     without_export(config, validate)
     check_fits(config)
     if config.ladder.mode == "visualize":
@@ -118,78 +85,15 @@ def parsed_and_trained(argv: Sequence[str]) -> int:
         console.print("torchrun started this anew after a failure; without --exp_dir it is a run of its own")
     if resumed is None and not (restarted and where is not None):
         return train(setup(config), console)
-    if where is None:
-        raise ValueError("--resume auto needs --exp_dir: the folder in which the run starts, or goes on")
-    changes = lambda saved: continued(parser, words, saved, where, recipe)  # noqa: E731
-    return train(start_or_resume(config, changes), console)
+    assert where is not None  # `flags.train.parse` refuses --resume auto without it
+    return train(start_or_resume(config, lambda saved: continued(flags, saved, where)), console)
 
 
-System = Literal["", "torch-vae", "proVLAE's port"]  # whose flags a command line is written in
-
-
-def given_defaults(
-    argv: Sequence[str], words: list[str], kinds: dict[str, Any]
-) -> tuple[dict[str, Any], list[str], System]:
-    """Return what a recipe or another system's spelling puts under the command line, the words left, whose."""
-    name, words = parsing.take(words, "config")
-    if name is not None:
-        return parsing.read_config(name, kinds), words, ""
-    spelt = {a.partition("=")[0] for a in argv}
-    if "--arch" in spelt:
-        return {}, words, ""
-    if spelt & {"--latent_dims", "--max_filters"}:
-        return dict(TORCH_VAE), words, "torch-vae"
-    if spelt & {"--num_ladders", "--hidden_dim", "--fade_in_duration"}:
-        return dict(PORT), words, "proVLAE's port"
-    return {}, words, ""
-
-
-def complete(values: dict[str, Any], system: System, console: Console) -> None:
-    """Put in what another system derives from its flags, and print the flags that its spelling implies."""
-    if system == "torch-vae":
-        flags = "  ".join(f"--{k} {values[k]}" for k in TORCH_VAE)
-        console.print(f"torch-vae's flags: {flags}", highlight=False)
-        values["export"] = values["export"] or free_export(values, console)
-    elif system:
-        if values["image_size"] is None:
-            squeezed = "".join(c for c in values["dataset"].lower() if c.isalnum())
-            values["image_size"] = PORT_SIZES.get(squeezed, 64)
-        flags = "  ".join(f"--{k} {values[k]}" for k in (*PORT, "image_size"))
-        console.print(f"proVLAE's flags, as its PyTorch port has them: {flags}", highlight=False)
-
-
-def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
-    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
-    export, config.run.export = config.run.export, None
-    try:
-        check(config)
-    finally:
-        config.run.export = export
-
-
-def free_export(values: dict[str, Any], console: Console) -> str | None:
-    """Return where torch-vae writes its weights, or a free name beside it if a file is there."""
-    given = str(values["dataset"])
-    name = f"vae_filters_{values['max_filters']:04d}_dims_{values['latent_dim'] or 128:04d}.pth"
-    path = Path("models", given, name)
-    if path.exists():
-        console.print(f"{path} exists and is kept; the weights will be in the run's folder", highlight=False)
-        return None
-    return str(path)
-
-
-def continued(
-    parser: parsing.OneLineParser,
-    words: list[str],
-    saved: dict[str, Any],
-    resumed: str,
-    recipe: Mapping[str, Any],
-) -> TrainConfig:
-    """Return the saved configuration with the flags that a resumed run may change; `resumed` is its folder
-    or checkpoint."""
+def continued(flags: TrainFlags, saved: dict[str, Any], resumed: str) -> TrainConfig:
+    """The saved configuration with what a resumed run may change; `resumed` is its folder or checkpoint."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
     known = parsing.with_its_regularizer(known)
-    values = parsing.parse(parser, words, {**known, **recipe})
+    values = parsing.parse(build_parser(), flags.words, {**known, **flags.recipe})
     folder = folder_of(Path(resumed))
     where, values["exp_dir"] = values["exp_dir"], None
     if where is not None and Path(where).resolve() != folder.resolve():

@@ -1,19 +1,41 @@
-"""Read datasets by name, and feed them to a model by one of three loaders."""
+"""Read datasets by name, and feed them to a model by one of three loaders.
 
-from movae_fast.data.binarize import Binarizer
+What a dataset is, `DATASETS` knows; the modules that read and load are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from movae_fast import lazy
 from movae_fast.data.datasets import DATASETS, DatasetInfo
-from movae_fast.data.loaders import (
-    LOADERS,
-    DaliLoader,
-    Loader,
-    ResidentLoader,
-    TorchLoader,
-    choose_loader,
-    make_loader,
+
+if TYPE_CHECKING:
+    from movae_fast.data.binarize import Binarizer
+    from movae_fast.data.loaders import (
+        LOADERS,
+        DaliLoader,
+        Loader,
+        ResidentLoader,
+        TorchLoader,
+        choose_loader,
+        make_loader,
+    )
+    from movae_fast.data.prepared import Prepared, open_split
+    from movae_fast.data.sources import ImageFiles, Images, ImageSource, ReadOptions, Subset, limited
+    from movae_fast.data.transforms import to_unit
+
+__getattr__, __dir__ = lazy.exports(
+    __name__,
+    {
+        "binarize": ("Binarizer",),
+        "loaders": (
+            *("LOADERS", "DaliLoader", "Loader", "ResidentLoader", "TorchLoader", "choose_loader"),
+            "make_loader",
+        ),
+        "prepared": ("Prepared", "open_split"),
+        "sources": ("ImageFiles", "ImageSource", "Images", "ReadOptions", "Subset", "limited"),
+        "transforms": ("to_unit",),
+    },
 )
-from movae_fast.data.prepared import Prepared, open_split
-from movae_fast.data.sources import ImageFiles, Images, ImageSource, ReadOptions, Subset, limited
-from movae_fast.data.transforms import to_unit
 
 __all__ = [
     "DATASETS",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-Binarization = Literal["none", "threshold", "static", "dynamic"]
+from movae_fast.choices import Binarization
+
 STATIC_SEED = 777  # The static draw is the same for everybody, whatever the seed of a run.
 LOW_32_BITS = 0xFFFFFFFF
 

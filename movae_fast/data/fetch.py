@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,8 @@ def fetch(remote: Remote, path: Path) -> None:
 
     Raises OSError if the network or the disk fails, or if the file is not the expected one.
     """
+    import urllib.request  # a twentieth of a second, and most runs fetch nothing
+
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = part.stat().st_size if part.exists() else 0

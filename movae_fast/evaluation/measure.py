@@ -22,8 +22,6 @@ from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import evaluate
 
 # What is asked of test images rather than of factors.
-ON_IMAGES = ("objectives", "elbo", "images")
-QUICK = ("mig", "mig_sup", "modularity", "jemmig")
 
 
 @dataclass

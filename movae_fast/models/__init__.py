@@ -1,63 +1,92 @@
-"""Build models by name: `MODELS["vq_vae"]`, `build_model`."""
+"""Models by name: `MODELS["vq_vae"]`, built by `build_model`.
+
+What is known of a model without building it is in `catalog`; a class is imported when it is first used.
+"""
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, Noise, VQOutput
-from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
-from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
-from movae_fast.models.multirate import Gated, gated_layers, make_multirate
-from movae_fast.models.provlae import VLAE, ProVLAE
-from movae_fast.models.rates import Rates
-from movae_fast.models.sized_vae import SizedCNNVAE, SizedResNetVAE
-from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
-from movae_fast.models.vae import BetaTCVAE, ConvVAE
-from movae_fast.models.vq_vae import VQVAE
+from movae_fast import lazy
+from movae_fast.choices import Activation
+from movae_fast.models.catalog import INFO, SIDES, ModelInfo
 
-MODELS: dict[str, type[VAE]] = {
-    "vae": ConvVAE,
-    "betatc_vae": BetaTCVAE,
-    "vq_vae": VQVAE,
-    "cnn_vae": CNNVAE,
-    "mmd_vae": MMDVAE,
-    "torch_vae": TorchVAE,
-    "dcgan_vae": DCGANVAE,
-    "provlae": ProVLAE,
-    "vlae": VLAE,
-    "linear_vae": LinearVAE,
-    "mlp_vae": MLPVAE,
-    "betatc_mlp_vae": BetaTCMLPVAE,
-    "cnn_vae_28": SizedCNNVAE,
-    "cnn_vae_32": SizedCNNVAE,
-    "cnn_vae_64": SizedCNNVAE,
-    "resnet_vae_28": SizedResNetVAE,
-    "resnet_vae_32": SizedResNetVAE,
-    "resnet_vae_64": SizedResNetVAE,
-}
-# Names that stand for a class at one side of the images.
-SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
+if TYPE_CHECKING:
+    from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, Noise, VQOutput
+    from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
+    from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
+    from movae_fast.models.multirate import Gated, gated_layers, make_multirate
+    from movae_fast.models.provlae import VLAE, ProVLAE
+    from movae_fast.models.rates import Rates
+    from movae_fast.models.sized_vae import SizedCNNVAE, SizedResNetVAE
+    from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
+    from movae_fast.models.vae import BetaTCVAE, ConvVAE
+    from movae_fast.models.vq_vae import VQVAE
+
+__getattr__, __dir__ = lazy.exports(
+    __name__,
+    {
+        "base": ("VAE", "GaussianOutput", "GaussianVAE", "Noise", "VQOutput"),
+        "cnn_vae": ("CNNVAE", "MMDVAE"),
+        "dense_vae": ("MLPVAE", "BetaTCMLPVAE", "LinearVAE"),
+        "multirate": ("Gated", "gated_layers", "make_multirate"),
+        "provlae": ("VLAE", "ProVLAE"),
+        "rates": ("Rates",),
+        "sized_vae": ("SizedCNNVAE", "SizedResNetVAE"),
+        "torch_vae": ("DCGANVAE", "TorchVAE"),
+        "vae": ("BetaTCVAE", "ConvVAE"),
+        "vq_vae": ("VQVAE",),
+    },
+)
+
+MODELS: lazy.Registry["type[VAE]"] = lazy.Registry(
+    {arch: f"movae_fast.models.{info.place}" for arch, info in INFO.items()}
+)
 
 __all__ = [
+    "CNNVAE",
+    "DCGANVAE",
+    "MLPVAE",
+    "MMDVAE",
     "MODELS",
     "VAE",
+    "VLAE",
+    "VQVAE",
+    "BetaTCMLPVAE",
+    "BetaTCVAE",
+    "ConvVAE",
     "Gated",
     "GaussianOutput",
     "GaussianVAE",
+    "LinearVAE",
+    "ModelInfo",
     "Noise",
     "ProVLAE",
     "Rates",
+    "SizedCNNVAE",
+    "SizedResNetVAE",
+    "TorchVAE",
     "VQOutput",
     "build_model",
+    "check_options",
     "gated_layers",
     "make_multirate",
+    "model_info",
     "model_options",
 ]
 
 
+def model_info(arch: str) -> "ModelInfo | type[VAE]":
+    """Return what is known of the model `arch`: a record, or the class itself where somebody added it."""
+    return INFO[arch] if MODELS.built_in(arch) else MODELS[arch]
+
+
 def model_options(arch: str) -> list[str]:
     """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
-    parameters = inspect.signature(MODELS[arch].__init__).parameters
+    info = model_info(arch)
+    if isinstance(info, ModelInfo):
+        return list(info.options)
+    parameters = inspect.signature(info.__init__).parameters
     return [name for name in parameters if name not in ("self", "image_shape", "activation")]
 
 
@@ -66,14 +95,23 @@ def build_model(
     image_shape: tuple[int, int, int],
     activation: Activation,
     options: Mapping[str, Any],
-) -> VAE:
+) -> "VAE":
     """Build the model `arch` for images [C, S, S]; options whose value is None are left to its defaults.
 
     Raises ValueError for an option that the model does not have, and for an image size that its strides do not
     allow (the message names sizes that fit).
     """
-    known = model_options(arch)
     given = {name: value for name, value in options.items() if value is not None}
+    check_options(arch, image_shape, activation, given)
+    return MODELS[arch](image_shape, activation, **given)
+
+
+def check_options(
+    arch: str, image_shape: tuple[int, int, int], activation: str, given: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for an option of `given` that the model does not have, and for a value or an image size
+    that no model of its kind takes."""
+    known = model_options(arch)
     for name in given:
         if name not in known:
             raise ValueError(f"--{name} does not apply to {arch}, whose options are {', '.join(known)}")
@@ -87,7 +125,6 @@ def build_model(
             f"--recons_activation {activation} is unknown; valid: {', '.join(get_args(Activation))}"
         )
     check_side(arch, image_shape[1])
-    return MODELS[arch](image_shape, activation, **given)
 
 
 def check_side(arch: str, size: int) -> None:

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from movae_fast.choices import Activation
 from movae_fast.models.rates import Rates
 
-Activation = Literal["tanh", "sigmoid", "none"]
 Norm = Literal["batch", "layer", "none"]
 
 

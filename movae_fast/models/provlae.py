@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from movae_fast.choices import LadderNet
 from movae_fast.models.base import Activation, GaussianVAE, at_least_float32
-
-LadderNet = Literal["authors", "port"]
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:

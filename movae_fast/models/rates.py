@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-BetaPer = Literal["example", "batch"]
+from movae_fast.choices import BetaPer
+from movae_fast.models.catalog import check_beta_range
 
 
 class Rates:
@@ -19,10 +19,7 @@ class Rates:
     """
 
     def __init__(self, beta_min: float, beta_max: float, beta_per: BetaPer = "example") -> None:
-        if not (math.isfinite(beta_max) and 0 < beta_min < beta_max):
-            raise ValueError(
-                f"--beta_min {beta_min:g} and --beta_max {beta_max:g} must satisfy 0 < beta_min < beta_max"
-            )
+        check_beta_range(beta_min, beta_max)
         self.beta_min, self.beta_max, self.beta_per = beta_min, beta_max, beta_per
         self.low, self.high = math.log(beta_min), math.log(beta_max)
         self.log_beta = torch.zeros(1)  # [B] or [1] of the batch in training

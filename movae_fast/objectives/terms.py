@@ -5,18 +5,16 @@ average over all processes and parts of a batch, so that their mean is the mean 
 every image. `beta` weights the images of a multi-rate model.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from movae_fast import ops
+from movae_fast.choices import ReconsDist, ReconsReduction
 from movae_fast.models.base import output_image
 from movae_fast.reference import TCEstimator, gaussian_log_density
-
-ReconsDist = Literal["bernoulli", "gaussian", "laplacian"]
-ReconsReduction = Literal["mean", "sum", "scaled_sum"]
 
 
 def reconstruction(

@@ -1,14 +1,19 @@
 """Parse the weights of a model's objectives as a user gives them."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from movae_fast.models import VAE
 from movae_fast.names import nearest
+
+if TYPE_CHECKING:
+    from movae_fast.models import VAE, ModelInfo
 
 
 def resolve_weights(
-    model: type[VAE],
+    model: type[VAE] | ModelInfo,
     image_shape: tuple[int, int, int],
     given: Sequence[float] | Mapping[str, float] | None,
     beta: float | None = None,

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops.extension import DTYPES, csrc
-from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
+from movae_fast.ops.registration import launching_op, library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
 
 # Bytes of a result that the allocator takes from the system each time rather than from what it has.
@@ -72,7 +72,7 @@ library.define("combine_out(Tensor rows, Tensor weights, Tensor(a!) out) -> ()")
 library.define("combine_backward(Tensor grad, Tensor rows, Tensor weights) -> (Tensor, Tensor)")
 
 
-@triton_op("movae::combine", mutates_args=())
+@launching_op("movae::combine")
 def _combine(rows: Tensor, weights: Tensor) -> Tensor:
     if rows.is_cpu:
         return torch.ops.movae.combine_cpu(rows, weights)

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops.extension import DTYPES, csrc
-from movae_fast.ops.registration import library, refuse_vmap, triton_kernels
+from movae_fast.ops.registration import launching_op, library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
 
 
@@ -40,7 +40,7 @@ library.define("gramian_cpu(Tensor rows) -> Tensor")
 library.define("gramian_backward(Tensor grad, Tensor rows) -> Tensor")
 
 
-@triton_op("movae::gramian", mutates_args=())
+@launching_op("movae::gramian")
 def _gramian(rows: Tensor) -> Tensor:
     if rows.is_cpu:
         return torch.ops.movae.gramian_cpu(rows)

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from movae_fast import reference
 from movae_fast.ops import extension
 from movae_fast.ops.extension import csrc
-from movae_fast.ops.registration import refuse_vmap, triton_kernels
+from movae_fast.ops.registration import launching_op, refuse_vmap, triton_kernels
 from movae_fast.reference import TCEstimator
 
 
@@ -69,7 +69,7 @@ def _check(z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, estimator: str) -
 # --- dispatch -------------------------------------------------------------------------------------------------
 
 
-@triton_op("movae::tc_terms", mutates_args=())
+@launching_op("movae::tc_terms")
 def _tc_terms(
     z: Tensor, mu: Tensor, logvar: Tensor, n_data: int, stratified: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _tc_terms(
     return launch(z.contiguous(), mu.contiguous(), logvar.contiguous(), n_data, stratified, wrap_triton)
 
 
-@triton_op("movae::tc_terms_backward", mutates_args=())
+@launching_op("movae::tc_terms_backward")
 def _tc_terms_backward(
     grad_log_q_z: Tensor,
     grad_log_prod_q_z: Tensor,

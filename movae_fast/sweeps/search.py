@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from movae_fast.evaluation.disentanglement import METRICS
+from movae_fast.evaluation.metric_names import ON_FACTORS
 from movae_fast.names import ArgumentError, nearest
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.config_checks import check_fits, validate
 
 if TYPE_CHECKING:
     import optuna
@@ -22,7 +21,7 @@ FIGURES = {
     **dict.fromkeys(("rate", "distortion", "elbo", "active_units"), "elbo"),
     **dict.fromkeys(("psnr", "ssim", "ms_ssim"), "images"),
     **dict.fromkeys(("dci_disentanglement", "dci_completeness", "dci_informativeness"), "dci"),
-    **{name: name for name in METRICS if name != "dci"},
+    **{name: name for name in ON_FACTORS if name != "dci"},
 }
 
 
@@ -101,9 +100,12 @@ def check_objectives(objectives: Mapping[str, str]) -> None:
 
 
 def check_trials(
-    search: Mapping[str, dict[str, Any]], objectives: Mapping[str, str], fixed: Mapping[str, Any]
+    search: Mapping[str, dict[str, Any]],
+    objectives: Mapping[str, str],
+    fixed: Mapping[str, Any],
+    check: Callable[[TrainConfig], None],
 ) -> None:
-    """Refuse a search with a value that makes no run, or whose runs lack an objective.
+    """Refuse a search with a value that makes no run, which `check` says, or whose runs lack an objective.
 
     Every value is tried by itself, with the first values of the other flags.
     """
@@ -111,28 +113,28 @@ def check_trials(
         name: space["choices"][0] if "choices" in space else space["low"] for name, space in search.items()
     }
     config = TrainConfig.from_flat(dict(fixed) | assigned(first))
-    measured = measured_by(config)
+    measured = measured_by(config, check)
     for name, space in search.items():
         for value in space["choices"][1:] if "choices" in space else [space["high"]]:
             try:
-                measured |= measured_by(TrainConfig.from_flat(dict(fixed) | assigned(first | {name: value})))
+                tried = TrainConfig.from_flat(dict(fixed) | assigned(first | {name: value}))
+                measured |= measured_by(tried, check)
             except ValueError as error:
                 raise ValueError(f"search: {name}: {error}") from None
     for name in objectives:
         if name.startswith("test/") and name not in measured:
             raise ValueError(f"objectives: {name}: a run measures {', '.join(measured)}")
-    factors = [n for n in objectives if FIGURES.get(n) in METRICS]
+    factors = [n for n in objectives if FIGURES.get(n) in ON_FACTORS]
     if factors and not config.info.factor_sizes:
         raise ValueError(
             f"objectives: {factors[0]} needs data with known discrete factors; {config.info.name} has none"
         )
 
 
-def measured_by(config: TrainConfig) -> dict[str, None]:
-    """Check the configuration; return the names of its runs' test metrics, in order."""
-    validate(config)
-    check_fits(config)
-    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
+def measured_by(config: TrainConfig, check: Callable[[TrainConfig], None]) -> dict[str, None]:
+    """Check the configuration; return the names of its runs' test figures, in order."""
+    check(config)
+    names = list(config.model_info.weighted_objectives(vars(config.model), config.image_shape))
     names += ["loss", "mse", "mse_mean_image"]
     if "commitment" in names:
         names += ["codebook_usage", "perplexity"]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from movae_fast.projected_step import Columns, StepMetric, correction, metric_roots
+from movae_fast.choices import StepMetric
+from movae_fast.projected_step import Columns, correction, metric_roots
 from movae_fast.training.flat import FlatParameters, Rows
 
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import make_aggregator
-from movae_fast.aggregation.weightings import Sum
 from movae_fast.data import Binarizer, Loader, ReadOptions
 from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
@@ -92,7 +91,11 @@ def build_aggregator(
             reg_eps=objective.upgrad_reg_eps,
             regularizer=objective.upgrad_regularizer,
         ).to(device)
-    return Sum() if objective.conflict_free == "step" else None  # the projection needs the rows
+    if objective.conflict_free != "step":
+        return None
+    from movae_fast.aggregation.weightings import Sum  # the projection needs the rows; TorchJD is imported
+
+    return Sum()
 
 
 def build_losses(

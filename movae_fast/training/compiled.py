@@ -4,13 +4,13 @@ use."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from movae_fast.choices import CompileMode
 from movae_fast.own_code import with_own_code
 
-CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
 # With inductor's own limits on what it recomputes, each gate's upstream gradient is kept beside the gradient
 # made of it: a fifth more activations at the step's peak (cnn_vae_28). With these it is formed twice instead.
 MULTIRATE_LIMITS = {

@@ -1,6 +1,7 @@
 """Define every setting of a run: one dataclass per subject, each field one flag of the same name.
 
-`config_checks.validate` says what may be asked for together.
+`config_checks.validate` says what may be asked for together. Torch is not imported for either, so
+there is no block for TYPE_CHECKING here: jsonargparse would run it.
 """
 
 from __future__ import annotations
@@ -8,16 +9,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from movae_fast.aggregation.upgrad import STRICT_REG_EPS
-from movae_fast.data import DATASETS, DatasetInfo
-from movae_fast.data.binarize import Binarization
-from movae_fast.models import MODELS, VAE
-from movae_fast.models.provlae import LadderNet
-from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
-from movae_fast.projected_step import StepMetric
-from movae_fast.reference import Regularizer
-from movae_fast.training.compiled import CompileMode
-from movae_fast.training.precision import PrecisionName
+from movae_fast import models
+from movae_fast.choices import (
+    STRICT_REG_EPS,
+    Binarization,
+    CompileMode,
+    LadderNet,
+    PrecisionName,
+    ReconsDist,
+    ReconsReduction,
+    Regularizer,
+    StepMetric,
+)
+from movae_fast.data.datasets import DATASETS, DatasetInfo
+from movae_fast.objectives.weights import resolve_weights
 
 FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
 
@@ -411,8 +416,13 @@ class TrainConfig:
         return DATASETS[self.data.dataset]
 
     @property
-    def model_class(self) -> type[VAE]:
-        return MODELS[self.model.arch]
+    def model_class(self) -> type[models.VAE]:
+        return models.MODELS[self.model.arch]
+
+    @property
+    def model_info(self) -> models.ModelInfo | type[models.VAE]:
+        """What is known of the model without importing it."""
+        return models.model_info(self.model.arch)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -435,24 +445,23 @@ class TrainConfig:
             return self.objective.recons_activation
         if self.objective.recons_dist == "bernoulli":
             return "sigmoid"
-        return self.model_class.default_activation or "tanh"
+        return self.model_info.default_activation or "tanh"
 
     @property
     def reduction(self) -> ReconsReduction:
         if self.objective.recons_reduction is None and self.multirate.multirate:
             return "sum"
-        return self.objective.recons_reduction or self.model_class.recons_reduction  # type: ignore[return-value]
+        return self.objective.recons_reduction or self.model_info.recons_reduction  # type: ignore[return-value]
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:
-        """Return whether a multi-rate model draws a beta per example or per batch: tc compares the
-        posteriors of a batch."""
-        return self.multirate.beta_per or ("batch" if self.model_class.beta_objective == "tc" else "example")
+        """Whether a multi-rate model draws a beta an example or a batch: tc compares a batch's posteriors."""
+        return self.multirate.beta_per or ("batch" if self.model_info.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:
         """Return the objectives' loss weights in order."""
         o = self.objective
-        defaults = self.model_class.weighted_objectives(vars(self.model), self.image_shape)
+        defaults = self.model_info.weighted_objectives(vars(self.model), self.image_shape)
         if self.multirate.multirate:
             defaults = dict.fromkeys(defaults, 1.0)  # beta is drawn
         if "mmd" in defaults:
@@ -464,7 +473,19 @@ class TrainConfig:
             if "kl" not in defaults or o.beta is not None or o.loss_weights is not None:
                 raise ValueError("--coef_kl scales the default weight of kl: give it alone, to a model with kl")
             defaults["kl"] *= o.coef_kl
-        return resolve_weights(self.model_class, self.image_shape, o.loss_weights, o.beta, defaults)
+        return resolve_weights(self.model_info, self.image_shape, o.loss_weights, o.beta, defaults)
+
+    def aggregator_options(self) -> dict[str, Any]:
+        """Return the arguments of `make_aggregator`, besides its name."""
+        o = self.objective
+        return {
+            "m": sum(weight != 0 for weight in self.weights()),
+            "args": o.agg_args,
+            "pref_weights": o.pref_weights,
+            "norm_eps": o.upgrad_norm_eps,
+            "reg_eps": o.upgrad_reg_eps,
+            "regularizer": o.upgrad_regularizer,
+        }
 
 
 SECTIONS: dict[str, Any] = {

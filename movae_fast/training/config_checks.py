@@ -1,34 +1,30 @@
 """Refuse settings that no run can have, before anything is allocated; a message names the flag and the remedy.
 
-`validate` makes all the checks of a configuration; `check_fits` asks whether the device can hold it.
+`check_settings` makes the checks of a configuration by itself, without importing torch; `validate` makes those
+of `device_checks` too, which ask torch, an aggregator or a library.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from movae_fast.aggregation.registry import (
+from movae_fast.aggregation.catalog import (
     AGGREGATORS,
     CONES,
     NEED_TWO_BATCHES,
-    check_runs,
+    checked_options,
     weights_by_gramian,
     weights_rows,
 )
-from movae_fast.data import DATASETS
-from movae_fast.data.datasets.celeba import CELEBA_CROPS
-from movae_fast.data.loaders.dali import require as require_dali
-from movae_fast.data.memory import all_memory
-from movae_fast.models import MODELS, Rates, build_model
-from movae_fast.names import first_line, pick
+from movae_fast.data.datasets import DATASETS
+from movae_fast.data.datasets.facts import CELEBA_CROPS
+from movae_fast.models import MODELS, check_options, model_info
+from movae_fast.models.catalog import check_beta_range
+from movae_fast.names import pick
 from movae_fast.training.config import (
     FROM_EXTRA,
     MultiRateConfig,
@@ -37,7 +33,6 @@ from movae_fast.training.config import (
     RunConfig,
     TrainConfig,
 )
-from movae_fast.training.device import check_device, resolve_device
 from movae_fast.training.limits import check_values
 
 SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a metric for the projected step
@@ -45,6 +40,15 @@ SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a
 
 def validate(config: TrainConfig) -> None:
     """Normalise names and refuse what cannot work, before anything is allocated. Raises ValueError."""
+    check_settings(config)
+    # Imported here, with torch: a wrong flag is told of without it.
+    from movae_fast.training.device_checks import check_machine
+
+    check_machine(config)
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Make those of `validate`'s checks that need the configuration alone. Raises ValueError."""
     for section in vars(config).values():
         check_values(section)
     check_names(config)
@@ -58,6 +62,7 @@ def validate(config: TrainConfig) -> None:
     check_multirate(config)
     check_weights(config)
     check_run(config.run)
+    check_model(config)
 
 
 def check_names(config: TrainConfig) -> None:
@@ -74,15 +79,18 @@ def check_names(config: TrainConfig) -> None:
         data.image_size = config.info.default_size
 
 
+def check_model(config: TrainConfig) -> None:
+    """Check that the model has the options given, and that its name is not one of another size."""
+    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    check_options(config.model.arch, config.image_shape, config.activation, given)
+
+
 def check_data(config: TrainConfig) -> None:
-    """Check the loader, the channels, and how a batch is divided on its device."""
+    """Check the channels, and how a batch is divided on its device."""
     data, run = config.data, config.run
     assert data.crop in CELEBA_CROPS
-    if data.loader == "dali":
-        require_dali()
     if data.chn_num not in (None, config.info.channels):
         raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
-    check_device(run.device)
     if data.batch_size % run.accumulate:
         raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")
 
@@ -106,19 +114,11 @@ def check_likelihood(config: TrainConfig) -> None:
 def check_weights(config: TrainConfig) -> None:
     """Check the objectives' weights, and that the aggregator and the batch suit the objectives."""
     objective = config.objective
-    weights = config.weights()
-    if "tc" in config.model_class.objectives and config.data.batch_size < 2:
+    config.weights()
+    if "tc" in config.model_info.objectives and config.data.batch_size < 2:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
     if config.needs_jacobian:
-        check_runs(
-            objective.agg,
-            sum(w != 0 for w in weights),
-            objective.agg_args,
-            pref_weights=objective.pref_weights,
-            norm_eps=objective.upgrad_norm_eps,
-            reg_eps=objective.upgrad_reg_eps,
-            regularizer=objective.upgrad_regularizer,
-        )
+        checked_options(objective.agg, **config.aggregator_options())
 
 
 def check_run(run: RunConfig) -> None:
@@ -132,57 +132,6 @@ def check_run(run: RunConfig) -> None:
         raise ValueError("--resume continues in the run's own folder; leave out --exp_dir")
     if run.export is not None and Path(run.export).exists():
         raise ValueError(f"--export {run.export} exists and is not overwritten; name another file")
-
-
-def check_fits(config: TrainConfig) -> None:
-    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
-
-    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
-    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
-    """
-    device = resolve_device(config.run.device)
-    has, data = all_memory(device), config.data
-    image = 3 * 4 * math.prod(config.image_shape)
-    at_once = data.batch_size // config.run.accumulate
-    for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
-        flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
-        _refuse_above(has, device, image * count, flag, "the images of a batch take")
-    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
-    flag = largest_option(given) or f"--arch {config.model.arch}"
-    try:
-        with torch.device("meta"):
-            model = build_model(config.model.arch, config.image_shape, config.activation, given)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
-    count = sum(p.numel() for p in model.parameters())
-    _refuse_above(has, device, 16 * count, flag, f"training its {count:,} parameters takes")
-
-
-def largest_option(given: dict[str, Any]) -> str:
-    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
-    numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
-    largest = {name: max(values, default=0) for name, values in numbers.items()}
-    if not largest:
-        return ""
-    name = max(largest, key=lambda k: largest[k])
-    return f"--{name} {given[name]}"
-
-
-def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
-
-    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
-    """
-    device = torch.device("cpu")
-    needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)
-    _refuse_above(all_memory(device), device, needed, flag, "its images take")
-
-
-def _refuse_above(has: int, device: torch.device, needed: int, flag: str, what: str) -> None:
-    if needed > has:
-        raise ValueError(
-            f"{flag}: {what} at least {needed / 2**30:,.1f} GiB; {device} has {has / 2**30:,.1f} GiB"
-        )
 
 
 def check_aggregation(config: TrainConfig) -> None:
@@ -231,7 +180,7 @@ def check_approximations(config: TrainConfig) -> None:
             raise ValueError(f"--gramian_at {o.gramian_at}: valid: {choices}")
         if o.jacobian == "all":
             raise ValueError("--gramian_at cuts the network at its features: leave --jacobian at shared")
-        if not config.model_class.has_features:
+        if not config.model_info.has_features:
             raise ValueError(
                 f"--gramian_at {o.gramian_at}: {config.model.arch} has no features to cut it at; valid: shared"
             )
@@ -262,9 +211,9 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
 def check_ladder(config: TrainConfig) -> None:
     """Check the ladder's stages and the schedules of the KL."""
     ladder, arch = config.ladder, config.model.arch
-    names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
+    names = list(config.model_info.weighted_objectives(vars(config.model), config.image_shape))
     stages = len(names) - 1
-    progressive = getattr(config.model_class, "progressive", False)
+    progressive = getattr(config.model_info, "progressive", False)
     if not progressive and (ladder.mode != "seq_train" or ladder.train_seq != 1 or ladder.init_from):
         raise ValueError(f"--mode, --train_seq and --init_from are for provlae; {arch} has no stages")
     if progressive and not 1 <= ladder.train_seq <= stages:
@@ -290,7 +239,10 @@ def check_ladder(config: TrainConfig) -> None:
         raise ValueError(
             "--use_capacity_increase weighs the KL by --gamma; leave out --beta and --loss_weights"
         )
-    if hasattr(config.model_class, "progressive") and config.data.batch_size // config.run.accumulate < 2:
+    if (
+        getattr(config.model_info, "progressive", None) is not None
+        and config.data.batch_size // config.run.accumulate < 2
+    ):
         raise ValueError(f"--batch_size: {arch} normalises over the batch; give at least 2 images at a time")
 
 
@@ -303,10 +255,10 @@ def check_multirate(config: TrainConfig) -> None:
         if given:
             raise ValueError(f"--{given[0]} is a setting of multi-rate training: add --multirate")
         return
-    if config.model_class.beta_objective not in ("kl", "tc"):
-        able = ", ".join(name for name, model in MODELS.items() if model.beta_objective in ("kl", "tc"))
+    if config.model_info.beta_objective not in ("kl", "tc"):
+        able = ", ".join(name for name in MODELS if model_info(name).beta_objective in ("kl", "tc"))
         raise ValueError(f"--multirate does not apply to {arch}; it is for {able}")
-    Rates(rate.beta_min, rate.beta_max)
+    check_beta_range(rate.beta_min, rate.beta_max)
     for name in ("beta", "coef_kl"):
         if getattr(o, name) is not None:
             raise ValueError(f"--{name}: with --multirate beta is drawn; set --beta_min and --beta_max instead")

@@ -109,12 +109,12 @@ def stage_ends(run: Run) -> bool:
 
 
 def end_stage(run: Run, bar: Bar) -> None:
-    """Keep the stage's checkpoint and draw its pictures."""
+    """Keep the stage's checkpoint and draw its pictures; those of the last stage are drawn at the run's end."""
     assert run.progression is not None
     stage = run.progression.stage(run.step - 1)
     log(run, bar, wait=True)
     run.save(f"stage_{stage}")
-    if run.draw is not None and run.world.main:
+    if run.draw is not None and run.world.main and not run.finished:
         run.draw(run, f"stage_{stage}")
     run.telemetry.restart_clock()
 
@@ -168,7 +168,8 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     if number == 1:
         warn_of_collapse(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
-    metrics: dict[str, float] = {}
+    figures: dict[str, float] = {}
+    better = False
     if due or run.finished:
         run.world.average_buffers(run.model)
         metrics = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
@@ -184,14 +185,17 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
             + (f"  ({bar.metrics.split('  ')[-1]})" if "images/s" in bar.metrics else "")
         )
         run.ended = run.finished
-        if metrics["test/loss"] < run.best:
-            run.best = metrics["test/loss"]
+        if better := figures["test/loss"] < run.best:
+            run.best = figures["test/loss"]
             run.save("best")
     kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
         run.save(f"epoch_{number:04d}")
-    run.save("last")
-    if run.draw is not None and run.world.main and (tag := pictures_due(run)):
+    if better:
+        run.name_again("best", "last")
+    else:
+        run.save("last")
+    if run.draw is not None and run.world.main and (tag := figures_due(run)):
         run.draw(run, tag)
     run.telemetry.restart_clock()
     return metrics

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
+from movae_fast.choices import PrecisionName
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -12,6 +12,7 @@ import torch
 
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state
 from movae_fast.data import Loader
+from movae_fast.files import give_name
 from movae_fast.models import VAE, Noise, ProVLAE
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
@@ -134,6 +135,13 @@ class Run:
             checkpoint.save(path, self.state())
         self.good = path
         return path
+
+    def name_again(self, name: str, another: str) -> None:
+        """Make checkpoints/<another>.pt the file of `name`, which was saved in the state that the run is in."""
+        path = self.path_of(another)
+        if self.world.main:
+            give_name(self.path_of(name), path)
+        self.good = path
 
     def path_of(self, name: str) -> Path:
         """Return the path of the checkpoint of that name."""

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from movae_fast import ops
-from movae_fast.aggregation.fused import FusedAggregator
-from movae_fast.aggregation.registry import aggregate, is_weighting
-from movae_fast.aggregation.weightings import MethodAggregator
+from movae_fast.aggregation.registry import aggregate, is_fused, is_weighting
+from movae_fast.choices import StepMetric
 from movae_fast.jacobian import cosines_with_update
 from movae_fast.models import VAE, Noise
 from movae_fast.objectives import LossVector
 from movae_fast.ops import extension
-from movae_fast.projected_step import Columns, StepMetric, step_cosines
+from movae_fast.projected_step import Columns, step_cosines
 from movae_fast.training import gradients
 from movae_fast.training.applied_step import StepProjection
 from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
@@ -249,7 +248,7 @@ class TrainStep:
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
         # One graph from the losses to the weighted gradient, where no other process and no host has to be
         # asked.
-        one_graph = isinstance(self.aggregator, FusedAggregator) and self.world.size == 1
+        one_graph = is_fused(self.aggregator) and self.world.size == 1
         self.by_cheap_gramian = Compiled(gradients.of_cheaply_weighted, mode if one_graph else "off", limits)
 
     def compiles(self) -> str:
@@ -431,8 +430,11 @@ def why_not_captured(
         return NOT_ASKED
     if optimizer in FROM_EXTRA:
         return f"--optimizer {optimizer}"
-    if aggregator is not None and not isinstance(aggregator, FusedAggregator):
+    if aggregator is not None and not is_fused(aggregator):
         return f"TorchJD's {type(aggregator).__name__}"
-    if isinstance(aggregator, MethodAggregator) and (missing := extension.cuda_missing()):
-        return f"weights on the host: {missing}"
+    if aggregator is not None and (missing := extension.cuda_missing()):
+        from movae_fast.aggregation.weightings import MethodAggregator  # with TorchJD, which is there by now
+
+        if isinstance(aggregator, MethodAggregator):
+            return f"weights on the host: {missing}"
     return ""

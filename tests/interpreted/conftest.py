@@ -45,6 +45,25 @@ if INTERPRETED:
     # The builder's conversions call cast_impl by name.
     interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
 
+    _patch_lang, _launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    _patched: set[tuple[int, ...]] = set()  # the modules of the language that this launch has patched
+
+    def _patch_lang_once(function: Any) -> Any:
+        # The interpreter looks through the whole language again at every call of a function in a kernel, and
+        # spends half of its time on that: what was patched since the launch began still is.
+        seen = tuple(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if seen in _patched:
+            return interpreter._LangPatchScope()
+        _patched.add(seen)
+        return _patch_lang(function)
+
+    def _launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _patched.clear()
+        return _launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = _patch_lang_once
+    interpreter.GridExecutor.__call__ = _launch_anew
+
     _create_dot = interpreter.InterpreterBuilder.create_dot
 
     def _as_tensor_cores_read(handle: Any, input_precision: Any) -> Any:

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from movae_fast.data.datasets import sprites
-from movae_fast.data.datasets.celeba import CELEBA_FILES, read_celeba
-from movae_fast.data.datasets.embedded import read_digits, read_sprites
-from movae_fast.data.datasets.factor_grids import GRIDS, N_TEST, grid_reader
-from movae_fast.data.datasets.ident3d import IDENT3D_FILES, IDENT3D_NAMES, read_ident3d
-from movae_fast.data.datasets.image_folders import FOLDER_FILES, IMAGENET_FILES, read_folder, read_imagenet
-from movae_fast.data.datasets.info import DatasetInfo
-from movae_fast.data.datasets.original_files import (
+import math
+
+from movae_fast.data.datasets.facts import (
     BINARY_MNIST_FILES,
-    OMNIGLOT_FILES,
-    read_binary_mnist,
-    read_omniglot,
-)
-from movae_fast.data.datasets.torchvision_sets import (
+    CELEBA_FILES,
     CIFAR10_FILES,
     CIFAR100_FILES,
     DTD_FILES,
     FASHION_MNIST_FILES,
     FLOWERS102_FILES,
+    FOLDER_FILES,
+    GRIDS,
+    IDENT3D_FILES,
+    IDENT3D_NAMES,
+    IMAGENET_FILES,
     MNIST_FILES,
+    N_TEST,
     OMNIGLOT_105_FILES,
+    OMNIGLOT_FILES,
+    SPRITES_NAMES,
+    SPRITES_SIZES,
     SVHN_FILES,
-    listed_files,
-    read_omniglot_105,
-    read_svhn,
-    train_or_test,
 )
+from movae_fast.data.datasets.info import DatasetInfo
+from movae_fast.lazy import Later
+
+
+def reader(place: str, *made_from: str) -> Later:
+    """Return the function at a place in this folder, or the one that it makes; imported when it is called."""
+    return Later(f"movae_fast.data.datasets.{place}", made_from)
 
 
 def grid_info(name: str) -> DatasetInfo:
@@ -41,7 +44,7 @@ def grid_info(name: str) -> DatasetInfo:
         default_size=64,
         n_train=grid.size - N_TEST,
         n_test=N_TEST,
-        read=grid_reader(name),
+        read=reader("factor_grids:grid_reader", name),
         files=grid.files,
         classes=grid.sizes[grid.shape_column],
         factor_names=grid.names,
@@ -56,13 +59,13 @@ DATASETS: dict[str, DatasetInfo] = {
         channels=1,
         native_size=64,
         default_size=64,
-        n_train=sprites.SIZE - 10_000,
+        n_train=math.prod(SPRITES_SIZES) - 10_000,
         n_test=10_000,
-        read=read_sprites,
+        read=reader("embedded:read_sprites"),
         files="nothing, it is rendered",
         classes=3,
-        factor_names=sprites.FACTOR_NAMES,
-        factor_sizes=sprites.FACTOR_SIZES,
+        factor_names=SPRITES_NAMES,
+        factor_sizes=SPRITES_SIZES,
     ),
     "digits": DatasetInfo(
         name="digits",
@@ -71,7 +74,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=1_500,
         n_test=297,
-        read=read_digits,
+        read=reader("embedded:read_digits"),
         files="nothing, it comes with scikit-learn",
     ),
     "mnist": DatasetInfo(
@@ -81,7 +84,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=60_000,
         n_test=10_000,
-        read=train_or_test("mnist", "MNIST", MNIST_FILES),
+        read=reader("torchvision_sets:train_or_test", "mnist", "MNIST", MNIST_FILES),
         files=MNIST_FILES,
     ),
     "fashion_mnist": DatasetInfo(
@@ -91,7 +94,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=60_000,
         n_test=10_000,
-        read=train_or_test("fashion_mnist", "FashionMNIST", FASHION_MNIST_FILES),
+        read=reader("torchvision_sets:train_or_test", "fashion_mnist", "FashionMNIST", FASHION_MNIST_FILES),
         files=FASHION_MNIST_FILES,
     ),
     "cifar10": DatasetInfo(
@@ -101,7 +104,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=50_000,
         n_test=10_000,
-        read=train_or_test("cifar10", "CIFAR10", CIFAR10_FILES),
+        read=reader("torchvision_sets:train_or_test", "cifar10", "CIFAR10", CIFAR10_FILES),
         files=CIFAR10_FILES,
         flip=True,
     ),
@@ -112,7 +115,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=50_000,
         n_test=10_000,
-        read=train_or_test("cifar100", "CIFAR100", CIFAR100_FILES),
+        read=reader("torchvision_sets:train_or_test", "cifar100", "CIFAR100", CIFAR100_FILES),
         files=CIFAR100_FILES,
         flip=True,
         classes=100,
@@ -124,7 +127,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=73_257,
         n_test=26_032,
-        read=read_svhn,
+        read=reader("torchvision_sets:read_svhn"),
         files=SVHN_FILES,
     ),
     "folder": DatasetInfo(
@@ -134,7 +137,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=0,
         n_test=0,
-        read=read_folder,
+        read=reader("image_folders:read_folder"),
         files=FOLDER_FILES,
         flip=True,
         classes=1,
@@ -146,7 +149,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=162_770,
         n_test=19_962,
-        read=read_celeba,
+        read=reader("celeba:read_celeba"),
         files=CELEBA_FILES,
         flip=True,
         classes=1,
@@ -158,7 +161,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=50_000,
         n_test=10_000,
-        read=read_binary_mnist,
+        read=reader("original_files:read_binary_mnist"),
         files=BINARY_MNIST_FILES,
         classes=1,
     ),
@@ -169,7 +172,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=32,
         n_train=24_345,
         n_test=8_070,
-        read=read_omniglot,
+        read=reader("original_files:read_omniglot"),
         files=OMNIGLOT_FILES,
         classes=50,
     ),
@@ -180,7 +183,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=19_280,
         n_test=13_180,
-        read=read_omniglot_105,
+        read=reader("torchvision_sets:read_omniglot_105"),
         files=OMNIGLOT_105_FILES,
         classes=964,
     ),
@@ -191,7 +194,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=1_020,
         n_test=6_149,
-        read=listed_files("flowers102", "Flowers102", FLOWERS102_FILES),
+        read=reader("torchvision_sets:listed_files", "flowers102", "Flowers102", FLOWERS102_FILES),
         files=FLOWERS102_FILES,
         flip=True,
         classes=102,
@@ -203,7 +206,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=1_880,
         n_test=1_880,
-        read=listed_files("dtd", "DTD", DTD_FILES),
+        read=reader("torchvision_sets:listed_files", "dtd", "DTD", DTD_FILES),
         files=DTD_FILES,
         flip=True,
         classes=47,
@@ -215,7 +218,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=1_281_167,
         n_test=50_000,
-        read=read_imagenet,
+        read=reader("image_folders:read_imagenet"),
         files=IMAGENET_FILES,
         flip=True,
         classes=1000,
@@ -227,7 +230,7 @@ DATASETS: dict[str, DatasetInfo] = {
         default_size=64,
         n_train=250_000,
         n_test=25_000,
-        read=read_ident3d,
+        read=reader("ident3d:read_ident3d"),
         files=IDENT3D_FILES,
         classes=1,
         factor_names=IDENT3D_NAMES,

@@ -8,25 +8,13 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from movae_fast.data.datasets.facts import CELEBA_CROPS, CELEBA_FILES
 from movae_fast.data.datasets.info import missing
 from movae_fast.data.datasets.torchvision_sets import open_torchvision
-from movae_fast.data.decode import Box
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.names import first_line, shown
 
-CELEBA_FILES = (
-    "celeba/img_align_celeba.zip or celeba/img_align_celeba/*.jpg, celeba/list_eval_partition.txt, "
-    "celeba/list_attr_celeba.txt, celeba/identity_CelebA.txt, celeba/list_bbox_celeba.txt, "
-    "celeba/list_landmarks_align_celeba.txt"
-)
-WHOLE: Box = (0, 0, 218, 178)  # top, left, height, width
-# The systems' documented crops of the original.
-CELEBA_CROPS: dict[str, Box | None] = {
-    "center148": (35, 15, 148, 148),  # torchvision's CenterCrop(148), as in MO-VAE
-    "center140": (39, 19, 140, 140),
-    "stylegan": (57, 25, 128, 128),  # 128 around (x 89, y 121)
-    "none": None,
-}
+WHOLE = (0, 0, 218, 178)  # top, left, height, width
 
 
 def read_celeba(options: ReadOptions) -> ImageFiles:

@@ -7,89 +7,22 @@ tenth of all) for testing.
 
 from __future__ import annotations
 
-import math
 import weakref
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from movae_fast.data.datasets.facts import GRIDS, N_TEST, Grid
 from movae_fast.data.datasets.info import missing
-from movae_fast.data.fetch import Remote, fetch
+from movae_fast.data.fetch import fetch
 from movae_fast.data.sources import ImageSource, ReadOptions
 from movae_fast.data.transforms import resize
 from movae_fast.names import first_line, shown
 
-N_TEST = 10_000
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Describe one file of images over a grid of factors."""
-
-    filename: str
-    member: str  # the name of the array of images in the file
-    image: tuple[int, ...]  # the shape of one image
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    home: str  # where the file is published
-    scale: int = 1  # Stored values times this are grey levels.
-    remote: Remote | None = None
-
-    @property
-    def size(self) -> int:
-        """Return the number of images."""
-        return math.prod(self.sizes)
-
-    @property
-    def shape_column(self) -> int:
-        """Return which factor is the object's shape."""
-        return next(i for i, name in enumerate(self.names) if name.endswith("shape"))
-
-    @property
-    def files(self) -> str:
-        """Return the file to put into data_dir, with its source."""
-        return f"{self.filename} from {self.home}"
-
-
-_MPI3D = {
-    "member": "images",
-    "image": (64, 64, 3),
-    "names": ("object_color", "object_shape", "object_size", "camera_height", "background", "axis_1", "axis_2"),
-    "sizes": (6, 6, 2, 3, 3, 40, 40),
-    "home": "https://github.com/rr-learning/disentanglement_dataset",
-}
-GRIDS = {
-    "dsprites": Grid(
-        "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz",
-        "imgs",
-        (64, 64),
-        ("color", "shape", "scale", "orientation", "pos_x", "pos_y"),
-        (1, 3, 6, 40, 32, 32),
-        "https://github.com/google-deepmind/dsprites-dataset",
-        scale=255,
-    ),
-    "shapes3d": Grid(
-        "3dshapes.h5",
-        "images",
-        (64, 64, 3),
-        ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation"),
-        (10, 10, 10, 8, 4, 15),
-        "https://storage.googleapis.com/3d-shapes/3dshapes.h5",
-        remote=Remote(
-            "https://storage.googleapis.com/3d-shapes/3dshapes.h5",
-            267_573_662,
-            "0a0f6ed98baff276a50f3a081a7434d788da63cb135a98189b2a5b5769be1785",
-        ),
-    ),
-    "mpi3d_toy": Grid("mpi3d_toy.npz", **_MPI3D),  # type: ignore[arg-type]
-    "mpi3d_realistic": Grid("mpi3d_realistic.npz", **_MPI3D),  # type: ignore[arg-type]
-    "mpi3d_real": Grid("mpi3d_real.npz", **_MPI3D),  # type: ignore[arg-type]
-}
 # These arrays are in use. The two splits of a set share one.
 _LOADED: weakref.WeakValueDictionary[tuple[str, int], np.ndarray] = weakref.WeakValueDictionary()
 

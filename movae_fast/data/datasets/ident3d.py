@@ -6,19 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from movae_fast.data.datasets.facts import IDENT3D_FILES, IDENT3D_NAMES
 from movae_fast.data.datasets.info import missing
 from movae_fast.data.find_files import find_below
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.names import first_line
-
-IDENT3D_NAMES = (
-    *("pos_x", "pos_y", "pos_z", "rotation_1", "rotation_2", "rotation_3"),
-    *("hue_1", "hue_2", "spotlight_position", "hue_3"),
-)
-IDENT3D_FILES = (
-    "3dident/train/raw_latents.npy, 3dident/train/images/*.png and the same in 3dident/test, "
-    "from https://zenodo.org/records/4502485"
-)
 
 
 class Ident3D(ImageFiles):

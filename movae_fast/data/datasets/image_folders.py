@@ -7,17 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from movae_fast.data.datasets.facts import FOLDER_FILES, IMAGENET_FILES
 from movae_fast.data.datasets.info import missing
 from movae_fast.data.find_files import File, LeftAside, find_below, opened
 from movae_fast.data.sources import ImageFiles, ReadOptions
 from movae_fast.data.tars import images_in, is_tar
 from movae_fast.names import shown
-
-FOLDER_FILES = (
-    "your images (png, jpg, webp, bmp, tif, …) or tars of them, in train/ and test/, or anyhow and every tenth "
-    "is for testing"
-)
-IMAGENET_FILES = "imagenet/train/CLASS/*.JPEG and imagenet/val/CLASS/*.JPEG, from https://image-net.org"
 
 
 def read_folder(options: ReadOptions) -> ImageFiles:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike
-
-from movae_fast.data.sources import Images, ImageSource, ReadOptions
-from movae_fast.data.transforms import resize
 from movae_fast.names import shown
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from movae_fast.data.sources import Images, ImageSource, ReadOptions
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ def images_in_memory(
     options: ReadOptions,
 ) -> Images:
     """Return arrays as a source of images that are resized as the options say."""
+    # Imported here: what is known of a dataset is wanted where none is read.
+    import numpy as np
+    import torch
+
+    from movae_fast.data.sources import Images
+    from movae_fast.data.transforms import resize
+
     pixels = torch.as_tensor(np.asarray(images))
     if pixels.dim() == 3:
         pixels = pixels[:, None]

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from movae_fast.data.datasets.facts import BINARY_MNIST, BINARY_MNIST_FILES, OMNIGLOT_FILES
 from movae_fast.data.datasets.info import images_in_memory, missing
-from movae_fast.data.fetch import Remote, fetch
+from movae_fast.data.fetch import fetch
 from movae_fast.data.sources import Images, ReadOptions
 from movae_fast.names import first_line
-
-TORONTO = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
-BINARY_MNIST = {
-    "train": Remote(
-        f"{TORONTO}binarized_mnist_train.amat",
-        78_400_000,
-        "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
-    ),
-    "test": Remote(
-        f"{TORONTO}binarized_mnist_test.amat",
-        15_680_000,
-        "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
-    ),
-}
-BINARY_MNIST_FILES = (
-    f"binary_mnist/binarized_mnist_train.amat, binary_mnist/binarized_mnist_test.amat, from {TORONTO}"
-)
-OMNIGLOT_FILES = "omniglot/chardata.mat from https://github.com/yburda/iwae (datasets/OMNIGLOT)"
 
 
 def read_binary_mnist(options: ReadOptions) -> Images:

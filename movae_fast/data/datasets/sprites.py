@@ -10,11 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from movae_fast.data.datasets.facts import SPRITES_SIZES as FACTOR_SIZES
 from movae_fast.data.sources import ImageSource
 
-FACTOR_NAMES = ("shape", "scale", "orientation", "pos_x", "pos_y")
-FACTOR_SIZES = (3, 6, 40, 32, 32)
-SHAPES = ("square", "ellipse", "heart")
 SIZE = math.prod(FACTOR_SIZES)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from movae_fast.data.datasets.facts import OMNIGLOT_105_FILES, SVHN_FILES
 from movae_fast.data.datasets.image_folders import image_files
 from movae_fast.data.datasets.info import images_in_memory, missing
 from movae_fast.data.sources import ImageFiles, Images, ReadOptions
@@ -16,18 +17,6 @@ from movae_fast.names import first_line
 
 if TYPE_CHECKING:
     from torchvision.datasets import VisionDataset
-
-IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-MNIST_FILES = f"MNIST/raw/{{{IDX_FILES}}}"
-FASHION_MNIST_FILES = f"FashionMNIST/raw/{{{IDX_FILES}}}"
-CIFAR10_FILES = "cifar-10-python.tar.gz or its folder cifar-10-batches-py"
-CIFAR100_FILES = "cifar-100-python.tar.gz or its folder cifar-100-python"
-SVHN_FILES = "train_32x32.mat, test_32x32.mat"
-OMNIGLOT_105_FILES = (
-    "omniglot-py/images_background.zip, omniglot-py/images_evaluation.zip, both also unpacked there"
-)
-FLOWERS102_FILES = "flowers-102/jpg/*.jpg, flowers-102/imagelabels.mat, flowers-102/setid.mat"
-DTD_FILES = "dtd/dtd/images/*/*.jpg, dtd/dtd/labels/*.txt (dtd-r1.0.1.tar.gz unpacked in dtd)"
 
 
 def open_torchvision(

@@ -1,0 +1,20 @@
+"""The words that settings are chosen from, where more than one module means the same; imports nothing heavy."""
+
+from typing import Literal
+
+# Models and what is drawn from them.
+Activation = Literal["tanh", "sigmoid", "none"]
+BetaPer = Literal["example", "batch"]
+LadderNet = Literal["authors", "port"]
+# Data.
+Binarization = Literal["none", "threshold", "static", "dynamic"]
+# Objectives and their gradients.
+ReconsDist = Literal["bernoulli", "gaussian", "laplacian"]
+ReconsReduction = Literal["mean", "sum", "scaled_sum"]
+Regularizer = Literal["trace", "diagonal"]
+StepMetric = Literal["identity", "optimizer"]
+# Of the strict projection: small enough that no cosine falls below -1e-3, large enough for float64.
+STRICT_REG_EPS = 1e-6
+# The step.
+CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]

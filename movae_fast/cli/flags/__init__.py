@@ -1,0 +1,6 @@
+"""The flags of every command: read, and checked as far as flags alone can be.
+
+Nothing here imports torch, nor what imports it: help and mistyped flags are answered without. A module a
+command; its `parse` returns what the command's `run` takes, or an exit status where it has printed what was
+asked for.
+"""

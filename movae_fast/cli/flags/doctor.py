@@ -1,0 +1,30 @@
+"""The flags of `movae doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+HELP = """`movae doctor`: versions, devices, which path each op takes, what is missing and how to get it.
+
+`movae doctor --gpu` tries every GPU: each op against the CPU, in a CUDA graph, in training, DALI, nccl. It
+takes up to three minutes and prints a row a check; the exit status is 1 if one failed or there is no GPU."""
+
+
+@dataclass
+class DoctorFlags:
+    """Whether to try the GPUs rather than to report."""
+
+    gpu: bool = False
+
+
+def parse(argv: Sequence[str]) -> DoctorFlags | int:
+    """Return the flags. Raises ValueError for one that there is not."""
+    if list(argv) == ["--gpu"]:
+        return DoctorFlags(gpu=True)
+    if argv and argv[0] not in ("-h", "--help"):
+        raise ValueError(f"doctor takes no flag but --gpu, got {' '.join(argv)}")
+    if argv:
+        print(HELP)
+        return 0
+    return DoctorFlags()

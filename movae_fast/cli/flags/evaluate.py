@@ -1,0 +1,79 @@
+"""The flags of `movae evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from movae_fast.cli import parsing
+from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, named
+from movae_fast.names import nearest
+from movae_fast.training.limits import Bounds, check_values
+
+DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation.
+
+    Args:
+        weights: The run's folder or a checkpoint; may stand first without its flag.
+        metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units), `images` (PSNR,
+            SSIM, MS-SSIM) and, for data with factors, mig, mig_sup, mig_sampled, mig_sup_sampled, modularity,
+            jemmig, factor_vae, sap, dci; `all` is every one that applies, `auto` leaves out the slow ones.
+        samples: Images whose codes the factor metrics are fitted on; half as many more test dci and sap.
+        seed: Seed of the choice of images and of every draw.
+        iw: Draws of the importance-weighted bound; 0 leaves it out.
+        iw_images: Test images of the importance-weighted bound.
+        fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
+            reconstructions and (not for a codebook) of samples.
+        fid_images: Test images, reconstructions and samples of FID and KID; published figures take 10,000
+            or more.
+        beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
+        limit_test: Use this many evenly spaced test images; 0 means all.
+        batch_size: Images at a time.
+        save_dir: Folder for the files; the default is evaluation/ in the run's folder.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        data_dir: Folder of the original files, if not where training had it.
+    """
+
+    weights: str
+    metrics: str = "auto"
+    samples: int = 10_000
+    seed: int = 0
+    iw: int = 0
+    iw_images: int = 256
+    fid_weights: str | None = None
+    fid_images: int = 10_000
+    beta: float | None = None
+    limit_test: int = 0
+    batch_size: int = 500
+    save_dir: str | None = None
+    device: str = "auto"
+    data_dir: str | None = None
+
+
+def parse(argv: Sequence[str]) -> EvaluateConfig:
+    """Return the flags, checked by themselves. Raises ValueError."""
+    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
+    words = parsing.normalise(words, parsing.flag_types([EvaluateConfig]))
+    if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
+        raise ValueError("which model? give the run's folder: movae evaluate RUN, or --weights FILE")
+    parser = parsing.build_parser("evaluate", [EvaluateConfig], DESCRIPTION)
+    config = EvaluateConfig(**parsing.parse(parser, words, {}))
+    check_values(config, samples=Bounds(100), fid_images=Bounds(2))
+    check_metrics(config.metrics)
+    return config
+
+
+def check_metrics(metrics: str) -> None:
+    """Raise ValueError for a metric that there is not, and for none."""
+    if metrics in ("auto", "all"):
+        return
+    valid = [*ON_IMAGES, *ON_FACTORS]
+    for name in named(metrics):
+        if name not in valid:
+            raise ValueError(f"--metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
+    if not named(metrics):
+        raise ValueError(f"--metrics is empty; valid: {', '.join(valid)}")

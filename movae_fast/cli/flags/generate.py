@@ -1,0 +1,45 @@
+"""The flags of `movae generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from movae_fast.cli import parsing
+from movae_fast.training.limits import check_values
+
+DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
+
+
+@dataclass
+class GenerateConfig:
+    """Generation.
+
+    Args:
+        model: The run's folder, a checkpoint, or exported weights.
+        outdir: New or empty folder for the pictures.
+        nsamples: Number of images.
+        nimg_channels: If given, the channels that the model must have (1 grey, 3 RGB).
+        latent_dim: If given, the number of latents that the model must have.
+        max_filters: If given, the widest convolution that the model must have.
+        seed: Seed of the draws.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+    """
+
+    model: str
+    outdir: str
+    nsamples: int = 8
+    nimg_channels: int | None = None
+    latent_dim: int | None = None
+    max_filters: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+
+def parse(argv: Sequence[str]) -> GenerateConfig:
+    """Return the flags, checked by themselves. Raises ValueError."""
+    words = parsing.normalise(argv, parsing.flag_types([GenerateConfig]))
+    parser = parsing.build_parser("generate", [GenerateConfig], DESCRIPTION)
+    config = GenerateConfig(**parsing.parse(parser, words, {}))
+    check_values(config)
+    return config

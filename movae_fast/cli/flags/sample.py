@@ -1,0 +1,71 @@
+"""The flags of `movae sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from movae_fast.cli import parsing
+from movae_fast.training.config import SECTIONS, TrainConfig
+from movae_fast.training.limits import Bounds, check_values
+
+DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
+
+
+@dataclass
+class SampleConfig:
+    """Sampling.
+
+    Args:
+        weights: The run's folder or a checkpoint; may stand first without its flag.
+        mode: `sample` from the prior; `interpolate` between two draws; `traverse` one latent; `reconstruct`
+            test images; `visualize_latent`, the posterior means of a model with two latents, coloured by label;
+            `beta_sweep`, reconstructions and samples of a multi-rate model over its range of beta.
+        n_samples: Images, strips, pairs, or (visualize_latent) test images.
+        save_dir: Folder for the pictures; the default is figures/ in the run's folder.
+        batch_size: Images decoded at a time.
+        seed: Seed of the draws.
+        n_interpolate: Images of a strip from one draw to the other, both included.
+        n_traverse: Images of a strip along the latent.
+        traverse_range: A strip spans [-range, range], in prior standard deviations.
+        traverse_dim: The latent to traverse; -1 traverses every latent of one draw, a strip each.
+        beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
+        n_betas: Betas of beta_sweep, evenly spaced in their logarithm.
+        single_files: Also write every image, strip or pair to a PNG of its own.
+        device: `auto`, `cpu`, `cuda` or `cuda:1`.
+        data_dir: Folder of the original files, for modes that need test images, if not where training had it.
+    """
+
+    weights: str
+    mode: Literal["sample", "interpolate", "traverse", "reconstruct", "visualize_latent", "beta_sweep"] = (
+        "sample"
+    )
+    n_samples: int = 16
+    save_dir: str | None = None
+    batch_size: int = 500
+    seed: int = 8888
+    n_interpolate: int = 15
+    n_traverse: int = 15
+    traverse_range: float = 3.0
+    traverse_dim: int = 0
+    beta: float | None = None
+    n_betas: int = 24
+    single_files: bool = False
+    device: str = "auto"
+    data_dir: str | None = None
+
+
+def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]]:
+    """Return the flags, checked by themselves; the training configuration that --config names, which the model
+    must agree with; and its flags. Raises ValueError."""
+    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
+    words = parsing.normalise(words, parsing.flag_types([SampleConfig]))
+    name, words = parsing.take(words, "config")
+    if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
+        raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
+    parser = parsing.build_parser("sample", [SampleConfig], DESCRIPTION)
+    config = SampleConfig(**parsing.parse(parser, words, {}))
+    check_values(config, traverse_dim=Bounds(-1))
+    kinds = parsing.flag_types([TrainConfig, *SECTIONS.values()])
+    return config, name, {} if name is None else parsing.read_config(name, kinds)

@@ -1,0 +1,104 @@
+"""List every model that has a name, with what can be known of it without building it; torch is not imported.
+
+The classes say the same of themselves, and a class that somebody adds to `MODELS` says it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from movae_fast.choices import Activation
+
+ImageShape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Tell what a model's class is, which options it takes, and its objectives with their defaults."""
+
+    place: str
+    options: tuple[str, ...]  # the arguments of its class that are flags
+    objectives: tuple[str, ...] = ("reconstruction", "kl")
+    published: tuple[float, ...] | Callable[[ImageShape], tuple[float, ...]] = ()  # weights; (): 1 each
+    beta_objective: str = "kl"  # the objective whose weight `beta` is
+    recons_reduction: str = "mean"
+    default_activation: Activation | None = None  # None: the reconstruction's distribution decides
+    has_features: bool = True  # whether the encoder's output cuts the network in two
+    progressive: bool | None = None  # of a ladder: whether its rungs come one after the other
+    rungs: int = 0  # of a ladder: how many it has unless `num_ladders` says so
+
+    def weighted_objectives(self, options: Mapping[str, Any], image_shape: ImageShape) -> dict[str, float]:
+        """Return the objectives in order with their default weights, of a model built with `options`.
+
+        An option that is None has its default.
+        """
+        if self.rungs:
+            rungs = options.get("num_ladders") or self.rungs
+            return {"reconstruction": 1.0} | {f"kl_{i + 1}": 8.0 for i in range(rungs)}
+        weights = self.published(image_shape) if callable(self.published) else self.published
+        return dict(zip(self.objectives, weights or (1.0,) * len(self.objectives), strict=True))
+
+
+def per_value(image_shape: ImageShape) -> tuple[float, float]:
+    """Return the weights of the VAE/beta-VAE/MMD-VAE collection: its KL is divided by an image's values."""
+    return 1.0, 2 / math.prod(image_shape)
+
+
+TC: dict[str, Any] = {"objectives": ("reconstruction", "mi", "tc", "dwkl"), "beta_objective": "tc"}
+CNN = ("latent_dim", "dim", "dim_mults", "with_bn")
+LADDER = ("latent_dim", "num_ladders", "hidden_dim", "fc_dim", "ladder_net")
+SUM: dict[str, Any] = {"recons_reduction": "sum", "default_activation": "sigmoid"}
+INFO: dict[str, ModelInfo] = {
+    "vae": ModelInfo("vae:ConvVAE", ("latent_dim", "hidden_dims", "layer_norm"), published=(1.0, 0.00025)),
+    "betatc_vae": ModelInfo("vae:BetaTCVAE", ("latent_dim", "hidden_dims"), **TC),
+    "vq_vae": ModelInfo(
+        "vq_vae:VQVAE",
+        ("hidden_dims", "embedding_dim", "num_embeddings", "num_residual_layers", "layer_norm"),
+        objectives=("reconstruction", "embedding", "commitment"),
+        published=(1.0, 1.0, 0.25),
+        beta_objective="commitment",
+    ),
+    "cnn_vae": ModelInfo("cnn_vae:CNNVAE", CNN, published=per_value, default_activation="tanh"),
+    "mmd_vae": ModelInfo(
+        "cnn_vae:MMDVAE",
+        CNN,
+        objectives=("reconstruction", "kl", "mmd"),
+        published=lambda shape: (*per_value(shape), 1.0),
+        beta_objective="mmd",
+        default_activation="tanh",
+    ),
+    "torch_vae": ModelInfo("torch_vae:TorchVAE", ("latent_dim", "max_filters"), **SUM),
+    "dcgan_vae": ModelInfo(
+        "torch_vae:DCGANVAE", ("latent_dim", "max_filters"), recons_reduction="sum", default_activation="tanh"
+    ),
+    "provlae": ModelInfo("provlae:ProVLAE", LADDER, recons_reduction="sum", progressive=True, rungs=3),
+    "vlae": ModelInfo("provlae:VLAE", LADDER, recons_reduction="sum", progressive=False, rungs=3),
+    "linear_vae": ModelInfo(
+        "dense_vae:LinearVAE",
+        ("latent_dim", "posterior_cov"),
+        recons_reduction="sum",
+        default_activation="none",
+    ),
+    "mlp_vae": ModelInfo("dense_vae:MLPVAE", ("latent_dim", "hidden_dims"), **SUM),
+    "betatc_mlp_vae": ModelInfo("dense_vae:BetaTCMLPVAE", ("latent_dim", "hidden_dims"), **TC, **SUM),
+    **dict.fromkeys(
+        ("cnn_vae_28", "cnn_vae_32", "cnn_vae_64"), ModelInfo("sized_vae:SizedCNNVAE", ("latent_dim",), **SUM)
+    ),
+    **dict.fromkeys(
+        ("resnet_vae_28", "resnet_vae_32", "resnet_vae_64"),
+        ModelInfo("sized_vae:SizedResNetVAE", ("latent_dim", "residual_block"), **SUM),
+    ),
+}
+# Names that stand for a class at one side of the images.
+SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
+
+
+def check_beta_range(beta_min: float, beta_max: float) -> None:
+    """Raise ValueError for what is no range of beta to train a multi-rate model for."""
+    if not (math.isfinite(beta_max) and 0 < beta_min < beta_max):
+        raise ValueError(
+            f"--beta_min {beta_min:g} and --beta_max {beta_max:g} must satisfy 0 < beta_min < beta_max"
+        )

@@ -1,0 +1,80 @@
+"""Ask torch what a configuration needs of it: a device, an aggregator that runs, memory that is there.
+
+Nothing is allocated, and a message names the flag and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from movae_fast.aggregation.registry import check_runs
+from movae_fast.data.loaders.dali import require as require_dali
+from movae_fast.data.memory import all_memory
+from movae_fast.models import build_model
+from movae_fast.names import first_line
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.device import check_device, resolve_device
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise ValueError for a device that no machine has, a loader that is not installed, and an aggregator
+    that does not take the objectives' rows. To be called after `config_checks.check_settings`."""
+    if config.data.loader == "dali":
+        require_dali()
+    check_device(config.run.device)
+    if config.needs_jacobian:
+        check_runs(config.objective.agg, **config.aggregator_options())
+
+
+def check_fits(config: TrainConfig) -> None:
+    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
+
+    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
+    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
+    """
+    device = resolve_device(config.run.device)
+    has, data = all_memory(device), config.data
+    image = 3 * 4 * math.prod(config.image_shape)
+    at_once = data.batch_size // config.run.accumulate
+    for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
+        flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
+        _refuse_above(has, device, image * count, flag, "the images of a batch take")
+    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    flag = largest_option(given) or f"--arch {config.model.arch}"
+    try:
+        with torch.device("meta"):
+            model = build_model(config.model.arch, config.image_shape, config.activation, given)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
+    count = sum(p.numel() for p in model.parameters())
+    _refuse_above(has, device, 16 * count, flag, f"training its {count:,} parameters takes")
+
+
+def largest_option(given: dict[str, Any]) -> str:
+    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
+    numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
+    largest = {name: max(values, default=0) for name, values in numbers.items()}
+    if not largest:
+        return ""
+    name = max(largest, key=lambda k: largest[k])
+    return f"--{name} {given[name]}"
+
+
+def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
+
+    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
+    """
+    device = torch.device("cpu")
+    needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)
+    _refuse_above(all_memory(device), device, needed, flag, "its images take")
+
+
+def _refuse_above(has: int, device: torch.device, needed: int, flag: str, what: str) -> None:
+    if needed > has:
+        raise ValueError(
+            f"{flag}: {what} at least {needed / 2**30:,.1f} GiB; {device} has {has / 2**30:,.1f} GiB"
+        )
