@@ -1,4 +1,4 @@
-"""Run the command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|data|doctor`."""
+"""The command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|runs|data|doctor`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ COMMANDS = {
     "evaluate": "objectives, bounds, image quality and disentanglement of a trained model",
     "curve": "rate and distortion over beta: multi-rate runs as curves, plain runs as points",
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
-    "reconstruct": "original beside reconstruction, one file per image",
-    "generate": "samples from the prior, one file per image and a grid",
+    "reconstruct": "original beside reconstruction, one file an image",
+    "generate": "samples from the prior, one file an image and a grid",
+    "runs": "list the runs below a folder, with their scores",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
 }

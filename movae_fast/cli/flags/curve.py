@@ -10,6 +10,7 @@ from typing import Literal
 
 from movae_fast.cli import parsing
 from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
+from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Rate and distortion over beta, from one set of weights: movae curve RUN [RUN …] --betas 20"
 
@@ -71,4 +72,5 @@ def parse(argv: Sequence[str]) -> CurveConfig:
     parser = parsing.build_parser("curve", [CurveConfig], DESCRIPTION)
     config = CurveConfig(**parsing.parse(parser, words, {}))
     check_curve(config)
+    config.runs = [str(find_run(name)) for name in config.runs]
     return config

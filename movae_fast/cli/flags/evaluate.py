@@ -9,6 +9,7 @@ from movae_fast.cli import parsing
 from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, named
 from movae_fast.names import nearest
 from movae_fast.training.limits import Bounds, check_values
+from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
 
@@ -64,6 +65,7 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     config = EvaluateConfig(**parsing.parse(parser, words, {}))
     check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     check_metrics(config.metrics)
+    config.weights = str(find_run(config.weights))
     return config
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from movae_fast.cli import parsing
 from movae_fast.training.limits import check_values
+from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
 
@@ -42,4 +43,5 @@ def parse(argv: Sequence[str]) -> GenerateConfig:
     parser = parsing.build_parser("generate", [GenerateConfig], DESCRIPTION)
     config = GenerateConfig(**parsing.parse(parser, words, {}))
     check_values(config)
+    config.model = str(find_run(config.model))
     return config

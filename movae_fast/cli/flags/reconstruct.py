@@ -10,6 +10,7 @@ from movae_fast.cli import parsing
 from movae_fast.data.datasets import DATASETS
 from movae_fast.names import pick
 from movae_fast.training.limits import check_values
+from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Write original and reconstruction side by side, one PNG an image."
 
@@ -56,4 +57,5 @@ def parse(argv: Sequence[str]) -> ReconstructConfig:
         raise ValueError(f"--rec_testdata asks for the test split and --split {config.split} for another")
     if config.dataset is not None:
         config.dataset = pick("dataset", config.dataset, DATASETS)
+    config.model = str(find_run(config.model))
     return config

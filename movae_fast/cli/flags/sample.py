@@ -9,6 +9,7 @@ from typing import Any, Literal
 from movae_fast.cli import parsing
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.limits import Bounds, check_values
+from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Pictures from a trained model: movae sample RUN --mode traverse"
 
@@ -68,4 +69,5 @@ def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]
     config = SampleConfig(**parsing.parse(parser, words, {}))
     check_values(config, traverse_dim=Bounds(-1))
     kinds = parsing.flag_types([TrainConfig, *SECTIONS.values()])
+    config.weights = str(find_run(config.weights))
     return config, name, {} if name is None else parsing.read_config(name, kinds)

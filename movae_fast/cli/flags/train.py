@@ -11,6 +11,7 @@ from typing import Any, Literal
 from movae_fast.cli import parsing
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import check_settings
+from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
 # torch-vae's own defaults, for its own spelling of the flags.
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     recipe, words, system = given_defaults(argv, words, kinds)
     if resumed not in (None, "auto"):
         parsing.parse(build_parser(), words, recipe)
-        return TrainFlags(words, recipe, resumed)
+        return TrainFlags(words, recipe, str(find_run(resumed)))
     values = parsing.parse(build_parser(), words, recipe)
     notes = completed(values, system)
     config = TrainConfig.from_flat(values)

@@ -1,0 +1,135 @@
+"""Find runs below a folder, say what each one is and reached, and find a run by a short name.
+
+Nothing here imports torch: listing hundreds of runs reads two files of each and takes less than a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+TAIL = 1 << 16  # bytes at the end of a metrics.jsonl in which its last lines are looked for
+RUNS = Path("runs")  # the folder that `movae train` puts runs into
+LATEST = "latest"  # the name of the run that was started last
+SCORES = ("test/loss", "test/mse", "train/conflict", "train/step_conflict", "test/perplexity")
+
+
+@dataclass
+class RunSummary:
+    """Hold what a list of runs says of one run."""
+
+    path: Path
+    started: datetime
+    config: dict[str, Any]  # flags by name, as config.yaml has them; empty if it cannot be read
+    step: int = 0  # of the last log line
+    scores: dict[str, float] = field(default_factory=dict)  # of SCORES, the last value of each
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run's folder, by which commands find it."""
+        return self.path.name
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the summary as plain values, for JSON and for sorting."""
+        keys = ("dataset", "arch", "agg", "multirate", "seed")
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "started": self.started.isoformat(timespec="seconds"),
+            **{key: self.config.get(key) for key in keys},
+            "step": self.step,
+            **self.scores,
+        }
+
+
+def run_folders(root: Path) -> Iterator[Path]:
+    """Yield every folder below `root` (itself included) that holds a run: a config.yaml beside checkpoints/."""
+    for folder, inside, files in os.walk(root):
+        if "config.yaml" in files and "checkpoints" in inside:
+            inside.clear()  # a run holds no other run
+            yield Path(folder)
+        inside.sort()
+
+
+def summary(path: Path) -> RunSummary:
+    """Return what the files of the run in `path` say; a file that is damaged or absent says nothing."""
+    started = datetime.fromtimestamp((path / "config.yaml").stat().st_mtime)
+    try:
+        config = yaml.load((path / "config.yaml").read_bytes(), LOADER)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    run = RunSummary(path, started, config if isinstance(config, dict) else {})
+    for line in last_lines(path / "metrics.jsonl"):
+        step = line.get("step")
+        run.step = step if isinstance(step, int) else run.step
+        run.scores |= {key: line[key] for key in SCORES if isinstance(line.get(key), int | float)}
+    return run
+
+
+def last_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines at the end of a metrics.jsonl that are whole, in order."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            texts = file.read().split(b"\n")
+    except OSError:
+        return []
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def list_runs(root: Path) -> list[RunSummary]:
+    """Return the runs below `root`, the one that was started last at the end."""
+    return sorted(map(summary, run_folders(root)), key=lambda run: (run.started, run.path))
+
+
+def find_run(name: str, root: Path = RUNS) -> Path:
+    """Return the run that `name` means: a path that exists, "latest", or the beginning of one run's name.
+
+    A run below `root` is known by the name of its folder and by its path below root. Raises ValueError, which
+    lists the runs that there are, for a name of none or of several of them; without any run below root the
+    name is returned as a path.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or name != name.strip() or not name:
+        return path
+    folders = sorted(run_folders(root), key=lambda p: (p / "config.yaml").stat().st_mtime)
+    if name == LATEST and folders:
+        return folders[-1]
+    exact = [p for p in folders if name in (p.name, p.relative_to(root).as_posix())]
+    begun = exact or [
+        p for p in folders if p.name.startswith(name) or p.relative_to(root).as_posix().startswith(name)
+    ]
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        raise ValueError(
+            f"{name} is the beginning of {len(begun)} runs: {_shown(begun, root)}; name one of them"
+        )
+    if not folders:
+        return path  # whoever reads it says that it is not there
+    raise ValueError(
+        f"{name}: there is no such file, and no run of that name; below {root} are {_shown(folders, root)}"
+    )
+
+
+def _shown(folders: list[Path], root: Path, most: int = 5) -> str:
+    """Return the last few runs by their path below `root`, the one that was started last first."""
+    names = [p.relative_to(root).as_posix() for p in reversed(folders[-most:])]
+    more = len(folders) - len(names)
+    return ", ".join(names) + (f" and {more} more (movae runs lists them)" if more > 0 else "")
