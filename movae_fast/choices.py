@@ -1,4 +1,5 @@
-"""The words that settings are chosen from, where more than one module means the same; imports nothing heavy."""
+"""Define the words that settings are chosen from, where several modules use the same; nothing heavy is
+imported."""
 
 from typing import Literal
 

@@ -48,7 +48,7 @@ class Ranks:
         return tensor
 
     def agree(self, numbers: Sequence[int], device: torch.device) -> bool:
-        """Return whether all processes gave the same numbers; read on the host."""
+        """Return whether all processes passed the same numbers; the answer is read on the host."""
         if self.size == 1:
             return True
         both = torch.tensor([*numbers, *(-n for n in numbers)], device=device)

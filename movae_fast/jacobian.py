@@ -240,7 +240,8 @@ def find_parts(
     shared: Tensor | Iterable[Tensor] | None,
     task: Tensor | Iterable[Tensor] | None,
 ) -> Parts:
-    """Check what `backward` is given, and find in the graph what is not."""
+    """Check the arguments of `backward`, and find parameter lists that were left out in the graph. Raises
+    ValueError or TypeError."""
     vector = isinstance(losses, Tensor) and losses.dim() > 0
     losses = _tensors("losses", list(losses) if vector else losses, once=True)
     features = None if features is None else _tensors("features", features, once=True)
@@ -413,7 +414,8 @@ def cheap_rows(
 
 
 def stack_rows(gradients: Sequence[Gradients], like: Sequence[Tensor]) -> Tensor:  # [m, Q]
-    """Lay each objective's gradients end to end; None counts as zeros of the tensor that it belongs to."""
+    """Return the rows [m, Q], each one objective's gradients end to end; None counts as zeros shaped like
+    the tensor in `like`."""
     return torch.stack([torch.cat([g.reshape(-1) for g in _dense(row, like)]) for row in gradients])
 
 

@@ -1,4 +1,5 @@
-"""Import a module when something in it is first used, so that what uses none of it does not pay for it.
+"""Import a module when something in it is first used, so that a process that uses none of it does not pay for
+it.
 
 A place is written "package.module:name".
 """
@@ -42,7 +43,8 @@ def exports(
 
 @dataclass(frozen=True)
 class Later:
-    """A function at a place, imported at its first call; with `made_from`, one that a function there makes."""
+    """Stand for a function at a place, imported at its first call; with `made_from`, for one that a
+    function there makes."""
 
     place: str
     made_from: tuple[Any, ...] = ()
@@ -53,7 +55,7 @@ class Later:
 
 
 class Registry(MutableMapping[str, Value]):
-    """A dict of values by name; those that are given by their places are imported when they are looked up."""
+    """Hold values by name, as a dict; a value that is given by its place is imported when it is looked up."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
         self.places = dict(places)

@@ -1,4 +1,4 @@
-"""Aggregators: from a Jacobian's rows to one update. Imported, with TorchJD, when they are first used."""
+"""Aggregate the rows of a Jacobian to one update."""
 
 from typing import TYPE_CHECKING
 

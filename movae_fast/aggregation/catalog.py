@@ -189,7 +189,7 @@ _NOT_FLAGS = ("pref_vector", "cone", "n_tasks")
 
 
 def aggregator_args(name: str) -> list[str]:
-    """Names that `--agg_args.<name>` takes for this aggregator."""
+    """Return the names that `--agg_args.<name>` accepts for this aggregator."""
     parameters = inspect.signature(AGGREGATORS[name]).parameters
     return [p for p in parameters if p not in _NOT_FLAGS]
 
@@ -269,12 +269,12 @@ def checked_argument(name: str, key: str, value: Any, kind: Any) -> Any:
 
 
 def weights_rows(name: str) -> bool:
-    """Whether the update of the aggregator called `name` is a weighted sum of rows."""
+    """Return whether the update of the aggregator called `name` is a weighted sum of rows."""
     return name not in ("config", "graddrop", "trimmed_mean")
 
 
 def weights_by_gramian(name: str) -> bool:
-    """Whether the aggregator called `name` weights rows by their Gramian alone."""
+    """Return whether the aggregator called `name` weights rows by their Gramian alone."""
     by_rows = ("excess_mtl", "nash_mtl")
     by_nothing = ("jd_sum", "mean", "constant", "random")
     return weights_rows(name) and name not in by_rows + by_nothing

@@ -1,4 +1,4 @@
-"""Make aggregators by name, apply them to a Jacobian's rows, and keep their state.
+"""Make aggregators by name: every one that TorchJD offers, with its parameters by keyword.
 
 `catalog` has the names and their parameters. TorchJD is imported with the first aggregator that is made.
 """
@@ -101,7 +101,7 @@ def is_fused(aggregator: nn.Module | None) -> bool:
 
 
 def is_weighting(aggregator: nn.Module) -> bool:
-    """Whether the aggregator weights rows by their Gramian alone."""
+    """Return whether the aggregator weights rows by their Gramian alone."""
     import torchjd.aggregation as jd
 
     return isinstance(aggregator, jd.GramianWeightedAggregator)

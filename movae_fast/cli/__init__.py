@@ -1,4 +1,4 @@
-"""The command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|runs|data|doctor`."""
+"""Run the command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|data|doctor`."""
 
 from __future__ import annotations
 

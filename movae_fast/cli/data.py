@@ -31,7 +31,7 @@ MAX_SIZE = math.isqrt(MAX_PIXELS)
 
 
 def run(flags: tuple[str, str | None, DataCommand]) -> int:
-    """One of the four commands; the exit status."""
+    """Run one of the four commands and return the exit status."""
     command, target, config = flags
     return COMMANDS[command](target, config, Console())
 

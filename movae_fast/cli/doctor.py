@@ -1,4 +1,5 @@
-"""`movae doctor`: versions, devices, which path each op takes, what is missing and how to get it."""
+"""Run `movae doctor`: show versions, devices, the implementation of each op, and what is missing and how to get
+it."""
 
 from __future__ import annotations
 

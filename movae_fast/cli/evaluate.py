@@ -20,6 +20,7 @@ from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, QUICK, nam
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
 from movae_fast.models import VAE, GaussianVAE
+from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
@@ -28,7 +29,7 @@ from movae_fast.training.run_folder import folder_of
 
 
 def run(config: EvaluateConfig) -> int:
-    """Load, measure, write; the exit status."""
+    """Evaluate the model that the command line names, write the report, and return the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     adapt_config(trained, config.device, config.data_dir, config.batch_size)

@@ -90,9 +90,10 @@ def every_check() -> Iterator[tuple[str, str, Check]]:
 
 
 def compiled_ahead(device: torch.device) -> str:
-    """Do the op checks once in several processes, which leave what they compiled in Triton's cache.
+    """Run the op checks, divided among several processes, to fill Triton's cache; return the number of
+    processes as text. Raises RuntimeError if one fails.
 
-    One process compiles for minutes. A check that fails here fails again in its own row, which says why.
+    One process alone would compile for minutes. A check that fails fails again in its own row, which says why.
     """
     count = max(1, min(8, (os.cpu_count() or 1) // 2))
     command = [sys.executable, "-m", "movae_fast.cli.gpu_checks", "compile", str(device), str(count)]

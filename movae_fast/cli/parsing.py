@@ -202,7 +202,7 @@ def is_flag(word: str) -> bool:
 
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """A parser with one group of flat flags a dataclass, and --config."""
+    """Build a parser with one group of flat flags per dataclass."""
     usage = f"movae {command} [--config RECIPE] [--flag value …]"
     parser = new_parser(command, sections, description, usage=usage)
     parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
@@ -210,7 +210,7 @@ def build_parser(command: str, sections: Sequence[type], description: str) -> On
 
 
 def new_parser(command: str, sections: Sequence[type], description: str, **options: Any) -> OneLineParser:
-    """A parser with one group of flat flags a dataclass."""
+    """Build a parser with one group of flat flags per dataclass."""
     parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, **options)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)

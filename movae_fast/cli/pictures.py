@@ -8,7 +8,6 @@ import torch
 
 from movae_fast.cli.ladder import draw_traversals
 from movae_fast.data import to_unit
-from movae_fast.figures import grid, ladder_curves, loss_curves, pairs, write_png
 from movae_fast.files import give_name
 from movae_fast.models import ProVLAE
 from movae_fast.pictures import grid, pairs, write_png

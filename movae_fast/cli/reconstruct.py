@@ -13,6 +13,7 @@ from movae_fast.cli.trained import new_outdir
 from movae_fast.data import DATASETS, to_unit
 from movae_fast.evaluation.trained import adapt_config, check_option
 from movae_fast.files import free_path
+from movae_fast.pictures import grid, write_png
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.device import resolve_device
 from movae_fast.training.run_folder import folder_of

@@ -60,7 +60,7 @@ class Job:
         return reconstruct_images(self.model, x, self.config.batch_size, self.normalize)
 
     def test_images(self, each: int = 1) -> tuple[Tensor, Tensor]:
-        """Return `each` test images per sample, in the model's range, and their labels."""
+        """Draw n_samples * `each` test images; return them, in the model's range, with their labels."""
         device = resolve_device(self.config.device)
         return draw_test_images(self.trained, device, self.config.n_samples, self.generator, each)
 
@@ -77,7 +77,7 @@ def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
 
 
 def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Job:
-    """The model to draw from; it must agree with the training configuration called `name`."""
+    """Load the model to draw from. `expected` is a training configuration that it must agree with."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     if name is not None:

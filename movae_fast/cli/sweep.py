@@ -24,7 +24,7 @@ from movae_fast.cli.flags.sweep import (
     sweep_names,
 )
 from movae_fast.evaluation.curve_runs import trial_folder
-from movae_fast.figures import sweep_figure
+from movae_fast.plots import sweep_plot
 from movae_fast.sweeps.search import FIGURES, check_storage, check_trials, selected
 from movae_fast.sweeps.study import Report, Study, report
 from movae_fast.training.config import TrainConfig
@@ -89,7 +89,7 @@ def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
-    """The study, with everything checked that can be before a trial runs."""
+    """Make the study, with everything checked that can be checked before a trial runs."""
     fixed = check_sweep(flags, spec)
     check_trials(spec.search, spec.objectives, fixed, check_runs)
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20

@@ -90,7 +90,8 @@ def set_up_and_trained(flags: TrainFlags) -> int:
 
 
 def continued(flags: TrainFlags, saved: dict[str, Any], resumed: str) -> TrainConfig:
-    """The saved configuration with what a resumed run may change; `resumed` is its folder or checkpoint."""
+    """Return the saved configuration with the flags that a resumed run may change; `resumed` is its folder
+    or checkpoint."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
     known = parsing.with_its_regularizer(known)
     values = parsing.parse(build_parser(), flags.words, {**known, **flags.recipe})

@@ -22,7 +22,7 @@ class BeyondBoundsError(yaml.YAMLError):
 
 
 class FlagsLoader(BASE):
-    """Load plain values only. `1e-4` is a number, `off` a word, a date text, and a key may occur once."""
+    """Load plain values only: `1e-4` is a number, `off` and dates are text, and a key may occur once."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {}
     yaml_constructors: ClassVar = {tag: BASE.yaml_constructors[tag] for tag in KNOWN_TAGS}

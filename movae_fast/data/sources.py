@@ -52,7 +52,8 @@ class ImageSource(Protocol):
         self,
         rows: Tensor,  # [B] int64
     ) -> tuple[Tensor, Tensor] | None:  # [N, C, S, S] uint8, [N] int64
-        """Return all images and labels if those of `rows` lie on the device and rows index them, else None."""
+        """Return all images and labels, for `rows` to index, if the images of `rows` are on the device,
+        else None."""
         return None
 
     @property

@@ -42,7 +42,7 @@ class Member:
 
     @property
     def train_seconds(self) -> float:
-        """Return the seconds in training steps by the run's own log; 0 without one."""
+        """Return the seconds spent in training steps according to the run's log; 0 without a log."""
         metrics = read_lines(folder_of(self.path) / "metrics.jsonl")
         lines = [line for line in metrics if line.get("train/images_per_s")]
         steps = [0, *(line["step"] for line in lines)]

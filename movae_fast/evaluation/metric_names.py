@@ -1,4 +1,4 @@
-"""The metrics of `movae evaluate` by name; none is computed or imported here."""
+"""Name the metrics of `movae evaluate`; none is computed or imported here."""
 
 ON_IMAGES = ("objectives", "elbo", "images")
 # Of codes and known factors: the names of `disentanglement.METRICS`, in its order.

@@ -172,12 +172,11 @@ def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
 
 
 def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
-    """Compare a curve with a separately trained model, curve minus model: at the model's beta, and at its
-    rate.
+    """Return how a curve differs from a separately trained model, curve minus model: in rate, distortion,
+    their sum and the loss, if the curve has a point at the model's beta; in the distortion at the model's
+    rate (`frontier_gap`), if the curve spans that rate.
 
-    The errors of the map from beta to (R, D), and of D + R and the loss, are there where the curve has a point
-    at the model's beta; `frontier_gap`, the curve's distortion between its points at the model's rate above the
-    model's distortion, is there where the curve reaches that rate.
+    `frontier_gap` interpolates the curve's distortion between its points.
     """
     gaps: dict[str, float] = {"beta": other.beta}
     same = next((p for p in curve if p.beta == other.beta), None)

@@ -1,4 +1,4 @@
-"""Models by name: `MODELS["vq_vae"]`, built by `build_model`.
+"""Build models by name: `MODELS["vq_vae"]`, `build_model`.
 
 What is known of a model without building it is in `catalog`; a class is imported when it is first used.
 """

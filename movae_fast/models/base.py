@@ -114,7 +114,8 @@ class VAE(nn.Module):
         raise NotImplementedError
 
     def condition(self, noise: Noise) -> None:
-        """Keep what the encoder has to know of a batch's noise; to be called before `encode`."""
+        """Give the encoder what it needs of a batch's noise (a multi-rate model's log betas); to be
+        called before `encode`."""
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Any:
         noise = self.draw_noise(len(x)) if noise is None else noise
@@ -175,7 +176,8 @@ class VAE(nn.Module):
         raise NotImplementedError
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n images [n, C, S, S] from the prior, on the CPU so that a seed means one picture anywhere."""
+        """Draw n images [n, C, S, S] from the prior. Random numbers come from the CPU, so that a seed
+        gives the same picture on every device."""
         raise NotImplementedError
 
     @property

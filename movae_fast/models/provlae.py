@@ -33,7 +33,7 @@ def resize(x: Tensor, side: int) -> Tensor:
 
 
 def enlarge(x: Tensor, side: int) -> Tensor:
-    """Enlarge maps to a side by repeating values; as they are if it is theirs."""
+    """Return maps enlarged to `side` by repeating values, or x itself if it has that side."""
     return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="nearest")
 
 

@@ -37,7 +37,8 @@ class Rates:
             out.copy_(out.new_empty(1).uniform_(self.low, self.high).expand_as(out))
 
     def current(self, training: bool, like: Tensor) -> Tensor:
-        """Return the log betas that count now, [B] or [1], of the dtype and on the device of `like`."""
+        """Return the log betas at which the gates are computed, [B] or [1]: the batch's in training,
+        those of `set_beta` in evaluation; in the dtype and on the device of `like`."""
         if training:
             return self.log_beta.to(like)
         self.evaluated = self.evaluated.to(like)  # moves once after the model did

@@ -78,8 +78,8 @@ def _nearest_code(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
 
 
 def search_in_torch(z: Tensor, codebook: Tensor) -> Tensor:
-    """Search by movae_fast.reference in float64, a chunk of rows at a time, with csrc's answers to what is not
-    finite."""
+    """Return each vector's nearest code, found by movae_fast.reference in float64. Codes that are not
+    finite are never chosen; a vector that is not finite gets index 0, as in csrc."""
     rows = as_rows(z.detach()).double()
     codebook = codebook.detach().double()
     (usable,) = codebook.isfinite().all(1).nonzero(as_tuple=True)
@@ -99,7 +99,8 @@ def is_flat(z: Tensor) -> bool:
 
 
 def flat(z: Tensor) -> Tensor:
-    """Return z itself if C++ can walk it, else a contiguous copy."""
+    """Return z if its spatial dimensions have one common stride (`is_flat`), as C++ needs, else a
+    contiguous copy."""
     return z if is_flat(z) else z.contiguous()
 
 

@@ -177,7 +177,7 @@ def _quantize_backward(
 def quantize_in_torch(
     z: Tensor, codebook: Tensor, gradient: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute by movae_fast.reference; torch differentiates it."""
+    """Return what `quantize` does, computed by movae_fast.reference and differentiated by autograd."""
     index = search_in_torch(z, codebook)
     wide = torch.promote_types(z.dtype, torch.float32)
     rows = as_rows(z).to(wide)

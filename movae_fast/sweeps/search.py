@@ -132,7 +132,7 @@ def check_trials(
 
 
 def measured_by(config: TrainConfig, check: Callable[[TrainConfig], None]) -> dict[str, None]:
-    """Check the configuration; return the names of its runs' test figures, in order."""
+    """Check the configuration; return the names of its runs' test metrics, in order."""
     check(config)
     names = list(config.model_info.weighted_objectives(vars(config.model), config.image_shape))
     names += ["loss", "mse", "mse_mean_image"]

@@ -28,9 +28,10 @@ class StepProjection:
 
     @torch.no_grad()
     def correct(self, rows: Rows, before: Tensor, loss_scale: Tensor | None, keep_rows: bool) -> None:
-        """Correct the parameters, which were `before` [P] until the optimizer's step.
+        """Move the shared parameters, which were `before` [P] until the optimizer's step, to where the
+        projected step ends.
 
-        The rows are spoilt unless they are to be kept, for the log: the next step writes them anew.
+        Without `keep_rows` the rows may be overwritten, since the next step writes them anew.
         """
         with record_function("step projection"):
             torch.sub(before, self.flat.shared_data, out=rows.step)

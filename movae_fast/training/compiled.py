@@ -21,8 +21,8 @@ MULTIRATE_LIMITS = {
 
 
 def resolve_mode(mode: CompileMode, device: torch.device) -> str:
-    """Return the mode that `auto` means: compiled on CUDA; eager on a CPU, where compiling convolutions
-    gains little.
+    """Return the mode, with `auto` replaced by `default` on CUDA and by `off` on a CPU, where compiling
+    convolutions gains little.
 
     benchmarks/bench_step.py measures both.
     """

@@ -1,4 +1,4 @@
-"""Define every setting of a run: one dataclass per subject, each field one flag of the same name.
+"""Define every setting of a run: one dataclass per subject, each field a flag of the same name.
 
 `config_checks.validate` says what may be asked for together. Torch is not imported for either, so
 there is no block for TYPE_CHECKING here: jsonargparse would run it.
@@ -421,7 +421,7 @@ class TrainConfig:
 
     @property
     def model_info(self) -> models.ModelInfo | type[models.VAE]:
-        """What is known of the model without importing it."""
+        """Return what is known of the model without importing it."""
         return models.model_info(self.model.arch)
 
     @property
@@ -455,7 +455,8 @@ class TrainConfig:
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:
-        """Whether a multi-rate model draws a beta an example or a batch: tc compares a batch's posteriors."""
+        """Return whether a multi-rate model draws a beta per example or per batch: tc compares the
+        posteriors of a batch."""
         return self.multirate.beta_per or ("batch" if self.model_info.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:

@@ -39,7 +39,8 @@ SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a
 
 
 def validate(config: TrainConfig) -> None:
-    """Normalise names and refuse what cannot work, before anything is allocated. Raises ValueError."""
+    """Replace names in `config` by their exact form, and raise ValueError for settings that cannot work,
+    before anything is allocated."""
     check_settings(config)
     # Imported here, with torch: a wrong flag is told of without it.
     from movae_fast.training.device_checks import check_machine

@@ -72,9 +72,10 @@ PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is
 
 
 def check_values(flags: Any, **own: Bounds) -> None:
-    """Raise ValueError for an empty text or a number out of its bounds among a dataclass's flags.
+    """Raise ValueError if a flag of the dataclass is an empty text or a number outside its bounds: those in
+    `own`, else those in `BOUNDS`.
 
-    Numbers without `BOUNDS` of their own (or `own`, the command's) are finite, whole ones at most MOST.
+    Every number must be finite, and a whole one at most MOST in magnitude.
     """
     for entry in fields(flags):
         if entry.name in PAIRS:

@@ -89,8 +89,8 @@ def failure_elsewhere(run: Run) -> Exception:
 
 
 def log_due(run: Run, ahead: int = 0) -> bool:
-    """Return whether a log line follows the last step, or the one `ahead` of it: after a full window, or at
-    an epoch's end."""
+    """Return whether a log line is due after step `run.step + ahead`: every `log_every` batches, and at the
+    end of an epoch or the run."""
     batch = run.batch + ahead
     last = batch == len(run.train_loader) or run.step + ahead == run.total_steps
     return last or batch % run.config.run.log_every == 0
@@ -168,7 +168,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     if number == 1:
         warn_of_collapse(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     better = False
     if due or run.finished:
         run.world.average_buffers(run.model)
@@ -185,8 +185,8 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
             + (f"  ({bar.metrics.split('  ')[-1]})" if "images/s" in bar.metrics else "")
         )
         run.ended = run.finished
-        if better := figures["test/loss"] < run.best:
-            run.best = figures["test/loss"]
+        if better := metrics["test/loss"] < run.best:
+            run.best = metrics["test/loss"]
             run.save("best")
     kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
@@ -195,7 +195,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         run.name_again("best", "last")
     else:
         run.save("last")
-    if run.draw is not None and run.world.main and (tag := figures_due(run)):
+    if run.draw is not None and run.world.main and (tag := pictures_due(run)):
         run.draw(run, tag)
     run.telemetry.restart_clock()
     return metrics

@@ -169,7 +169,7 @@ class TrainStep:
         return self.differentiate(self.kind(step, log), batch, self.scale_at(step))
 
     def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepMetrics:
-        """Do `update` as a function of tensors alone, as a recording calls it."""
+        """Call `update` with the batch given as tensors, which is the form that a recording needs."""
         return self.update(kind, Batch.of_tensors(*batch), scale)
 
     def update(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
@@ -263,7 +263,8 @@ class TrainStep:
         return ", ".join(region.name for region in regions if region.pending)
 
     def prepare_optimizer(self) -> None:
-        """Put what a recorded optimizer reads onto the device: at first, and after a state was loaded."""
+        """Move the optimizer's state to the device if the step is recorded; to be called again after a
+        state was loaded."""
         if self.optimizer is not None:
             recorded = self.recordings.recorder is not None
             make_capturable(self.optimizer, self.flat.data.device if recorded else None)
@@ -308,7 +309,8 @@ class TrainStep:
         return torch.where(weights.isfinite().all(), weights, self.weights)
 
     def aggregate_rows(self, gramian: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Combine the rows into the shared parameters' `.grad`: weights [m] or None, cosines and norms [m]."""
+        """Write the aggregated rows into the shared parameters' `.grad`; return the weights [m] or
+        None, and the rows' cosines and norms [m]."""
         assert self.aggregator is not None
         rows = self.rows.rows
         if is_weighting(self.aggregator):
@@ -383,7 +385,7 @@ class TrainStep:
         return self.kept(result)
 
     def kept(self, result: Differentiated) -> Differentiated:
-        """Return what of one part is still wanted when the next has been differentiated.
+        """Return what is still needed of a part once the next one is differentiated.
 
         A copy: a graph that --compile reduce-overhead replays writes its outputs where they were before.
         """

@@ -1,4 +1,4 @@
-"""The flags of `movae curve`."""
+"""Define and check the flags of `movae curve`."""
 
 from __future__ import annotations
 

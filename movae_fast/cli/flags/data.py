@@ -1,4 +1,4 @@
-"""The flags of `movae data`."""
+"""Define and check the flags of `movae data`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flags of `movae doctor`."""
+"""Define and check the flags of `movae doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ takes up to three minutes and prints a row a check; the exit status is 1 if one 
 
 @dataclass
 class DoctorFlags:
-    """Whether to try the GPUs rather than to report."""
+    """Hold whether to try the GPUs instead of reporting."""
 
     gpu: bool = False
 

@@ -1,4 +1,4 @@
-"""The flags of `movae evaluate`."""
+"""Define and check the flags of `movae evaluate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EvaluateConfig:
         iw_images: Test images of the importance-weighted bound.
         fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
             reconstructions and (not for a codebook) of samples.
-        fid_images: Test images, reconstructions and samples of FID and KID; published figures take 10,000
+        fid_images: Test images, reconstructions and samples of FID and KID; published values take 10,000
             or more.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         limit_test: Use this many evenly spaced test images; 0 means all.

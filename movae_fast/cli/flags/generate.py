@@ -1,4 +1,4 @@
-"""The flags of `movae generate`."""
+"""Define and check the flags of `movae generate`."""
 
 from __future__ import annotations
 

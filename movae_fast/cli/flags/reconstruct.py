@@ -1,4 +1,4 @@
-"""The flags of `movae reconstruct`."""
+"""Define and check the flags of `movae reconstruct`."""
 
 from __future__ import annotations
 

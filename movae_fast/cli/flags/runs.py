@@ -1,4 +1,4 @@
-"""The flags of `movae runs`."""
+"""Define and check the flags of `movae runs`."""
 
 from __future__ import annotations
 

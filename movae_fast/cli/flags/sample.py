@@ -1,4 +1,4 @@
-"""The flags of `movae sample`."""
+"""Define and check the flags of `movae sample`."""
 
 from __future__ import annotations
 

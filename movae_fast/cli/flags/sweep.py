@@ -1,4 +1,4 @@
-"""The flags of `movae sweep`, and its YAML file."""
+"""Define and check the flags of `movae sweep`, and its YAML file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SweepFlags:
 
 @dataclass
 class SweepFile:
-    """What a sweep's YAML file holds."""
+    """Hold the content of a sweep's YAML file."""
 
     search: dict[str, dict[str, Any]]
     objectives: dict[str, str] = field(default_factory=lambda: {"test/loss": "minimize"})
@@ -74,7 +74,7 @@ class SweepFile:
 
 @dataclass
 class SweepAsked:
-    """A command line of `movae sweep`, with the file that it names."""
+    """Hold a command line of `movae sweep`, with the file that it names."""
 
     argv: list[str]
     flags: SweepFlags
@@ -120,7 +120,8 @@ def sweep_names() -> list[str]:
 
 
 def read_sweep(name: str) -> tuple[SweepFile, str]:
-    """The sweep called `name` (or in that file) and its stem. Raises ValueError for what is not one."""
+    """Return the sweep called `name` (or in that file) and its stem. Raises ValueError for a name or file
+    that is not one."""
     path = parsing.find_yaml(name, SWEEPS, "sweep")
     values = read_yaml(path, "--config")
     known = [f.name for f in dataclasses.fields(SweepFile)]
@@ -175,7 +176,8 @@ def check_sampler(name: str, spec: SweepFile) -> None:
 
 
 def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> CurveConfig:
-    """The `curve` section as flags of `movae curve`. Raises ValueError for what is none."""
+    """Return the `curve` section as flags of `movae curve`. Raises ValueError for a name that is not such a
+    flag."""
     given = dict(spec.curve or {})
     known = {f.name for f in dataclasses.fields(CurveConfig)} - {"runs", "out"}
     for key in given:

@@ -1,4 +1,4 @@
-"""The flags of `movae train`: recipes, other systems' spellings, and the checks of a whole configuration."""
+"""Define and check the flags of `movae train`: recipes, other systems' spellings, and a whole configuration."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PORT_SIZES |= dict.fromkeys(("celeba", "flowers102", "dtd", "imagenet", "ident3d
 
 @dataclass
 class TrainFlags:
-    """A command line of `movae train`, read and checked."""
+    """Hold a command line of `movae train`, read and checked."""
 
     words: list[str]  # as `parsing.normalise` writes them
     recipe: dict[str, Any]  # what lies under them

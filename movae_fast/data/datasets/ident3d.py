@@ -14,7 +14,7 @@ from movae_fast.names import first_line
 
 
 class Ident3D(ImageFiles):
-    """Decode 3DIdent's image files, and know their factors."""
+    """Decode 3DIdent's image files, and give each image's factors."""
 
     latents: Tensor  # [N, 10] float32
 

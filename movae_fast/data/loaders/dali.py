@@ -97,9 +97,8 @@ class DaliLoader(Loader):
                     at += len(images)
 
     def _decoded(self, rows: list[int]) -> Generator[Tensor, None, None]:
-        """Yield batches of uint8 [B, C, S, S].
-
-        Raises _RefusedError if DALI refuses a file, once it is known which; the rest can then be asked for.
+        """Yield the images of `rows` in batches, uint8 [B, C, S, S]. Raises _RefusedError once a file
+        that DALI refuses is identified; a new call with the remaining rows lets Pillow decode it.
         """
         pipe, feed = self._idle.pop() if self._idle else self._build(self.batch_size, self.prefetch)
         feed.begin(rows)
@@ -214,7 +213,7 @@ _Encoded = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
 
 
 class _RefusedError(Exception):
-    """Tell that DALI has refused a file of the batch, and that it is known which one."""
+    """Say that DALI refused a file of the batch, and that the loader knows which."""
 
 
 @cache

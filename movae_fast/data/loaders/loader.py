@@ -89,7 +89,7 @@ class Loader:
 
     @property
     def note(self) -> str:
-        """Return one line on the source: prepared, out of date, left aside; or ""."""
+        """Return one line for the user about the source, such as an outdated prepared file, or ""."""
         return self.source.note
 
     @property
