@@ -65,7 +65,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     found = results()
 found["warnings"] = [str(w.message) for w in caught]
-found["status"] = doctor.run([])
+found["status"] = doctor.run(doctor.DoctorFlags())
 torch.save(found, sys.argv[1])
 """
 
