@@ -68,8 +68,6 @@ class Registry(MutableMapping[str, Value]):
         return value
 
     def __setitem__(self, name: str, value: Value) -> None:
-        if name not in self.values_by_name or self[name] is not value:
-            self.places.pop(name, None)
         self.values_by_name[name] = value
 
     def __delitem__(self, name: str) -> None:
@@ -86,4 +84,7 @@ class Registry(MutableMapping[str, Value]):
 
     def built_in(self, name: str) -> bool:
         """Return whether the name still stands for what it was given at the start."""
-        return name in self.places and name in self.values_by_name
+        if name not in self.places or name not in self.values_by_name:
+            return False
+        value = self.values_by_name[name]
+        return value is None or value is resolve(self.places[name])
