@@ -20,7 +20,6 @@ from rich.table import Table
 from movae_fast.cli.trained import say_extrapolation
 from movae_fast.evaluation.curve_runs import Member, add_plain_betas, check_alike, label_members, read_member
 from movae_fast.evaluation.curves import Responses, Started, comparisons, evaluate_runs, figures_of
-from movae_fast.evaluation.likelihood import likelihood_constant
 from movae_fast.evaluation.rate_distortion import log_spaced
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.figures import Series, curve_figure, response_figure
@@ -172,7 +171,7 @@ def write(
         "split": config.split,
         "seed": config.seed,
         "likelihood": first.objective.recons_dist,
-        "likelihood_constant": likelihood_constant(first.objective.recons_dist, values),
+        "likelihood_constant": first.likelihood.constant * values,
         "runs": [described(m) for m in members],
         "against": comparisons(members),
     }

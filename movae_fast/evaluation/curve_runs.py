@@ -128,7 +128,7 @@ def check_alike(members: Sequence[Member]) -> None:
 
 def of_images(config: TrainConfig) -> dict[str, Any]:
     """What makes a distortion one of these images under this likelihood."""
-    names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "antialias")
+    names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "bits", "antialias")
     return {n: getattr(config.data, n) for n in names} | {"recons_dist": config.objective.recons_dist}
 
 

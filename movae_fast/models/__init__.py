@@ -4,9 +4,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, Noise, VQOutput
+from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, Noise, VQOutput
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
 from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
+from movae_fast.models.likelihoods import Activation, Likelihood, ReconsDist, make_likelihood
 from movae_fast.models.multirate import Gated, gated_layers, make_multirate
 from movae_fast.models.provlae import VLAE, ProVLAE
 from movae_fast.models.rates import Rates
@@ -35,6 +36,8 @@ MODELS: dict[str, type[VAE]] = {
     "resnet_vae_32": SizedResNetVAE,
     "resnet_vae_64": SizedResNetVAE,
 }
+# Arguments of every model that are no options of its own.
+NO_OPTIONS = ("self", "image_shape", "activation", "likelihood")
 # Names that stand for a class at one side of the images.
 SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
 
@@ -44,12 +47,15 @@ __all__ = [
     "Gated",
     "GaussianOutput",
     "GaussianVAE",
+    "Likelihood",
     "Noise",
     "ProVLAE",
     "Rates",
+    "ReconsDist",
     "VQOutput",
     "build_model",
     "gated_layers",
+    "make_likelihood",
     "make_multirate",
     "model_options",
 ]
@@ -58,7 +64,7 @@ __all__ = [
 def model_options(arch: str) -> list[str]:
     """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
     parameters = inspect.signature(MODELS[arch].__init__).parameters
-    return [name for name in parameters if name not in ("self", "image_shape", "activation")]
+    return [name for name in parameters if name not in NO_OPTIONS]
 
 
 def build_model(
@@ -66,11 +72,15 @@ def build_model(
     image_shape: tuple[int, int, int],
     activation: Activation,
     options: Mapping[str, Any],
+    likelihood: Likelihood | None = None,
 ) -> VAE:
     """Build the model `arch` for images [C, S, S]; options whose value is None are left to its defaults.
 
-    Raises ValueError for an option that the model does not have, and for an image size that its strides do not
-    allow (the message names sizes that fit).
+    Without a likelihood it is built for a Gaussian: a value per output.
+
+    Raises ValueError for an option that the model does not have, for an image size that its strides do not
+    allow (the message names sizes that fit), and for a likelihood with another number of output channels than
+    the images have where the model has an image layer of its own.
     """
     known = model_options(arch)
     given = {name: value for name, value in options.items() if value is not None}
@@ -87,7 +97,18 @@ def build_model(
             f"--recons_activation {activation} is unknown; valid: {', '.join(get_args(Activation))}"
         )
     check_side(arch, image_shape[1])
-    return MODELS[arch](image_shape, activation, **given)
+    if likelihood is None:
+        return MODELS[arch](image_shape, activation, **given)
+    if "likelihood" in inspect.signature(MODELS[arch].__init__).parameters:
+        return MODELS[arch](image_shape, activation, **given, likelihood=likelihood)
+    if likelihood.channels != image_shape[0]:
+        raise ValueError(
+            f"--recons_dist {likelihood.name} needs {likelihood.channels} output channels, and {arch} has "
+            f"{image_shape[0]}: it takes no likelihood"
+        )
+    model = MODELS[arch](image_shape, activation, **given)
+    model.likelihood = likelihood
+    return model
 
 
 def check_side(arch: str, size: int) -> None:

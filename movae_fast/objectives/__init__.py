@@ -2,7 +2,6 @@
 
 from movae_fast.objectives.terms import (
     LogDensities,
-    ReconsDist,
     ReconsReduction,
     batch_mean,
     dimension_wise_kl,
@@ -12,7 +11,7 @@ from movae_fast.objectives.terms import (
     log_densities,
     mmd,
     mutual_information,
-    pixel_errors,
+    rate,
     reconstruction,
     rung_kl,
     total_correlation,
@@ -25,7 +24,6 @@ __all__ = [
     "LogDensities",
     "LossVector",
     "Outcome",
-    "ReconsDist",
     "ReconsReduction",
     "batch_mean",
     "dimension_wise_kl",
@@ -35,7 +33,7 @@ __all__ = [
     "log_densities",
     "mmd",
     "mutual_information",
-    "pixel_errors",
+    "rate",
     "reconstruction",
     "resolve_weights",
     "rung_kl",

@@ -55,7 +55,7 @@ def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, in
 def new_model(config: TrainConfig) -> VAE:
     """The configuration's model with fresh weights, on the CPU."""
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
-    model = build_model(config.model.arch, config.image_shape, config.activation, options)
+    model = build_model(config.model.arch, config.image_shape, config.activation, options, config.likelihood)
     rate = config.multirate
     if rate.multirate:
         assert isinstance(model, GaussianVAE)
@@ -240,6 +240,7 @@ def make_loader(
         "seed": config.run.seed or 0,
         "flip": info.flip if data.flip is None else data.flip,
         "normalize": data.normalize,
+        "bits": data.bits,
         "binarizer": Binarizer(data.binarize, split, config.run.seed or 0),
         "rank": world.rank,
         "world": world.size,

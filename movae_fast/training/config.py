@@ -11,9 +11,10 @@ from typing import Any, Literal
 from movae_fast.aggregation.upgrad import STRICT_REG_EPS
 from movae_fast.data import DATASETS, DatasetInfo
 from movae_fast.data.binarize import Binarization
-from movae_fast.models import MODELS, VAE
+from movae_fast.models import MODELS, VAE, Likelihood, ReconsDist, make_likelihood
+from movae_fast.models.likelihoods import COMPONENTS, DISCRETE
 from movae_fast.models.provlae import LadderNet
-from movae_fast.objectives import ReconsDist, ReconsReduction, resolve_weights
+from movae_fast.objectives import ReconsReduction, resolve_weights
 from movae_fast.projected_step import StepMetric
 from movae_fast.reference import Regularizer
 from movae_fast.training.compiled import CompileMode
@@ -52,6 +53,7 @@ class DataConfig:
         binarize: Grey levels to black and white, a pixel white with its grey level for probability: `static`
             draws each image once, the same for every run and seed; `dynamic` draws training images anew every
             epoch and test images once. `threshold` makes white what is above the middle.
+        bits: Bits of a value: below 8 the images have 2^bits grey levels instead of 256.
         flip: Mirror training images at random; the default is the dataset's own.
         antialias: Smooth the edges of `sprites`, which are black and white like dSprites' otherwise.
         limit_train: Use this many evenly spaced training images; 0 means all.
@@ -76,6 +78,7 @@ class DataConfig:
     eval_batch_size: int | None = None
     normalize: bool = False
     binarize: Binarization = "none"
+    bits: int = 8
     flip: bool | None = None
     antialias: bool = False
     limit_train: int = 0
@@ -135,10 +138,14 @@ class ObjectiveConfig:
     """Objectives and their aggregation.
 
     Args:
-        recons_dist: Likelihood of the pixels: BCE (bernoulli), squared error (gaussian) or L1 (laplacian).
+        recons_dist: Likelihood of the pixels: BCE (bernoulli), squared error (gaussian), L1 (laplacian), a
+            Gaussian whose variance is the best one for each image (gaussian_optimal), a discretised logistic
+            per value (logistic), or a mixture of those over a pixel's three colours (dmol).
+        recons_components: Components of the mixture dmol.
         recons_reduction: Over pixels and batch (mean), over pixels with the mean over the batch (sum), or 255
             times the sum over both (scaled_sum, gaussian only); the default is the model's.
-        recons_activation: Output activation; by default sigmoid for bernoulli, else the model's or tanh.
+        recons_activation: Output activation; by default sigmoid for bernoulli, none for logistic and dmol,
+            whose outputs are parameters, else the model's or tanh.
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
@@ -169,6 +176,7 @@ class ObjectiveConfig:
     """
 
     recons_dist: ReconsDist = "gaussian"
+    recons_components: int = COMPONENTS
     recons_reduction: ReconsReduction | None = None
     recons_activation: Literal["tanh", "sigmoid", "none"] | None = None
     loss_weights: list[float] | dict[str, float] | None = None
@@ -433,7 +441,22 @@ class TrainConfig:
             return self.objective.recons_activation
         if self.objective.recons_dist == "bernoulli":
             return "sigmoid"
+        if self.objective.recons_dist in DISCRETE:
+            return "none"
         return self.model_class.default_activation or "tanh"
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood of the images' values, which decides how wide the model's output is."""
+        return make_likelihood(
+            self.objective.recons_dist,
+            self.info.channels,
+            self.activation,
+            normalized=self.data.normalize,
+            bits=self.data.bits,
+            components=self.objective.recons_components,
+            binarized=self.data.binarize != "none",
+        )
 
     @property
     def reduction(self) -> ReconsReduction:

@@ -28,6 +28,7 @@ from movae_fast.data.datasets.celeba import CELEBA_CROPS
 from movae_fast.data.loaders.dali import require as require_dali
 from movae_fast.data.memory import all_memory
 from movae_fast.models import MODELS, Rates, build_model
+from movae_fast.models.likelihoods import COMPONENTS, DISCRETE
 from movae_fast.names import first_line, pick
 from movae_fast.training.config import (
     FROM_EXTRA,
@@ -93,12 +94,37 @@ def check_likelihood(config: TrainConfig) -> None:
             f"--recons_reduction scaled_sum is for gaussian only; with --recons_dist {objective.recons_dist} "
             "use mean or sum"
         )
+    check_discrete(config)
     if objective.recons_dist == "bernoulli" and data.normalize:
         raise ValueError("--recons_dist bernoulli needs images in [0, 1]; leave out --normalize")
     if objective.recons_dist == "bernoulli" and config.activation != "sigmoid":
         raise ValueError("--recons_dist bernoulli has sigmoid outputs; leave out --recons_activation")
     if data.normalize and config.activation == "sigmoid":
         raise ValueError("--normalize gives images in [-1, 1], which a sigmoid output cannot reach; use tanh")
+
+
+def check_discrete(config: TrainConfig) -> None:
+    """Check that the images have the levels, and the colours, that a discretised likelihood is about."""
+    data, o, dist = config.data, config.objective, config.objective.recons_dist
+    if o.recons_components != COMPONENTS and dist != "dmol":
+        raise ValueError(f"--recons_components is a setting of --recons_dist dmol; {dist} has no components")
+    if data.bits < 8 and data.binarize != "none":
+        raise ValueError(f"--bits {data.bits}: binarized pixels have one bit; leave out --bits or --binarize")
+    if dist in DISCRETE and data.binarize != "none":
+        raise ValueError(
+            f"--recons_dist {dist} is for images of grey levels; of binarized ones use bernoulli, or leave out "
+            "--binarize"
+        )
+    if dist in DISCRETE and o.recons_activation not in (None, "none"):
+        raise ValueError(
+            f"--recons_activation {o.recons_activation}: the outputs of --recons_dist {dist} are parameters, "
+            "not pixels; leave it out"
+        )
+    if dist == "dmol" and config.info.channels != 3:
+        raise ValueError(
+            f"--recons_dist dmol is a mixture over the three colours of a pixel; {data.dataset} is grey: use "
+            "--recons_dist logistic"
+        )
 
 
 def check_weights(config: TrainConfig) -> None:
@@ -140,7 +166,8 @@ def check_fits(config: TrainConfig) -> None:
     """
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
-    image = 3 * 4 * math.prod(config.image_shape)
+    channels, *sides = config.image_shape
+    image = 4 * math.prod(sides) * (channels + 2 * config.likelihood.channels)
     at_once = data.batch_size // config.run.accumulate
     for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
         flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
@@ -149,7 +176,9 @@ def check_fits(config: TrainConfig) -> None:
     flag = largest_option(given) or f"--arch {config.model.arch}"
     try:
         with torch.device("meta"):
-            model = build_model(config.model.arch, config.image_shape, config.activation, given)
+            model = build_model(
+                config.model.arch, config.image_shape, config.activation, given, config.likelihood
+            )
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
     count = sum(p.numel() for p in model.parameters())

@@ -64,6 +64,8 @@ BOUNDS: dict[str, Bounds] = {
     "scheduler_gamma": Bounds(0, 1, above=True),
     "ratio": Bounds(0, 1, above=True),
     "pref_weights": POSITIVE,
+    "bits": Bounds(2, 8),
+    "recons_components": Bounds(1, 1000),
     "num_residual_layers": Bounds(0, 1000),
     "num_ladders": Bounds(1, 32),
 }
