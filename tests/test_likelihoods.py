@@ -288,8 +288,8 @@ def test_an_untrained_bound_is_bits_of_a_proper_likelihood():
 
 
 RUN = (
-    "--arch vae --image_size 16 --limit_train 32 --limit_test 16 --batch_size 8 --steps 4 --device cpu --seed 1 "
-    "--log_every 2 --latent_dim 4 --hidden_dims 8 8"
+    "--arch vae --image_size 16 --limit_train 32 --limit_test 16 --batch_size 8 --steps 4 --device cpu "
+    "--seed 1 --log_every 2 --latent_dim 4 --hidden_dims 8 8"
 )
 
 

@@ -393,6 +393,12 @@ def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
     return rows
 
 
+def skipped_row(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Row of the final table: how many steps were left out, where any were."""
+    count = sum(line.get("train/skipped_steps", 0) for line in lines)
+    return [("steps left out (skip_grad_norm)", f"{count:,}", "")] if count else []
+
+
 def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:
     """The final table of objectives and where everything is."""
     table = Table(title=f"{work.config.model.arch} on {work.config.data.dataset}, {work.config.objective.agg}")
@@ -407,7 +413,8 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
     for key in ("codebook_usage", "perplexity"):
         if f"test/{key}" in figures:
             table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
-    for row in conflict_rows(read_lines(work.folder / "metrics.jsonl") if work.world.main else []):
+    lines = read_lines(work.folder / "metrics.jsonl") if work.world.main else []
+    for row in (*conflict_rows(lines), *skipped_row(lines)):
         table.add_row(*row)
     console.print(table)
     console.print(

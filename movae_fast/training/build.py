@@ -48,7 +48,7 @@ def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, in
     path, record = checkpoint.read(path)
     config = TrainConfig.from_flat(record["config"])
     model = new_model(config).to(device)
-    checkpoint.load_model(model, record["model"], path)
+    checkpoint.load_model(model, checkpoint.evaluated_weights(record), path)
     return config, model.eval(), record.get("position", {}).get("processes", 1)
 
 
@@ -139,6 +139,8 @@ def build_step(
         optimizer,
         jacobian=objective.jacobian,
         max_grad_norm=config.optimizer.max_grad_norm,
+        skip_grad_norm=config.optimizer.skip_grad_norm,
+        ema_decay=config.optimizer.ema_decay,
         step_metric=objective.step_metric if objective.conflict_free == "step" else None,
         precision=Precision(run.precision, device),
         compile_mode=compile_mode(run, device, world, not why_not, objective.gramian_batch < 1),

@@ -173,6 +173,11 @@ def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) 
     model.load_state_dict(state)
 
 
+def evaluated_weights(record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights that a checkpoint's model is used with: averages, where the run kept them."""
+    return {**record["model"], **record.get("average", {})}
+
+
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

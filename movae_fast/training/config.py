@@ -172,7 +172,7 @@ class ObjectiveConfig:
         conflict_free: What is without conflict: the aggregated gradient, or the optimizer's whole step, which
             is projected onto the steps that worsen no objective to first order (with any agg, also sum).
         step_metric: In what the projected step is closest to the optimizer's: plain length (identity), or
-            Adam's second moments (optimizer: adam, adamw, lamb, diffgrad).
+            Adam's second moments (optimizer: adam, adamw, lamb, diffgrad; adamax: its infinity norm).
     """
 
     recons_dist: ReconsDist = "gaussian"
@@ -284,28 +284,36 @@ class OptimizerConfig:
     Args:
         optimizer: Optimizer; lamb, diffgrad and madgrad need the extra `optimizers`.
         lr: Learning rate.
-        weight_decay: Weight decay (decoupled in adamw, lamb, diffgrad).
+        weight_decay: Weight decay (decoupled in adamw, lamb, diffgrad; added to the gradient in the others).
         momentum: Momentum of sgd and madgrad.
-        betas: Decay of the moments in adam, adamw, lamb and diffgrad.
-        eps: What keeps a division from zero; the default is the optimizer's own (not sgd).
+        betas: Decay of the moments in adam, adamw, adamax, lamb and diffgrad.
+        eps: What keeps a division from zero; the default is the optimizer's own (not sgd). In adamax it is
+            added to the gradient's size before the maximum; hierarchies of latents take 1e-3.
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
-        scheduler: Learning-rate schedule after the warm-up.
+        skip_grad_norm: Leave out a step whose gradient is longer than this, or one of whose losses is not
+            finite, as if it had not been (`train/skipped_steps` counts them); 0 leaves out none.
+        ema_decay: Decay per step of an exponential moving average of the weights, which is then evaluated,
+            sampled and exported in their place; 0 keeps none.
+        scheduler: Learning-rate schedule after the warm-up; epoch_cosine warms up by steps, then changes with
+            the epoch and reaches scheduler_lr_min in the last one.
         scheduler_per: Whether the rate, warm-up included, changes every step or every epoch.
-        scheduler_lr_min: Learning rate at the end of cosine.
+        scheduler_lr_min: Learning rate at the end of cosine and epoch_cosine.
         scheduler_gamma: Factor at each milestone of multi_step.
         scheduler_milestones: Epochs of multi_step's drops.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
         warmup_epochs: The same in epochs.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
+    optimizer: Literal["adam", "adamw", "adamax", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float | None = None
     max_grad_norm: float = 0.0
-    scheduler: Literal["none", "cosine", "multi_step"] = "none"
+    skip_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step"] = "none"
     scheduler_per: Literal["step", "epoch"] = "step"
     scheduler_lr_min: float = 0.0
     scheduler_gamma: float = 0.1

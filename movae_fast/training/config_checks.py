@@ -41,7 +41,8 @@ from movae_fast.training.config import (
 from movae_fast.training.device import check_device, resolve_device
 from movae_fast.training.limits import check_values
 
-SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a metric for the projected step
+# Optimizers that have a metric for the projected step.
+SECOND_MOMENTS = ("adam", "adamw", "adamax", "lamb", "diffgrad")
 
 
 def validate(config: TrainConfig) -> None:
@@ -280,6 +281,15 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ValueError("--eps does not apply to sgd")
     if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
         raise ValueError(f"--optimizer {name} needs pytorch-optimizer: pip install 'movae-fast[optimizers]'")
+    if optimizer.skip_grad_norm and name in FROM_EXTRA:
+        raise ValueError(
+            f"--skip_grad_norm: {name} counts its steps on the host and cannot take one back; use adam, adamw, "
+            "adamax or sgd"
+        )
+    if optimizer.scheduler == "epoch_cosine" and optimizer.scheduler_per == "epoch":
+        raise ValueError(
+            "--scheduler epoch_cosine warms up by steps and goes on by epochs; leave out --scheduler_per"
+        )
     if optimizer.warmup_epochs and optimizer.warmup_steps:
         raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
     if optimizer.scheduler == "multi_step" and not optimizer.scheduler_milestones:

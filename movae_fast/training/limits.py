@@ -43,7 +43,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("checkpoint_every", "warmup_steps", "warmup_epochs", "fade_in_duration"), ZERO),
     **dict.fromkeys(("max_fid_samples", "max_images"), ZERO),
     "iw": Bounds(0, 1_000_000),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "scheduler_lr_min"), ZERO),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "skip_grad_norm", "scheduler_lr_min"), ZERO),
     **dict.fromkeys(("upgrad_norm_eps", "upgrad_reg_eps", "coef_kl", "traverse_range"), ZERO),
     **dict.fromkeys(("coff", "max_kl_weight", "min_kl_weight", "gamma", "max_capacity"), ZERO),
     **dict.fromkeys(("lr", "eps"), POSITIVE),
@@ -58,6 +58,7 @@ BOUNDS: dict[str, Bounds] = {
     "seed": Bounds(0, 2**32 - 1),  # NumPy's
     "scheduler_milestones": ONE,
     "resident_share": Bounds(0, 1),
+    "ema_decay": Bounds(0, 1, below=True),
     "momentum": Bounds(0, 1, below=True),
     "betas": Bounds(0, 1, below=True),
     "gramian_batch": Bounds(0, 1, above=True),

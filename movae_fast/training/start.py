@@ -154,7 +154,9 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         optimizer=optimizer,
         train_step=train_step,
         scheduler=scheduler,
-        telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
+        telemetry=Telemetry(
+            model.objectives, config.run.log_every, device, codes, config.optimizer.skip_grad_norm > 0
+        ),
         total_steps=lengths.total,
         world=world,
         why_not_captured=why_not,

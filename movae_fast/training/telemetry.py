@@ -44,6 +44,7 @@ class Snapshot(NamedTuple):
 
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
+    skipped: Tensor  # [steps] on the host, 1 for a step that was left out
     line: dict[str, Any]  # what the host knew already
     times: Times
     images: int  # of all ranks
@@ -66,11 +67,21 @@ class Telemetry:
         "step_cosines": "step_cosine_",
     }
 
-    def __init__(self, names: tuple[str, ...], size: int, device: torch.device, codes: int = 0) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        size: int,
+        device: torch.device,
+        codes: int = 0,
+        count_skipped: bool = False,
+    ) -> None:
+        self.count_skipped = count_skipped  # whether steps can be left out, and the log tells how many were
         self.names, self.size, self.device = names, size, device
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
+        self.skipped = torch.zeros(size, device=device)
         self.filled = 0
+        self.seen = self.left_out = 0  # steps whose log lines have been written, and those of them left out
         self.used: float | None = None  # the share of codes in use in the last window that could tell
         self.queue: list[Snapshot] = []
         self.restart_clock()
@@ -94,6 +105,8 @@ class Telemetry:
     def record(self, record: StepRecord, images: int) -> None:
         """Keep one step, without reading anything on the host."""
         self.window[self.filled] = torch.stack([getattr(record, k).to(self.window) for k in self.FIELDS])
+        if self.count_skipped:
+            self.skipped[self.filled] = record.skipped
         if self.usage.numel():
             self.usage += record.usage.to(self.usage)
         self.filled += 1
@@ -109,10 +122,10 @@ class Telemetry:
     def check(self, last_step: int, world: World) -> None:
         """Raise NonFiniteError for the window's first loss that is not finite (one host read)."""
         self.merge(world)
-        self._check(self.window[: self.filled].cpu(), last_step)
+        self._check(self.window[: self.filled].cpu(), self.skipped[: self.filled].cpu(), last_step)
 
-    def _check(self, window: Tensor, last_step: int) -> None:
-        bad = (~window[:, 0].isfinite()).nonzero()
+    def _check(self, window: Tensor, skipped: Tensor, last_step: int) -> None:
+        bad = (~window[:, 0].isfinite() & (skipped == 0)[:, None]).nonzero()
         if len(bad):
             row, column = (int(v) for v in bad[0])
             step = last_step - len(window) + 1 + row
@@ -126,17 +139,19 @@ class Telemetry:
         images = self.images * world.size
         self.restart_clock()
         window = self.window[: self.filled].clone()
-        usage = self.usage * world.size
+        usage, skipped = self.usage * world.size, self.skipped[: self.filled].clone()
         arrived = None
         if self.device.type == "cuda":
             window = window.to("cpu", non_blocking=True)
             usage = usage.to("cpu", non_blocking=True)
+            skipped = skipped.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.queue.append(Snapshot(window, usage, line, times, images, arrived))
+        self.queue.append(Snapshot(window, usage, skipped, line, times, images, arrived))
         self.filled = 0
         self.window.fill_(torch.nan)
         self.usage.zero_()
+        self.skipped.zero_()
 
     def lines(self, wait: bool = False) -> Iterator[dict[str, Any]]:
         """Log lines of the windows that have arrived (all of them with `wait`)."""
@@ -147,15 +162,22 @@ class Telemetry:
                     return
                 snapshot.arrived.synchronize()
             self.queue.pop(0)
-            self._check(snapshot.window, snapshot.line["step"])
-            means = snapshot.window.nanmean(0).tolist()
+            self._check(snapshot.window, snapshot.skipped, snapshot.line["step"])
+            # Of a step that was left out, what is not finite says nothing of the others.
+            useless = ~snapshot.window.isfinite() & (snapshot.skipped > 0)[:, None, None]
+            window = torch.where(useless, torch.nan, snapshot.window)
+            means = window.nanmean(0).tolist()
             line = snapshot.line | speed(snapshot.times, snapshot.images)
+            if self.count_skipped:
+                line["train/skipped_steps"] = int(snapshot.skipped.sum())
+                self.seen += len(window)
+                self.left_out += line["train/skipped_steps"]
             for kind, values in zip(self.FIELDS.values(), means, strict=True):
                 for name, value in zip(self.names, values, strict=True):
                     if not math.isnan(value):
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
-                line |= conflict_figures(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
+                line |= conflict_figures(window[:, list(self.FIELDS).index(field)], prefix)
             codebook = codebook_figures(snapshot.usage)
             # Fewer vectors than codes would leave codes unused in any case.
             if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
@@ -186,6 +208,7 @@ class Telemetry:
         return {
             "window": self.window[: self.filled].clone(),
             "usage": self.usage.clone(),
+            "skipped": self.skipped[: self.filled].clone(),
             "filled": self.filled,
         }
 
@@ -193,6 +216,8 @@ class Telemetry:
         self.filled = state["filled"]
         self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
         self.usage.copy_(state["usage"])
+        if "skipped" in state:  # not in the first checkpoints
+            self.skipped[: self.filled] = state["skipped"]
         self.restart_clock()
 
 
