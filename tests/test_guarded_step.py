@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from movae_fast.aggregation.registry import make_aggregator
+from movae_fast.aggregation.registry import aggregator_state, make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.models import build_model
 from movae_fast.objectives import LossVector
@@ -191,6 +191,29 @@ def test_a_clipped_step_that_overflows_in_fp16_leaves_no_nan_between_the_paramet
     for buffer in step.model.buffers():
         buffer.nan_to_num_()
     step(x, 1, noise)
+    assert step.flat.data.isfinite().all()
+    assert not torch.equal(step.flat.data, before)
+
+
+@pytest.mark.parametrize("agg", ["crmogm", "excess_mtl", "fairgrad", "nash_mtl", "gradvac", "graddrop"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_aggregators_on_the_host_do_not_see_what_is_left_out(agg, precision):
+    """Some raise, and some remember a NaN: of a step that overflows in fp16 as of one that is skipped."""
+    guard = {} if precision == "fp16" else {"skip_grad_norm": 1e6}
+    step = train_step(agg=agg, precision=Precision(precision, CPU), **guard)
+    if precision == "fp16":
+        step.precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step(*swapped(batch(step, 0), 0))
+    buffers = [buffer.clone() for buffer in step.model.buffers()]
+    before, kept = step.flat.data.clone(), str(aggregator_state(step.aggregator))
+    x, noise = batch(step, 1)
+    record = step(x * torch.nan, 1, noise, log=True)
+    assert torch.equal(step.flat.data, before)
+    assert str(aggregator_state(step.aggregator)) == kept
+    assert record.skipped == (precision == "fp32")
+    for buffer, old in zip(step.model.buffers(), buffers, strict=True):
+        buffer.copy_(old)
+    step(x, 2, noise)
     assert step.flat.data.isfinite().all()
     assert not torch.equal(step.flat.data, before)
 

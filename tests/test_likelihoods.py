@@ -17,6 +17,7 @@ from movae_fast.models import MODELS, SIDES, build_model, make_likelihood, model
 from movae_fast.models.likelihoods import LEAST_LOG_SCALE, bin_log_mass
 from movae_fast.objectives import LossVector, reconstruction
 from movae_fast.training.build import make_loader
+from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import read_lines
 from movae_fast.training.train_step import TrainStep
@@ -253,6 +254,24 @@ def test_every_model_takes_a_step_with_every_likelihood(arch, dist):
     assert model(x).preactivation.shape == (4, model.head_channels, *shape[1:])
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     torch.testing.assert_close(twin.reconstruct(x), model.reconstruct(x))
+
+
+@pytest.mark.parametrize("dist", ["dmol", pytest.param("gaussian_optimal", marks=pytest.mark.slow)])
+def test_a_compiled_step_is_the_eager_one_in_one_graph(dist):
+    before = graph_counters()
+    records = []
+    for mode in ("off", "default"):
+        torch.manual_seed(0)
+        model, shape = small_model("vae", dist)
+        step = TrainStep(model, LossVector(model, [1.0, 1.0], dist, "sum", n_data=8), None, compile_mode=mode)
+        x = torch.randint(0, 256, (4, *shape), generator=torch.Generator().manual_seed(0)) / 255
+        torch.manual_seed(1)
+        record = step.gradient(x, 0, model.draw_noise(4))
+        records.append((record.losses, step.flat.grad.clone()))
+    torch.testing.assert_close(records[1], records[0], rtol=1e-4, atol=1e-3)
+    after = graph_counters()
+    assert after["graphs"] - before["graphs"] == 1
+    assert after["graph_breaks"] == before["graph_breaks"]
 
 
 def test_a_head_of_another_likelihood_is_refused():

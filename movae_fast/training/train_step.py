@@ -325,13 +325,29 @@ class TrainStep:
         An overflow in fp16 leaves out its own step, not those after it that reuse the weights.
         """
         assert self.aggregator is not None
-        weights = self.aggregator.gramian_weighting(self.precision.unscaled(gramian))  # type: ignore[operator]
+        gramian = self.precision.unscaled(gramian)
+        if self.hides(gramian):
+            return self.weights
+        weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
         return torch.where(weights.isfinite().all(), weights, self.weights)
+
+    def hides(self, gramian: Tensor) -> bool:
+        """Return whether the aggregator must not see a Gramian, since the step will be left out.
+
+        Of TorchJD's, on the host, some raise for one that is not finite, and some remember it for good.
+        """
+        on_host = not isinstance(self.aggregator, FusedAggregator)
+        left_out = self.guard is not None or self.precision.scaler is not None
+        return on_host and left_out and not bool(gramian.isfinite().all())
 
     def aggregate_rows(self, gramian: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Combine the rows into the shared parameters' `.grad`: weights [m] or None, cosines and norms [m]."""
         assert self.aggregator is not None
         rows = self.rows.rows
+        if self.hides(gramian):
+            self.flat.shared_grad.fill_(torch.nan)  # so that the step is left out
+            unknown = self.unknown[self.active]
+            return None, unknown, unknown
         if is_weighting(self.aggregator):
             with record_function("projection"):
                 weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
