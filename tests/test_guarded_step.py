@@ -201,6 +201,7 @@ def test_aggregators_on_the_host_do_not_see_what_is_left_out(agg, precision):
     """Some raise, and some remember a NaN: of a step that overflows in fp16 as of one that is skipped."""
     guard = {} if precision == "fp16" else {"skip_grad_norm": 1e6}
     step = train_step(agg=agg, precision=Precision(precision, CPU), **guard)
+    step.max_grad_norm = 1.0
     if precision == "fp16":
         step.precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     step(*swapped(batch(step, 0), 0))
@@ -213,9 +214,16 @@ def test_aggregators_on_the_host_do_not_see_what_is_left_out(agg, precision):
     assert record.skipped == (precision == "fp32")
     for buffer, old in zip(step.model.buffers(), buffers, strict=True):
         buffer.copy_(old)
-    step(x, 2, noise)
+    assert step(x, 2, noise).skipped == 0
     assert step.flat.data.isfinite().all()
     assert not torch.equal(step.flat.data, before)
+
+
+def test_weights_are_reused_behind_a_step_that_was_left_out():
+    step = train_step(agg="nash_mtl", gramian_every=3, skip_grad_norm=1e6, max_grad_norm=1.0)
+    x, noise = batch(step, 1)
+    skipped = [int(step(x * (torch.nan if i == 3 else 1), i, noise).skipped) for i in range(6)]
+    assert skipped == [0, 0, 0, 1, 0, 0]
 
 
 def test_a_loss_that_is_not_finite_is_enough():

@@ -345,7 +345,7 @@ class TrainStep:
         assert self.aggregator is not None
         rows = self.rows.rows
         if self.hides(gramian):
-            self.flat.shared_grad.fill_(torch.nan)  # so that the step is left out
+            self.flat.shared_grad[:1].fill_(torch.nan)  # of a parameter, not between two: the step is left out
             unknown = self.unknown[self.active]
             return None, unknown, unknown
         if is_weighting(self.aggregator):
