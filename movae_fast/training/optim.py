@@ -47,32 +47,33 @@ class Adamax(torch.optim.Optimizer):
         gradients: Any = [p.grad for p in parameters]
         states = [self._state_of(p) for p in parameters]
         moments, norms, steps = ([state[k] for state in states] for k in ("exp_avg", "exp_inf", "step"))
-        taken: Any = 1.0
-        beta1, beta2 = group["betas"]
-        if skip is not None:  # each factor then leaves its value as it is; a gradient may be NaN
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        taken = None if skip is None else 1 - skip.float()
+        torch._foreach_add_(steps, 1 if taken is None else [taken] * len(steps))
+        # All steps of a group are alike. Float64, as 1 - beta1^t of float32 would lose digits.
+        rate = group["lr"] / (1 - beta1 ** steps[0].double())
+        if skip is not None:  # a gradient may be NaN, which times 0 is NaN
             gradients = [torch.where(skip, 0.0, g) for g in gradients]
-            taken = 1 - skip.float()
-            beta1, beta2 = (torch.where(skip, 1.0, beta) for beta in (beta1, beta2))
-        torch._foreach_add_(steps, [taken] * len(steps) if skip is not None else 1)
-        if group["weight_decay"]:
-            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-            torch._foreach_mul_(gradients, taken)
-        torch._foreach_mul_(moments, beta1)
-        torch._foreach_add_(moments, gradients, alpha=1 - group["betas"][0])
+        if decay:
+            gradients = torch._foreach_add(gradients, parameters, alpha=decay)
         sizes = torch._foreach_abs(gradients)
         torch._foreach_add_(sizes, group["eps"])
-        torch._foreach_mul_(sizes, taken)
-        torch._foreach_mul_(norms, beta2)
-        torch._foreach_maximum_(norms, sizes)
-        # All steps of a group are alike. Float64, as 1 - beta1^t of float32 would lose digits.
-        rate = group["lr"] / (1 - group["betas"][0] ** steps[0].double())
-        divisors: Any = norms
-        if skip is not None:  # before the first step that is taken, norms are 0
+        if skip is None or taken is None:
+            torch._foreach_lerp_(moments, gradients, 1 - beta1)
+            torch._foreach_mul_(norms, beta2)
+        else:  # each factor then leaves its value as it is
+            if decay:
+                torch._foreach_mul_(gradients, taken)
+            torch._foreach_mul_(sizes, taken)
+            torch._foreach_mul_(moments, torch.where(skip, 1.0, beta1))
+            torch._foreach_add_(moments, gradients, alpha=1 - beta1)
+            torch._foreach_mul_(norms, torch.where(skip, 1.0, beta2))
             rate = torch.where(skip, 0.0, rate)
-            divisors = torch._foreach_clamp_min(norms, 1e-38)
-        changes = torch._foreach_div(moments, divisors)
-        torch._foreach_mul_(changes, -rate.to(changes[0].dtype))
-        torch._foreach_add_(parameters, changes)
+        torch._foreach_maximum_(norms, sizes)
+        # Norms are 0 before the first step that is taken, and 0 / 0 would be NaN.
+        divisors: Any = norms if skip is None else torch._foreach_clamp_min(norms, 1e-38)
+        divisors = torch._foreach_mul(divisors, (-1 / rate).to(norms[0].dtype))
+        torch._foreach_addcdiv_(parameters, moments, divisors)
 
     def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
