@@ -335,10 +335,11 @@ def pictures(tmp_path_factory):
         ("digits --recons_dist gaussian_optimal", False),
     ],
 )
-def test_runs_report_nats_and_bits_of_proper_likelihoods_alone(tmp_path, pictures, flags, proper):
+def test_runs_report_nats_and_bits_of_proper_likelihoods_alone(tmp_path, pictures, capsys, flags, proper):
     folder = tmp_path / "run"
     words = ["--dataset", *flags.split(), "--data_dir", str(pictures), "--exp_dir", str(folder)]
     assert main(["train", *RUN.split(), *words]) == 0
+    assert ("bits per dim" in capsys.readouterr().out) is proper
     last = [line for line in read_lines(folder / "metrics.jsonl") if "test/loss" in line][-1]
     assert ("test/nats" in last) is ("test/bits_per_dim" in last) is proper
     if proper:

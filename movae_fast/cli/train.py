@@ -410,7 +410,7 @@ def report(work: Run, figures: dict[str, float], console: Console, seconds: floa
     table.add_row("weighted sum", f"{figures['test/loss']:.6g}", "")
     table.add_row("MSE of reconstruction, images in [0, 1]", f"{figures['test/mse']:.6g}", "")
     table.add_row("MSE of the mean training image", f"{figures['test/mse_mean_image']:.6g}", "")
-    for key in ("codebook_usage", "perplexity"):
+    for key in ("nats", "bits_per_dim", "codebook_usage", "perplexity"):
         if f"test/{key}" in figures:
             table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
     lines = read_lines(work.folder / "metrics.jsonl") if work.world.main else []
