@@ -18,7 +18,7 @@ from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.flat import FlatParameters
 from movae_fast.training.guarded_step import StepGuard
 from movae_fast.training.logs import read_lines
-from movae_fast.training.optim import Adamax, forget, lr_factor, make_optimizer
+from movae_fast.training.optim import Adamax, forget_state, lr_factor, make_optimizer
 from movae_fast.training.precision import Precision
 from movae_fast.training.train_step import TrainStep
 from movae_fast.training.world import World
@@ -72,7 +72,7 @@ def test_adamax_s_state_is_loaded_and_forgotten():
     c.load_state_dict(copy.deepcopy(b.state_dict()))
     run(c, half, steps[3:])
     assert torch.equal(whole, half)
-    forget(c)
+    forget_state(c)
     fresh = nn.Parameter(half.detach().clone())
     run(c, half, steps)
     run(Adamax([fresh]), fresh, steps)

@@ -1,4 +1,4 @@
-"""What a trained model assigns to images: rate, distortion, bounds on log p(x).
+"""Measure the rate, the distortion and bounds on log p(x) of a trained model.
 
 All in nats per image, in evaluation mode. Up to a constant the reconstruction objective is -log p(x|z) of a
 likelihood (`models.likelihoods`): a Gaussian of variance 1/2 for the squared error, a Laplacian of scale 1, ...
@@ -47,7 +47,7 @@ def bits_per_dimension(nats: float, values: int) -> float:
 def elbo(
     model: GaussianVAE, batches: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, seed: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Rate, distortion, ELBO and active units over the batches; and the rate of each latent [D].
+    """Return rate, distortion, ELBO and active units over the batches, and the rate of each latent [D].
 
     Of a proper likelihood also `nats` (the negative ELBO) and `bits_per_dim`, of the same draws.
     """
@@ -69,7 +69,7 @@ def elbo(
     rates = (rates / count).cpu()
     rate, distortion = float(rates.sum()), distortion / count
     spread = torch.cat(means).var(0, unbiased=False)
-    figures = {
+    metrics = {
         "rate": rate,
         "distortion": distortion,
         "elbo": -rate - distortion,
@@ -77,8 +77,8 @@ def elbo(
     }
     if likelihood.proper:
         nats = rate + distortion
-        figures |= {"nats": nats, "bits_per_dim": bits_per_dimension(nats, math.prod(model.image_shape))}
-    return figures, rates
+        metrics |= {"nats": nats, "bits_per_dim": bits_per_dimension(nats, math.prod(model.image_shape))}
+    return metrics, rates
 
 
 @torch.no_grad()
@@ -90,7 +90,8 @@ def importance_weighted_bound(
     seed: int,
     at_once: int = 1024,
 ) -> float:
-    """Mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws` (Burda et al. 2016), in nats.
+    """Return the mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws` (Burda et al. 2016),
+    in nats.
 
     At most `at_once` latents are decoded at a time. Raises ValueError for gaussian_optimal, whose variance is
     fitted to each image and each z: no likelihood that draws could be weighted by.

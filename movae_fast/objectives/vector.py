@@ -1,4 +1,4 @@
-"""A model's objectives by name, and the loss vector that they make up.
+"""Compute a model's loss vector from its objectives by name.
 
 An objective is a function of `Outcome`: `OBJECTIVES` names them all, and a model's `objectives` are names of
 it. `LossVector` computes a model's objectives in their documented order and weights them; every objective is
@@ -27,7 +27,7 @@ MOST_RUNGS = 30  # of a ladder, for images of side 2^32
 
 @dataclass(frozen=True)
 class TermSettings:
-    """Settings of the terms, the same for every batch."""
+    """Hold the settings of the terms, the same for every batch."""
 
     likelihood: Likelihood
     reduction: ReconsReduction
@@ -37,7 +37,8 @@ class TermSettings:
 
 
 class Outcome:
-    """A batch after its forward pass. What several objectives need is computed once, by the first of them."""
+    """Hold a batch after its forward pass. A quantity that several objectives need is computed once, by the
+    first of them."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 class LossVector:
-    """A model's objectives as a vector of m scalars in the order of `model.objectives`.
+    """Compute a model's objectives as a vector of m scalars, in the order of `model.objectives`.
 
     An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
     a backward pass nor counts in an aggregator's preference.
