@@ -10,7 +10,9 @@ LadderNet = Literal["authors", "port"]
 # Data.
 Binarization = Literal["none", "threshold", "static", "dynamic"]
 # Objectives and their gradients.
-ReconsDist = Literal["bernoulli", "gaussian", "laplacian"]
+ReconsDist = Literal["bernoulli", "gaussian", "laplacian", "gaussian_optimal", "logistic", "dmol"]
+DISCRETE = ("logistic", "dmol")  # likelihoods of the data's levels, whose output is its own scale
+COMPONENTS = 10  # of the mixture dmol
 ReconsReduction = Literal["mean", "sum", "scaled_sum"]
 Regularizer = Literal["trace", "diagonal"]
 StepMetric = Literal["identity", "optimizer"]

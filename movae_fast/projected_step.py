@@ -100,7 +100,7 @@ def has_metric(optimizer: torch.optim.Optimizer) -> bool:
     """
     states = [state for state in optimizer.state.values() if state]
     if states:
-        return all("exp_avg_sq" in state for state in states)
+        return all("exp_avg_sq" in state or "exp_inf" in state for state in states)
     betas = [group.get("betas") for group in optimizer.param_groups]
     return all(b is not None and len(b) >= 2 for b in betas)
 
@@ -112,13 +112,17 @@ def metric_roots(
 ) -> None:
     """Write D^(1/2) of the optimizer's metric, D = 1 / (sqrt(v_hat) + eps), for each parameter into `out`.
 
-    v_hat is the second moment of Adam and its kin, free of its bias (with amsgrad the largest so far). Ones
-    where there is no moment yet: before the first step.
+    v_hat is the second moment of Adam and its kin, free of its bias (with amsgrad the largest so far). For
+    Adamax D is 1 / u, u its infinity norm. Ones where there is no moment yet: before the first step.
     """
     group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     known: dict[int, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}  # by group
     for p, root in zip(parameters, out, strict=True):
         state = optimizer.state.get(p, {})
+        if "exp_inf" in state:
+            # A norm of 0 is that of a state whose first step was left out.
+            torch.rsqrt(state["exp_inf"].clamp_min(1e-30), out=root)
+            continue
         moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
         if moment is None:
             root.fill_(1.0)

@@ -21,27 +21,34 @@ KLAnnealing = Literal["linear", "sigmoid", "cosine"]
 class LearningRate:
     """Return the factor on the learning rate: linear warm-up, then the schedule over the remaining steps.
 
-    `unit` steps in a row have the factor of their first one: 1, or an epoch's steps.
+    `unit` steps in a row have the factor of their first one: 1, or an epoch's steps. "epoch_cosine" warms up by
+    steps and then changes with the epoch: the first epoch behind the warm-up has 1, the last one `least`.
     """
 
-    schedule: Literal["none", "cosine", "multi_step"]
+    schedule: Literal["none", "cosine", "epoch_cosine", "multi_step"]
     steps: int
     warmup: int = 0
     unit: int = 1
     least: float = 0.0  # where the cosine ends
     milestones: tuple[int, ...] = ()  # steps from which on `gamma` is multiplied once more
     gamma: float = 0.1
+    epoch: int = 1  # its steps
 
     def __call__(self, step: int) -> float:
         step -= step % self.unit
         if step < self.warmup:
             return min(1.0, (step + self.unit) / self.warmup)
         if self.schedule == "cosine":
-            progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
-            return self.least + (1 - self.least) * 0.5 * (1 + math.cos(math.pi * progress))
+            return self._cosine((step - self.warmup) / max(1, self.steps - self.warmup))
+        if self.schedule == "epoch_cosine":
+            epochs, warm = (math.ceil(length / self.epoch) for length in (self.steps, self.warmup))
+            return self._cosine((step // self.epoch - warm) / max(1, epochs - warm - 1))
         if self.schedule == "multi_step":
             return self.gamma ** sum(step >= milestone for milestone in self.milestones)
         return 1.0
+
+    def _cosine(self, progress: float) -> float:
+        return self.least + (1 - self.least) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
 def restarted(factor: Factor, steps: int) -> Factor:

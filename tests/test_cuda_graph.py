@@ -143,13 +143,14 @@ def train_step(
     return TrainStep(model, losses, aggregator, made, recorder=recorder, **options), scheduler
 
 
-def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, seed=1):
+def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, seed=1, poisoned=()):
     """Records of the steps, each on its own images; parameters and buffers at the end."""
     model, flat = step.model.train(), step.flat.data
     generator = torch.Generator().manual_seed(seed)
     records = []
     for i in range(steps):
         x = torch.rand(12, *SHAPE, generator=generator).to(flat)
+        x = x * torch.nan if i in poisoned else x
         noise = model.draw_noise(12).map(lambda draw: torch.randn(draw.shape, generator=generator).to(flat))
         share = torch.rand(12, generator=generator).to(flat) if shares else None
         if stages is not None:
@@ -167,6 +168,7 @@ def rising(step):
     return min(1.0, step / 7)
 
 
+SKIPS, POISONED = 1e6, (1, 5, 6)  # a norm that no good batch has, and the steps that have bad ones
 CASES = {
     "upgrad": ("vae", "upgrad", "adam", {}, {}),
     "annealed, clipped": ("betatc_vae", "upgrad", "adamw", {"clip": 0.01}, {}),
@@ -187,6 +189,28 @@ CASES = {
         "adamw",
         {"fp16": True, "step_metric": "identity"},
         {"steps": 20},
+    ),
+    "adamax": ("betatc_vae", "upgrad", "adamax", {}, {}),
+    "adamax, skipped, averaged": (
+        "vae",
+        "upgrad",
+        "adamax",
+        {"skip_grad_norm": SKIPS, "ema_decay": 0.9, "clip": 0.01},
+        {"steps": 16, "poisoned": POISONED},
+    ),
+    "adam, skipped, averaged": (
+        "vae",
+        "sum",
+        "adam",
+        {"skip_grad_norm": SKIPS, "ema_decay": 0.9},
+        {"poisoned": POISONED},
+    ),
+    "fp16, skipped, step projected": (
+        "vae",
+        "sum",
+        "adamax",
+        {"fp16": True, "step_metric": "optimizer", "skip_grad_norm": SKIPS, "ema_decay": 0.9},
+        {"steps": 20, "poisoned": POISONED},
     ),
     "padded": ("vae", "imtl_g", "adam", {}, {"shares": True}),
     "draws from the prior": ("mmd_vae", "upgrad", "adam", {}, {}),
@@ -212,17 +236,20 @@ def test_a_replayed_step_is_the_step(case):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=f"step {i}")
     for a, b in zip(state, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    if "skipped" in case:
+        assert 0 < sum(record[-1].item() for record in records[WARM + 1 :]) < len(records) - WARM - 1
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_what_is_recorded_reads_nothing_on_the_host(optimizer):
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adamax", "sgd"])
+@pytest.mark.parametrize("guard", [{}, {"skip_grad_norm": SKIPS, "ema_decay": 0.9}])
+def test_what_is_recorded_reads_nothing_on_the_host(optimizer, guard):
     class Guarded(Tapes):
         def record(self, work):
             with NoHostRead():
                 return super().record(work)
 
     guarded = Guarded()
-    train(*train_step("betatc_vae", "upgrad", optimizer, guarded, clip=0.1), steps=5)
+    train(*train_step("betatc_vae", "upgrad", optimizer, guarded, clip=0.1, **guard), steps=5)
     assert len(guarded.tapes) == 1
 
 

@@ -140,9 +140,8 @@ def test_a_plain_model_is_what_the_bounds_say():
         assert point.rate == pytest.approx(figures["rate"], rel=1e-6)
         assert point.active_units == figures["active_units"]
         # The draws differ; untrained, the decoder hardly listens to them.
-        assert point.distortion + likelihood.likelihood_constant(dist, 256) == pytest.approx(
-            figures["distortion"], rel=1e-2
-        )
+        constant = 256 * model.likelihood_as(dist).constant
+        assert point.distortion + constant == pytest.approx(figures["distortion"], rel=1e-2)
         assert point.loss == pytest.approx(point.distortion + 2 * point.rate)
 
 

@@ -142,6 +142,51 @@ def test_projected_steps_and_cheaper_gramians_on_two_ranks(tmp_path, flags):
 
 
 @pytest.mark.slow
+def test_skipped_steps_and_averages_on_two_ranks(tmp_path):
+    """All ranks leave out the same steps, and hold the same average: that of one process."""
+    flags = "--agg upgrad --conflict_free step --optimizer adamax --eps 1e-3 --lr 0.002 --layer_norm none"
+    flags += " --steps 20 --ema_decay 0.8 --skip_grad_norm 0.744 --log_every 5"
+    one = run(tmp_path / "one", *flags.split(), "--batch_size", "64")
+    two = run(tmp_path / "two", *flags.split(), "--batch_size", "32", ranks=2)
+    assert distance(two, one) < 1e-4
+    counts = [
+        [line["train/skipped_steps"] for line in read_lines(f / "metrics.jsonl") if "train/lr" in line]
+        for f in (one, two)
+    ]
+    assert counts[0] == counts[1]
+    assert 0 < sum(counts[0]) < 20
+    a, b = (checkpoint.load(f / "checkpoints" / "last.pt")["average"] for f in (one, two))
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-3, atol=1e-5)
+    for x, y in zip(test_lines(one), test_lines(two), strict=True):
+        assert x["test/loss"] == pytest.approx(y["test/loss"], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_on_all(tmp_path):
+    code = """
+import os, sys, torch
+from movae_fast.cli import main
+from movae_fast.objectives import LossVector
+call, count = LossVector.__call__, 0
+def poisoned(self, *args):
+    global count
+    values = call(self, *args)
+    count += torch.is_grad_enabled()
+    bad = os.environ.get("RANK") == "1" and torch.is_grad_enabled() and count == 3
+    return (values[0] + (torch.inf if bad else 0), *values[1:])  # the gradient is finite
+LossVector.__call__ = poisoned
+raise SystemExit(main(["train", *sys.argv[1:]]))
+"""
+    folder = tmp_path / "run"
+    flags = "--agg sum --steps 6 --log_every 6 --skip_grad_norm 1e9 --batch_size 16".split()
+    finish(folder, start(folder, *flags, ranks=2, command=[sys.executable, "-c", code]))
+    lines = read_lines(folder / "metrics.jsonl")
+    assert sum(line.get("train/skipped_steps", 0) for line in lines) == 1
+    state = checkpoint.load(folder / "checkpoints" / "last.pt")
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+@pytest.mark.slow
 def test_a_padded_last_batch_on_two_ranks(tmp_path):
     """320 images at 50 a step: of the last step's 50, the second rank has none that counts."""
     flags = ["--agg", "upgrad", "--layer_norm", "none", "--epochs", "3", "--last_batch", "pad"]

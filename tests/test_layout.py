@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -273,3 +275,16 @@ def test_a_function_fits_a_screen():
                 if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST:
                     long.add(f"{path.stem}.{node.name}")
     assert long == LONGER
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_every_name_that_is_imported_exists(path):
+    """Packages that export lazily hide a missing name from type checkers and from an import of the module."""
+    if layer(path) == "kernels":
+        return
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("movae_fast."):
+            imported = importlib.import_module(node.module)
+            for alias in node.names:
+                place = f"{node.module}.{alias.name}"
+                assert hasattr(imported, alias.name) or importlib.util.find_spec(place), place

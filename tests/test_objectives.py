@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from movae_fast.models import MODELS, build_model
+from movae_fast.models import MODELS, build_model, make_likelihood
 from movae_fast.objectives import (
     OBJECTIVES,
     LossVector,
@@ -41,15 +41,18 @@ def test_reconstruction_equals_torchs_losses():
         ("laplacian", "none", F.l1_loss(pre, x, reduction="sum")),
         ("bernoulli", "sigmoid", F.binary_cross_entropy(sigmoid, x, reduction="sum")),
     ):
-        torch.testing.assert_close(reconstruction(pre, x, activation, dist, "mean"), theirs / x.numel())
-        torch.testing.assert_close(reconstruction(pre, x, activation, dist, "sum"), theirs / 4)
+        likelihood = make_likelihood(dist, 3, activation)
+        torch.testing.assert_close(reconstruction(pre, x, likelihood, "mean"), theirs / x.numel())
+        torch.testing.assert_close(reconstruction(pre, x, likelihood, "sum"), theirs / 4)
     scaled = F.mse_loss(tanh * 255, x * 255, reduction="sum") / 255
-    torch.testing.assert_close(reconstruction(pre, x, "tanh", "gaussian", "scaled_sum"), scaled)
+    likelihood = make_likelihood("gaussian", 3, "tanh")
+    torch.testing.assert_close(reconstruction(pre, x, likelihood, "scaled_sum"), scaled)
 
 
 def test_bernoulli_stays_finite_where_probabilities_round_to_one():
     pre = torch.tensor([[[[60.0, -60.0]]]], requires_grad=True)
-    loss = reconstruction(pre, torch.tensor([[[[0.0, 1.0]]]]), "sigmoid", "bernoulli", "sum")
+    likelihood = make_likelihood("bernoulli", 1, "sigmoid")
+    loss = reconstruction(pre, torch.tensor([[[[0.0, 1.0]]]]), likelihood, "sum")
     loss.backward()
     assert loss.item() == pytest.approx(120.0)
     assert pre.grad.flatten().tolist() == [1.0, -1.0]
@@ -244,9 +247,11 @@ def test_images_that_count_nothing_are_not_there():
     share = (torch.arange(8) < 6).double() * (8 / 6)
     close = torch.testing.assert_close
     for reduction, factor in (("mean", 1), ("sum", 1), ("scaled_sum", 8 / 6)):
-        for dist in ("gaussian", "laplacian", "bernoulli"):
-            short = reconstruction(pre[:6], x[:6], "sigmoid", dist, reduction)
-            close(reconstruction(pre, x, "sigmoid", dist, reduction, share), factor * short)
+        for dist in ("gaussian", "laplacian", "bernoulli", "gaussian_optimal", "logistic", "dmol"):
+            likelihood = make_likelihood(dist, 3, "sigmoid", components=2)
+            output = pre.repeat(1, 7, 1, 1)[:, : likelihood.channels]
+            short = reconstruction(output[:6], x[:6], likelihood, reduction)
+            close(reconstruction(output, x, likelihood, reduction, share), factor * short)
     close(kl_standard_normal(mu, logvar, share), kl_standard_normal(mu[:6], logvar[:6]))
     close(rung_kl(mu, logvar, "mean", share), rung_kl(mu[:6], logvar[:6], "mean"))
     close(rung_kl(mu, logvar, "mean"), kl_standard_normal(mu, logvar) / 6)

@@ -24,7 +24,7 @@ from movae_fast.cli import COMMANDS
 from movae_fast.data import DATASETS
 from movae_fast.evaluation import metric_names
 from movae_fast.evaluation.disentanglement import METRICS
-from movae_fast.models import INFO, MODELS, VAE, GaussianVAE, ModelInfo, model_info, model_options
+from movae_fast.models import INFO, MODELS, NO_OPTIONS, VAE, GaussianVAE, ModelInfo, model_info, model_options
 from movae_fast.names import nearest
 
 HEAVY = ("torch", "torchvision", "torchjd", "cvxpy", "numpy", "scipy", "matplotlib", "rich", "tensorboard")
@@ -195,7 +195,7 @@ def test_what_is_known_of_a_model_is_what_its_class_says(arch):
     info, model = INFO[arch], MODELS[arch]
     assert model_info(arch) is info
     known = inspect.signature(model.__init__).parameters
-    assert model_options(arch) == [n for n in known if n not in ("self", "image_shape", "activation")]
+    assert model_options(arch) == [n for n in known if n not in NO_OPTIONS]
     for name in ("beta_objective", "recons_reduction", "default_activation", "has_features"):
         assert getattr(model, name) == getattr(info, name), name
     assert getattr(model, "progressive", None) == info.progressive

@@ -213,7 +213,7 @@ def test_fp16_s_scale_does_not_choose_the_objectives_and_overflow_skips():
     assert large.precision.scaler.get_scale() == 2.0**59
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "adamax", "sgd"])
 def test_a_first_step_that_overflows_in_fp16_leaves_the_optimizer_new(name):
     results = []
     for overflows in (True, False):

@@ -19,7 +19,6 @@ from movae_fast.cli.flags.curve import CurveConfig, check_curve
 from movae_fast.cli.trained import say_extrapolation
 from movae_fast.evaluation.curve_runs import Member, add_plain_betas, check_alike, label_members, read_member
 from movae_fast.evaluation.curves import Responses, Started, comparisons, evaluate_runs, metrics_of
-from movae_fast.evaluation.likelihood import likelihood_constant
 from movae_fast.evaluation.rate_distortion import log_spaced
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
@@ -124,7 +123,7 @@ def write(
         "split": config.split,
         "seed": config.seed,
         "likelihood": first.objective.recons_dist,
-        "likelihood_constant": likelihood_constant(first.objective.recons_dist, values),
+        "likelihood_constant": first.likelihood.constant * values,
         "runs": [described(m) for m in members],
         "against": comparisons(members),
     }

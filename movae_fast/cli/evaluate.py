@@ -62,6 +62,11 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
     codes, factors = isinstance(model, GaussianVAE), bool(info.factor_sizes)
     if config.iw and not codes:
         raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has a codebook")
+    if config.iw and trained.objective.recons_dist == "gaussian_optimal":
+        raise ValueError(
+            "--iw weights draws by their likelihood; gaussian_optimal fits its variance to each image and "
+            "draw: leave it out"
+        )
     if config.metrics in ("auto", "all"):
         wanted = ON_FACTORS if config.metrics == "all" else QUICK
         return [n for n in (*ON_IMAGES, *wanted) if applies(n, codes, factors)]

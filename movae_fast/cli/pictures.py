@@ -37,10 +37,12 @@ def draw_run(run: Run, tag: str) -> None:
         if run.progression is not None:
             ladder_curves(folder / "ladder.png", lines, run.losses.names)
         write_png(paths["input"], grid(to_unit(x[:1], normalize)))
-        draw_traversals(run.model, x[:1], normalize, paths["traversal"], paths["sheet"])
-    write_png(paths["samples"], grid(to_unit(run.model.sample(n, noise), normalize)))
-    picture = pairs(to_unit(x, normalize), to_unit(run.model.reconstruct(x), normalize))
-    write_png(paths["reconstructions"], picture)
+        with run.averaged():
+            draw_traversals(run.model, x[:1], normalize, paths["traversal"], paths["sheet"])
+    with run.averaged():
+        samples, reconstructions = run.model.sample(n, noise), run.model.reconstruct(x)
+    write_png(paths["samples"], grid(to_unit(samples, normalize)))
+    write_png(paths["reconstructions"], pairs(to_unit(x, normalize), to_unit(reconstructions, normalize)))
     if run.finished and run.progression is not None:
         for kind, path in pictures(run, f"stage_{run.progression.stage(run.step - 1)}").items():
             give_name(paths[kind], path)

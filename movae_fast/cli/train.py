@@ -302,6 +302,12 @@ def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
     return rows
 
 
+def skipped_row(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Row of the final table: how many steps were left out, where any were."""
+    count = sum(line.get("train/skipped_steps", 0) for line in lines)
+    return [("steps left out (skip_grad_norm)", f"{count:,}", "")] if count else []
+
+
 def report(work: Run, metrics: dict[str, float], console: Console, seconds: float) -> None:
     """Print the final table of objectives and the paths of what was written."""
     table = Table(title=f"{work.config.model.arch} on {work.config.data.dataset}, {work.config.objective.agg}")
@@ -313,10 +319,11 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
     table.add_row("weighted sum", f"{metrics['test/loss']:.6g}", "")
     table.add_row("MSE of reconstruction, images in [0, 1]", f"{metrics['test/mse']:.6g}", "")
     table.add_row("MSE of the mean training image", f"{metrics['test/mse_mean_image']:.6g}", "")
-    for key in ("codebook_usage", "perplexity"):
+    for key in ("nats", "bits_per_dim", "codebook_usage", "perplexity"):
         if f"test/{key}" in metrics:
             table.add_row(key.replace("_", " "), f"{metrics[f'test/{key}']:.4g}", "")
-    for row in conflict_rows(read_lines(work.folder / "metrics.jsonl") if work.world.main else []):
+    lines = read_lines(work.folder / "metrics.jsonl") if work.world.main else []
+    for row in (*conflict_rows(lines), *skipped_row(lines)):
         table.add_row(*row)
     console.print(table)
     console.print(

@@ -54,14 +54,20 @@ def finish(
     images: Tensor,  # [B, C, S, S] uint8
     flip: Tensor | None,  # [B] bool
     normalize: bool,
+    bits: int = 8,
 ) -> Tensor:  # [B, C, S, S] float32
-    """Return the images in [0, 1], or in [-1, 1] with `normalize`, mirrored where `flip` says so."""
+    """Return the images in [0, 1], or in [-1, 1] with `normalize`, mirrored where `flip` says so.
+
+    Their values keep the first `bits` bits, and have 2^bits levels from 0 to 1.
+    """
     if flip is not None:
         # Mirroring bytes moves a quarter of what mirroring floats would. Whole images are picked, since
         # torch.where picks single bytes and takes several times as long.
         rows = torch.arange(len(images), device=images.device)
         images = pick(torch.cat([images, images.flip(3)]), rows + len(images) * flip)
-    x = images.to(torch.float32).div_(255)
+    if bits < 8:
+        images = images >> (8 - bits)
+    x = images.to(torch.float32).div_(2**bits - 1)
     return x.mul_(2).sub_(1) if normalize else x
 
 
@@ -71,14 +77,17 @@ def batch_of(
     rows: Tensor,  # [B]
     flip: Tensor | None,  # [B] bool
     normalize: bool,
+    bits: int = 8,
 ) -> tuple[Tensor, Tensor]:  # [B, C, S, S] float32, [B]
-    """Return `finish(pick(images, rows), flip, normalize)` and labels, written to compile to one kernel."""
+    """Return `finish(pick(images, rows), flip, normalize, bits)` and labels, compiling to one kernel."""
     x = images[rows]
+    if bits < 8:
+        x = x >> (8 - bits)
     if flip is not None:
         x = torch.where(flip[:, None, None, None], x.flip(3), x)
     # A compiled division of float32 is off by a last digit on a GPU. One of float64 is exact, and so is its
     # rounding to float32.
-    x = (x.to(torch.float64) / 255).to(torch.float32)
+    x = (x.to(torch.float64) / (2**bits - 1)).to(torch.float32)
     x = x * 2 - 1 if normalize else x
     return x.contiguous(memory_format=torch.channels_last), labels[rows]
 

@@ -19,7 +19,7 @@ from movae_fast.training.run_folder import folder_of
 
 # Flags by which runs of one curve may differ without being another kind of run.
 NOT_A_KIND = ("beta", "loss_weights", "coef_kl", "multirate", "beta_per", "data_dir", "loader", "limit_test")
-CLOSE = 1e-3  # betas that differ by a smaller fraction count as one: recipes round them
+CLOSE = 1e-3  # betas that differ by less than this share are one: recipes round them
 
 
 @dataclass
@@ -33,10 +33,8 @@ class Member:
     latents: int
     label: str = ""
     points: list[Point] = field(default_factory=list)
-    beside: list[dict[str, float]] = field(default_factory=list)  # the oracle's metrics, one dict per point
-    closed: dict[str, float] = field(
-        default_factory=dict
-    )  # gated layer -> fraction of gates closed at every beta
+    beside: list[dict[str, float]] = field(default_factory=list)  # the oracle's metrics, a dict a point
+    closed: dict[str, float] = field(default_factory=dict)  # gated layer -> share of gates shut at every beta
     seconds: float = 0.0
     processes: int = 1  # that trained it
 
@@ -132,7 +130,7 @@ def check_alike(members: Sequence[Member]) -> None:
 def of_images(config: TrainConfig) -> dict[str, Any]:
     """Return what two runs must have in common for their distortions to be comparable: images and
     likelihood."""
-    names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "antialias")
+    names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "bits", "antialias")
     return {n: getattr(config.data, n) for n in names} | {"recons_dist": config.objective.recons_dist}
 
 

@@ -3,6 +3,7 @@ KID."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -73,6 +74,9 @@ def measure(
             images = loader.take(spaced_rows(loader, iw_images))
             bound = likelihood.importance_weighted_bound(model, images, dist, iw, seed)
             report.metrics[f"iw_bound_{iw}"] = bound
+            if trained.likelihood.proper:
+                bits = likelihood.bits_per_dimension(-bound, math.prod(model.image_shape))
+                report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
     return report

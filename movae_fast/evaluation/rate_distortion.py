@@ -2,7 +2,7 @@
 
 Rate and distortion are in nats per image, in evaluation mode, one draw of z per image. The distortion is the
 reconstruction objective summed over an image's values, without the constant of the likelihood
-(`likelihood_constant`), so that distortion + beta * rate is what training minimises.
+(`Likelihood.constant`), so that distortion + beta * rate is what training minimises.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from movae_fast.choices import ReconsDist
 from movae_fast.data import Loader
 from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE, summed_error
 from movae_fast.models import VAE, GaussianVAE
-from movae_fast.objectives import ReconsDist, kl_of_latents
+from movae_fast.objectives import kl_of_latents
 from movae_fast.training.config import TrainConfig
 
 
@@ -98,6 +99,7 @@ def one_pass(
 ) -> list[Point]:
     """Measure at most `rows` betas in one pass over the images; see `curve_points`."""
     k, n, done = len(betas), len(noise), 0
+    likelihood = model.likelihood_as(dist)
     sums: tuple[Tensor, ...] | None = None
     for images, _ in loader.epoch():
         for x in images.split(max(1, rows // k)):
@@ -106,7 +108,7 @@ def one_pass(
             decoded = model.decode(z.flatten(0, 1).to(x))
             wanted = x.repeat(k, *(1,) * (x.dim() - 1))
             part = (
-                summed_error(decoded, wanted, model.activation, dist).view(k, -1).sum(1),
+                summed_error(decoded, wanted, likelihood).view(k, -1).sum(1),
                 kl_of_latents(mu, logvar).sum((1, 2)),
                 mu.sum(1),
                 mu.square().sum(1),
@@ -189,8 +191,8 @@ def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
     ordered = sorted(curve, key=lambda p: p.rate)
     for a, b in itertools.pairwise(ordered):
         if a.rate <= other.rate <= b.rate:
-            fraction = (other.rate - a.rate) / (b.rate - a.rate) if b.rate > a.rate else 0.0
-            between = a.distortion + fraction * (b.distortion - a.distortion)
+            share = (other.rate - a.rate) / (b.rate - a.rate) if b.rate > a.rate else 0.0
+            between = a.distortion + share * (b.distortion - a.distortion)
             gaps["frontier_gap"] = between - other.distortion
             break
     return gaps

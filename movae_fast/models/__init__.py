@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, Noise, VQOutput
     from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
     from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
+    from movae_fast.models.likelihoods import Likelihood, make_likelihood
     from movae_fast.models.multirate import Gated, gated_layers, make_multirate
     from movae_fast.models.provlae import VLAE, ProVLAE
     from movae_fast.models.rates import Rates
@@ -29,6 +30,7 @@ __getattr__, __dir__ = lazy.exports(
         "base": ("VAE", "GaussianOutput", "GaussianVAE", "Noise", "VQOutput"),
         "cnn_vae": ("CNNVAE", "MMDVAE"),
         "dense_vae": ("MLPVAE", "BetaTCMLPVAE", "LinearVAE"),
+        "likelihoods": ("Likelihood", "make_likelihood"),
         "multirate": ("Gated", "gated_layers", "make_multirate"),
         "provlae": ("VLAE", "ProVLAE"),
         "rates": ("Rates",),
@@ -42,6 +44,9 @@ __getattr__, __dir__ = lazy.exports(
 MODELS: lazy.Registry["type[VAE]"] = lazy.Registry(
     {arch: f"movae_fast.models.{info.place}" for arch, info in INFO.items()}
 )
+
+# Arguments of every model that are no options of its own.
+NO_OPTIONS = ("self", "image_shape", "activation", "likelihood")
 
 __all__ = [
     "CNNVAE",
@@ -58,6 +63,7 @@ __all__ = [
     "Gated",
     "GaussianOutput",
     "GaussianVAE",
+    "Likelihood",
     "LinearVAE",
     "ModelInfo",
     "Noise",
@@ -70,6 +76,7 @@ __all__ = [
     "build_model",
     "check_options",
     "gated_layers",
+    "make_likelihood",
     "make_multirate",
     "model_info",
     "model_options",
@@ -87,7 +94,7 @@ def model_options(arch: str) -> list[str]:
     if isinstance(info, ModelInfo):
         return list(info.options)
     parameters = inspect.signature(info.__init__).parameters
-    return [name for name in parameters if name not in ("self", "image_shape", "activation")]
+    return [name for name in parameters if name not in NO_OPTIONS]
 
 
 def build_model(
@@ -95,15 +102,30 @@ def build_model(
     image_shape: tuple[int, int, int],
     activation: Activation,
     options: Mapping[str, Any],
+    likelihood: "Likelihood | None" = None,
 ) -> "VAE":
     """Build the model `arch` for images [C, S, S]; options whose value is None are left to its defaults.
 
-    Raises ValueError for an option that the model does not have, and for an image size that its strides do not
-    allow (the message names sizes that fit).
+    Without a likelihood it is built for a Gaussian: a value per output.
+
+    Raises ValueError for an option that the model does not have, for an image size that its strides do not
+    allow (the message names sizes that fit), and for a likelihood with another number of output channels than
+    the images have where the model has an image layer of its own.
     """
     given = {name: value for name, value in options.items() if value is not None}
     check_options(arch, image_shape, activation, given)
-    return MODELS[arch](image_shape, activation, **given)
+    if likelihood is None:
+        return MODELS[arch](image_shape, activation, **given)
+    if "likelihood" in inspect.signature(MODELS[arch].__init__).parameters:
+        return MODELS[arch](image_shape, activation, **given, likelihood=likelihood)
+    if likelihood.channels != image_shape[0]:
+        raise ValueError(
+            f"--recons_dist {likelihood.name} needs {likelihood.channels} output channels, and {arch} has "
+            f"{image_shape[0]}: it takes no likelihood"
+        )
+    model = MODELS[arch](image_shape, activation, **given)
+    model.likelihood = likelihood
+    return model
 
 
 def check_options(

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from movae_fast.choices import Activation
+from movae_fast.choices import Activation, ReconsDist
+from movae_fast.models.likelihoods import Likelihood, at_least_float32, make_likelihood
 from movae_fast.models.rates import Rates
 
 Norm = Literal["batch", "layer", "none"]
@@ -43,7 +44,7 @@ class Noise(NamedTuple):
 class GaussianOutput(NamedTuple):
     """Hold the output of a model with a Gaussian posterior."""
 
-    preactivation: Tensor  # [B, C, H, W] the decoder's output before the output activation
+    preactivation: Tensor  # [B, P, H, W] the decoder's output, which `VAE.likelihood` gives a meaning
     mu: Tensor  # [B, D]
     logvar: Tensor  # [B, D]
     z: Tensor  # [B, D]
@@ -54,7 +55,7 @@ class GaussianOutput(NamedTuple):
 class VQOutput(NamedTuple):
     """Hold the output of a model with a codebook."""
 
-    preactivation: Tensor  # [B, C, H, W]
+    preactivation: Tensor  # [B, P, H, W]
     embedding: Tensor  # [B] mean squared distance that moves the codebook to the encoder's output
     commitment: Tensor  # [B] the same distance, moving the encoder's output to the codebook
     codes: Tensor  # [B, h, w] int64
@@ -78,10 +79,36 @@ class VAE(nn.Module):
     has_features: ClassVar[bool] = True  # whether `encode`'s output cuts the network in two
     default_activation: ClassVar[Activation | None] = None  # None: the reconstruction's distribution decides
 
-    def __init__(self, image_shape: tuple[int, int, int], activation: Activation) -> None:
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation,
+        likelihood: Likelihood | None = None,
+    ) -> None:
         super().__init__()
         self.image_shape = image_shape
         self.activation = activation
+        self.likelihood = likelihood or make_likelihood("gaussian", image_shape[0], activation)
+
+    @property
+    def head_channels(self) -> int:
+        """Return the channels that the decoder's last layer has to have: as many as the likelihood asks for."""
+        return self.likelihood.channels
+
+    def likelihood_as(self, name: ReconsDist) -> Likelihood:
+        """Return the model's likelihood, or the one called `name` if it has the same output.
+
+        Raises ValueError for one that would need another output layer.
+        """
+        if name == self.likelihood.name:
+            return self.likelihood
+        other = make_likelihood(name, self.image_shape[0], self.activation)
+        if other.channels != self.head_channels:
+            raise ValueError(
+                f"recons_dist {name} takes {other.channels} output channels; this model has "
+                f"{self.head_channels}, of {self.likelihood.name}: build it with that likelihood"
+            )
+        return other
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
@@ -103,7 +130,7 @@ class VAE(nn.Module):
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """Turn latents into the images' preactivation [B, C, S, S]."""
+        """Turn latents into the images' preactivation [B, head_channels, S, S]."""
         raise NotImplementedError
 
     def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> Any:
@@ -136,8 +163,8 @@ class VAE(nn.Module):
         return torch.randn(*shape, device=like.device, dtype=like.dtype)
 
     def to_image(self, preactivation: Tensor) -> Tensor:
-        """Turn a preactivation into an image in the data's range by the output activation."""
-        return output_image(preactivation, self.activation)
+        """Turn a preactivation into an image in the data's range: the likelihood's mean."""
+        return self.likelihood.mean(preactivation)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the parameters before the features, in a fixed order."""
@@ -267,16 +294,6 @@ class GaussianVAE(VAE):
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n latents [n, D] from the prior."""
         return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
-
-
-def output_image(preactivation: Tensor, activation: str) -> Tensor:
-    """Apply the output activation called `activation` to a decoder's preactivation."""
-    return {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda v: v}[activation](preactivation)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return x, in float32 if autocast made it shorter."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from movae_fast.models.base import Activation, GaussianOutput, GaussianVAE, Noise, check_image_size
+from movae_fast.models.base import GaussianOutput, GaussianVAE, Noise, check_image_size
+from movae_fast.models.likelihoods import Activation, Likelihood
 
 
 class CNNVAE(GaussianVAE):
@@ -28,8 +29,9 @@ class CNNVAE(GaussianVAE):
         dim: int = 64,
         dim_mults: Sequence[int] | None = None,
         with_bn: bool = True,
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         if dim_mults is None:  # enough stages to reach 4x4
             check_image_size("cnn_vae", size, 8)
@@ -54,7 +56,7 @@ class CNNVAE(GaussianVAE):
 
         widths = widths[::-1]
         layers = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, top, 4)]
-        for a, b in zip(widths, [*widths[1:], channels], strict=True):
+        for a, b in zip(widths, [*widths[1:], self.head_channels], strict=True):
             norm = [nn.BatchNorm2d(a)] if with_bn else []
             layers += [*norm, nn.LeakyReLU(0.2), nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)]
         self.decoder = nn.Sequential(*layers)

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from movae_fast.models.base import Activation, GaussianVAE
+from movae_fast.models.base import GaussianVAE
+from movae_fast.models.likelihoods import Activation, Likelihood
 
 PosteriorCov = Literal["shared", "predicted"]
 # What a shared log-variance starts from: near the optimum beta / lambda of small betas. From 0, Adam takes
@@ -27,6 +28,12 @@ class SharedLogVariance(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.value.expand(len(h), -1)
+
+
+def _image_layer(inputs: int, channels: int, image_shape: tuple[int, int, int]) -> list[nn.Module]:
+    """Build the layer from [B, inputs] to [B, channels, S, S]."""
+    _, height, width = image_shape
+    return [nn.Linear(inputs, channels * height * width), nn.Unflatten(1, (channels, height, width))]
 
 
 class LinearVAE(GaussianVAE):
@@ -48,8 +55,9 @@ class LinearVAE(GaussianVAE):
         activation: Activation = "none",
         latent_dim: int = 32,
         posterior_cov: PosteriorCov = "shared",
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         self.latent_dim = latent_dim
         values = math.prod(image_shape)
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(values, latent_dim))
@@ -57,7 +65,7 @@ class LinearVAE(GaussianVAE):
         shared = posterior_cov == "shared"
         self.logvar = SharedLogVariance(latent_dim) if shared else nn.Linear(latent_dim, latent_dim)
         first = nn.Linear(latent_dim, latent_dim)
-        self.decoder = nn.Sequential(first, nn.Linear(latent_dim, values), nn.Unflatten(1, image_shape))
+        self.decoder = nn.Sequential(first, *_image_layer(latent_dim, self.head_channels, image_shape))
         for layer in (self.mu, first):
             nn.init.eye_(layer.weight)
 
@@ -79,8 +87,9 @@ class MLPVAE(GaussianVAE):
         activation: Activation = "sigmoid",
         latent_dim: int = 10,
         hidden_dims: Sequence[int] = (1200, 1200),
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         self.latent_dim = latent_dim
         values, top = math.prod(image_shape), hidden_dims[-1]
         down = [values, *hidden_dims]
@@ -91,8 +100,7 @@ class MLPVAE(GaussianVAE):
         up = [latent_dim, *reversed(hidden_dims), hidden_dims[0]]
         self.decoder = nn.Sequential(
             *(m for a, b in itertools.pairwise(up) for m in (nn.Linear(a, b), nn.Tanh())),
-            nn.Linear(up[-1], values),
-            nn.Unflatten(1, image_shape),
+            *_image_layer(up[-1], self.head_channels, image_shape),
         )
 
 

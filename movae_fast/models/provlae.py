@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from movae_fast.choices import LadderNet
-from movae_fast.models.base import Activation, GaussianVAE, at_least_float32
+from movae_fast.choices import Activation, LadderNet
+from movae_fast.models.base import GaussianVAE
+from movae_fast.models.likelihoods import Likelihood, at_least_float32
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
@@ -73,8 +74,9 @@ class ProVLAE(GaussianVAE):
         hidden_dim: int = 32,
         fc_dim: int = 256,
         ladder_net: LadderNet = "authors",
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         self.target = 1 << (size - 1).bit_length()
         most = int(math.log2(self.target)) - 2
@@ -113,7 +115,7 @@ class ProVLAE(GaussianVAE):
         # The port has the block of the last doubling even where the images' side is reached.
         self.finish_sides = [self.target] if self.port else [side << (k + 1) for k in range(doublings)]
         self.finish = nn.ModuleList(_conv(hidden_dim, hidden_dim, 3, 1) for _ in self.finish_sides)
-        self.out = nn.Conv2d(hidden_dim, channels, 3, padding=1)
+        self.out = nn.Conv2d(hidden_dim, self.head_channels, 3, padding=1)
         if self.port:
             # Used by nothing, there as here: its parameters are counted and its weights can be read.
             self.prior_params = nn.Parameter(torch.zeros(latent_dim, 2), requires_grad=False)

@@ -12,7 +12,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from movae_fast.models.base import Activation, GaussianVAE
+from movae_fast.models.base import GaussianVAE
+from movae_fast.models.likelihoods import Activation, Likelihood
 
 ResidualBlock = Literal["author", "pythae"]
 # A convolution: channels (None: the image's), kernel, stride, padding, and a transposed one's output padding.
@@ -120,13 +121,14 @@ class SizedCNNVAE(GaussianVAE):
         image_shape: tuple[int, int, int],
         activation: Activation = "sigmoid",
         latent_dim: int | None = None,
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         _check_size("cnn_vae", size)
         self.latent_dim = latent_dim or LATENTS[size]
         encoder = _stack(CNN_ENCODER, channels, channels, up=False, norm=True)
-        decoder = _stack(CNN_DECODERS[size], 1024, channels, up=True, norm=True)
+        decoder = _stack(CNN_DECODERS[size], 1024, self.head_channels, up=True, norm=True)
         _join(self, encoder, decoder, 1024, (size // 16, CNN_FIRST_SIDE[size]))
 
 
@@ -146,11 +148,14 @@ class SizedResNetVAE(GaussianVAE):
         activation: Activation = "sigmoid",
         latent_dim: int | None = None,
         residual_block: ResidualBlock = "author",
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         _check_size("resnet_vae", size)
         self.latent_dim = latent_dim or LATENTS[size]
         encoder = _stack(RESNET_ENCODERS[size], channels, channels, up=False, norm=False, block=residual_block)
-        decoder = _stack(RESNET_DECODERS[size], 128, channels, up=True, norm=False, block=residual_block)
+        decoder = _stack(
+            RESNET_DECODERS[size], 128, self.head_channels, up=True, norm=False, block=residual_block
+        )
         _join(self, encoder, decoder, 128, (8 if size == 32 else 4, RESNET_FIRST_SIDE[size]))

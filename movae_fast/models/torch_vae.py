@@ -4,8 +4,9 @@ import itertools
 
 from torch import nn
 
-from movae_fast.models.base import Activation, GaussianVAE, check_image_size
+from movae_fast.models.base import GaussianVAE, check_image_size
 from movae_fast.models.cnn_vae import dcgan_init
+from movae_fast.models.likelihoods import Activation, Likelihood
 
 
 class TorchVAE(GaussianVAE):
@@ -24,8 +25,9 @@ class TorchVAE(GaussianVAE):
         activation: Activation = "sigmoid",
         latent_dim: int = 128,
         max_filters: int = 128,
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         check_image_size("torch_vae", size, 8)
         if max_filters < 4:
@@ -49,7 +51,9 @@ class TorchVAE(GaussianVAE):
         for a, b in itertools.pairwise(widths):
             up = nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=1)
             layers += [up, nn.BatchNorm2d(b), nn.LeakyReLU()]
-        layers.append(nn.ConvTranspose2d(widths[-1], channels, 3, stride=2, padding=1, output_padding=1))
+        layers.append(
+            nn.ConvTranspose2d(widths[-1], self.head_channels, 3, stride=2, padding=1, output_padding=1)
+        )
         self.decoder = nn.Sequential(*layers)
 
 
@@ -70,8 +74,9 @@ class DCGANVAE(GaussianVAE):
         activation: Activation = "tanh",
         latent_dim: int = 128,
         max_filters: int = 128,
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         stages = (size // 4).bit_length() - 1
         if size != 4 * 2**stages or stages < 1:
@@ -106,5 +111,6 @@ class DCGANVAE(GaussianVAE):
                 nn.BatchNorm2d(b),
                 nn.ReLU(),
             ]
-        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1))
+        head = nn.ConvTranspose2d(widths[-1], self.head_channels, 4, stride=2, padding=1)
+        self.decoder = nn.Sequential(*layers, head)
         self.apply(dcgan_init)

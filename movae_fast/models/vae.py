@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from movae_fast.models.base import Activation, GaussianVAE, Norm, check_image_size, norm_layer
+from movae_fast.models.base import GaussianVAE, Norm, check_image_size, norm_layer
+from movae_fast.models.likelihoods import Activation, Likelihood
 
 
 class HalvingConv(nn.Conv2d):
@@ -74,8 +75,9 @@ class ConvVAE(GaussianVAE):
         latent_dim: int = 128,
         hidden_dims: Sequence[int] = (32, 64, 128, 256, 512),
         layer_norm: Norm = "batch",
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         check_image_size("vae", size, 2 ** len(hidden_dims))
         side = size // 2 ** len(hidden_dims)
@@ -86,7 +88,7 @@ class ConvVAE(GaussianVAE):
         )
         self.mu = nn.Linear(hidden_dims[-1] * side * side, latent_dim)
         self.logvar = nn.Linear(hidden_dims[-1] * side * side, latent_dim)
-        self.decoder = _decoder(latent_dim, hidden_dims, channels, side, layer_norm)
+        self.decoder = _decoder(latent_dim, hidden_dims, self.head_channels, side, layer_norm)
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
@@ -109,8 +111,9 @@ class BetaTCVAE(GaussianVAE):
         activation: Activation = "tanh",
         latent_dim: int = 128,
         hidden_dims: Sequence[int] = (32, 32, 32, 32),
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         check_image_size("betatc_vae", size, 2 ** len(hidden_dims))
         side = size // 2 ** len(hidden_dims)
@@ -121,4 +124,4 @@ class BetaTCVAE(GaussianVAE):
         self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden_dims[-1] * side * side, 256))
         self.mu = nn.Linear(256, latent_dim)
         self.logvar = nn.Linear(256, latent_dim)
-        self.decoder = _decoder(latent_dim, hidden_dims, channels, side, "none")
+        self.decoder = _decoder(latent_dim, hidden_dims, self.head_channels, side, "none")

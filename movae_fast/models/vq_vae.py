@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from movae_fast import ops
 from movae_fast.models.base import (
     VAE,
-    Activation,
     Noise,
     Norm,
     VQOutput,
-    at_least_float32,
     check_image_size,
     norm_layer,
 )
+from movae_fast.models.likelihoods import Activation, Likelihood, at_least_float32
 
 
 class ResidualBlock(nn.Module):
@@ -54,8 +53,9 @@ class VQVAE(VAE):
         num_embeddings: int = 512,
         num_residual_layers: int = 2,
         layer_norm: Norm = "none",
+        likelihood: Likelihood | None = None,
     ) -> None:
-        super().__init__(image_shape, activation)
+        super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         check_image_size("vq_vae", size, 2 ** len(hidden_dims))
         self.side = size // 2 ** len(hidden_dims)
@@ -86,7 +86,8 @@ class VQVAE(VAE):
                 norm_layer(layer_norm, b),
                 nn.LeakyReLU(),
             ]
-        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1))
+        head = nn.ConvTranspose2d(widths[-1], self.head_channels, 4, stride=2, padding=1)
+        self.decoder = nn.Sequential(*layers, head)
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:

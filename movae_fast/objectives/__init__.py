@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from movae_fast import lazy
-from movae_fast.choices import ReconsDist, ReconsReduction
+from movae_fast.choices import ReconsReduction
 from movae_fast.objectives.weights import resolve_weights
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         log_densities,
         mmd,
         mutual_information,
-        pixel_errors,
+        rate,
         reconstruction,
         rung_kl,
         total_correlation,
@@ -29,7 +29,7 @@ __getattr__, __dir__ = lazy.exports(
     {
         "terms": (
             *("LogDensities", "batch_mean", "dimension_wise_kl", "distance_to_capacity", "kl_of_latents"),
-            *("kl_standard_normal", "log_densities", "mmd", "mutual_information", "pixel_errors"),
+            *("kl_standard_normal", "log_densities", "mmd", "mutual_information", "rate"),
             *("reconstruction", "rung_kl", "total_correlation"),
         ),
         "vector": ("OBJECTIVES", "LossVector", "Outcome"),
@@ -41,7 +41,6 @@ __all__ = [
     "LogDensities",
     "LossVector",
     "Outcome",
-    "ReconsDist",
     "ReconsReduction",
     "batch_mean",
     "dimension_wise_kl",
@@ -51,7 +50,7 @@ __all__ = [
     "log_densities",
     "mmd",
     "mutual_information",
-    "pixel_errors",
+    "rate",
     "reconstruction",
     "resolve_weights",
     "rung_kl",

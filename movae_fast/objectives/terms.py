@@ -9,49 +9,34 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from movae_fast import ops
-from movae_fast.choices import ReconsDist, ReconsReduction
-from movae_fast.models.base import output_image
+from movae_fast.choices import ReconsReduction
+from movae_fast.models import GaussianOutput, Likelihood, VQOutput
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
 
 def reconstruction(
-    preactivation: Tensor,  # [B, C, H, W] the decoder's output before its activation
+    preactivation: Tensor,  # [B, P, H, W] the decoder's output
     x: Tensor,  # [B, C, H, W]
-    activation: str,
-    dist: ReconsDist = "gaussian",
+    likelihood: Likelihood,
     reduction: ReconsReduction = "mean",
     sample_weight: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
-    """Return -log p(x|z) up to constants: BCE (bernoulli), squared error (gaussian), L1 (laplacian).
+    """Return -log p(x|z) without its constant: BCE (bernoulli), squared error (gaussian), L1 (laplacian), ...
 
     "mean" is over values and batch, "sum" over an image's values with the mean over the batch, "scaled_sum"
     (gaussian only) 255 times the sum over everything. The Bernoulli term works on logits, which do not round
     past 1 as probabilities do.
     """
-    error = pixel_errors(preactivation, x, activation, dist)
+    error = likelihood.errors(preactivation, x)
     if sample_weight is not None:
-        error = error * sample_weight.to(error)[:, None, None, None]
+        error = error * sample_weight.to(error).view(-1, *(1,) * (error.dim() - 1))
     if reduction == "mean":
-        return error.mean()
+        return error.mean() if error.numel() == x.numel() else error.sum() / x.numel()
     if reduction == "sum":
         return error.sum() / x.shape[0]
     return 255 * error.sum()
-
-
-def pixel_errors(
-    preactivation: Tensor,  # [B, C, H, W]
-    x: Tensor,  # [B, C, H, W]
-    activation: str,
-    dist: ReconsDist,
-) -> Tensor:  # [B, C, H, W]
-    """Return -log p(x|z) of every value without its constant."""
-    if dist == "bernoulli":
-        return F.binary_cross_entropy_with_logits(preactivation, x, reduction="none")
-    image = output_image(preactivation, activation)
-    return (image - x).square() if dist == "gaussian" else (image - x).abs()
 
 
 def kl_standard_normal(
@@ -70,6 +55,11 @@ def kl_of_latents(
 ) -> Tensor:  # [B, D]
     """Return KL(N(mu, exp(logvar)) || N(0, 1)) of each latent in nats."""
     return -0.5 * (1 + logvar - mu.square() - logvar.exp())
+
+
+def rate(out: GaussianOutput | VQOutput) -> Tensor | None:  # [B]
+    """Return the KL from posterior to prior of each image in nats; None of a codebook, which has no prior."""
+    return kl_of_latents(out.mu, out.logvar).sum(1) if isinstance(out, GaussianOutput) else None
 
 
 def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:

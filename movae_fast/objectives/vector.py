@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from movae_fast.models import VAE, GaussianOutput, VQOutput
+from movae_fast.choices import ReconsDist
+from movae_fast.models import VAE, GaussianOutput, Likelihood, VQOutput
 from movae_fast.names import nearest
 from movae_fast.objectives import terms
-from movae_fast.objectives.terms import LogDensities, ReconsDist, ReconsReduction
+from movae_fast.objectives.terms import LogDensities, ReconsReduction
 from movae_fast.reference import TCEstimator
 from movae_fast.schedules import LossSchedule
 
@@ -29,8 +30,7 @@ MOST_RUNGS = 30  # of a ladder, for images of side 2^32
 class TermSettings:
     """Hold the settings of the terms, the same for every batch."""
 
-    activation: str
-    dist: ReconsDist
+    likelihood: Likelihood
     reduction: ReconsReduction
     n_data: int  # images of the training set
     tc_estimator: TCEstimator
@@ -73,9 +73,7 @@ Objective = Callable[[Outcome], Tensor]  # -> a scalar, unweighted
 
 def _reconstruction(b: Outcome) -> Tensor:
     s = b.settings
-    return terms.reconstruction(
-        b.out.preactivation, b.images, s.activation, s.dist, s.reduction, b.sample_weight
-    )
+    return terms.reconstruction(b.out.preactivation, b.images, s.likelihood, s.reduction, b.sample_weight)
 
 
 def _kl(b: Outcome) -> Tensor:
@@ -134,6 +132,8 @@ class LossVector:
     The base weights are changed by nothing but a ladder's stages (`set_active_rungs`); all else about a step's
     weights follows from its number and the `schedule`.
 
+    `dist` names the likelihood: the model's own, or one with the same output channels.
+
     Raises ValueError for a model with an objective that is not in `OBJECTIVES`.
     """
 
@@ -155,7 +155,7 @@ class LossVector:
                 )
         self.terms = [OBJECTIVES[name] for name in self.names]
         rungs = sum(name.startswith("kl_") for name in self.names)
-        self.settings = TermSettings(model.activation, dist, reduction, n_data, tc_estimator, rungs)
+        self.settings = TermSettings(model.likelihood_as(dist), reduction, n_data, tc_estimator, rungs)
         self.schedule = schedule or LossSchedule()
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
         self.full = self.weights.clone()  # where every rung is active

@@ -49,14 +49,14 @@ def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, in
     path, content = checkpoint.read(path)
     config = TrainConfig.from_flat(content["config"])
     model = new_model(config).to(device)
-    checkpoint.load_model(model, content["model"], path)
+    checkpoint.load_model(model, checkpoint.evaluated_weights(content), path)
     return config, model.eval(), content.get("position", {}).get("processes", 1)
 
 
 def new_model(config: TrainConfig) -> VAE:
     """Build the configuration's model with fresh weights, on the CPU."""
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
-    model = build_model(config.model.arch, config.image_shape, config.activation, options)
+    model = build_model(config.model.arch, config.image_shape, config.activation, options, config.likelihood)
     rate = config.multirate
     if rate.multirate:
         assert isinstance(model, GaussianVAE)
@@ -144,6 +144,8 @@ def build_step(
         optimizer,
         jacobian=objective.jacobian,
         max_grad_norm=config.optimizer.max_grad_norm,
+        skip_grad_norm=config.optimizer.skip_grad_norm,
+        ema_decay=config.optimizer.ema_decay,
         step_metric=objective.step_metric if objective.conflict_free == "step" else None,
         precision=Precision(run.precision, device),
         compile_mode=compile_mode(run, device, world, not why_not, objective.gramian_batch < 1),
@@ -246,6 +248,7 @@ def make_loader(
         "seed": config.run.seed or 0,
         "flip": info.flip if data.flip is None else data.flip,
         "normalize": data.normalize,
+        "bits": data.bits,
         "binarizer": Binarizer(data.binarize, split, config.run.seed or 0),
         "rank": world.rank,
         "world": world.size,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from movae_fast import models
 from movae_fast.choices import (
+    COMPONENTS,
+    DISCRETE,
     STRICT_REG_EPS,
     Binarization,
     CompileMode,
@@ -41,22 +43,23 @@ class DataConfig:
         download: Fetch missing files through torchvision.
         loader: `resident` keeps the set on the device as uint8, `dali` decodes image files with DALI, `torch`
             with worker processes; `auto` is resident where the set fits.
-        resident_share: Fraction of the device's free memory that `auto` lets a set of image files take.
-        num_workers: Worker processes of the `torch` loader, decoding threads of `dali` (0: one per processor).
+        resident_share: Share of the device's free memory that `auto` lets a set of image files take.
+        num_workers: Worker processes of the `torch` loader, decoding threads of `dali` (0: a processor each).
         prefetch: Batches that `dali` works ahead.
         on_bad_image: What an image file that cannot be read does: stop the run, or stay out of it (all files
             are read once before the first run to find out).
         verify_prepared: Compare the images of a prepared file with its checksums as each is first read; a
             difference stops the run.
-        batch_size: Images per step and process.
+        batch_size: Images a step and process.
         last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
             up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
             q(z) in total correlation see those. Either way all steps have one shape.
-        eval_batch_size: Images per batch of evaluation; the default is batch_size.
+        eval_batch_size: Images a batch of evaluation; the default is batch_size.
         normalize: Map images to [-1, 1] instead of [0, 1].
         binarize: Grey levels to black and white, a pixel white with its grey level for probability: `static`
             draws each image once, the same for every run and seed; `dynamic` draws training images anew every
             epoch and test images once. `threshold` makes white what is above the middle.
+        bits: Bits of a value: below 8 the images have 2^bits grey levels instead of 256.
         flip: Mirror training images at random; the default is the dataset's own.
         antialias: Smooth the edges of `sprites`, which are black and white like dSprites' otherwise.
         limit_train: Use this many evenly spaced training images; 0 means all.
@@ -81,6 +84,7 @@ class DataConfig:
     eval_batch_size: int | None = None
     normalize: bool = False
     binarize: Binarization = "none"
+    bits: int = 8
     flip: bool | None = None
     antialias: bool = False
     limit_train: int = 0
@@ -95,7 +99,7 @@ class ModelConfig:
     Args:
         arch: Name of the model.
         latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128), or of
-            latents per rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
+            latents a rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
             resnet_vae_28 32, those of 32 pixels 256, of 64 pixels 64.
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
@@ -105,7 +109,7 @@ class ModelConfig:
         num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
         max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
         dim: Base channels (cnn_vae, mmd_vae: 64).
-        dim_mults: Multiples of dim, one per stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
+        dim_mults: Multiples of dim, one a stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
         hidden_dim: Channels of the convolutions (provlae, vlae: 32).
@@ -140,10 +144,14 @@ class ObjectiveConfig:
     """Objectives and their aggregation.
 
     Args:
-        recons_dist: Likelihood of the pixels: BCE (bernoulli), squared error (gaussian) or L1 (laplacian).
+        recons_dist: Likelihood of the pixels: BCE (bernoulli), squared error (gaussian), L1 (laplacian), a
+            Gaussian whose variance is the best one for each image (gaussian_optimal), a discretised logistic
+            per value (logistic), or a mixture of those over a pixel's three colours (dmol).
+        recons_components: Components of the mixture dmol.
         recons_reduction: Over pixels and batch (mean), over pixels with the mean over the batch (sum), or 255
             times the sum over both (scaled_sum, gaussian only); the default is the model's.
-        recons_activation: Output activation; by default sigmoid for bernoulli, else the model's or tanh.
+        recons_activation: Output activation; by default sigmoid for bernoulli, none for logistic and dmol,
+            whose outputs are parameters, else the model's or tanh.
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
@@ -156,7 +164,7 @@ class ObjectiveConfig:
         mmd_lambda: mmd_vae's lambda.
         agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
-        pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
+        pref_weights: Preference of the aggregator, one weight an objective (default 1/m each).
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all).
         upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
             norm (diagonal), so that no row is too short to be protected, or of the trace (trace), as TorchJD
@@ -170,10 +178,11 @@ class ObjectiveConfig:
         conflict_free: What is without conflict: the aggregated gradient, or the optimizer's whole step, which
             is projected onto the steps that worsen no objective to first order (with any agg, also sum).
         step_metric: In what the projected step is closest to the optimizer's: plain length (identity), or
-            Adam's second moments (optimizer: adam, adamw, lamb, diffgrad).
+            Adam's second moments (optimizer: adam, adamw, lamb, diffgrad; adamax: its infinity norm).
     """
 
     recons_dist: ReconsDist = "gaussian"
+    recons_components: int = COMPONENTS
     recons_reduction: ReconsReduction | None = None
     recons_activation: Literal["tanh", "sigmoid", "none"] | None = None
     loss_weights: list[float] | dict[str, float] | None = None
@@ -215,7 +224,7 @@ class MultiRateConfig:
         gate_decoder: Gates of the decoder.
         gate_position: Before a layer's BatchNorm or behind it; layers without one are gated themselves.
         beta_per: A beta for each example or one for the batch (the default where there is a tc, which is
-            estimated within the batch). One per batch needs post_bn: BatchNorm divides a gate before it out.
+            estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
         gate_bias: Added to the initial bias of sqrt gates, a seventh of which start closed; negative opens
             them.
         gate_slope: Added to the initial slope of all gates, in the direction that closes them as beta grows.
@@ -246,7 +255,7 @@ class LadderConfig:
         pre_kl: Whether those have a KL at all.
         use_kl_annealing: Anneal the KL's weight in cycles.
         kl_annealing_mode: How the weight rises in a cycle.
-        cycle_period: Cycles per stage.
+        cycle_period: Cycles a stage.
         max_kl_weight: Factor on the KL's weight at the end of a cycle's rise.
         min_kl_weight: Factor at its start.
         ratio: The part of a cycle in which the factor rises.
@@ -281,28 +290,36 @@ class OptimizerConfig:
     Args:
         optimizer: Optimizer; lamb, diffgrad and madgrad need the extra `optimizers`.
         lr: Learning rate.
-        weight_decay: Weight decay (decoupled in adamw, lamb, diffgrad).
+        weight_decay: Weight decay (decoupled in adamw, lamb, diffgrad; added to the gradient in the others).
         momentum: Momentum of sgd and madgrad.
-        betas: Decay of the moments in adam, adamw, lamb and diffgrad.
-        eps: What keeps a division from zero; the default is the optimizer's own (not sgd).
+        betas: Decay of the moments in adam, adamw, adamax, lamb and diffgrad.
+        eps: What keeps a division from zero; the default is the optimizer's own (not sgd). In adamax it is
+            added to the gradient's size before the maximum; hierarchies of latents take 1e-3.
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
-        scheduler: Learning-rate schedule after the warm-up.
-        scheduler_per: Whether the learning rate, warm-up included, changes every step or every epoch.
-        scheduler_lr_min: Learning rate at the end of cosine.
+        skip_grad_norm: Leave out a step whose gradient is longer than this, or one of whose losses is not
+            finite, as if it had not been (`train/skipped_steps` counts them); 0 leaves out none.
+        ema_decay: Decay per step of an exponential moving average of the weights, which is then evaluated,
+            sampled and exported in their place; 0 keeps none.
+        scheduler: Learning-rate schedule after the warm-up; epoch_cosine warms up by steps, then changes with
+            the epoch and reaches scheduler_lr_min in the last one.
+        scheduler_per: Whether the rate, warm-up included, changes every step or every epoch.
+        scheduler_lr_min: Learning rate at the end of cosine and epoch_cosine.
         scheduler_gamma: Factor at each milestone of multi_step.
         scheduler_milestones: Epochs of multi_step's drops.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
         warmup_epochs: The same in epochs.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
+    optimizer: Literal["adam", "adamw", "adamax", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float | None = None
     max_grad_norm: float = 0.0
-    scheduler: Literal["none", "cosine", "multi_step"] = "none"
+    skip_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step"] = "none"
     scheduler_per: Literal["step", "epoch"] = "step"
     scheduler_lr_min: float = 0.0
     scheduler_gamma: float = 0.1
@@ -316,7 +333,7 @@ class RunConfig:
     """The run.
 
     Args:
-        epochs: Passes over the training set (per stage, where training has stages).
+        epochs: Passes over the training set (a stage, where training has stages).
         steps: Stop (a stage) after this many steps instead; 0 means by epochs.
         seed: Seed of weights, noise, order and mirroring; drawn and recorded if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:1`; under torchrun each process takes its own GPU.
@@ -330,9 +347,9 @@ class RunConfig:
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
-        save_freq: Epochs between kept checkpoints and pictures; 0 keeps `last` and `best` only.
+        save_freq: Epochs between kept checkpoints and metrics; 0 keeps `last` and `best` only.
         checkpoint_every: Steps between writes of the `last` checkpoint, besides each epoch's end; 0 for none.
-        num_samples: Images of each kind in a picture.
+        num_samples: Images of each kind in a figure.
         max_fid_samples: Accepted for compatibility; training computes no FID.
         save_path: Folder under which a run gets dataset/arch/agg/time.
         exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.
@@ -445,7 +462,22 @@ class TrainConfig:
             return self.objective.recons_activation
         if self.objective.recons_dist == "bernoulli":
             return "sigmoid"
+        if self.objective.recons_dist in DISCRETE:
+            return "none"
         return self.model_info.default_activation or "tanh"
+
+    @property
+    def likelihood(self) -> models.Likelihood:
+        """Return the likelihood of the images' values, which decides how wide the model's output is."""
+        return models.make_likelihood(
+            self.objective.recons_dist,
+            self.info.channels,
+            self.activation,
+            normalized=self.data.normalize,
+            bits=self.data.bits,
+            components=self.objective.recons_components,
+            binarized=self.data.binarize != "none",
+        )
 
     @property
     def reduction(self) -> ReconsReduction:

@@ -20,6 +20,7 @@ from movae_fast.aggregation.catalog import (
     weights_by_gramian,
     weights_rows,
 )
+from movae_fast.choices import COMPONENTS, DISCRETE
 from movae_fast.data.datasets import DATASETS
 from movae_fast.data.datasets.facts import CELEBA_CROPS
 from movae_fast.models import MODELS, check_options, model_info
@@ -35,7 +36,8 @@ from movae_fast.training.config import (
 )
 from movae_fast.training.limits import check_values
 
-SECOND_MOMENTS = ("adam", "adamw", "lamb", "diffgrad")  # optimizers that have a metric for the projected step
+# Optimizers that have a metric for the projected step.
+SECOND_MOMENTS = ("adam", "adamw", "adamax", "lamb", "diffgrad")
 
 
 def validate(config: TrainConfig) -> None:
@@ -72,9 +74,7 @@ def check_names(config: TrainConfig) -> None:
     data.dataset = pick("dataset", data.dataset, DATASETS)
     config.model.arch = pick("arch", config.model.arch, MODELS)
     if objective.agg in NEED_TWO_BATCHES:
-        raise ValueError(
-            f"--agg {objective.agg} needs two independent batches per step; this trainer draws one"
-        )
+        raise ValueError(f"--agg {objective.agg} needs two independent batches a step; this trainer draws one")
     objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
     if data.image_size is None:
         data.image_size = config.info.default_size
@@ -104,12 +104,37 @@ def check_likelihood(config: TrainConfig) -> None:
             f"--recons_reduction scaled_sum is for gaussian only; with --recons_dist {objective.recons_dist} "
             "use mean or sum"
         )
+    check_discrete(config)
     if objective.recons_dist == "bernoulli" and data.normalize:
         raise ValueError("--recons_dist bernoulli needs images in [0, 1]; leave out --normalize")
     if objective.recons_dist == "bernoulli" and config.activation != "sigmoid":
         raise ValueError("--recons_dist bernoulli has sigmoid outputs; leave out --recons_activation")
     if data.normalize and config.activation == "sigmoid":
         raise ValueError("--normalize gives images in [-1, 1], which a sigmoid output cannot reach; use tanh")
+
+
+def check_discrete(config: TrainConfig) -> None:
+    """Check that the images have the levels, and the colours, that a discretised likelihood is about."""
+    data, o, dist = config.data, config.objective, config.objective.recons_dist
+    if o.recons_components != COMPONENTS and dist != "dmol":
+        raise ValueError(f"--recons_components is a setting of --recons_dist dmol; {dist} has no components")
+    if data.bits < 8 and data.binarize != "none":
+        raise ValueError(f"--bits {data.bits}: binarized pixels have one bit; leave out --bits or --binarize")
+    if dist in DISCRETE and data.binarize != "none":
+        raise ValueError(
+            f"--recons_dist {dist} is for images of grey levels; of binarized ones use bernoulli, or leave out "
+            "--binarize"
+        )
+    if dist in DISCRETE and o.recons_activation not in (None, "none"):
+        raise ValueError(
+            f"--recons_activation {o.recons_activation}: the outputs of --recons_dist {dist} are parameters, "
+            "not pixels; leave it out"
+        )
+    if dist == "dmol" and config.info.channels != 3:
+        raise ValueError(
+            f"--recons_dist dmol is a mixture over the three colours of a pixel; {data.dataset} is grey: use "
+            "--recons_dist logistic"
+        )
 
 
 def check_weights(config: TrainConfig) -> None:
@@ -203,6 +228,15 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ValueError("--eps does not apply to sgd")
     if name in FROM_EXTRA and importlib.util.find_spec("pytorch_optimizer") is None:
         raise ValueError(f"--optimizer {name} needs pytorch-optimizer: pip install 'movae-fast[optimizers]'")
+    if optimizer.skip_grad_norm and name in FROM_EXTRA:
+        raise ValueError(
+            f"--skip_grad_norm: {name} counts its steps on the host and cannot take one back; use adam, adamw, "
+            "adamax or sgd"
+        )
+    if optimizer.scheduler == "epoch_cosine" and optimizer.scheduler_per == "epoch":
+        raise ValueError(
+            "--scheduler epoch_cosine warms up by steps and goes on by epochs; leave out --scheduler_per"
+        )
     if optimizer.warmup_epochs and optimizer.warmup_steps:
         raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
     if optimizer.scheduler == "multi_step" and not optimizer.scheduler_milestones:

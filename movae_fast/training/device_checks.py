@@ -37,7 +37,8 @@ def check_fits(config: TrainConfig) -> None:
     """
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
-    image = 3 * 4 * math.prod(config.image_shape)
+    channels, *sides = config.image_shape
+    image = 4 * math.prod(sides) * (channels + 2 * config.likelihood.channels)
     at_once = data.batch_size // config.run.accumulate
     for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
         flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
@@ -46,7 +47,9 @@ def check_fits(config: TrainConfig) -> None:
     flag = largest_option(given) or f"--arch {config.model.arch}"
     try:
         with torch.device("meta"):
-            model = build_model(config.model.arch, config.image_shape, config.activation, given)
+            model = build_model(
+                config.model.arch, config.image_shape, config.activation, given, config.likelihood
+            )
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
     count = sum(p.numel() for p in model.parameters())

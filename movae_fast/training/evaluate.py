@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
-from movae_fast.models import VAE, VQOutput
-from movae_fast.objectives import LossVector
+from movae_fast.models import VAE, Likelihood, VQOutput
+from movae_fast.models.base import Output
+from movae_fast.objectives import LossVector, rate
 from movae_fast.training.telemetry import codebook_metrics
 from movae_fast.training.world import World
 
@@ -21,18 +24,20 @@ def evaluate(
     """Return every objective (unweighted, averaged over images), their weighted sum, and the
     reconstruction's MSE.
 
-    Keys `test/<objective>`, `test/loss`, `test/mse` (squared error per value, images in [0, 1], posterior means
-    decoded), and for a codebook `test/codebook_usage` and `test/perplexity`. Noise comes from `seed` and the
-    batch's number alone and training's random state is put back, so evaluating more often changes nothing else,
-    and several ranks with a part of the batches each find the values of one process.
+    Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
+    decoded); for a codebook `test/codebook_usage` and `test/perplexity`; for a proper likelihood and a model
+    with a rate `test/nats` (the negative ELBO per image, by one draw of z) and `test/bits_per_dim`. Noise comes
+    from `seed` and the batch's number alone and training's random state is put back, so evaluating more often
+    changes nothing else, and ranks that share the batches find what one process finds.
     """
     world = world or World()
     was_training = model.training
     model.eval()
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives and of the squared error; images with objectives, and all.
-        sums = torch.zeros(len(losses.names) + 3, dtype=torch.float64, device=loader.device)
+        # Sums of the objectives, of the negative ELBO, of the squared error; images with objectives, and all.
+        m = len(losses.names)
+        sums = torch.zeros(m + 4, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             n = len(x)
@@ -42,18 +47,33 @@ def evaluate(
             if n == 1 and "tc" in losses.names:
                 continue  # total correlation is estimated within a batch; one image has none
             out = model(x)
-            sums[:-3] += torch.stack(losses(out, x)).double() * n
+            sums[:m] += torch.stack(losses(out, x)).double() * n
             sums[-2] += n
+            sums[m] += negative_elbo(out, x, losses.settings.likelihood).sum()
             if isinstance(out, VQOutput):
                 usage += out.usage.to(usage)
     model.train(was_training)
     world.sum_(usage)
     totals = world.sum_(sums).cpu()
-    values = totals[:-3] / totals[-2].clamp_min(1)
+    values = totals[:m] / totals[-2].clamp_min(1)
     line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
     line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
     line["test/mse"] = float(totals[-3] / totals[-1])
+    nats = float(totals[m] / totals[-2].clamp_min(1))
+    if not math.isnan(nats):
+        line |= {"test/nats": nats, "test/bits_per_dim": nats / (math.log(2) * math.prod(model.image_shape))}
     return line | {f"test/{k}": v for k, v in codebook_metrics(usage).items()}
+
+
+def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64
+    """Return each image's distortion and rate in nats by the draw of z in `out`.
+
+    NaN without a proper likelihood, whose values could not be compared, and without a rate.
+    """
+    nats = rate(out)
+    if nats is None or not likelihood.proper:
+        return torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
+    return likelihood.errors(out.preactivation, x).flatten(1).sum(1, dtype=torch.float64) + nats
 
 
 def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64
@@ -68,7 +88,9 @@ def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
     # Drawn pixels have the grey level for their mean; a threshold's have another.
     shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
-    plain = ResidentLoader(Subset(loader.source, n), 256, loader.device, train=False, binarizer=shown)
+    plain = ResidentLoader(
+        Subset(loader.source, n), 256, loader.device, train=False, binarizer=shown, bits=loader.bits
+    )
     return torch.stack([x.sum(0, dtype=torch.float64) for x, _ in plain.epoch()]).sum(0) / n
 
 

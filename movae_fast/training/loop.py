@@ -150,6 +150,16 @@ def warn_of_collapse(run: Run, bar: Bar) -> None:
         )
 
 
+def warn_of_skips(run: Run, bar: Bar) -> None:
+    """Say that every step so far was left out, and how not to."""
+    seen, longest = run.telemetry.seen, run.config.optimizer.skip_grad_norm
+    if seen and run.telemetry.left_out == seen:
+        bar.say(
+            f"warning: all {seen:,} steps so far were left out and nothing is trained: their gradients are "
+            f"longer than skip_grad_norm {longest:g}, or losses are not finite"
+        )
+
+
 def pictures_due(run: Run) -> str:
     """Return the tag of the pictures that belong to the run's position, right after an epoch or at its end;
     or ""."""
@@ -167,12 +177,14 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         run.epoch, run.batch = number, 0
     if number == 1:
         warn_of_collapse(run, bar)
+    warn_of_skips(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     metrics: dict[str, float] = {}
     better = False
     if due or run.finished:
         run.world.average_buffers(run.model)
-        metrics = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
+        with run.averaged():
+            metrics = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
         if run.finished:
             baseline = MeanImage(mean_image(run.train_loader), run.test_loader.normalize)
             metrics["test/mse_mean_image"] = reconstruction_mse(baseline, run.test_loader, run.world)

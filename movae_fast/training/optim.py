@@ -11,7 +11,81 @@ from torch import Tensor, nn
 from movae_fast.schedules import LearningRate
 from movae_fast.training.config import FROM_EXTRA, OptimizerConfig
 
-FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+
+class Adamax(torch.optim.Optimizer):
+    """Adam by the infinity norm (Kingma and Ba 2015, section 7.1), with torch's Adamax's updates and state.
+
+    m <- beta1 m + (1 - beta1) g, u <- max(beta2 u, |g| + eps), p <- p - lr / (1 - beta1^t) m / u, where the
+    decay is part of g. Unlike torch's it keeps its step count t on the device, and leaves everything as it is
+    where `found_inf` is 1: a recorded step, fp16's loss scale and `StepGuard` ask for that.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # What torch asks a group: a loaded step count then goes to the device.
+        super().__init__(params, defaults | {"fused": True})
+        self._step_supports_amp_scaling = True
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert getattr(self, "grad_scale", None) is None, "Adamax: unscale the gradients before the step"
+        found = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters, None if found is None else found > 0)
+
+    def _update(self, group: dict[str, Any], parameters: Any, skip: Tensor | None) -> None:
+        gradients: Any = [p.grad for p in parameters]
+        states = [self._state_of(p) for p in parameters]
+        moments, norms, steps = ([state[k] for state in states] for k in ("exp_avg", "exp_inf", "step"))
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        taken = None if skip is None else 1 - skip.float()
+        torch._foreach_add_(steps, 1 if taken is None else [taken] * len(steps))
+        # All steps of a group are alike. Float64, as 1 - beta1^t of float32 would lose digits.
+        rate = group["lr"] / (1 - beta1 ** steps[0].double())
+        if skip is not None:  # a gradient may be NaN, which times 0 is NaN
+            gradients = [torch.where(skip, 0.0, g) for g in gradients]
+        if decay:
+            gradients = torch._foreach_add(gradients, parameters, alpha=decay)
+        sizes = torch._foreach_abs(gradients)
+        torch._foreach_add_(sizes, group["eps"])
+        if skip is None or taken is None:
+            torch._foreach_lerp_(moments, gradients, 1 - beta1)
+            torch._foreach_mul_(norms, beta2)
+        else:  # each factor then leaves its value as it is
+            if decay:
+                torch._foreach_mul_(gradients, taken)
+            torch._foreach_mul_(sizes, taken)
+            torch._foreach_mul_(moments, torch.where(skip, 1.0, beta1))
+            torch._foreach_add_(moments, gradients, alpha=1 - beta1)
+            torch._foreach_mul_(norms, torch.where(skip, 1.0, beta2))
+            rate = torch.where(skip, 0.0, rate)
+        torch._foreach_maximum_(norms, sizes)
+        # Norms are 0 before the first step that is taken, and 0 / 0 would be NaN.
+        divisors: Any = norms if skip is None else torch._foreach_clamp_min(norms, 1e-38)
+        divisors = torch._foreach_mul(divisors, (-1 / rate).to(norms[0].dtype))
+        torch._foreach_addcdiv_(parameters, moments, divisors)
+
+    def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_inf"] = torch.zeros_like(p)
+        return state
+
+
+# Their state lies on the device, and a step is left out where their `found_inf` is 1.
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, Adamax)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -26,6 +100,8 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         return torch.optim.Adam(parameters, fused=True, **options)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)
+    if config.optimizer == "adamax":
+        return Adamax(parameters, **options)
     if config.optimizer in FROM_EXTRA:
         import pytorch_optimizer
 
@@ -78,4 +154,5 @@ def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -
         least=config.scheduler_lr_min / config.lr,
         milestones=tuple(epoch * steps_per_epoch for epoch in config.scheduler_milestones),
         gamma=config.scheduler_gamma,
+        epoch=steps_per_epoch,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,11 @@ class Run:
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
     step: int = 0  # optimizer steps that are done
-    ended: bool = False  # the last step is done and its pictures are written
+    ended: bool = False  # the last step is done and its metrics are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
-    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
+    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes metrics
 
     @property
     def epochs(self) -> int:
@@ -88,9 +89,18 @@ class Run:
         draw = self.model.draw_noise(n * self.world.size)
         return draw.of_images(self.world.rank * n, (self.world.rank + 1) * n)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Use the average of the weights in their place, if there is one: what is seen of a model is its."""
+        if self.train_step.average is None:
+            yield
+            return
+        with self.train_step.average.in_place():
+            yield
+
     def state(self) -> dict[str, Any]:
         """Return the sections of a checkpoint."""
-        aggregator = self.train_step.aggregator
+        aggregator, average = self.train_step.aggregator, self.train_step.average
         return {
             "config": self.config.flat(),
             "model": self.model.state_dict(),
@@ -109,12 +119,14 @@ class Run:
                 "processes": self.world.size,
             },
             "rng": checkpoint.rng_state(self.device),
+            **({"average": average.state_dict(self.model)} if average is not None else {}),
             **({"log": self.logs.mark()} if self.logs is not None else {}),
         }
 
     def export(self, path: Path) -> None:
         """Write configuration and weights alone to `path`, which holds these weights or does not exist."""
-        model = self.model.state_dict()
+        with self.averaged():
+            model = {name: value.clone() for name, value in self.model.state_dict().items()}
         if path.exists():
             if checkpoint.digest(checkpoint.load(path).get("model")) != checkpoint.digest(model):
                 raise ValueError(f"--export {path} exists, with other weights, and is not overwritten")
@@ -152,8 +164,9 @@ class Run:
         checkpoint.load_model(self.model, content["model"], path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.train_step.prepare_optimizer()
-        # The learning rate itself is in the optimizer.
-        self.scheduler.last_epoch = content["scheduler"]["last_epoch"]
+        if self.train_step.average is not None:
+            self.train_step.average.load_state_dict(self.model, checkpoint.evaluated_weights(content))
+        self.scheduler.last_epoch = content["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
         if self.train_step.aggregator is not None:
             load_aggregator_state(self.train_step.aggregator, content["aggregator"], self.device)
         self.train_step.weights.copy_(content["reused_weights"])

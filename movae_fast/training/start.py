@@ -155,7 +155,9 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         optimizer=optimizer,
         train_step=train_step,
         scheduler=scheduler,
-        telemetry=Telemetry(model.objectives, config.run.log_every, device, codes),
+        telemetry=Telemetry(
+            model.objectives, config.run.log_every, device, codes, config.optimizer.skip_grad_norm > 0
+        ),
         total_steps=lengths.total,
         world=world,
         why_not_captured=why_not,
@@ -178,9 +180,8 @@ def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
     total = old * before
     if total % now or total // now % config.run.accumulate:
         raise ValueError(
-            f"--resume: the run's {total} images per step ({before} processes of {old}) cannot be divided "
-            f"among {now} processes"
-            + (f" in {config.run.accumulate} parts" if config.run.accumulate > 1 else "")
+            f"--resume: the run's {total} images a step ({before} processes of {old}) cannot be divided among "
+            f"{now} processes" + (f" in {config.run.accumulate} parts" if config.run.accumulate > 1 else "")
         )
     config.data.eval_batch_size = config.data.eval_batch_size or old
     config.data.batch_size = total // now

@@ -18,7 +18,7 @@ from movae_fast.training.world import World
 
 T = TypeVar("T")
 Mark = float | torch.cuda.Event  # seconds of the host's clock, or a point in the work of a device's stream
-COLLAPSED = 0.02  # a smaller fraction of codes in use is a collapsed codebook
+COLLAPSED = 0.02  # a share of codes in use below it is a collapsed codebook
 CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding leaves of zero
 
 
@@ -44,6 +44,7 @@ class Snapshot(NamedTuple):
 
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
+    skipped: Tensor  # [steps] on the host, 1 for a step that was left out
     line: dict[str, Any]  # what the host knew already
     times: Times
     images: int  # of all ranks
@@ -67,12 +68,22 @@ class Telemetry:
         "step_cosines": "step_cosine_",
     }
 
-    def __init__(self, names: tuple[str, ...], size: int, device: torch.device, codes: int = 0) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        size: int,
+        device: torch.device,
+        codes: int = 0,
+        count_skipped: bool = False,
+    ) -> None:
+        self.count_skipped = count_skipped  # whether steps can be left out, and the log tells how many were
         self.names, self.size, self.device = names, size, device
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
+        self.skipped = torch.zeros(size, device=device)
         self.filled = 0
-        self.used: float | None = None  # the fraction of codes in use in the last full window
+        self.seen = self.left_out = 0  # steps whose log lines have been written, and those of them left out
+        self.used: float | None = None  # the share of codes in use in the last window that could tell
         self.queue: list[Snapshot] = []
         self.restart_clock()
 
@@ -95,6 +106,8 @@ class Telemetry:
     def add(self, metrics: StepMetrics, images: int) -> None:
         """Keep one step, without reading anything on the host."""
         self.window[self.filled] = torch.stack([getattr(metrics, k).to(self.window) for k in self.FIELDS])
+        if self.count_skipped:
+            self.skipped[self.filled] = metrics.skipped
         if self.usage.numel():
             self.usage += metrics.usage.to(self.usage)
         self.filled += 1
@@ -102,7 +115,7 @@ class Telemetry:
         self.steps.append(self.mark())
 
     def merge(self, world: World) -> None:
-        """Average the window's losses over ranks, and scale the usage to this rank's part of the sum."""
+        """Make the window's losses the mean over ranks and the usage their share of the sum."""
         if world.size > 1:
             world.sum_(self.window[: self.filled, 0]).div_(world.size)
             world.sum_(self.usage).div_(world.size)
@@ -110,10 +123,10 @@ class Telemetry:
     def check(self, last_step: int, world: World) -> None:
         """Raise NonFiniteError for the window's first loss that is not finite (one host read)."""
         self.merge(world)
-        self._check(self.window[: self.filled].cpu(), last_step)
+        self._check(self.window[: self.filled].cpu(), self.skipped[: self.filled].cpu(), last_step)
 
-    def _check(self, window: Tensor, last_step: int) -> None:
-        bad = (~window[:, 0].isfinite()).nonzero()
+    def _check(self, window: Tensor, skipped: Tensor, last_step: int) -> None:
+        bad = (~window[:, 0].isfinite() & (skipped == 0)[:, None]).nonzero()
         if len(bad):
             row, column = (int(v) for v in bad[0])
             step = last_step - len(window) + 1 + row
@@ -127,17 +140,19 @@ class Telemetry:
         images = self.images * world.size
         self.restart_clock()
         window = self.window[: self.filled].clone()
-        usage = self.usage * world.size
+        usage, skipped = self.usage * world.size, self.skipped[: self.filled].clone()
         arrived = None
         if self.device.type == "cuda":
             window = window.to("cpu", non_blocking=True)
             usage = usage.to("cpu", non_blocking=True)
+            skipped = skipped.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.queue.append(Snapshot(window, usage, line, times, images, arrived))
+        self.queue.append(Snapshot(window, usage, skipped, line, times, images, arrived))
         self.filled = 0
         self.window.fill_(torch.nan)
         self.usage.zero_()
+        self.skipped.zero_()
 
     def lines(self, wait: bool = False) -> Iterator[dict[str, Any]]:
         """Log lines of the windows that have arrived (all of them with `wait`)."""
@@ -148,15 +163,22 @@ class Telemetry:
                     return
                 snapshot.arrived.synchronize()
             self.queue.pop(0)
-            self._check(snapshot.window, snapshot.line["step"])
-            means = snapshot.window.nanmean(0).tolist()
+            self._check(snapshot.window, snapshot.skipped, snapshot.line["step"])
+            # Of a step that was left out, what is not finite says nothing of the others.
+            useless = ~snapshot.window.isfinite() & (snapshot.skipped > 0)[:, None, None]
+            window = torch.where(useless, torch.nan, snapshot.window)
+            means = window.nanmean(0).tolist()
             line = snapshot.line | speed(snapshot.times, snapshot.images)
+            if self.count_skipped:
+                line["train/skipped_steps"] = int(snapshot.skipped.sum())
+                self.seen += len(window)
+                self.left_out += line["train/skipped_steps"]
             for kind, values in zip(self.FIELDS.values(), means, strict=True):
                 for name, value in zip(self.names, values, strict=True):
                     if not math.isnan(value):
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
-                line |= conflict_metrics(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
+                line |= conflict_metrics(window[:, list(self.FIELDS).index(field)], prefix)
             codebook = codebook_metrics(snapshot.usage)
             # Fewer vectors than codes would leave codes unused in any case.
             if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
@@ -188,6 +210,7 @@ class Telemetry:
         return {
             "window": self.window[: self.filled].clone(),
             "usage": self.usage.clone(),
+            "skipped": self.skipped[: self.filled].clone(),
             "filled": self.filled,
         }
 
@@ -195,6 +218,8 @@ class Telemetry:
         self.filled = state["filled"]
         self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
         self.usage.copy_(state["usage"])
+        if "skipped" in state:  # not in the first checkpoints
+            self.skipped[: self.filled] = state["skipped"]
         self.restart_clock()
 
 
@@ -206,7 +231,7 @@ def seconds(start: Mark, end: Mark) -> float:
 
 
 def speed(times: Times, images: int) -> dict[str, float]:
-    """Return images per second, the fraction of the time spent waiting for data, and milliseconds per step."""
+    """Return images per second, the share of the time spent waiting for data, and milliseconds per step."""
     elapsed = max(seconds(times.began, times.ended), 1e-9)
     metrics = {
         "train/images_per_s": images / elapsed,
@@ -222,7 +247,7 @@ def speed(times: Times, images: int) -> dict[str, float]:
 def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
     """Return what cosines [steps, m] of an update with each objective's gradient say of conflict.
 
-    `conflict` is the fraction of the measured steps whose smallest cosine is below CONFLICT, `min_cosine` the
+    `conflict` is the share of the measured steps whose smallest cosine is below CONFLICT, `min_cosine` the
     smallest of all, `conflict_steps` how many steps were measured: those whose cosines are not NaN.
     """
     measured = cosines[~cosines.isnan().all(1)]

@@ -26,11 +26,13 @@ from movae_fast.ops import extension
 from movae_fast.projected_step import Columns, step_cosines
 from movae_fast.training import gradients
 from movae_fast.training.applied_step import StepProjection
+from movae_fast.training.average import WeightAverage
 from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
 from movae_fast.training.config import FROM_EXTRA
 from movae_fast.training.cuda_graph import Recorder, Recordings
 from movae_fast.training.flat import FlatParameters, Rows, write
 from movae_fast.training.gradients import Batch, Differentiated, Network, keeping_buffers
+from movae_fast.training.guarded_step import StepGuard
 from movae_fast.training.optim import make_capturable
 from movae_fast.training.precision import Precision
 from movae_fast.training.world import Pending, World
@@ -46,6 +48,7 @@ class StepMetrics(NamedTuple):
     norms: Tensor  # of each objective's gradient
     step_cosines: Tensor  # of the applied change of the parameters with each objective's gradient
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
+    skipped: Tensor  # [] 1 for a step that was left out
 
 
 class Gradient(Enum):
@@ -83,9 +86,11 @@ class TrainStep:
 
     `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
     before they are aggregated, so the update is that of the whole batch. The gradient is clipped to
-    `max_grad_norm` (0: not at all). With a `step_metric` the optimizer's step is projected
-    (`projected_step`). With a `recorder` each kind of step becomes one graph, the exchanges between processes
-    and fp16's loss scale included; a replay's metrics are overwritten by the next.
+    `max_grad_norm` (0: not at all), and a step whose gradient is longer than `skip_grad_norm` (0: none) is left
+    out (`guarded_step`). With a `step_metric` the optimizer's step is projected (`projected_step`). With
+    `ema_decay` an average of the weights is kept (0: none). With a `recorder` each kind of step becomes one
+    graph, the exchanges between processes and fp16's loss scale included; a replay's record is overwritten by
+    the next.
 
     Raises ValueError for a `gramian_at` that the model or the aggregator does not have.
     """
@@ -99,6 +104,8 @@ class TrainStep:
         *,
         jacobian: str = "shared",
         max_grad_norm: float = 0.0,
+        skip_grad_norm: float = 0.0,
+        ema_decay: float = 0.0,
         step_metric: StepMetric | None = None,
         precision: Precision | None = None,
         compile_mode: str = "off",
@@ -128,6 +135,7 @@ class TrainStep:
         self.active = torch.tensor(losses.active, device=model.device)
         # The metrics that a step does not compute: one tensor for all of them, since nothing writes into it.
         self.unknown = torch.full((len(losses.names),), torch.nan, device=model.device)
+        self.never = torch.zeros((), device=model.device)
         self.rows = Rows(self.flat, self.m)
         # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
         self.weights = torch.full((self.m,), 1 / self.m, dtype=torch.float64, device=model.device)
@@ -135,6 +143,10 @@ class TrainStep:
         self.projection = None
         if step_metric is not None and optimizer is not None:
             self.projection = StepProjection(step_metric, optimizer, self.flat, self.columns)
+        self.average = WeightAverage(self.flat, ema_decay) if ema_decay else None
+        self.guard = None
+        if optimizer is not None and (skip_grad_norm or (ema_decay and self.precision.scaler is not None)):
+            self.guard = StepGuard(optimizer, model, skip_grad_norm, self.world)
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
         self.prepare_optimizer()
@@ -173,14 +185,21 @@ class TrainStep:
         return self.update(kind, Batch.of_tensors(*batch), scale)
 
     def update(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
-        """Differentiate, clip, let the optimizer step, and project what it did."""
+        """Differentiate, clip, let the optimizer step, project what it did, and average the weights."""
         assert self.optimizer is not None
+        if self.guard is not None:
+            self.guard.begin()
         metrics = self.differentiate(kind, batch, scale)
         with record_function("optimizer"):
             self.precision.unscale_gradients(self.optimizer)
-            if self.max_grad_norm:
+            if self.max_grad_norm or self.guard is not None:
                 norm = torch.linalg.vector_norm(self.flat.grad)
-                self.flat.grad.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
+                if self.guard is not None:
+                    self.guard.judge(norm, metrics.losses)
+                if self.max_grad_norm:
+                    factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+                    # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
+                    self.flat.grad.mul_(torch.where(norm.isfinite(), factor, 1.0))
             looked_at = kind.rows and len(self.rows.nonzero) > 0 and (kind.log or self.projection is not None)
             before = self.flat.shared_data.clone() if looked_at else None
             if self.precision.scaler is None:
@@ -188,11 +207,15 @@ class TrainStep:
             else:  # which leaves out a step whose gradients overflowed
                 self.precision.scaler.step(self.optimizer)
                 self.precision.scaler.update()
-        if before is None:
-            return metrics
-        if self.projection is not None:
-            self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
-        return metrics._replace(step_cosines=self.step_cosines(before)) if kind.log else metrics
+            left_out = None if self.guard is None else self.guard.end()
+        if before is not None:
+            if self.projection is not None:
+                self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
+            if kind.log:
+                metrics = metrics._replace(step_cosines=self.step_cosines(before))
+        if self.average is not None:
+            self.average.update(left_out)
+        return metrics if left_out is None else metrics._replace(skipped=left_out)
 
     def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
         """Set every parameter's gradient: forward, rows, exchange, Gramian, weights, combine."""
@@ -305,14 +328,30 @@ class TrainStep:
         An overflow in fp16 leaves out its own step, not those after it that reuse the weights.
         """
         assert self.aggregator is not None
-        weights = self.aggregator.gramian_weighting(self.precision.unscaled(gramian))  # type: ignore[operator]
+        gramian = self.precision.unscaled(gramian)
+        if self.hides(gramian):
+            return self.weights
+        weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
         return torch.where(weights.isfinite().all(), weights, self.weights)
+
+    def hides(self, gramian: Tensor) -> bool:
+        """Return whether the aggregator must not see a Gramian, since the step will be left out.
+
+        Of TorchJD's, on the host, some raise for one that is not finite, and some remember it for good.
+        """
+        on_host = not is_fused(self.aggregator)
+        left_out = self.guard is not None or self.precision.scaler is not None
+        return on_host and left_out and not bool(gramian.isfinite().all())
 
     def aggregate_rows(self, gramian: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Write the aggregated rows into the shared parameters' `.grad`; return the weights [m] or
         None, and the rows' cosines and norms [m]."""
         assert self.aggregator is not None
         rows = self.rows.rows
+        if self.hides(gramian):
+            self.flat.shared_grad[:1].fill_(torch.nan)  # of a parameter, not between two: the step is left out
+            unknown = self.unknown[self.active]
+            return None, unknown, unknown
         if is_weighting(self.aggregator):
             with record_function("projection"):
                 weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
@@ -404,7 +443,7 @@ class TrainStep:
         losses = results[0].losses if len(results) == 1 else torch.stack([r.losses for r in results]).mean(0)
         usage = results[0].usage if len(results) == 1 else torch.stack([r.usage for r in results]).sum(0)
         weights, cosines, norms = (self.of_all(values) for values in (weights, cosines, norms))
-        return StepMetrics(losses, weights, cosines, norms, self.unknown, usage)
+        return StepMetrics(losses, weights, cosines, norms, self.unknown, usage, self.never)
 
     def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
         """Return the cosine of the applied change of the shared parameters with each row."""

@@ -28,6 +28,7 @@ class LoaderOptions(_Options, total=False):
     seed: int
     flip: bool
     normalize: bool
+    bits: int
     binarizer: Binarizer | None
     rank: int
     world: int
@@ -45,6 +46,7 @@ class Loader:
         seed: Seed of the orders, of mirroring, and of binarization unless there is a binarizer.
         flip: Mirror half of the training images.
         normalize: Give images in [-1, 1] instead of [0, 1].
+        bits: The bits of a value that are kept.
         binarizer: What makes pixels black or white.
         rank: This process's number, of `world`.
         world: Number of processes.
@@ -61,6 +63,7 @@ class Loader:
         seed: int = 0,
         flip: bool = False,
         normalize: bool = False,
+        bits: int = 8,
         binarizer: Binarizer | None = None,
         rank: int = 0,
         world: int = 1,
@@ -70,6 +73,7 @@ class Loader:
         self.binarizer = binarizer or Binarizer("none", "train" if train else "test", seed)
         self.rank, self.world = rank, world
         self.train, self.seed, self.flip, self.normalize = train, seed, flip and train, normalize
+        self.bits = bits
         self.why = ""  # why `auto` has chosen this loader
         self.pad = pad and train
         if train and not pad and len(source) < batch_size * world:
@@ -147,7 +151,7 @@ class Loader:
         for at, (images, labels) in self.batches(rows, start):
             flip_here = None if flip is None else flip[at : at + len(images)]
             images = self.binarizer(images, numbers[at : at + len(images)], epoch)
-            yield finish(images, flip_here, self.normalize), labels
+            yield finish(images, flip_here, self.normalize, self.bits), labels
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Yield (offset in `rows`, (uint8 images, labels)) on the device, from batch `start` on."""

@@ -58,7 +58,8 @@ class ResidentLoader(Loader):
         rows, flip = rows.to(self.device), None if flip is None else flip.to(self.device)
         for at in range(start * self.batch_size, len(rows), self.batch_size):
             here = slice(at, at + self.batch_size)
-            yield self.batch_of(*table, rows[here], None if flip is None else flip[here], self.normalize)
+            mirrored = None if flip is None else flip[here]
+            yield self.batch_of(*table, rows[here], mirrored, self.normalize, self.bits)
 
     @cached_property
     def batch_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
