@@ -322,7 +322,7 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
     o = config.objective
     text = f"aggregator {o.agg}"
     if config.aggregated:
-        text += f" over the {o.jacobian} Jacobian"
+        text += f" over the {config.jacobian} Jacobian"
     if o.gramian_at != "shared":
         text += f", weights from {o.gramian_at} (approximate)"
         if eager:
@@ -373,7 +373,7 @@ def rate_line(config: TrainConfig) -> list[str]:
         return []
     return [
         f"multi-rate: beta from {rate.beta_min:g} to {rate.beta_max:g}, one per {config.beta_per}; gates "
-        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {rate.gate_decoder} in the decoder"
+        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {config.gate_decoder} in the decoder"
     ]
 
 

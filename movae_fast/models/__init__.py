@@ -4,10 +4,20 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, Noise, VQOutput
+from movae_fast.models.base import (
+    LATENT_WORDS,
+    VAE,
+    Activation,
+    GaussianOutput,
+    GaussianVAE,
+    HierarchyOutput,
+    Noise,
+    VQOutput,
+)
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
 from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
 from movae_fast.models.multirate import Gated, gated_layers, make_multirate
+from movae_fast.models.nvae import NVAE
 from movae_fast.models.provlae import VLAE, ProVLAE
 from movae_fast.models.rates import Rates
 from movae_fast.models.sized_vae import SizedCNNVAE, SizedResNetVAE
@@ -34,16 +44,20 @@ MODELS: dict[str, type[VAE]] = {
     "resnet_vae_28": SizedResNetVAE,
     "resnet_vae_32": SizedResNetVAE,
     "resnet_vae_64": SizedResNetVAE,
+    "nvae": NVAE,
 }
 # Names that stand for a class at one side of the images.
 SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
 
 __all__ = [
+    "LATENT_WORDS",
     "MODELS",
+    "NVAE",
     "VAE",
     "Gated",
     "GaussianOutput",
     "GaussianVAE",
+    "HierarchyOutput",
     "Noise",
     "ProVLAE",
     "Rates",
@@ -55,10 +69,14 @@ __all__ = [
 ]
 
 
+NOT_OPTIONS = ("self", "image_shape", "activation", "output_channels")
+NONE_IS_FINE = ("num_residual_layers", "num_flows", "outer_blocks")  # options that may be 0
+
+
 def model_options(arch: str) -> list[str]:
     """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
     parameters = inspect.signature(MODELS[arch].__init__).parameters
-    return [name for name in parameters if name not in ("self", "image_shape", "activation")]
+    return [name for name in parameters if name not in NOT_OPTIONS]
 
 
 def build_model(
@@ -79,7 +97,7 @@ def build_model(
             raise ValueError(f"--{name} does not apply to {arch}, whose options are {', '.join(known)}")
     for name, value in given.items():
         sizes = value if isinstance(value, list | tuple) else [value]
-        least = 0 if name == "num_residual_layers" else 1
+        least = 0 if name in NONE_IS_FINE else 1
         if any(isinstance(v, int) and not isinstance(v, bool) and v < least for v in sizes) or not sizes:
             raise ValueError(f"--{name} {value} must be {'positive' if least else 'zero or more'}")
     if activation not in get_args(Activation):

@@ -107,6 +107,19 @@ def distance_to_capacity(
     return (kl - counted * capacity).abs()
 
 
+def balance_factors(
+    means: Tensor,  # [G] mean KL of each group over the batch, in nats
+    alpha: Tensor,  # [G]
+) -> Tensor:  # [G]
+    """Return what the KLs of a hierarchy's groups are multiplied by to be balanced (Vahdat & Kautz 2020).
+
+    The factors are in proportion to (KL + 0.01) / alpha and 1 on average: a group that carries less than others
+    is pressed less, so that none is given up early.
+    """
+    factors = (means.abs() + 0.01) / alpha.to(means)
+    return factors / factors.mean()
+
+
 class LogDensities(NamedTuple):
     """Log densities [B] of each image's latents, which the terms of the decomposed KL are differences of."""
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
-from movae_fast.models import VAE, VQOutput
+from movae_fast.models import VAE, HierarchyOutput, VQOutput
 from movae_fast.objectives import LossVector
-from movae_fast.training.telemetry import codebook_figures
+from movae_fast.training.gradients import group_rates
+from movae_fast.training.telemetry import codebook_figures, rate_figures
 from movae_fast.training.world import World
 
 MEAN_IMAGE_LIMIT = 65_536
@@ -21,7 +22,8 @@ def evaluate(
     """Every objective (unweighted, averaged over images), their weighted sum, and the reconstruction's MSE.
 
     Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
-    decoded), and for a codebook `test/codebook_usage` and `test/perplexity`. Noise comes from `seed` and the
+    decoded), for a codebook `test/codebook_usage` and `test/perplexity`, and for a hierarchy the rate of each scale
+    and group. Noise comes from `seed` and the
     batch's number alone and training's random state is put back, so evaluating more often changes nothing else,
     and ranks that share the batches find what one process finds.
     """
@@ -33,6 +35,7 @@ def evaluate(
         # Sums of the objectives and of the squared error; images with objectives, and all.
         sums = torch.zeros(len(losses.names) + 3, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
+        rates = torch.zeros(sum(model.groups), dtype=torch.float64, device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             n = len(x)
             torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
@@ -45,14 +48,18 @@ def evaluate(
             sums[-2] += n
             if isinstance(out, VQOutput):
                 usage += out.usage.to(usage)
+            if isinstance(out, HierarchyOutput):
+                rates += group_rates(out).to(rates) * n
     model.train(was_training)
     world.sum_(usage)
+    world.sum_(rates)
     totals = world.sum_(sums).cpu()
     values = totals[:-3] / totals[-2].clamp_min(1)
     line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
     line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
     line["test/mse"] = float(totals[-3] / totals[-1])
-    return line | {f"test/{k}": v for k, v in codebook_figures(usage).items()}
+    of_groups = rate_figures((rates / totals[-2].to(rates)).cpu(), model.groups)
+    return line | {f"test/{k}": v for k, v in (codebook_figures(usage) | of_groups).items()}
 
 
 def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64

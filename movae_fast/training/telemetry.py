@@ -6,7 +6,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -44,6 +44,7 @@ class Snapshot(NamedTuple):
 
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
+    rates: Tensor  # [G] on the host
     line: dict[str, Any]  # what the host knew already
     times: Times
     images: int  # of all ranks
@@ -51,7 +52,8 @@ class Snapshot(NamedTuple):
 
 
 class Telemetry:
-    """A window of steps: losses, weights, cosines, … [steps, m] each, and how often each code was used.
+    """A window of steps: losses, weights, cosines, … [steps, m] each; how often each code was used; the rates of
+    a hierarchy's groups, by the `parts` of its scales and groups.
 
     `close` ends a window and starts its copy to the host; `lines` gives the log lines of those that arrived.
     On CUDA the copy goes on behind the next steps.
@@ -66,10 +68,18 @@ class Telemetry:
         "step_cosines": "step_cosine_",
     }
 
-    def __init__(self, names: tuple[str, ...], size: int, device: torch.device, codes: int = 0) -> None:
-        self.names, self.size, self.device = names, size, device
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        size: int,
+        device: torch.device,
+        codes: int = 0,
+        groups: Sequence[int] = (),  # of each scale
+    ) -> None:
+        self.names, self.size, self.device, self.groups = names, size, device, groups
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
+        self.rates = torch.zeros(sum(groups), device=device)  # summed over the window
         self.filled = 0
         self.used: float | None = None  # the share of codes in use in the last window that could tell
         self.queue: list[Snapshot] = []
@@ -96,13 +106,16 @@ class Telemetry:
         self.window[self.filled] = torch.stack([getattr(record, k).to(self.window) for k in self.FIELDS])
         if self.usage.numel():
             self.usage += record.usage.to(self.usage)
+        if self.rates.numel():
+            self.rates += record.rates.to(self.rates)
         self.filled += 1
         self.images += images
         self.steps.append(self.mark())
 
     def merge(self, world: World) -> None:
-        """Make the window's losses the mean over ranks and the usage their share of the sum."""
+        """Make the window's losses and rates the mean over ranks and the usage their share of the sum."""
         if world.size > 1:
+            world.sum_(self.rates).div_(world.size)
             world.sum_(self.window[: self.filled, 0]).div_(world.size)
             world.sum_(self.usage).div_(world.size)
 
@@ -127,16 +140,19 @@ class Telemetry:
         self.restart_clock()
         window = self.window[: self.filled].clone()
         usage = self.usage * world.size
+        rates = self.rates / max(self.filled, 1)
         arrived = None
         if self.device.type == "cuda":
+            rates = rates.to("cpu", non_blocking=True)
             window = window.to("cpu", non_blocking=True)
             usage = usage.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.queue.append(Snapshot(window, usage, line, times, images, arrived))
+        self.queue.append(Snapshot(window, usage, rates, line, times, images, arrived))
         self.filled = 0
         self.window.fill_(torch.nan)
         self.usage.zero_()
+        self.rates.zero_()
 
     def lines(self, wait: bool = False) -> Iterator[dict[str, Any]]:
         """Log lines of the windows that have arrived (all of them with `wait`)."""
@@ -160,7 +176,8 @@ class Telemetry:
             # Fewer vectors than codes would leave codes unused in any case.
             if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
                 self.used = codebook["codebook_usage"]
-            yield line | {f"train/{k}": v for k, v in codebook.items()}
+            rates = rate_figures(snapshot.rates, self.groups)
+            yield line | {f"train/{k}": v for k, v in (codebook | rates).items()}
 
     def peak_memory(self) -> float:
         """MiB: the device's peak allocation, or the process's peak resident set on a CPU."""
@@ -186,6 +203,7 @@ class Telemetry:
         return {
             "window": self.window[: self.filled].clone(),
             "usage": self.usage.clone(),
+            "rates": self.rates.clone(),
             "filled": self.filled,
         }
 
@@ -193,6 +211,8 @@ class Telemetry:
         self.filled = state["filled"]
         self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
         self.usage.copy_(state["usage"])
+        if "rates" in state:  # not in older checkpoints
+            self.rates.copy_(state["rates"])
         self.restart_clock()
 
 
@@ -242,3 +262,12 @@ def codebook_figures(usage: Tensor) -> dict[str, float]:
     entropy = -torch.special.xlogy(p, p).sum()
     figures = torch.stack([(usage > 0).double().mean(), entropy.exp()]).tolist()
     return {"codebook_usage": figures[0], "perplexity": figures[1]}
+
+
+def rate_figures(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:
+    """Return the rates [G] of a hierarchy's groups, and of its scales, by name; the smallest resolution first."""
+    if not rates.numel():
+        return {}
+    of_scales = [float(part.sum()) for part in rates.split(list(groups))]
+    named = {f"rate_scale_{i}": value for i, value in enumerate(of_scales, 1)}
+    return named | {f"rate_group_{i:02d}": value for i, value in enumerate(rates.tolist(), 1)}

@@ -46,6 +46,7 @@ class StepRecord(NamedTuple):
     norms: Tensor  # of each objective's gradient
     step_cosines: Tensor  # of the applied change of the parameters with each objective's gradient
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
+    rates: Tensor  # [G] mean KL of each group of a hierarchy, nats; [0] without one
 
 
 class Gradient(Enum):
@@ -82,7 +83,8 @@ class TrainStep:
     log are the true ones.
 
     `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
-    before they are aggregated, so the update is that of the whole batch. The gradient is clipped to
+    before they are aggregated, so the update is that of the whole batch. The gradient of the model's penalty,
+    where the losses' schedule has a weight for one, is added to the update; all of it is clipped to
     `max_grad_norm` (0: not at all). With a `step_metric` the optimizer's step is projected
     (`projected_step`). With a `recorder` each kind of step becomes one graph, the exchanges between processes
     and fp16's loss scale included; a replay's record is overwritten by the next.
@@ -135,6 +137,8 @@ class TrainStep:
         self.projection = None
         if step_metric is not None and optimizer is not None:
             self.projection = StepProjection(step_metric, optimizer, self.flat, self.columns)
+        # Behind whatever aggregates: a regulariser that an aggregator weighs could have the step for itself.
+        self.penalised = None if losses.schedule.penalty is None else model.penalised()
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
         self.prepare_optimizer()
@@ -166,7 +170,9 @@ class TrainStep:
         noise = self.model.draw_noise(len(images)) if noise is None else noise
         batch = Batch(images, noise, sample_weight)
         self.losses.set_step(step)
-        return self.differentiate(self.kind(step, log), batch, self.scale_at(step))
+        record = self.differentiate(self.kind(step, log), batch, self.scale_at(step))
+        self.add_penalty(self.precision.loss_scale())
+        return record
 
     def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepRecord:
         """Do `update` as a function of tensors alone, as a recording calls it."""
@@ -178,6 +184,7 @@ class TrainStep:
         record = self.differentiate(kind, batch, scale)
         with record_function("optimizer"):
             self.precision.unscale_gradients(self.optimizer)
+            self.add_penalty()
             if self.max_grad_norm:
                 norm = torch.linalg.vector_norm(self.flat.grad)
                 self.flat.grad.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1))
@@ -213,6 +220,16 @@ class TrainStep:
             return self.record(found, None if kind.gradient is Gradient.SUM else weights)
         return self.record(found, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None))
 
+    def add_penalty(self, scale: Tensor | None = None) -> None:
+        """Add the gradient of the model's penalty, the same in every process, to `.grad`, times `scale` []."""
+        if self.penalised is None:
+            return
+        weight, parameters = self.losses.penalty_weight, self.penalised.parameters()
+        found = self.by_penalty(
+            self.model, self.penalised, parameters, weight if scale is None else weight * scale
+        )
+        write([self.flat.view(self.flat.grad, p) for p in parameters], found, add=True)
+
     # What a step does, and by which functions.
 
     @property
@@ -244,6 +261,7 @@ class TrainStep:
         self.by_rows = Compiled(gradients.exact_rows, mode, limits)
         self.by_weights = Compiled(gradients.of_weighted, mode, limits)
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
+        self.by_penalty = Compiled(gradients.of_penalty, mode)
         # One graph from the losses to the weighted gradient, where no other process and no host has to be
         # asked.
         one_graph = isinstance(self.aggregator, FusedAggregator) and self.world.size == 1
@@ -386,8 +404,8 @@ class TrainStep:
         A copy: a graph that --compile reduce-overhead replays writes its outputs where they were before.
         """
         if self.accumulate == 1:
-            return Differentiated(result.losses, result.usage)
-        return Differentiated(result.losses.clone(), result.usage.clone())
+            return Differentiated(result.losses, result.usage, result.rates)
+        return Differentiated(result.losses.clone(), result.usage.clone(), result.rates.clone())
 
     def record(
         self,
@@ -399,8 +417,9 @@ class TrainStep:
         """Put what a step computed in the order of all objectives."""
         losses = found[0].losses if len(found) == 1 else torch.stack([f.losses for f in found]).mean(0)
         usage = found[0].usage if len(found) == 1 else torch.stack([f.usage for f in found]).sum(0)
+        rates = found[0].rates if len(found) == 1 else torch.stack([f.rates for f in found]).mean(0)
         weights, cosines, norms = (self.of_all(values) for values in (weights, cosines, norms))
-        return StepRecord(losses, weights, cosines, norms, self.unknown, usage)
+        return StepRecord(losses, weights, cosines, norms, self.unknown, usage, rates)
 
     def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
         """Return the cosine of the applied change of the shared parameters with each row."""
