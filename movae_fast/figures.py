@@ -186,8 +186,12 @@ def evaluation_figure(
     rates: Sequence[float] | None,  # [D] nats
     mutual: np.ndarray | None,  # [D, F] share of each factor's entropy
     factors: Sequence[str],
+    rates_of: str = "latent",
 ) -> Path:
-    """Each latent's rate, and what share of each factor's entropy each latent holds, as a heat map."""
+    """Each latent's rate, and what share of each factor's entropy each latent holds, as a heat map.
+
+    rates_of: what the rates are of, where that is no latent.
+    """
     plt = pyplot()
     panels = (rates is not None) + (mutual is not None)
     count = len(rates) if rates is not None else len(mutual) if mutual is not None else 0
@@ -196,7 +200,7 @@ def evaluation_figure(
     if rates is not None:
         axis = axes[0][0]
         axis.barh(range(count), rates)
-        axis.set(title="rate of each latent (nats)", ylabel="latent", ylim=(count - 0.5, -0.5))
+        axis.set(title=f"rate of each {rates_of} (nats)", ylabel=rates_of, ylim=(count - 0.5, -0.5))
     if mutual is not None:
         axis = axes[0][-1]
         picture = axis.imshow(mutual, aspect="auto", vmin=0, vmax=1, cmap="viridis")

@@ -22,7 +22,7 @@ from movae_fast.evaluation.measure import ON_IMAGES, QUICK, Report, applies, inc
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.figures import evaluation_figure
 from movae_fast.files import free_path
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import LATENT_WORDS, VAE
 from movae_fast.names import nearest
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
@@ -112,22 +112,25 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
     """The metrics to compute, in order. Raises ValueError for one that the model or the data do not have."""
     info, arch = trained.info, trained.model.arch
     # Continuous factors have names and no sizes.
-    codes, factors = isinstance(model, GaussianVAE), bool(info.factor_sizes)
+    factors, has = bool(info.factor_sizes), LATENT_WORDS[model.latents]
     valid = [*ON_IMAGES, *METRICS]
-    if config.iw and not codes:
-        raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has a codebook")
+    if config.iw and model.latents == "codebook":
+        raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has {has}")
     if config.metrics in ("auto", "all"):
         wanted = METRICS if config.metrics == "all" else QUICK
-        return [n for n in (*ON_IMAGES, *wanted) if applies(n, codes, factors)]
+        return [n for n in (*ON_IMAGES, *wanted) if applies(n, model.latents, factors)]
     names = [n.strip().lower().replace("-", "_") for n in config.metrics.split(",") if n.strip()]
     for name in names:
         if name not in valid:
             raise ValueError(f"--metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
         if name in METRICS and not factors:
-            has = "continuous ones" if info.factor_names else "none"
-            raise ValueError(f"--metrics {name} needs data with known discrete factors; {info.name} has {has}")
-        if not applies(name, codes, factors):
-            raise ValueError(f"--metrics {name} needs a model with latents; {arch} has a codebook")
+            known = "continuous ones" if info.factor_names else "none"
+            raise ValueError(
+                f"--metrics {name} needs data with known discrete factors; {info.name} has {known}"
+            )
+        if not applies(name, model.latents, factors):
+            needs = LATENT_WORDS["vector"] if name in METRICS else "latents"
+            raise ValueError(f"--metrics {name} needs a model with {needs}; {arch} has {has}")
     if not names:
         raise ValueError(f"--metrics is empty; valid: {', '.join(valid)}")
     return names
@@ -162,11 +165,12 @@ def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Re
             "mutual_information_share": report.mutual.tolist(),
         }
     if report.rates is not None:
-        record["rate_of_latents"] = report.rates.tolist()
+        record[f"rate_of_{report.rates_of}s"] = report.rates.tolist()
     path = free_path(folder / "metrics", ".json")
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     made = [path]
     if report.mutual is not None or report.rates is not None:
         rates = None if report.rates is None else report.rates.tolist()
-        made.append(evaluation_figure(free_path(folder / "metrics", ".png"), rates, report.mutual, factors))
+        target = free_path(folder / "metrics", ".png")
+        made.append(evaluation_figure(target, rates, report.mutual, factors, report.rates_of))
     return made

@@ -23,11 +23,21 @@ from movae_fast.evaluation.sampling import (
     reconstruct_images,
     sample_images,
     traverse,
+    traverse_part,
 )
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
-from movae_fast.figures import back_and_forth, captioned, grid, latent_scatter, pairs, write_gif, write_png
+from movae_fast.figures import (
+    back_and_forth,
+    captioned,
+    grid,
+    labelled_grid,
+    latent_scatter,
+    pairs,
+    write_gif,
+    write_png,
+)
 from movae_fast.files import free_path
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import LATENT_WORDS, NVAE, VAE, GaussianVAE
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_room, validate
@@ -54,7 +64,9 @@ class SampleConfig:
         n_interpolate: Images of a strip from one draw to the other, both included.
         n_traverse: Images of a strip along the latent.
         traverse_range: A strip spans [-range, range], in prior standard deviations.
-        traverse_dim: The latent to traverse; -1 traverses every latent of one draw, a strip each.
+        traverse_dim: The latent (scale, group) to traverse; -1 is every one of one draw, a strip each.
+        traverse_by: What a strip changes: one latent, or of nvae one scale (its default) or group, numbered from
+            0 at the smallest resolution, which goes from one draw to another.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         n_betas: Betas of beta_sweep, evenly spaced in their logarithm.
         single_files: Also write every image, strip or pair to a PNG of its own.
@@ -74,6 +86,7 @@ class SampleConfig:
     n_traverse: int = 15
     traverse_range: float = 3.0
     traverse_dim: int = 0
+    traverse_by: Literal["latent", "scale", "group"] | None = None
     beta: float | None = None
     n_betas: int = 24
     single_files: bool = False
@@ -179,7 +192,7 @@ def sample(job: Job, folder: Path) -> list[Path]:
 
 def ends(job: Job) -> Tensor:
     """Two latents per strip to go between: prior draws, or for a codebook encoder outputs of test images."""
-    if isinstance(job.model, GaussianVAE):
+    if job.model.latents != "codebook":
         return job.model.sample_latents(2 * job.config.n_samples, job.generator)
     x, _ = job.test_images(each=2)
     return job.model.encode(x)[0]
@@ -194,8 +207,15 @@ def interpolate_latents(job: Job, folder: Path) -> list[Path]:
 
 def traverse_latents(job: Job, folder: Path) -> list[Path]:
     model, config = job.model, job.config
+    if isinstance(model, NVAE):
+        return traverse_hierarchy(job, model, folder)
     if not isinstance(model, GaussianVAE):
         raise ValueError(f"--mode traverse needs a model with latents; {job.trained.model.arch} has a codebook")
+    if config.traverse_by not in (None, "latent"):
+        raise ValueError(
+            f"--traverse_by {config.traverse_by} is for a hierarchy; {job.trained.model.arch} has "
+            f"{LATENT_WORDS[model.latents]}"
+        )
     if not -1 <= config.traverse_dim < model.latent_dim:
         raise ValueError(
             f"--traverse_dim {config.traverse_dim}: the latents are 0 to {model.latent_dim - 1}; -1 is all"
@@ -203,6 +223,26 @@ def traverse_latents(job: Job, folder: Path) -> list[Path]:
     reach, dim = config.traverse_range, config.traverse_dim
     z = traverse(model, config.n_samples, config.n_traverse, reach, dim, job.generator)
     return strips(job, folder, "traverse", job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
+
+
+def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
+    """A labelled sheet with a strip a row, and a GIF that runs along all of them."""
+    config, kind = job.config, job.config.traverse_by or "scale"
+    if kind == "latent":
+        raise ValueError("--traverse_by latent: one latent of a map changes little; give scale or group")
+    count = len(model.parts(kind))
+    if not -1 <= config.traverse_dim < count:
+        raise ValueError(f"--traverse_dim {config.traverse_dim}: the {kind}s are 0 to {count - 1}; -1 is all")
+    steps = config.n_traverse
+    z, names = traverse_part(model, config.n_samples, steps, kind, config.traverse_dim, job.generator)
+    images = job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    labels = [name if k == 0 else "" for name in names for k in range(steps)]
+    sheet = labelled_grid(images.flatten(0, 1), labels, steps)
+    made = [write_png(free_path(folder / "traverse", ".png"), sheet)]
+    columns = max(1, round(len(names) ** 0.5))
+    frames = [labelled_grid(images[:, k], names, columns) for k in range(steps)]
+    made.append(write_gif(free_path(folder / "traverse", ".gif"), back_and_forth(frames)))
+    return made + singles(job, folder, "traverse", list(images))
 
 
 def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
@@ -223,7 +263,7 @@ def reconstruct(job: Job, folder: Path) -> list[Path]:
 def visualize_latent(job: Job, folder: Path) -> list[Path]:
     model = job.model
     if not isinstance(model, GaussianVAE) or model.latent_dim != 2:
-        has = f"{model.latent_dim} latents" if isinstance(model, GaussianVAE) else "a codebook"
+        has = f"{model.latent_dim} latents" if isinstance(model, GaussianVAE) else LATENT_WORDS[model.latents]
         raise ValueError(
             f"--mode visualize_latent draws models with two latents (--latent_dim 2); this has {has}"
         )
@@ -235,7 +275,6 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
 def beta_sweep(job: Job, folder: Path) -> list[Path]:
     """Above, test images with their reconstructions below them; under it, samples: a frame a beta."""
     model, n = job.model, job.config.n_samples
-    assert isinstance(model, GaussianVAE)
     assert model.rates is not None
     x, _ = job.test_images()
     z = model.sample_latents(n, job.generator)

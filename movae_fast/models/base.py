@@ -103,6 +103,7 @@ class VAE(nn.Module):
     latents: ClassVar[LatentKind] = "codebook"
     default_decoder_gate: ClassVar[Literal["sqrt", "sigmoid"]] = "sqrt"  # of the multi-rate form
     warms_up: ClassVar[bool] = False  # whether training begins with a small weight of the KL
+    latent_dim: int  # of a model with latents: what `decode` takes, [N, latent_dim]
     rates: Rates | None = None  # of the multi-rate form
     groups: tuple[int, ...] = ()  # of a hierarchy: how many each scale has, the smallest resolution first
     kl_spans: tuple[
@@ -243,12 +244,16 @@ class VAE(nn.Module):
         return None
 
     def penalty(self, penalised: Any) -> Tensor:
-        """Return a scalar that training keeps small besides the objectives: its gradient joins no aggregation."""
+        """Return a scalar that training keeps small besides the objectives: no aggregator sees its gradient."""
         raise NotImplementedError
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         """Return the modules that make an image of latents, the image's layer last."""
         raise NotImplementedError
+
+    def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n latents [n, D] from the prior."""
+        return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Reconstruct images [B, C, S, S] without noise, from the posterior means or the nearest codes."""
@@ -274,7 +279,6 @@ class GaussianVAE(VAE):
     """
 
     latents = "vector"
-    latent_dim: int
     encoder: nn.Module
     mu: nn.Module
     logvar: nn.Module
@@ -321,10 +325,6 @@ class GaussianVAE(VAE):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.to_image(self.decode(self.sample_latents(n, generator)))
-
-    def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n latents [n, D] from the prior."""
-        return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
 
 
 def output_image(preactivation: Tensor, activation: str) -> Tensor:

@@ -216,7 +216,7 @@ class LossVector:
         self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
     def set_step(self, step: int) -> None:
-        """Set capacity, balancing and the penalty's weight to those of 0-based `step`; in place, on the device."""
+        """Set capacity, balancing and the penalty's weight to those of 0-based `step`, in place."""
         schedule = self.schedule
         if schedule.capacity is not None:
             self.capacity.fill_(schedule.capacity(step))

@@ -110,7 +110,8 @@ class ModelConfig:
             abstract rung down, or the PyTorch port's, from the least abstract rung up.
         posterior_cov: linear_vae's posterior covariance, one for all images (shared) or predicted from each.
         residual_block: Two 3x3 convolutions (author), or pythae's bottleneck (resnet_vae_28/32/64: author).
-        preset: nvae's numbers for a dataset, each of which the options below replace; tiny is for a CPU (mnist).
+        preset: nvae's numbers for a dataset (mnist); the options below replace them one by one. `tiny` is for
+            a CPU.
         num_scales: Resolutions that have latents (nvae).
         groups_per_scale: Groups of latents at the largest resolution (nvae).
         ada_groups: Half as many groups at each smaller resolution as at the next larger one (nvae).
@@ -486,7 +487,7 @@ class TrainConfig:
 
     @property
     def kl_warmup(self) -> float:
-        """The part of the steps in which the KL's weight rises; an aggregator or a drawn beta weighs it otherwise."""
+        """The part of the steps in which the KL's weight rises: none where an aggregator or a beta weighs it."""
         o = self.objective
         if o.kl_warmup is not None:
             return o.kl_warmup

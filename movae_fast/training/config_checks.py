@@ -220,9 +220,8 @@ def check_cut(config: TrainConfig) -> None:
     }
     for name in (name for name, wrong in asked.items() if wrong):
         raise ValueError(
-            f"--{name} {getattr(o, name)}: {arch} has no features to cut it at: "
-            f"{LATENT_WORDS[config.model_class.latents]} meets the encoder at every level, so all parameters are "
-            "shared (--jacobian all, its default); leave it out"
+            f"--{name} {getattr(o, name)}: {arch} has no features to cut it at, so all its parameters are shared "
+            "(--jacobian all, its default): leave it out"
         )
 
 
@@ -315,9 +314,9 @@ def check_hierarchy(config: TrainConfig) -> None:
         given = {k: v for k, v in vars(config.model).items() if k != "arch"}
         with torch.device("meta"):  # what does not fit raises
             build_model(arch, config.image_shape, config.activation, given)
-    elif given := [name for name in ("kl_balance", "norm_penalty", "norm_penalty_init") if getattr(o, name)]:
+    elif own := [name for name in ("kl_balance", "norm_penalty", "norm_penalty_init") if getattr(o, name)]:
         able = ", ".join(name for name, model in MODELS.items() if model.latents == "hierarchy")
-        raise ValueError(f"--{given[0]} is a setting of {able}; {arch} does not have it")
+        raise ValueError(f"--{own[0]} is a setting of {able}; {arch} does not have it")
     names = kind.weighted_objectives(vars(config.model), config.image_shape)
     if o.kl_warmup:
         if o.kl_annealing != "none" or config.ladder.use_kl_annealing:
@@ -326,8 +325,9 @@ def check_hierarchy(config: TrainConfig) -> None:
             )
         if not any(name.startswith("kl") for name in names):
             raise ValueError(f"--kl_warmup needs a KL; {arch} has none")
-    if not config.kl_warmup and (given := [n for n in ("kl_constant", "kl_least") if _differs(o, n)]):
-        raise ValueError(f"--{given[0]} is a setting of the KL's warm-up: add --kl_warmup 0.3")
+    for name in ("kl_constant", "kl_least"):
+        if not config.kl_warmup and getattr(o, name) != getattr(ObjectiveConfig(), name):
+            raise ValueError(f"--{name} is a setting of the KL's warm-up: add --kl_warmup 0.3")
     if o.kl_balance and config.aggregated:
         raise ValueError(
             f"--kl_balance weighs the KLs by hand, and so does --agg {o.agg}: leave out --kl_balance, or use "
@@ -341,10 +341,6 @@ def check_hierarchy(config: TrainConfig) -> None:
         raise ValueError(
             "--norm_penalty_init begins an annealing along the KL's warm-up: add --norm_penalty and --kl_warmup"
         )
-
-
-def _differs(objective: ObjectiveConfig, name: str) -> bool:
-    return getattr(objective, name) != getattr(ObjectiveConfig(), name)
 
 
 def check_multirate(config: TrainConfig) -> None:

@@ -22,10 +22,9 @@ def evaluate(
     """Every objective (unweighted, averaged over images), their weighted sum, and the reconstruction's MSE.
 
     Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
-    decoded), for a codebook `test/codebook_usage` and `test/perplexity`, and for a hierarchy the rate of each scale
-    and group. Noise comes from `seed` and the
-    batch's number alone and training's random state is put back, so evaluating more often changes nothing else,
-    and ranks that share the batches find what one process finds.
+    decoded), for a codebook `test/codebook_usage` and `test/perplexity`, for a hierarchy the rate of each scale
+    and group. Noise comes from `seed` and the batch's number alone and training's random state is put back, so
+    evaluating more often changes nothing else, and ranks that share the batches find what one process finds.
     """
     world = world or World()
     was_training = model.training

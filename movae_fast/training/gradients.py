@@ -113,7 +113,7 @@ def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
 
 
 def group_rates(out: HierarchyOutput) -> Tensor:  # [G]
-    """Return the mean KL over the batch of each group, in nats, as the model has it: not balanced or weighted."""
+    """Return the mean KL of each group over the batch in nats, neither balanced nor weighted."""
     return torch.stack([kl.detach().sum(1).mean() for kl in out.kl])
 
 

@@ -52,8 +52,8 @@ class Snapshot(NamedTuple):
 
 
 class Telemetry:
-    """A window of steps: losses, weights, cosines, … [steps, m] each; how often each code was used; the rates of
-    a hierarchy's groups, by the `parts` of its scales and groups.
+    """A window of steps: losses, weights, cosines, … [steps, m] each, how often each code was used, and the
+    rates of a hierarchy's groups.
 
     `close` ends a window and starts its copy to the host; `lines` gives the log lines of those that arrived.
     On CUDA the copy goes on behind the next steps.
@@ -265,7 +265,7 @@ def codebook_figures(usage: Tensor) -> dict[str, float]:
 
 
 def rate_figures(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:
-    """Return the rates [G] of a hierarchy's groups, and of its scales, by name; the smallest resolution first."""
+    """Return by name the rates [G] of a hierarchy's groups and those of its scales, in the decoder's order."""
     if not rates.numel():
         return {}
     of_scales = [float(part.sum()) for part in rates.split(list(groups))]

@@ -225,9 +225,8 @@ class TrainStep:
         if self.penalised is None:
             return
         weight, parameters = self.losses.penalty_weight, self.penalised.parameters()
-        found = self.by_penalty(
-            self.model, self.penalised, parameters, weight if scale is None else weight * scale
-        )
+        weight = weight if scale is None else weight * scale
+        found = self.by_penalty(self.model, self.penalised, parameters, weight)
         write([self.flat.view(self.flat.grad, p) for p in parameters], found, add=True)
 
     # What a step does, and by which functions.

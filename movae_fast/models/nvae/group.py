@@ -43,6 +43,10 @@ class Group(nn.Module):
         self.flows = flow_pairs(latents, layout.num_flows)
         self.join = NormedConv2d(width + latents, width, 1)
 
+    def generative_parts(self) -> list[nn.Module]:
+        """Return the modules that take part in making an image from latents."""
+        return [part for part in (self.cells, self.prior_head, self.join) if part is not None]
+
     def prior_raw(self, state: Tensor, noise: Tensor) -> Tensor:  # [B or 1, 2 z, h, w]
         """Return the prior's means and logarithms of sigma, in float32 at least."""
         if self.prior_head is None:

@@ -115,13 +115,8 @@ class NVAE(VAE):
         return {}
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
-        groups = [
-            part
-            for group in self.decoder.groups
-            for part in (group.cells, group.prior_head, group.join)
-            if part is not None
-        ]
-        return *groups, self.decoder.ups, self.decoder.outer, self.head  # type: ignore[return-value]
+        groups = [part for group in self.decoder.each() for part in group.generative_parts()]
+        return *groups, self.decoder.ups, self.decoder.outer, self.head
 
     def draw_noise(self, n: int) -> Noise:
         latent = self.standard_normal(n, self.latent_dim)
@@ -136,14 +131,15 @@ class NVAE(VAE):
         batch = len(features[0])
         noise = self.draw_noise(batch) if noise is None else noise
         state, kl, ratios = self.decoder.start(batch), [], []
-        for i, group in enumerate(self.decoder.groups):
+        for i, group in enumerate(self.decoder.each()):
             state = group.cells(self.decoder.state_before(i, state))
             drawn = group.infer(state, features[i], self.noise_of(i, noise.latent), not self.training)
             state = group.joined(state, drawn.z)
             kl.append(drawn.kl)
-            ratios.append(drawn.log_ratio)
+            if drawn.log_ratio is not None:
+                ratios.append(drawn.log_ratio)
         beta = None if self.rates is None else self.rates.current(self.training, kl[0]).exp()
-        log_ratio = None if self.training else torch.stack(ratios).sum(0)
+        log_ratio = torch.stack(ratios).sum(0) if ratios else None
         return HierarchyOutput(self.finish(state), tuple(kl), self.training, log_ratio, beta)
 
     def noise_of(self, group: int, latents: Tensor) -> Tensor:  # [B, z, h, w]
@@ -157,10 +153,10 @@ class NVAE(VAE):
         return at_least_float32(out[:, :, border : out.shape[2] - border, border : out.shape[3] - border])
 
     def decode(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """Turn latents [N, D] into preactivations by the priors, whose sigmas are multiplied by `temperature`."""
+        """Turn latents [N, D] into preactivations by the priors, of `temperature` times their sigma."""
         z = z.to(self.decoder.constant)
         state = self.decoder.start(len(z))
-        for i, group in enumerate(self.decoder.groups):
+        for i, group in enumerate(self.decoder.each()):
             state = group.cells(self.decoder.state_before(i, state))
             state = group.joined(state, group.generate(state, self.noise_of(i, z), temperature))
         return self.finish(state)
@@ -171,10 +167,6 @@ class NVAE(VAE):
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         return self.to_image(self.decode(self.sample_latents(n, generator), temperature))
-
-    def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n latents [n, D]."""
-        return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
 
     def parts(self, kind: str) -> list[Part]:
         """Return where in latents [N, D] each "scale" or "group" is, the smallest resolution first."""
@@ -188,9 +180,9 @@ class NVAE(VAE):
         return found
 
     def balance(self) -> list[float]:
-        """Return alpha of each group: 4^k over the groups of its scale, k counting from the smallest resolution.
+        """Return alpha of each group: 4^k over the groups of its scale k, as multiples of the least.
 
-        KL balancing divides a group's factor by it; the least is 1.
+        KL balancing divides a group's factor by it; scale 0 is the smallest resolution.
         """
         alphas = [4**k / count for k, count in enumerate(self.groups)]
         return [

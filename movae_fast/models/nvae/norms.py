@@ -1,4 +1,4 @@
-"""The norms that are kept small in training: each convolution's largest singular value, each BatchNorm's scale."""
+"""The norms that training keeps small: each convolution's largest singular value, each BatchNorm's scale."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ class Penalised(NamedTuple):
     convs: list[list[nn.Conv2d]]
     scales: list[list[nn.Parameter]]  # of BatchNorms
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[Tensor]:
         """Return the parameters that the norms depend on."""
-        found = [p for group in self.scales for p in group]
+        found: list[Tensor] = [p for group in self.scales for p in group]
         for conv in (conv for group in self.convs for conv in group):
-            found.append(conv.weight)
-            if isinstance(conv, NormedConv2d):
-                found.append(conv.log_norm)
+            found += [conv.weight, conv.log_norm] if isinstance(conv, NormedConv2d) else [conv.weight]
         return found
 
 
@@ -39,7 +37,8 @@ def penalised_layers(model: nn.Module) -> Penalised:
         if isinstance(module, nn.Conv2d):
             convs[matrix_shape(module)].append(module)
         elif hasattr(module, "running_mean"):
-            scales[len(module.weight)].append(module.weight)  # type: ignore[arg-type]
+            assert isinstance(module.weight, nn.Parameter)
+            scales[len(module.weight)].append(module.weight)
     return Penalised([convs[k] for k in sorted(convs)], [scales[k] for k in sorted(scales)])
 
 

@@ -1,8 +1,9 @@
-"""The two ways through the hierarchy: the encoder up to the smallest resolution, the decoder down from there."""
+"""The two ways through the hierarchy: the encoder to the smallest resolution, the decoder from there."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         for scale, groups in enumerate(self.scales):
             if scale > 0:
                 h = self.downs[scale - 1](h)
-            for cells in groups:
+            for cells in groups.children():
                 h = cells(h)
                 kept.append(h)
         return self.top(kept.pop()), *reversed(kept)
@@ -84,6 +85,12 @@ class Decoder(nn.Module):
         # The group before which the side doubles -> the cell that doubles it.
         starts = list(itertools.accumulate(layout.groups))[:-1]
         self.up_before = {group: k for k, group in enumerate(starts)}
+
+    def each(self) -> Iterator[Group]:
+        """Yield the groups in order."""
+        for group in self.groups:
+            assert isinstance(group, Group)
+            yield group
 
     def start(self, batch: int) -> Tensor:  # [B, width, h, w]
         """Return the constant, once per image."""
