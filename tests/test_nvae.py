@@ -12,7 +12,7 @@ from movae_fast.models.nvae.cells import Cell, decoder_cell, encoder_cell
 from movae_fast.models.nvae.convs import MaskedConv2d, NormedConv2d
 from movae_fast.models.nvae.flows import ShiftFlow, flow_pairs
 from movae_fast.models.nvae.group import Group
-from movae_fast.models.nvae.normals import Normal, kl_between, normal_of
+from movae_fast.models.nvae.normals import kl_between, normal_of
 from movae_fast.objectives import LossVector
 from tests.nvae_models import SMALL, images, small
 
@@ -141,7 +141,9 @@ def test_modules_are_passed_in_the_published_order():
     for module in model.modules():
         if type(module) in names:
             module.register_forward_hook(
-                lambda m, _, out: passed.append((names[type(m)], type(getattr(m, "skip", m)).__name__, out.shape[1:]))
+                lambda m, _, out: passed.append(
+                    (names[type(m)], type(getattr(m, "skip", m)).__name__, out.shape[1:])
+                )
             )
     inside = ("DownSkip", "UpSkip", "Identity")
     model.encode(images())
@@ -348,7 +350,11 @@ def test_the_border_does_not_count():
 @pytest.mark.parametrize(
     ("size", "options", "message"),
     [
-        (20, {"outer_blocks": 3}, "--image_size 20 does not fit nvae .* multiple of 16, or 4 pixels less: 12, 16 or 28"),
+        (
+            20,
+            {"outer_blocks": 3},
+            "--image_size 20 does not fit nvae .* multiple of 16, or 4 pixels less: 12, 16 or 28",
+        ),
         (28, {"channels": 5}, "--channels 5 .* even number, 4 or 6"),
         (28, {"groups_per_scale": 100, "kl_rows": "group"}, "--kl_rows group: 150 groups .* --kl_rows scale"),
         (8, {"outer_blocks": 2, "num_flows": 1}, "--num_flows 1: .* maps of 1x1, .* or --num_flows 0"),
