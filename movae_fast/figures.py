@@ -295,9 +295,16 @@ def mark_betas(axis: Any, points: Sequence[Mapping[str, float]], every: int = 4)
         )
 
 
-def response_figure(path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24) -> Path:
-    """Gate values over beta, a panel a gated layer ([N, C] each); of wide layers every so many channels."""
+def response_figure(
+    path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24, panels: int = 40
+) -> Path:
+    """Gate values over beta, a panel per gated layer ([N, C] each).
+
+    Of deep networks it shows every so many layers, of wide layers every so many channels.
+    """
     plt = pyplot()
+    chosen = torch.linspace(0, len(layers) - 1, min(panels, len(layers))).round().long().tolist()
+    layers = {name: layers[name] for name in (list(layers)[i] for i in chosen)}
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure, axes = plt.subplots(

@@ -188,7 +188,7 @@ def test_a_multi_rate_run_gives_a_curve(tmp_path):
         ("--latent_dim 4", "--latent_dim does not apply to nvae, whose options are preset, num_scales"),
         ("--arch vae --norm_penalty 1", "--norm_penalty is a setting of nvae"),
         ("--arch vq_vae --kl_warmup 0.3", "--kl_warmup needs a KL; vq_vae has none"),
-        ("--kl_rows group --groups_per_scale 90", "--kl_rows group: 135 groups"),
+        ("--kl_rows group --groups_per_scale 60", "--kl_rows group: 90 groups"),
     ],
 )
 def test_what_cannot_be_is_said_before_data_is_read(tmp_path, capsys, monkeypatch, flags, message):

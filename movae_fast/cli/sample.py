@@ -65,8 +65,8 @@ class SampleConfig:
         n_traverse: Images of a strip along the latent.
         traverse_range: A strip spans [-range, range], in prior standard deviations.
         traverse_dim: The latent (scale, group) to traverse; -1 is every one of one draw, a strip each.
-        traverse_by: What a strip changes: one latent, or of nvae one scale (its default) or group, numbered from
-            0 at the smallest resolution, which goes from one draw to another.
+        traverse_by: What a strip changes: one latent, or of nvae one scale (its default) or group, which goes
+            from one draw to another; they are numbered from 0 at the smallest resolution.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         n_betas: Betas of beta_sweep, evenly spaced in their logarithm.
         single_files: Also write every image, strip or pair to a PNG of its own.

@@ -131,6 +131,10 @@ class VAE(nn.Module):
         """
         return dict(zip(cls.objectives, cls.default_weights(image_shape), strict=True))
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for options that do not fit the images; nothing is built."""
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Turn images [B, C, S, S] into features: (mu, logvar) [B, D], or (encoder output [B, D, h, w],)."""
         raise NotImplementedError

@@ -487,7 +487,7 @@ class TrainConfig:
 
     @property
     def kl_warmup(self) -> float:
-        """The part of the steps in which the KL's weight rises: none where an aggregator or a beta weighs it."""
+        """The part of the steps in which the KL's weight rises; 0 where an aggregator or beta weighs it."""
         o = self.objective
         if o.kl_warmup is not None:
             return o.kl_warmup

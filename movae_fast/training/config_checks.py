@@ -27,7 +27,7 @@ from movae_fast.data import DATASETS
 from movae_fast.data.datasets.celeba import CELEBA_CROPS
 from movae_fast.data.loaders.dali import require as require_dali
 from movae_fast.data.memory import all_memory
-from movae_fast.models import LATENT_WORDS, MODELS, Rates, build_model
+from movae_fast.models import MODELS, Rates, build_model
 from movae_fast.names import first_line, pick
 from movae_fast.training.config import (
     FROM_EXTRA,
@@ -220,8 +220,8 @@ def check_cut(config: TrainConfig) -> None:
     }
     for name in (name for name, wrong in asked.items() if wrong):
         raise ValueError(
-            f"--{name} {getattr(o, name)}: {arch} has no features to cut it at, so all its parameters are shared "
-            "(--jacobian all, its default): leave it out"
+            f"--{name} {getattr(o, name)}: {arch} has no features to cut it at, so all its parameters are "
+            "shared (--jacobian all, its default): leave it out"
         )
 
 
@@ -310,11 +310,10 @@ def check_ladder(config: TrainConfig) -> None:
 def check_hierarchy(config: TrainConfig) -> None:
     """Check the network, the warm-up and balancing of the KLs, and the penalty of a hierarchy."""
     o, arch, kind = config.objective, config.model.arch, config.model_class
-    if kind.latents == "hierarchy":
-        given = {k: v for k, v in vars(config.model).items() if k != "arch"}
-        with torch.device("meta"):  # what does not fit raises
-            build_model(arch, config.image_shape, config.activation, given)
-    elif own := [name for name in ("kl_balance", "norm_penalty", "norm_penalty_init") if getattr(o, name)]:
+    kind.check_options(vars(config.model), config.image_shape)
+    if kind.latents != "hierarchy" and (
+        own := [n for n in ("kl_balance", "norm_penalty", "norm_penalty_init") if getattr(o, n)]
+    ):
         able = ", ".join(name for name, model in MODELS.items() if model.latents == "hierarchy")
         raise ValueError(f"--{own[0]} is a setting of {able}; {arch} does not have it")
     names = kind.weighted_objectives(vars(config.model), config.image_shape)

@@ -67,7 +67,7 @@ BOUNDS: dict[str, Bounds] = {
     "num_residual_layers": Bounds(0, 1000),
     "num_ladders": Bounds(1, 32),
     "num_scales": Bounds(1, 8),
-    "groups_per_scale": Bounds(1, 200),
+    "groups_per_scale": Bounds(1, 64),
     "outer_blocks": Bounds(0, 8),
     **dict.fromkeys(("outer_cells", "cells_per_group"), Bounds(1, 100)),
     "num_flows": Bounds(0, 100),

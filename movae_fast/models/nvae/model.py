@@ -108,6 +108,10 @@ class NVAE(VAE):
         return tuple(cls.weighted_objectives({}, image_shape).values())
 
     @classmethod
+    def check_options(cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
+        check_layout(layout_of(options), image_shape[1], options.get("kl_rows") or "scale")
+
+    @classmethod
     def default_penalty(cls, options: Mapping[str, Any]) -> float:
         return layout_of(options).norm_penalty
 
