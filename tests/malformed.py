@@ -17,8 +17,9 @@ from pathlib import Path
 
 from movae_fast.cli import main, parsing
 from movae_fast.models import MODELS, model_options
-from movae_fast.training.config import SECTIONS
+from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.limits import BOUNDS, FREE
+from movae_fast.training.run_folder import check_places
 
 KINDS = parsing.flag_types(list(SECTIONS.values()))
 HUGE = "9" * 30
@@ -597,6 +598,9 @@ class Accepted(BaseException):
 
 
 def stopped(*args, **kwargs):
+    for config in args:
+        if isinstance(config, TrainConfig):
+            check_places(config, take=False)  # what a run asks of its places before anything else
     raise Accepted
 
 

@@ -346,7 +346,8 @@ def check_multirate(config: TrainConfig) -> None:
     """Check the multi-rate settings."""
     rate, arch, o = config.multirate, config.model.arch, config.objective
     if not rate.multirate:
-        default = MultiRateConfig()
+        # Older runs have in their configuration what was the default of all models.
+        default = MultiRateConfig(gate_decoder="sqrt" if rate.gate_decoder == "sqrt" else None)
         given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
         if given:
             raise ValueError(f"--{given[0]} is a setting of multi-rate training: add --multirate")
