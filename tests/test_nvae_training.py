@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from movae_fast.aggregation.upgrad import UPGrad
 from movae_fast.evaluation import hierarchy
@@ -330,16 +331,22 @@ def test_a_curve_is_the_model_at_each_beta_whatever_the_batches():
 # The compiler.
 
 
-@pytest.mark.slow
-def test_a_compiled_step_is_compiled_once_and_is_the_eager_one():
-    from torch._dynamo.utils import counters
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_is_compiled_once_and_is_the_eager_one(monkeypatch, backend):
+    """Whatever changes with the step, as the contents of tensors: the KL's weight, balancing, the penalty's."""
+    if backend != "inductor":
+        compile = torch.compile
 
+        def quickly(function, **options):
+            return compile(function, backend=backend, **(options | {"options": None}))
+
+        monkeypatch.setattr(torch, "compile", quickly)
     torch._dynamo.reset()
     found = {}
     for mode in ("off", "default"):
         torch.manual_seed(0)
-        options = SMALL | {"outer_cells": 1, "groups_per_scale": 1, "channels": 2}
-        model = NVAE((1, 8, 8), "sigmoid", **options)
+        options = {"num_scales": 1, "outer_cells": 1, "channels": 2, "latents_per_group": 1}
+        model = NVAE((1, 4, 4), "sigmoid", **(SMALL | options))
         warmup = Warmup(0, 3)
         schedule = LossSchedule(kl_factor=warmup, balanced=warmup.lasts, penalty=lambda step: 0.01 * (step + 1))
         step = step_of(model, None, schedule=schedule, lr=0.01, compile_mode=mode)
@@ -347,8 +354,24 @@ def test_a_compiled_step_is_compiled_once_and_is_the_eager_one():
         for number in range(6):
             if number == 2:
                 counters.clear()
-            step(images(4).float(), number, model.draw_noise(4))
+            step(images(4, (1, 4, 4)).float(), number, model.draw_noise(4))
         found[mode] = step.flat.data.clone()
     assert counters["stats"]["unique_graphs"] == 0
     assert sum(counters["graph_break"].values()) == 0
     torch.testing.assert_close(found["default"], found["off"], rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_leaves_distributions_losses_and_norms_alone():
+    torch.manual_seed(0)
+    model = NVAE((1, 8, 8), "sigmoid", **(SMALL | {"num_flows": 1}))
+    noise, x = model.draw_noise(4), images(4).float()
+    with torch.no_grad(), Precision("bf16", model.device).autocast():
+        out = model(x, noise)
+    with torch.no_grad():
+        exact = model(x, noise)
+    assert {out.preactivation.dtype, *(kl.dtype for kl in out.kl)} == {torch.float32}
+    torch.testing.assert_close(out.preactivation, exact.preactivation, atol=0.1, rtol=0.1)
+    step = step_of(model, UPGrad.strict(), 0.01, lr=1e-3, precision=Precision("bf16", model.device))
+    record = step(x, 0, noise)
+    assert bool(record.losses.isfinite().all())
+    assert bool(step.flat.data.isfinite().all())
