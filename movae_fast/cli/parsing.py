@@ -161,14 +161,7 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
             name, values = "recons_dist", [RECONS_OBJECTIVE[values[0]]]
         if name == "data.params.root":
             values = [collection_root(v) for v in values]
-        theirs, name = name, ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
-        if theirs != name:
-            before, had = spelt.setdefault(name, (theirs, values))
-            if before != theirs and had != values:
-                raise ValueError(
-                    f"--{before} {' '.join(had)} and --{theirs} {' '.join(values)}: here both are --{name}; "
-                    "give one value"
-                )
+        name = our_name(name, values, spelt)
         own = typing.get_args(kinds.get(name))  # a value that this command knows itself is no other system's
         values = [v if v in own else VALUES.get((name, v.lower()), v) for v in values]
         base = name.split(".")[0]
@@ -197,6 +190,23 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
                 ]
             out.append(f"--{name}={values[0]}")
     return out
+
+
+def our_name(name: str, values: list[str], spelt: dict[str, tuple[str, list[str]]]) -> str:
+    """Return our flag of another system's, `name` if it is none.
+
+    spelt: what `values` flags of ours were given under which other name. Raises ValueError for two names of one
+    flag with different values.
+    """
+    ours = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
+    if ours != name:
+        before, had = spelt.setdefault(ours, (name, values))
+        if before != name and had != values:
+            raise ValueError(
+                f"--{before} {' '.join(had)} and --{name} {' '.join(values)}: here both are --{ours}; give one "
+                "value"
+            )
+    return ours
 
 
 def check_words(name: str, values: Sequence[str]) -> None:
