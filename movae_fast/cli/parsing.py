@@ -141,10 +141,8 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
     spelt: dict[str, tuple[str, list[str]]] = {}  # our flag -> another system's name of it, and its values
     at = 0
     while at < len(words):
-        word = words[at]
+        word = "--help" if words[at] == "-h" else words[at]
         at += 1
-        if word == "-h":
-            word = "--help"
         if not word.startswith("--") or word == "--":
             raise ValueError(f"unexpected argument {word!r}: every setting is a flag, --name value")
         name, equals, value = word[2:].partition("=")
@@ -193,10 +191,10 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
 
 
 def our_name(name: str, values: list[str], spelt: dict[str, tuple[str, list[str]]]) -> str:
-    """Return our flag of another system's, `name` if it is none.
+    """Return our name of another system's flag; `name` itself where it is none.
 
-    spelt: what `values` flags of ours were given under which other name. Raises ValueError for two names of one
-    flag with different values.
+    spelt: what was given for each flag of ours so far, and by which other name. Raises ValueError for two
+    names of one flag with different values.
     """
     ours = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
     if ours != name:
