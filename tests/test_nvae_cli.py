@@ -90,7 +90,11 @@ def interrupted(folder, words):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--agg sum --norm_penalty 0.1", "--agg upgrad --norm_penalty 0.1 --multirate"]
+    "flags",
+    [
+        "--agg sum --norm_penalty 0.1",
+        pytest.param("--agg upgrad --norm_penalty 0.1 --multirate", marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path, monkeypatch, flags):
     """The balancing of KLs included, whose means are then those of all images."""
