@@ -19,7 +19,7 @@ from benchmarks.measure import Call, interleaved
 from movae_fast.models import ProVLAE, build_model
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
-from movae_fast.training.optim import forget
+from movae_fast.training.optim import forget_state
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import TrainStep
 
@@ -47,7 +47,7 @@ class Ours:
 
     def __call__(self, x: Tensor, step: int) -> None:
         if self.stages.starts(step):
-            forget(self.optimizer)
+            forget_state(self.optimizer)
         apply_stage(self.stages, step, self.model, self.losses)
         self.step(x, step, self.model.draw_noise(len(x)))
 

@@ -100,7 +100,7 @@ def torchjd_loop(arch: str, size: int, x: Tensor) -> Call:
     model, losses, _ = network(arch, size)
     # Not fused: on CUDA that refuses gradients whose strides are not the parameter's, as cuDNN leaves them.
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    own, shared, aggregator = model.own_parameters(), model.shared_parameters(), UPGrad()
+    task, shared, aggregator = model.task_parameters(), model.shared_parameters(), UPGrad()
 
     def run() -> None:
         optimizer.zero_grad()
@@ -109,7 +109,7 @@ def torchjd_loop(arch: str, size: int, x: Tensor) -> Call:
         mtl_backward(
             [v * w for v, w in zip(values, losses.weights_at(1000), strict=True)],
             features=list(features),
-            tasks_params=[own.get(name, []) for name in model.objectives],
+            tasks_params=[task.get(name, []) for name in model.objectives],
             shared_params=shared,
             retain_graph=True,
             parallel_chunk_size=1,
@@ -224,14 +224,14 @@ def test_objectives(benchmark: Any, m: int) -> None:
     ).to(DEVICE)
     heads = nn.ModuleList([nn.Linear(128, 10) for _ in range(m)]).to(DEVICE)
     x = torch.rand(128, 3, 32, 32, device=DEVICE)
-    shared, own = list(trunk.parameters()), list(heads.parameters())
+    shared, task = list(trunk.parameters()), list(heads.parameters())
 
     def losses() -> tuple[Tensor, list[Tensor]]:
         feature = trunk(x)
         return feature, [head(feature).square().mean() for head in heads]
 
     def clear() -> None:
-        for p in (*shared, *own):
+        for p in (*shared, *task):
             p.grad = None
 
     def plain() -> None:
@@ -242,7 +242,7 @@ def test_objectives(benchmark: Any, m: int) -> None:
         def run() -> None:
             clear()
             feature, values = losses()
-            backward(values, features=[feature], shared=shared, own=own, aggregator=aggregator)
+            backward(values, features=[feature], shared=shared, task=task, aggregator=aggregator)
 
         return run
 

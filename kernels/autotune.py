@@ -1,4 +1,4 @@
-"""Which tile a kernel runs with: a few candidates, timed once a machine and a shape, remembered on disk.
+"""Choose a kernel's tile: time a few candidates once per machine and shape, and keep the result on disk.
 
 MOVAE_AUTOTUNE=0 turns timing off (the first candidate is taken); MOVAE_AUTOTUNE_CACHE names the file, by
 default ~/.cache/movae_fast/autotune.json. While a CUDA graph is being captured nothing is timed.
@@ -31,8 +31,8 @@ def _read() -> dict[str, Config]:
 
 
 def _write(key: str, config: Config) -> None:
-    """Adds one entry; a rename, so that a reader sees the old file or the new one. A read-only home is no
-    error."""
+    """Add one entry to the file. The file is replaced by a rename, so a reader sees the old one or the new
+    one; a read-only home is no error."""
     path = cache_file()
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
@@ -54,8 +54,8 @@ def best(
     run: Callable[[Config], Any],
     tensor: torch.Tensor,
 ) -> Config:
-    """The fastest candidate for `shape` on the device of `tensor`, the first one where nothing may be
-    timed."""
+    """Return the fastest candidate for `shape` on the device of `tensor`; the first candidate where nothing
+    may be timed."""
     if tensor.device.type != "cuda" or len(candidates) == 1:
         return candidates[0]
     key = "/".join(map(str, (name, torch.cuda.get_device_name(tensor.device), triton.__version__, *shape)))

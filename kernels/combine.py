@@ -1,5 +1,4 @@
-"""The weighted sum of a Jacobian's rows, written straight into the flat gradient: _combine_kernel and its
-launcher."""
+"""Sum a Jacobian's rows with weights, straight into the flat gradient: _combine_kernel and its launcher."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +42,7 @@ def combine(
     out: torch.Tensor | None = None,  # [P] contiguous
     launch: Callable[[Any], Any] = lambda kernel: kernel,  # or torch.library.wrap_triton
 ) -> torch.Tensor:  # [P]
-    """weights @ rows in the rows' dtype; half precision is added up in float32."""
+    """Return weights @ rows in the rows' dtype. Half precision is summed in float32."""
     m, P = rows.shape
     if out is None:
         out = torch.empty(P, dtype=rows.dtype, device=rows.device)

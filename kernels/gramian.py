@@ -1,4 +1,5 @@
-"""Inner products of a Jacobian's rows in float64: _gramian_kernel, _gramian_sum_kernel and their launcher.
+"""Compute the inner products of a Jacobian's rows in float64: _gramian_kernel, _gramian_sum_kernel and their
+launcher.
 
 Products and sums are float64 whatever the rows are: the rows are read once from memory, and that takes longer
 than converting them. Each program walks its share of the columns in order and keeps its sums lane by lane; a
@@ -21,7 +22,7 @@ SUM = {"Q": 64, "B": 16}  # parts and entries that one program of the sum loads 
 
 @triton.jit
 def _load(rows_ptr, stride, i, column, m, P):
-    """Entries i x column of the rows in float64 (by way of float32, to which bfloat16 converts)."""
+    """Load the entries i x column of the rows as float64 (by way of float32, to which bfloat16 converts)."""
     inside = (i < m) & (column < P)
     x = tl.load(rows_ptr + i.to(tl.int64) * stride + column, mask=inside, other=0.0)
     if x.dtype == tl.float64:
@@ -83,8 +84,8 @@ def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, Q: tl.constexpr, B
 
 
 def tile(m: int) -> dict[str, int | bool]:
-    """Up to 8 rows, all products of a stretch of columns in registers; above, 16 columns at a
-    time."""
+    """Return the tile's rows and columns: up to 8 rows all products of a block of columns stay in
+    registers; above 8, 16 columns at a time."""
     M = triton.next_power_of_2(m)
     if M <= 8:
         return {"PRODUCT": False, "M": M, "B": {1: 1024, 2: 512, 4: 256, 8: 64}[M]}
@@ -92,9 +93,11 @@ def tile(m: int) -> dict[str, int | bool]:
 
 
 def gramian(rows: torch.Tensor, launch: Callable[[Any], Any] = lambda kernel: kernel) -> torch.Tensor:
-    """rows [m, P], any floating dtype, columns contiguous -> [m, m] float64, symmetric to the last bit.
+    """Return the Gramian [m, m] float64 of rows [m, P] of any floating dtype, with contiguous columns;
+    symmetric to the last bit.
 
-    `launch` is torch.library.wrap_triton where a compiler should see the kernels."""
+    `launch` is torch.library.wrap_triton where a compiler should see the kernels.
+    """
     m, P = rows.shape
     out = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
     if m == 0 or P == 0:

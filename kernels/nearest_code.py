@@ -1,4 +1,4 @@
-"""The nearest codeword of every vector: _nearest_code_kernel, _every_code_kernel, _codebook_kernel and their
+"""Find the code nearest to every vector: _nearest_code_kernel, _every_code_kernel, _codebook_kernel and their
 launcher.
 
 Scores are z.c - ||c||^2 / 2, the largest wins. Tensor cores compute them from bfloat16 (or TF32) operands, so
@@ -29,7 +29,7 @@ SCAN = {"BN": 16, "BK": 32, "BD": 8}  # the tile of _every_code_kernel
 
 @triton.jit
 def _offsets(row, stride_row, stride_position, inner, CHANNEL_FIRST: tl.constexpr):
-    """Where a vector begins: row = image * inner + position in channel-first z."""
+    """Return where each vector begins: row = image * inner + position in channel-first z."""
     if CHANNEL_FIRST:
         image = row // inner
         return image * stride_row + (row - image * inner) * stride_position
@@ -77,13 +77,13 @@ def _load_rows(z_ptr, offset, valid, d, stride_d, D):
 
 @triton.jit
 def _in_range(norm):
-    """Norms (2^-45 to 2^45) between which every product and every bound is a normal float32."""
+    """Return whether a norm lies in [2^-45, 2^45], where every product and every bound is a normal float32."""
     return (norm > 2.842170943040401e-14) & (norm < 35184372088832.0)
 
 
 @triton.jit
 def _wide(x):
-    """As float64; by way of float32, from which and to which bfloat16 has a conversion."""
+    """Convert to float64, by way of float32, from which and to which bfloat16 has a conversion."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -105,8 +105,8 @@ def _products(
     z, z_ptr, offset, valid, stride_d, screen_ptr, k, K, D,
     SCREEN: tl.constexpr, ONE_TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """z.c of a tile, [BN, BK] float32. z is in registers or shared memory where D fits a tile, else read
-    again."""
+    """Return z.c of a tile, [BN, BK] float32. z stays in registers or shared memory where D fits a tile;
+    otherwise it is read again."""
     acc = tl.zeros([BN, BK], tl.float32)
     row = k.to(tl.int64) * D
     if ONE_TILE:
@@ -126,7 +126,7 @@ def _rescore(
     z_ptr, offset, active, stride_d, codebook_ptr, half_ptr, k, K, D,
     BN: tl.constexpr, PACK: tl.constexpr, DC: tl.constexpr,
 ):  # fmt: skip
-    """Exact scores of PACK codes k [BN, PACK] for each active row, float64."""
+    """Return the exact scores, in float64, of PACK codes k [BN, PACK] for each active row."""
     inside = active[:, None] & (k < K)
     score = tl.zeros([BN, PACK], tl.float64)
     for d0 in range(0, D, DC):
@@ -229,7 +229,7 @@ def _nearest_code_kernel(
         tl.store(index_ptr + row, tl.where(finite & (index < K), index, 0).to(tl.int64), mask=valid)
         return
 
-    found = tl.full([BN], float("-inf"), tl.float64)
+    best_score = tl.full([BN], float("-inf"), tl.float64)
     index = tl.zeros([BN], tl.int32)
     searched = finite & in_range
     members = tl.arange(0, PACK)
@@ -237,7 +237,7 @@ def _nearest_code_kernel(
     steps = 0
     while (going > 0) & (steps < 16):
         bound = tl.max(top, 1)
-        active = searched & (bound > float("-inf")) & (bound.to(tl.float64) >= found)
+        active = searched & (bound > float("-inf")) & (bound.to(tl.float64) >= best_score)
         here = lane[None, :] == tl.argmax(top, 1)[:, None]
         chosen = tl.sum(tl.where(here, tile * BK + lane[None, :], 0), 1)
         top = tl.where(here & active[:, None], float("-inf"), top)
@@ -248,15 +248,15 @@ def _nearest_code_kernel(
         score = tl.where(active[:, None], score, float("-inf"))
         of_lane = tl.max(score, 1)
         winner = tl.min(tl.where(score == of_lane[:, None], k, 2147483647), 1)
-        better = active & ((of_lane > found) | ((of_lane == found) & (winner < index)))
-        found = tl.where(better, of_lane, found)
+        better = active & ((of_lane > best_score) | ((of_lane == best_score) & (winner < index)))
+        best_score = tl.where(better, of_lane, best_score)
         index = tl.where(better, winner, index)
         going = tl.max(active.to(tl.int32), 0)
         steps += 1
 
     left = tl.maximum(tl.max(top, 1), tl.max(second, 1))
     # An unreadable codebook leaves every bound at -inf: index 0.
-    undecided = finite & ((~in_range) | ((left > float("-inf")) & (left.to(tl.float64) >= found)))
+    undecided = finite & ((~in_range) | ((left > float("-inf")) & (left.to(tl.float64) >= best_score)))
     tl.store(index_ptr + row, tl.where(finite & (index < K), index, 0).to(tl.int64), mask=valid)
     place = tl.atomic_add(count_ptr + tl.zeros([BN], tl.int32), 1, mask=undecided)
     tl.store(list_ptr + place, row, mask=undecided)
@@ -281,14 +281,15 @@ def _every_code_kernel(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Rows on the list against every code in float64; the grid does not depend on how many there are."""
+    """Compare the rows on the list with every code in float64. The grid does not depend on the number of
+    rows."""
     count = tl.load(count_ptr)
     for block in range(tl.program_id(0), tl.cdiv(count, BN), tl.num_programs(0)):
         at = block * BN + tl.arange(0, BN)
         valid = at < count
         row = tl.load(list_ptr + at, mask=valid, other=0).to(tl.int64)
         offset = _offsets(row, stride_row, stride_position, inner, CHANNEL_FIRST)
-        found = tl.full([BN], float("-inf"), tl.float64)
+        best_score = tl.full([BN], float("-inf"), tl.float64)
         index = tl.zeros([BN], tl.int32)
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
@@ -303,14 +304,15 @@ def _every_code_kernel(
             score = tl.where((half < float("inf"))[None, :], score - half[None, :], float("-inf"))
             of_tile = tl.max(score, 1)
             winner = tl.min(tl.where(score == of_tile[:, None], k[None, :], 2147483647), 1)
-            better = of_tile > found
+            better = of_tile > best_score
             index = tl.where(better, winner, index)
-            found = tl.where(better, of_tile, found)
+            best_score = tl.where(better, of_tile, best_score)
         tl.store(index_ptr + row, index.to(tl.int64), mask=valid)
 
 
 def candidates(D: int, exact: bool, capability: int, wide: bool = False) -> list[Config]:
-    """Tiles worth timing, likeliest first; all compile without spills (tests/test_kernels_aot.py).
+    """Return the tiles worth timing, likeliest first; all of them compile without spills
+    (tests/test_kernels_aot.py).
 
     Up to D = 128 a program holds its vectors for the whole search; above it reads them again with every tile
     of codes, and addresses of both operands compete for registers. So it does from D = 33 on where operands
@@ -348,14 +350,14 @@ def capability(device: torch.device) -> int:
 
 
 def relative_bound(screen: str, D: int) -> float:
-    """eps of the module's docstring, with room for the roundings of the bound itself."""
+    """Return eps of the module's docstring, enlarged for the rounding errors of the bound itself."""
     u = {"bf16": 2.0**-8, "tf32": 2.0**-10, "as is": 0.0}[screen]
     return (2 * u + u * u) * 1.02 + (D + 16) * 2.0**-22 + 2.0**-19
 
 
 def screening(dtype: torch.dtype, precision: str) -> str:
-    """Half-precision operands are screened as they come, wider ones rounded to bfloat16 or truncated to
-    TF32."""
+    """Return the precision of the screening: half-precision operands as they come, wider ones rounded to
+    bfloat16 or truncated to TF32."""
     if dtype in (torch.bfloat16, torch.float16):
         return "as is"
     return "tf32" if precision == "tf32" and dtype == torch.float32 else "bf16"
@@ -366,7 +368,7 @@ def is_wide(dtype: torch.dtype, screen: str) -> bool:
 
 
 def layout(z: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int, int]:
-    """z, N, inner, and strides of row, position and dimension, for [N, D] and [B, D, *spatial]."""
+    """Return z, N, inner, and the strides of row, position and dimension, for [N, D] and [B, D, *spatial]."""
     if z.ndim == 2:
         return z, z.shape[0], 1, z.stride(0), 0, z.stride(1)
     flat = z.flatten(2)  # a view wherever one stride walks the spatial dimensions, else a copy
@@ -381,7 +383,8 @@ def nearest_code(
     precision: str = "bf16",  # or "tf32", how float32 is screened
     config: Config | None = None,
 ) -> torch.Tensor:  # [N] or [B, *spatial] int64
-    """Index of the nearest code, the lowest on a tie; 0 for a row that holds a NaN or an infinity.
+    """Return the index of the nearest code, the lowest on a tie; 0 for a row that holds a NaN or an
+    infinity.
 
     exact: float64's answer. False: the answer of the screening, in bfloat16, float16 or TF32.
     Reads nothing on the host, except while a shape is tuned for the first time.

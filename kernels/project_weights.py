@@ -46,7 +46,7 @@ SPAN = 16
 
 @triton.jit
 def _any(flags):
-    """Whether one of flags [R] is set, as a scalar integer that `if` and `while` take."""
+    """Return whether one of flags [R] is set, as a scalar integer that `if` and `while` accept."""
     return tl.max(flags.to(tl.int32), 0)
 
 
@@ -358,8 +358,8 @@ def _project_kernel(
 
 
 @triton.jit
-def _share(rows_ptr, part_ptr, m, P, stride, PRODUCT: tl.constexpr, S: tl.constexpr, B: tl.constexpr):
-    """Write the Gramian of this program's share of the columns, as kernels/gramian.py computes it.
+def _partial_gramian(rows_ptr, part_ptr, m, P, stride, PRODUCT: tl.constexpr, S: tl.constexpr, B: tl.constexpr):
+    """Write the Gramian of this program's part of the columns, as kernels/gramian.py computes it.
 
     The multiply-adds are written out because the compiler may not make any in these kernels.
     """
@@ -428,7 +428,7 @@ def _upgrad_kernel(
     R: tl.constexpr,
     M: tl.constexpr,
 ):
-    _share(rows_ptr, part_ptr, m, P, stride, PRODUCT, S, B)
+    _partial_gramian(rows_ptr, part_ptr, m, P, stride, PRODUCT, S, B)
     programs = tl.num_programs(0)
     group = tl.program_id(0) // SPAN
     members = tl.minimum(SPAN, programs - group * SPAN)
@@ -500,12 +500,12 @@ def project(
 
 def layout(m: int, problems: int) -> dict[str, int | bool]:
     """Return the constants of `_upgrad_kernel` that follow from the shapes."""
-    share, M = tile(m), padded(m)
+    tiling, M = tile(m), padded(m)
     solve = max(m, problems) <= MOST_FUSED
     return {
-        "PRODUCT": share["PRODUCT"],
-        "S": share["M"],
-        "B": share["B"],
+        "PRODUCT": tiling["PRODUCT"],
+        "S": tiling["M"],
+        "B": tiling["B"],
         "SPAN": SPAN,
         "Q": min(SPAN, max(1, 4096 // (M * M))),
         "SOLVE": solve,
@@ -526,7 +526,7 @@ def upgrad(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # as `pref`, float64; [m, m] float64; [] int32
     """Compute the Gramian of the rows and solve what `project` solves: up to 8 rows, all in one launch.
 
-    Each program computes the Gramian of its share of the columns; how many there are depends on the shape
+    Each program computes the Gramian of its part of the columns; how many there are depends on the shape
     alone. The last to finish of every 16 adds up theirs, and the last of all adds up those sums, so that no
     program has more than a few dozen matrices to read, and the order of the sum is the same every time.
     """

@@ -1,5 +1,5 @@
-"""A VQ layer's forward after the search, and the distance to given codes: _quantize_kernel, _code_sum_kernel,
-_code_error_kernel and their launchers.
+"""Compute a VQ layer's forward after the search, and the distance to given codes: _quantize_kernel,
+_code_sum_kernel, _code_error_kernel and their launchers.
 
 The search (nearest_code.py) decides some rows in a second launch, so what depends on the index is a pass of
 its own: it reads z once more, which is the small part. Counts and sums are added by atomics, in whatever
@@ -122,8 +122,8 @@ def _code_error_kernel(
         d = d0 + tl.arange(0, BD)
         inside = valid[:, None] & (d[None, :] < D)
         z = tl.load(z_ptr + z_at[:, None] + d[None, :].to(tl.int64) * z_d, mask=inside, other=0.0)
-        found = inside & known[:, None]
-        code = tl.load(codebook_ptr + index[:, None] * D + d[None, :], mask=found, other=0.0)
+        readable = inside & known[:, None]
+        code = tl.load(codebook_ptr + index[:, None] * D + d[None, :], mask=readable, other=0.0)
         difference = z.to(dtype) - code.to(dtype)
         sq_err += tl.sum(difference * difference, 1)
     tl.store(sq_err_ptr + row, tl.where(known, sq_err, float("nan")), mask=valid)
@@ -144,7 +144,7 @@ def quantize(
     codebook: torch.Tensor,  # [K, D], of z's dtype
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z_q as z, index and sq_err [N] or [B, *spatial], count [K], code_sum [K, D].
+    """Return z_q like z, index and sq_err [N] or [B, *spatial], count [K], and code_sum [K, D].
 
     The last three are float32, float64 where z is. A row that holds a NaN counts for code 0.
     """
@@ -187,7 +187,7 @@ def code_error(
     codebook: torch.Tensor,  # [K, D], of z's dtype
     index: torch.Tensor,  # [N] or [B, *spatial] int64; the error is NaN where it is not within [0, K)
 ) -> torch.Tensor:  # as index, float32, float64 where z is
-    """||z - codebook[index]||^2 of every vector, without a buffer of the codes."""
+    """Return ||z - codebook[index]||^2 of every vector, without a buffer of the chosen codes."""
     z, codebook, index = walkable(z), codebook.contiguous(), index.contiguous()
     sq_err = torch.empty(index.shape, dtype=accumulation_dtype(z), device=z.device)
     z, N, inner, *strides = layout(z)

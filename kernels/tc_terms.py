@@ -1,4 +1,4 @@
-"""log q(z) and sum_d log q(z_d) of the aggregate posterior: _tc_terms_kernel, its two backward kernels,
+"""Compute log q(z) and sum_d log q(z_d) of the aggregate posterior: _tc_terms_kernel, its two backward kernels,
 launchers.
 
 A program owns a few samples (or, for the gradients of mu and logvar, posteriors) and streams the others.
@@ -15,7 +15,7 @@ from .devices import on_device  # noqa: TID251 (the same package, under its one 
 
 @triton.jit
 def _weight(i, j, batch, n_data, STRATIFIED: tl.constexpr, DTYPE: tl.constexpr):
-    """W_ij over the weight that most pairs share, [I, J]."""
+    """Return W_ij divided by the weight that most pairs have, [I, J]."""
     b = tl.full([], batch, DTYPE)
     n = tl.full([], n_data, DTYPE)
     one = tl.full([], 1, DTYPE)
@@ -34,15 +34,15 @@ def _log_common_weight(batch, n_data, STRATIFIED: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def _load(pointer, rows, d, batch, dims):
-    """rows x d of a contiguous [batch, dims]; zeros outside."""
+    """Load rows x d of a contiguous [batch, dims]; zeros outside."""
     inside = (rows[:, None] < batch) & (d[None, :] < dims)
     return tl.load(pointer + rows[:, None].to(tl.int64) * dims + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _density(z, mu, logvar, j, d, batch, dims):
-    """difference, 1 / variance and log density, [I, J, D]. Outside dimensions have log density 0 and
-    contribute to no sum over dimensions; outside posteriors have -inf."""
+    """Return the difference, 1 / variance and log density, [I, J, D]. Dimensions outside have log density 0
+    and contribute to no sum over dimensions; posteriors outside have -inf."""
     diff = z[:, None, :] - mu[None, :, :]
     precision = tl.exp(-logvar)[None, :, :]
     log_q = -0.5 * (1.8378770664093453 + logvar[None, :, :] + diff * diff * precision)
@@ -53,8 +53,8 @@ def _density(z, mu, logvar, j, d, batch, dims):
 
 @triton.jit
 def _accumulate(top, total, x, weight):
-    """One step of a log-sum-exp in every lane. Only one of exp(x - top), exp(top - x) is not 1: one
-    exponential."""
+    """Do one step of a log-sum-exp in every lane. One of exp(x - top) and exp(top - x) is always 1, so one
+    exponential is enough."""
     e = tl.exp(-tl.abs(x - top))
     rises = x > top
     total = tl.where(rises, total * e + weight, total + e * weight)
@@ -63,7 +63,7 @@ def _accumulate(top, total, x, weight):
 
 @triton.jit
 def _finish(top, total, axis: tl.constexpr):
-    """Merges the lanes of an axis. `top` is finite: lanes begin at the lowest number, not at -inf."""
+    """Merge the lanes of an axis. `top` is finite: lanes begin at the lowest finite number, not at -inf."""
     highest = tl.max(top, axis)
     shifted = tl.exp(top - tl.expand_dims(highest, axis))
     return highest, tl.sum(total * shifted, axis)
@@ -119,9 +119,9 @@ def _tc_terms_kernel(
 
 @triton.jit
 def _load_samples(z_ptr, top_ptr, total_ptr, grad_q_ptr, grad_prod_ptr, i, d, batch, dims):
-    """z [I, D]; maxima of the dimensions [I, D] and of the joint [I]; what flows into each softmax over its
-    sum, likewise. Samples outside, and those that no posterior reaches (their sum is 0), have zero
-    gradients."""
+    """Load z [I, D], the maxima of the dimensions [I, D] and of the joint [I], and the gradient at each
+    softmax divided by its sum, in the same shapes. Samples outside, and those with density 0 under every
+    posterior, have zero gradients."""
     z = _load(z_ptr, i, d, batch, dims)
     row = i.to(tl.int64) * (dims + 1)
     inside = (i[:, None] < batch) & (d[None, :] < dims)
@@ -138,7 +138,8 @@ def _load_samples(z_ptr, top_ptr, total_ptr, grad_q_ptr, grad_prod_ptr, i, d, ba
 
 @triton.jit
 def _responsibility(log_q, weight, top, joint_top, grad_dim, grad_joint, d, dims):
-    """d loss / d log q(z_id | x_j), [I, J, D]: both softmaxes' weights, times what flows into their outputs.
+    """Return d loss / d log q(z_id | x_j), [I, J, D]: the weights of both softmaxes times the gradients of
+    their outputs.
 
     The maxima are the forward's, where log q is computed by the same operations: their difference is exact
     where it matters. With log q(z), rounded at its own magnitude, in their place the error is several times
@@ -231,7 +232,8 @@ def _tc_terms_grad_posterior_kernel(
 
 
 def tile(dims: int, itemsize: int = 4) -> dict[str, int]:
-    """A cubic-ish tile of about 2048 float32 elements: three of them stay in 128 threads' registers."""
+    """Return a nearly cubic tile of about 2048 float32 elements: three of them fit the registers of 128
+    threads."""
     D = triton.next_power_of_2(max(dims, 1))
     side = 1
     while 4 * side * side * D * itemsize <= 8192:
@@ -247,7 +249,7 @@ def tc_terms(
     stratified: bool,
     wrap=lambda kernel: kernel,
 ) -> tuple[torch.Tensor, ...]:  # log_q_z [B], log_prod_q_z [B], top [B, D + 1], total [B, D + 1]
-    """Forward. `wrap` is torch.library.wrap_triton where a compiler is to see the launch."""
+    """Compute the forward. `wrap` is torch.library.wrap_triton where a compiler has to see the launch."""
     batch, dims = z.shape
     log_q_z, log_prod_q_z = z.new_empty(batch), z.new_empty(batch)
     top, total = z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
@@ -273,8 +275,8 @@ def tc_terms_backward(
     stratified: bool,
     wrap=lambda kernel: kernel,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gradients of z, mu, logvar
-    """Backward: one kernel sums over posteriors, one over samples; no atomics, so the result does not
-    vary."""
+    """Compute the backward: one kernel sums over posteriors, one over samples. Without atomics, so the
+    result is reproducible."""
     batch, dims = z.shape
     grad_z, grad_mu, grad_logvar = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
     if batch:

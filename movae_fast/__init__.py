@@ -1,3 +1,3 @@
-"""Multi-objective variational autoencoders, trained as fast as single-objective ones."""
+"""Train multi-objective variational autoencoders as fast as single-objective ones."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m movae_fast` and `torchrun -m movae_fast`."""
+"""Run the command line by `python -m movae_fast` or `torchrun -m movae_fast`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Means over the processes of a group: what `jacobian.backward` exchanges in somebody else's training loop."""
+"""Average gradients over the processes of a group, for `jacobian.backward` in another training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Group = dist.ProcessGroup | Literal["local"] | None
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that average their gradients; of one process every exchange does nothing."""
+    """Hold the processes that average their gradients; with one process every exchange does nothing."""
 
     group: dist.ProcessGroup | None = None
     size: int = 1

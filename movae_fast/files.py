@@ -1,4 +1,4 @@
-"""Files on disk: replaced whole, locked, what dead processes left of that, and their digests."""
+"""Replace files atomically, lock them, compute their digests, and remove the leftovers of killed processes."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ TEMPORARY = re.compile(r"\.[^/]+\.(\d+)\.tmp$")  # of `replacing`
 
 
 def file_digest(path: Path, digest: Any) -> str:
-    """The file's bytes through `digest` (`hashlib.sha256()`, …), in hexadecimal."""
+    """Return the file's digest by `digest` (`hashlib.sha256()`, …), in hexadecimal."""
     with path.open("rb") as file:
         while part := file.read(CHUNK):
             digest.update(part)
@@ -25,7 +25,8 @@ def file_digest(path: Path, digest: Any) -> str:
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path` that takes its name when the block ends, and goes when the block raises.
+    """Open a temporary file beside `path` that takes its name when the block ends, and is removed if the
+    block raises.
 
     Whatever moment the process dies at, `path` is the old file or the new one, whole; with `durable` also
     whatever moment the machine does. Missing folders are made. An OSError names `path`.
@@ -114,12 +115,13 @@ def remove_leftovers(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if (found := TEMPORARY.fullmatch(path.name)) and abandoned(path, int(found[1])):
+        if (name := TEMPORARY.fullmatch(path.name)) and abandoned(path, int(name[1])):
             path.unlink(missing_ok=True)
 
 
 def abandoned(path: Path, pid: int) -> bool:
-    """Whether the process that wrote a temporary file is gone: none has its number, or only a younger one."""
+    """Return whether the process that wrote a temporary file is gone: none has its number, or only a
+    younger one."""
     if not alive(pid):
         return True
     with suppress(OSError):
@@ -128,7 +130,7 @@ def abandoned(path: Path, pid: int) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Return whether a process of this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""The Jacobian's rows, and a backward of many losses that aggregates them.
+"""Compute a Jacobian's rows, and run a backward of many losses that aggregates them.
 
 Features (the latents' parameters, an encoder's output) cut a network in two. Each loss is differentiated as far
 as the features and its own parameters after them; from the features on, each loss that reaches them costs one
@@ -35,22 +35,25 @@ Gradients = Sequence[Tensor | None]
 
 
 class AtFeatures(NamedTuple):
-    """One backward of each loss, as far as the features."""
+    """Hold the gradients after one backward of each loss, as far as the features."""
 
     features: list[list[Tensor | None]]  # [m][features]
-    own: list[Tensor | None]  # of the losses' sum, a parameter each
+    task: list[Tensor | None]  # of the losses' sum, a parameter each
 
 
-def at_features(losses: Sequence[Tensor], features: Sequence[Tensor], own: Sequence[Tensor]) -> AtFeatures:
-    """Gradients of each loss at the features, and of their sum at the parameters after them.
+def at_features(losses: Sequence[Tensor], features: Sequence[Tensor], task: Sequence[Tensor]) -> AtFeatures:
+    """Return the gradients of each loss at the features, and those of the losses' sum at the parameters
+    after them.
 
     The graph is kept for the backward from the features on.
     """
     n = len(features)
-    found = [
-        torch.autograd.grad(loss, [*features, *own], retain_graph=True, allow_unused=True) for loss in losses
+    gradients = [
+        torch.autograd.grad(loss, [*features, *task], retain_graph=True, allow_unused=True) for loss in losses
     ]
-    return AtFeatures([list(g[:n]) for g in found], [_sum([g[n + k] for g in found]) for k in range(len(own))])
+    return AtFeatures(
+        [list(g[:n]) for g in gradients], [_sum([g[n + k] for g in gradients]) for k in range(len(task))]
+    )
 
 
 def _sum(terms: Gradients) -> Tensor | None:
@@ -58,8 +61,9 @@ def _sum(terms: Gradients) -> Tensor | None:
     return sum(there[1:], there[0]) if there else None
 
 
-def reaching(gradients: Sequence[Gradients]) -> list[int]:
-    """Objectives whose loss reaches the features; the others' rows are zero by construction."""
+def nonzero_rows(gradients: Sequence[Gradients]) -> list[int]:
+    """Return the objectives whose loss reaches the features; the rows of the others are zero by
+    construction."""
     return [i for i, row in enumerate(gradients) if any(g is not None for g in row)]
 
 
@@ -69,19 +73,19 @@ def shared_rows(
     shared: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Iterator[Gradients]:
-    """The gradient at `shared` of each objective that is `reaching` the features, in their order."""
-    reached = reaching(gradients)
-    for i in reached:
+    """Yield the gradient at `shared` of each objective of `nonzero_rows`, in their order."""
+    nonzero = nonzero_rows(gradients)
+    for i in nonzero:
         pairs = [(f, g) for f, g in zip(features, gradients[i], strict=True) if g is not None]
         outputs, upstream = [f for f, _ in pairs], [g for _, g in pairs]
-        keep = retain_graph or i != reached[-1]
+        keep = retain_graph or i != nonzero[-1]
         yield torch.autograd.grad(outputs, shared, upstream, retain_graph=keep, allow_unused=True)
 
 
 def all_rows(
     losses: Sequence[Tensor], parameters: Sequence[Tensor], retain_graph: bool = False
 ) -> Iterator[Gradients]:
-    """Each objective's gradient at every parameter, one whole backward each."""
+    """Yield each objective's gradient at every parameter, by one whole backward each."""
     for i, loss in enumerate(losses):
         keep = retain_graph or i != len(losses) - 1
         yield torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
@@ -94,7 +98,7 @@ def weighted_row(
     shared: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Gradients:
-    """The gradient at `shared` of the losses' sum with the given weights: one backward from the features."""
+    """Return the gradient at `shared` of the weighted sum of the losses: one backward from the features."""
     outputs, upstream = [], []
     for k, feature in enumerate(features):
         at_feature = [(g[k], w) for g, w in zip(gradients, weights, strict=True)]
@@ -113,7 +117,7 @@ def backward(
     aggregator: nn.Module,
     features: Tensor | Iterable[Tensor] | None = ...,
     shared: Tensor | Iterable[Tensor] | None = ...,
-    own: Tensor | Iterable[Tensor] | None = ...,
+    task: Tensor | Iterable[Tensor] | None = ...,
     gramian_at: Literal["shared", "features"] | Sequence[Tensor] = ...,
     group: Group = ...,
     retain_graph: bool = ...,
@@ -128,7 +132,7 @@ def backward(
     aggregator: nn.Module,
     features: Tensor | Iterable[Tensor] | None = ...,
     shared: Tensor | Iterable[Tensor] | None = ...,
-    own: Tensor | Iterable[Tensor] | None = ...,
+    task: Tensor | Iterable[Tensor] | None = ...,
     gramian_at: Literal["shared", "features"] | Sequence[Tensor] = ...,
     group: Group = ...,
     retain_graph: bool = ...,
@@ -142,7 +146,7 @@ def backward(
     aggregator: nn.Module,
     features: Tensor | Iterable[Tensor] | None = None,
     shared: Tensor | Iterable[Tensor] | None = None,
-    own: Tensor | Iterable[Tensor] | None = None,
+    task: Tensor | Iterable[Tensor] | None = None,
     gramian_at: Literal["shared", "features"] | Sequence[Tensor] = "shared",
     group: Group = None,
     retain_graph: bool = False,
@@ -152,7 +156,7 @@ def backward(
     aggregated.
 
     With `features`, parameters before them are shared: the losses' gradients there form the Jacobian [m, P],
-    and `.grad` receives its aggregation; parameters after them are `own` and receive the gradient of the sum.
+    and `.grad` receives its aggregation; parameters after them are `task` and receive the gradient of the sum.
     Without, all parameters are shared. Both lists are found in the graph if they are not given; a parameter
     that is in one twice counts once. As with `Tensor.backward`, gradients are added to what `.grad` holds, and
     each `.grad` has memory and the dtype of its parameter; one that no loss reaches receives zeros. Returns the
@@ -161,7 +165,7 @@ def backward(
     need no batching rule.
 
     A shared parameter that losses also reach around the features (a tied weight, a skip connection) has both
-    in its rows: each row is the loss's whole gradient, as is that of an own parameter before the features. Each
+    in its rows: each row is the loss's whole gradient, as is that of a task parameter before the features. Each
     loss is then differentiated from end to end, which costs m whole backwards.
 
     Parameters may have several dtypes; rows, and what is computed from them, have the dtype that holds them
@@ -173,7 +177,7 @@ def backward(
         `features` and an aggregator that weights rows by their Gramian. What it does to conflict differs from
         model to model.
     group: the processes that train one model together, each on a batch of its own
-        (`torch.distributed.group.WORLD` for all). Rows and own gradients are averaged over them before they are
+        (`torch.distributed.group.WORLD` for all). Rows and task gradients are averaged over them before being
         aggregated, so every process receives the `.grad` that one process would compute on the union of the
         batches, each loss being the mean over the processes, as under DistributedDataParallel. The module may
         be wrapped in it: its hooks are not called. (With `find_unused_parameters` or `static_graph` it returns
@@ -186,54 +190,55 @@ def backward(
     The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError, before
     anything is differentiated, for losses that are not scalars, that are constant or given twice, for features
     that are given twice or that no loss reaches, for a parameter without a gradient or without memory for one,
-    for one that is both shared and own, for a `gramian_at` that does not apply, and for several processes
+    for one that is both shared and task, for a `gramian_at` that does not apply, and for several processes
     without a `group`; TypeError for what is not a tensor.
     """
     ranks = ranks_of(group)
-    parts = find_parts(losses, features, shared, own)
+    parts = find_parts(losses, features, shared, task)
     at = _check_gramian_at(gramian_at, aggregator, parts.features, parts.shared, return_rows)
-    if (shared is None or (own is None and features is not None)) and not ranks.agree(
+    if (shared is None or (task is None and features is not None)) and not ranks.agree(
         [len(parts.losses), *parts.sizes()], parts.shared[0].device
     ):
         raise ValueError(
-            "the processes of the group found other parameters in their graphs: give shared= and own="
+            "the processes of the group found other parameters in their graphs: give shared= and task="
         )
+    weights: Tensor | None
     if at is not None:
-        weights, update, sums = _weighted_at(parts, at, aggregator, ranks, retain_graph)
-        _accumulate_all(parts.shared, ranks.means(_dense(update, parts.shared)))
-        _accumulate_all(parts.own, _means_of_own(sums, parts.own, ranks))
+        weights, row, sums = _weighted_at(parts, at, aggregator, ranks, retain_graph)
+        _accumulate_all(parts.shared, ranks.means(_dense(row, parts.shared)))
+        _accumulate_all(parts.task, _means_of_task(sums, parts.task, ranks))
         return weights
     rows, sums = _rows_and_sums(parts, retain_graph)
     ranks.mean_(rows)
-    total, found = aggregate(aggregator, rows, ops.gramian(rows))
+    update, weights = aggregate(aggregator, rows, ops.gramian(rows))
     if ranks.size > 1:  # an aggregator may draw: all processes take what the first one drew
-        total = ranks.first_(total) if found is None else ops.combine(rows, ranks.first_(found))
-    split = total.split([p.numel() for p in parts.shared])
+        update = ranks.first_(update) if weights is None else ops.combine(rows, ranks.first_(weights))
+    split = update.split([p.numel() for p in parts.shared])
     _accumulate_all(parts.shared, [part.view(p.shape) for part, p in zip(split, parts.shared, strict=True)])
-    _accumulate_all(parts.own, _means_of_own(sums, parts.own, ranks))
-    return (found, rows) if return_rows else found
+    _accumulate_all(parts.task, _means_of_task(sums, parts.task, ranks))
+    return (weights, rows) if return_rows else weights
 
 
 class Parts(NamedTuple):
-    """What `backward` differentiates, checked."""
+    """Hold what `backward` differentiates, checked."""
 
     losses: list[Tensor]
     features: list[Tensor]
     shared: list[Tensor]
-    own: list[Tensor]
+    task: list[Tensor]
     whole: bool  # whether the features do not cut the graph in two, so that each loss is differentiated whole
 
     def sizes(self) -> tuple[int, int, int]:
         """Return numbers that differ, but for chance, where the parameters do: their shapes, in order."""
-        shapes = [[tuple(p.shape) for p in parameters] for parameters in (self.shared, self.own)]
-        return len(self.shared), len(self.own), zlib.crc32(repr(shapes).encode())
+        shapes = [[tuple(p.shape) for p in parameters] for parameters in (self.shared, self.task)]
+        return len(self.shared), len(self.task), zlib.crc32(repr(shapes).encode())
 
 
 def find_parts(
     losses: Tensor | Iterable[Tensor],
     features: Tensor | Iterable[Tensor] | None,
     shared: Tensor | Iterable[Tensor] | None,
-    own: Tensor | Iterable[Tensor] | None,
+    task: Tensor | Iterable[Tensor] | None,
 ) -> Parts:
     """Check what `backward` is given, and find in the graph what is not."""
     vector = isinstance(losses, Tensor) and losses.dim() > 0
@@ -248,24 +253,24 @@ def find_parts(
                 raise ValueError(f"{name}[{k}] is a constant, which has no gradient: leave it out")
     if features is None:
         chosen = leaves(losses) if shared is None else _parameters("shared", shared)
-        if own is not None and _tensors("own", own, once=False):
-            raise ValueError("own= needs features=: without them every parameter is shared")
+        if task is not None and _tensors("task", task, once=False):
+            raise ValueError("task= needs features=: without them every parameter is shared")
         _check_memory(chosen, [])
         return Parts(losses, [], chosen, [], True)
     if not features:
         raise ValueError("features is empty: leave it out, and all parameters are shared")
-    before, (after, reached) = leaves(features), _reach(losses, features)
-    if not reached:
+    before, (after, met) = leaves(features), _reach(losses, features)
+    if not met:
         raise ValueError("no loss reaches the features: are they part of the losses' graph?")
     chosen = before if shared is None else _parameters("shared", shared)
     is_shared, is_before = {id(p) for p in chosen}, {id(p) for p in before}
-    if own is None:
+    if task is None:
         rest = [p for p in after if id(p) not in is_shared | is_before]
     else:
-        rest = _parameters("own", own)
+        rest = _parameters("task", task)
     if any(id(p) in is_shared for p in rest):
         raise ValueError(
-            "a parameter is both in shared= and in own= (or before the features): give it in shared= alone, "
+            "a parameter is both in shared= and in task= (or before the features): give it in shared= alone, "
             "where its rows hold all its uses"
         )
     _check_memory(chosen, rest)
@@ -296,45 +301,45 @@ def _parameters(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return parameters
 
 
-def _check_memory(shared: list[Tensor], own: list[Tensor]) -> None:
+def _check_memory(shared: list[Tensor], task: list[Tensor]) -> None:
     """Raise where there is nothing to aggregate, and for parameters of which this process has a part."""
     if not shared:
         raise ValueError(
             "there is no shared parameter that requires a gradient, so there is nothing to aggregate"
         )
-    if any(hasattr(p, "device_mesh") for p in (*shared, *own)):
+    if any(hasattr(p, "device_mesh") for p in (*shared, *task)):
         raise ValueError("parameters that are sharded over processes (DTensor) are not supported")
 
 
 def _rows_and_sums(parts: Parts, retain_graph: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the Jacobian's rows [m, P], and the gradient of the losses' sum at the own parameters."""
+    """Return the Jacobian's rows [m, P], and the gradient of the losses' sum at the task parameters."""
     losses, shared, n = parts.losses, parts.shared, len(parts.shared)
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in shared))
     rows = shared[0].new_zeros(len(losses), sum(p.numel() for p in shared), dtype=dtype)
     if parts.whole:
         terms: list[Gradients] = []
-        for row, found in zip(rows, all_rows(losses, [*shared, *parts.own], retain_graph), strict=True):
-            write_row(row, found[:n], shared)
-            terms.append(found[n:])
-        return rows, [_sum([term[k] for term in terms]) for k in range(len(parts.own))]
-    at = at_features(losses, parts.features, parts.own)
-    computed = shared_rows(parts.features, at.features, shared, retain_graph)
-    for i, gradients in zip(reaching(at.features), computed, strict=True):
+        for row, gradients in zip(rows, all_rows(losses, [*shared, *parts.task], retain_graph), strict=True):
+            write_row(row, gradients[:n], shared)
+            terms.append(gradients[n:])
+        return rows, [_sum([term[k] for term in terms]) for k in range(len(parts.task))]
+    at_cut = at_features(losses, parts.features, parts.task)
+    computed = shared_rows(parts.features, at_cut.features, shared, retain_graph)
+    for i, gradients in zip(nonzero_rows(at_cut.features), computed, strict=True):
         write_row(rows[i], gradients, shared)
-    return rows, at.own
+    return rows, at_cut.task
 
 
 def _weighted_at(
     parts: Parts, at: Sequence[Tensor], aggregator: nn.Module, ranks: Ranks, retain_graph: bool
 ) -> tuple[Tensor, Gradients, list[Tensor | None]]:
     """Return weights from the Gramian at `at`, the gradient of the losses so weighted at the shared parameters,
-    and that of their sum at the own ones."""
-    found = at_features(parts.losses, parts.features, parts.own)
+    and that of their sum at the task ones."""
+    at_cut = at_features(parts.losses, parts.features, parts.task)
     if at and parts.whole:
         whole = [torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True) for loss in parts.losses]
         rows = stack_rows(whole, at)
     else:
-        rows = cheap_rows(parts.features, found.features, at)
+        rows = cheap_rows(parts.features, at_cut.features, at)
     if at:
         gramian = ops.gramian(ranks.mean_(rows))
     else:  # each process's images have features of their own: the union's rows stand side by side
@@ -346,8 +351,8 @@ def _weighted_at(
         assert total is not None
         row: Gradients = torch.autograd.grad(total, parts.shared, retain_graph=retain_graph, allow_unused=True)
     else:
-        row = weighted_row(parts.features, found.features, weights, parts.shared, retain_graph)
-    return weights, row, found.own
+        row = weighted_row(parts.features, at_cut.features, weights, parts.shared, retain_graph)
+    return weights, row, at_cut.task
 
 
 def _check_gramian_at(
@@ -388,19 +393,20 @@ def cheap_rows(
     gradients: Sequence[Gradients],  # [m][features]
     last: Sequence[Tensor],
 ) -> Tensor:  # [m, Q]
-    """Rows whose Gramian stands for that of the shared parameters: each objective's gradient at a few of them.
+    """Return rows whose Gramian approximates that of the shared parameters: each objective's gradient at a
+    few of them.
 
     `last` are shared parameters next to the features, at which the backward stops; without any, the gradient at
     the features themselves. The row of an objective that does not reach the features is zero. The graph is
     kept.
     """
     if last:
-        reached = reaching(gradients)
-        found: dict[int, Gradients] = dict(
-            zip(reached, shared_rows(features, gradients, last, retain_graph=True), strict=True)
+        nonzero = nonzero_rows(gradients)
+        rows: dict[int, Gradients] = dict(
+            zip(nonzero, shared_rows(features, gradients, last, retain_graph=True), strict=True)
         )
         like: Sequence[Tensor] = last
-        wanted = [found.get(i, [None] * len(last)) for i in range(len(gradients))]
+        wanted = [rows.get(i, [None] * len(last)) for i in range(len(gradients))]
     else:
         like, wanted = features, list(gradients)
     return stack_rows(wanted, like)
@@ -412,7 +418,7 @@ def stack_rows(gradients: Sequence[Gradients], like: Sequence[Tensor]) -> Tensor
 
 
 def _dense(gradients: Gradients, like: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients as strided tensors, zeros for None."""
+    """Return the gradients as strided tensors, zeros for None."""
     filled = (torch.zeros_like(t) if g is None else g for g, t in zip(gradients, like, strict=True))
     return [g if g.layout == torch.strided else g.to_dense() for g in filled]
 
@@ -427,11 +433,12 @@ def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -
         at += parameter.numel()
 
 
-def _means_of_own(sums: Gradients, own: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """The own parameters' gradients, averaged over the processes; a sparse one stays so in one process."""
+def _means_of_task(sums: Gradients, task: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Return the task parameters' gradients averaged over the processes. In one process a sparse gradient
+    stays sparse."""
     if ranks.size > 1:
-        return ranks.means(_dense(sums, own))
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(sums, own, strict=True)]
+        return ranks.means(_dense(sums, task))
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(sums, task, strict=True)]
 
 
 def _accumulate_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -451,12 +458,13 @@ def _accumulate_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -
 
 
 def leaves(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Leaf tensors that require a gradient in the graph behind `tensors`, not looking behind `stop`."""
+    """Return the leaf tensors that require a gradient in the graph behind `tensors`, without looking behind
+    `stop`."""
     return _reach(tensors, stop)[0]
 
 
 def _reach(tensors: Sequence[Tensor], stop: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """Leaves as `leaves` finds them, and whether the walk met one of `stop`.
+    """Return the leaves as `leaves` does, and whether the search met one of `stop`.
 
     A place in the graph is a node and which of its outputs: two features may come out of one node.
     """
@@ -466,7 +474,7 @@ def _reach(tensors: Sequence[Tensor], stop: Sequence[Tensor]) -> tuple[list[Tens
 
 
 def _nested(features: Sequence[Tensor]) -> bool:
-    """Whether a feature is computed from another."""
+    """Return whether a feature is computed from another."""
     closed = {edge(t) for t in features}
     behind = [e for node, _ in closed for e in node.next_functions if e[0] is not None]
     return _walk(behind, closed)[1]
@@ -479,7 +487,7 @@ def edge(tensor: Tensor) -> tuple[Any, int]:
 
 
 def _walk(queue: list[tuple[Any, int]], closed: set[tuple[Any, int]]) -> tuple[list[Tensor], bool]:
-    found: dict[int, Tensor] = {}
+    leaves_by_id: dict[int, Tensor] = {}
     seen: set[Any] = set()
     met = False
     while queue:
@@ -492,9 +500,9 @@ def _walk(queue: list[tuple[Any, int]], closed: set[tuple[Any, int]]) -> tuple[l
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.setdefault(id(node.variable), node.variable)
+            leaves_by_id.setdefault(id(node.variable), node.variable)
         queue.extend(place for place in node.next_functions if place[0] is not None)
-    return list(found.values()), met
+    return list(leaves_by_id.values()), met
 
 
 def cosines_with_update(
@@ -503,7 +511,8 @@ def cosines_with_update(
     rows: Tensor,  # [m, P]
     update: Tensor | None,  # [P]
 ) -> tuple[Tensor, Tensor]:  # [m], [m]
-    """Cosine of the update with each row, and each row's norm; free from the Gramian where rows are weighted.
+    """Return the update's cosine with each row, and each row's norm; from the Gramian alone where rows are
+    weighted.
 
     A row of zeros has cosine 0; NaN where the Gramian is not finite.
     """

@@ -1,27 +1,29 @@
-"""Names and messages as one line: those nearest to a misspelt name, what a terminal can show."""
+"""Find the valid names nearest to a misspelt one, and print names and messages as one line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class ArgumentError(ValueError):
-    """Wrong argument: the message begins with its name, before which the command line puts the dashes."""
+    """Report a wrong argument. The message begins with the argument's name, to which the command line adds
+    the dashes."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """ " (did you mean a, b?)" for the valid names nearest to `name`, or ""."""
+    """Return " (did you mean a, b?)" with the valid names nearest to `name`, or ""."""
     close = difflib.get_close_matches(name.lower(), list(valid), n=3, cutoff=0.4)
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
 def pick(flag: str, name: str, valid: Iterable[str]) -> str:
-    """`name` if it is one of `valid`, with dashes and case forgiven; else a one-line ValueError."""
+    """Return the valid name that `name` spells, with dashes and case forgiven. Raises a one-line ValueError
+    if there is none."""
     names = list(valid)
     squeezed = {"".join(c for c in n.lower() if c.isalnum()): n for n in names}
-    found = squeezed.get("".join(c for c in name.lower() if c.isalnum()))
-    if found is None:
+    exact = squeezed.get("".join(c for c in name.lower() if c.isalnum()))
+    if exact is None:
         raise ValueError(f"--{flag} {name}: unknown{nearest(name, names)}; valid: {', '.join(names)}")
-    return found
+    return exact
 
 
 def shown(text: object) -> str:

@@ -1,4 +1,4 @@
-"""A copy of a function with code of its own, for torch.compile: `with_own_code`."""
+"""Copy a function together with its code object, for torch.compile: `with_own_code`."""
 
 from __future__ import annotations
 

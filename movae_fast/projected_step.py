@@ -1,4 +1,4 @@
-"""The projection of an optimizer's step: the closest step to it that worsens no objective, to first order.
+"""Project an optimizer's step: the closest step to it that worsens no objective, to first order.
 
 An aggregator makes a *gradient* without conflict; the optimizer then rescales it and adds its memory, and what
 is applied may conflict again. Here the applied step itself is corrected. With the Jacobian's rows J [m, P], the
@@ -39,21 +39,21 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 def multipliers(gramian: Tensor) -> Tensor:  # [m] float64
     """Return lambda from the Gramian [m + 1, m + 1] of J D^(1/2) with D^(-1/2) s as its last row."""
     m = len(gramian) - 1
-    found, _ = ops.step_multipliers(gramian[:m, :m], gramian[:m, m], reg_eps=REG_EPS)
-    return found
+    lambdas, _ = ops.step_multipliers(gramian[:m, :m], gramian[:m, m], reg_eps=REG_EPS)
+    return lambdas
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a row this process works on, and how the processes put their results together."""
+    """Hold which columns of a row this process works on, and how the processes combine their results."""
 
-    share: Callable[[Tensor], Tensor] = lambda tensor: tensor  # this process's stretch of [..., P]
+    stretch: Callable[[Tensor], Tensor] = lambda tensor: tensor  # this process's stretch of [..., P]
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the sum over the processes
     gather: Callable[[Tensor], None] = lambda row: None  # fills in the others' stretches of a row [P]
 
     def gramian(self, rows: Tensor) -> Tensor:  # [m, m] float64
         """Return the Gramian of rows [m, P], each process contributing its stretch of them."""
-        return self.total(ops.gramian(self.share(rows)))
+        return self.total(ops.gramian(self.stretch(rows)))
 
 
 def correction(
@@ -67,21 +67,21 @@ def correction(
     Zero where the Gramian is not finite: an overflow in fp16, whose step the loss scale left out; a product
     with lambda = 0 would be NaN.
     """
-    mine = columns.share(both)
+    mine = columns.stretch(both)
     if roots is not None:
-        root = columns.share(roots)
+        root = columns.stretch(roots)
         bounded(root, mine[:-1], loss_scale)
         mine[:-1] *= root
         mine[-1] /= root
     products = columns.total(ops.gramian(mine))
-    found = multipliers(products)
+    lambdas = multipliers(products)
     change = both[-1]  # the step's place: it has been used
-    ops.combine(mine[:-1], found, out=mine[-1])
+    ops.combine(mine[:-1], lambdas, out=mine[-1])
     if roots is not None:
         mine[-1] *= root
     columns.gather(change)
     usable = products.isfinite().all()
-    return torch.where(usable, -change, 0.0), torch.where(usable, found, 0.0)
+    return torch.where(usable, -change, 0.0), torch.where(usable, lambdas, 0.0)
 
 
 def step_cosines(gramian: Tensor) -> Tensor:  # [m] float64
@@ -95,7 +95,8 @@ def step_cosines(gramian: Tensor) -> Tensor:  # [m] float64
 
 
 def has_metric(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer divides by the root of second moments that `metric_roots` finds, as Adam does.
+    """Return whether the optimizer divides by the root of second moments that `metric_roots` finds, as Adam
+    does.
 
     Asked of its state after a step; before the first, of what such optimizers are told.
     """
@@ -198,7 +199,7 @@ def project_step(
         views = [part.view(p.shape) for part, p in zip(roots.split(sizes), parameters, strict=True)]
         metric_roots(optimizer, parameters, views)
     both = torch.cat([rows, (before - flatten(parameters))[None].to(rows)])
-    change, found = correction(both, roots)
+    change, lambdas = correction(both, roots)
     for p, part in zip(parameters, change.split(sizes), strict=True):
         p.add_(part.view(p.shape).to(p))
-    return found
+    return lambdas

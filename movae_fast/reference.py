@@ -1,4 +1,4 @@
-"""What each op means, in plain torch.
+"""Define every op in plain torch.
 
 These functions read like the papers and are the truth that tests and benchmarks compare the fast paths with.
 They are differentiable where the op is, run on any device and in any floating dtype, and take no short cuts;
@@ -22,7 +22,8 @@ def nearest_code(
     z: Tensor,  # [N, D]
     codebook: Tensor,  # [K, D]
 ) -> Tensor:  # [N] int64
-    """Index of the codeword nearest to each row in Euclidean distance; the lowest index on a tie.
+    """Return the index of the codeword nearest to each row in Euclidean distance; the lowest index on a
+    tie.
 
     Scores are ||c||^2 / 2 - z.c: the ||z||^2 of the expanded square is the same for every code, and carrying
     it along loses the answer to rounding on small codebooks. A row that holds a NaN gets index 0.
@@ -55,7 +56,8 @@ def quantize(
 def gramian(
     rows: Tensor,  # [m, P]
 ) -> Tensor:  # [m, m] float64
-    """Inner products of a Jacobian's rows, accumulated in float64 whatever the dtype of the rows."""
+    """Return the inner products of a Jacobian's rows, accumulated in float64 whatever the dtype of the
+    rows."""
     rows = rows.double()
     return rows @ rows.T
 
@@ -64,7 +66,7 @@ def combine(
     rows: Tensor,  # [m, P]
     weights: Tensor,  # [m]
 ) -> Tensor:  # [P]
-    """The weighted sum of a Jacobian's rows, in the rows' dtype."""
+    """Return the weighted sum of a Jacobian's rows, in the rows' dtype."""
     return weights.to(rows.dtype) @ rows
 
 
@@ -74,7 +76,7 @@ def regularized_gramian(
     norm_eps: float,
     reg_eps: float,
 ) -> tuple[Tensor, Tensor]:  # [m, m], [m]
-    """The matrix A of the projection, and the scales S of the rows that it is written in.
+    """Return the matrix A of the projection, and the scales S of the rows in which it is written.
 
     "trace" (TorchJD): A = G / tr G + reg_eps I, with zero for G / tr G where tr G < norm_eps; the scales are 1.
     "diagonal": A = S (G + reg_eps diag(G)) S with S = diag(G)^(-1/2), which is the correlation matrix plus
@@ -98,7 +100,7 @@ def complementary(
     matrix: Tensor,  # [m, m]
     offset: Tensor,  # [m]
 ) -> Tensor:  # [m]
-    """The w >= 0 with y = A w + q >= 0 and w y = 0, for a symmetric positive definite A and any q.
+    """Return the w >= 0 with y = A w + q >= 0 and w y = 0, for a symmetric positive definite A and any q.
 
     Principal pivoting (Judice & Pires 1994): all violations change sides at once as long as their number falls,
     else the one of greatest index alone, which cannot cycle (Murty 1974). Signs are trusted as far as the
@@ -139,8 +141,8 @@ def project_rows(
     reg_eps: float,
     regularizer: Regularizer,
 ) -> Tensor:  # [rows, m]
-    """For each u the v of least v' A v with v >= u (Quinton & Rey 2024, eq. 5): dual to the closest row in the
-    cone."""
+    """Return for each u the v of least v' A v with v >= u (Quinton & Rey 2024, eq. 5), the dual of
+    projecting a row onto the cone."""
     matrix, scales = regularized_gramian(gramian, regularizer, norm_eps, reg_eps)
     least = [x / scales for x in u]
     return torch.stack([scales * (x + complementary(matrix, matrix @ x)) for x in least])
@@ -153,8 +155,8 @@ def project_weights(
     reg_eps: float,
     regularizer: Regularizer,
 ) -> Tensor:  # [m]
-    """UPGrad's weights (Quinton & Rey 2024, section 3): each row is projected by itself, then they are added
-    up."""
+    """Return UPGrad's weights (Quinton & Rey 2024, section 3): each row is projected by itself, then the
+    results are summed."""
     return project_rows(pref.clamp_min(0).diag(), gramian, norm_eps, reg_eps, regularizer).sum(0)
 
 
@@ -163,7 +165,7 @@ def step_multipliers(
     slopes: Tensor,  # [m] J s
     reg_eps: float,
 ) -> Tensor:  # [m]
-    """The lambda >= 0 with which s + D J' lambda is the step closest to s that worsens no objective.
+    """Return the lambda >= 0 with which s + D J' lambda is the step closest to s that worsens no objective.
 
     Closest in the inverse of the metric D: min (x - s)' D^-1 (x - s) subject to J x >= 0, whose dual is
     min 1/2 lambda' J D J' lambda + lambda' J s over lambda >= 0.
@@ -176,7 +178,8 @@ def pcgrad(
     gramian: Tensor,  # [m, m]
     order: Tensor,  # [m, m] int64
 ) -> Tensor:  # [m]
-    """Weights of gradient surgery (Yu et al. 2020, algorithm 1); row i meets the others as order[i] says."""
+    """Return the weights of gradient surgery (Yu et al. 2020, algorithm 1), with row i projected against
+    the others in the order order[i]."""
     weights = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
     for i, met in enumerate(order.tolist()):
         for j in met:
@@ -225,7 +228,7 @@ def gaussian_log_density(
     mu: Tensor,
     logvar: Tensor,
 ) -> Tensor:
-    """log N(z; mu, exp(logvar)) elementwise, in nats."""
+    """Return log N(z; mu, exp(logvar)) elementwise, in nats."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).square() * torch.exp(-logvar))
 
 
@@ -235,7 +238,8 @@ def log_importance_weights(
     estimator: TCEstimator,
     like: Tensor,
 ) -> Tensor:  # [B, B]
-    """log W[i, j]: the weight of posterior q(.|x_j) in the estimate of q(z_i) (Chen et al. 2018, appendix C).
+    """Return log W[i, j], the weight of posterior q(.|x_j) in the estimate of q(z_i) (Chen et al. 2018,
+    appendix C).
 
     "mws", minibatch-weighted sampling: 1 / (N M) everywhere, biased.
     "mss", minibatch-stratified sampling: 1/N for the example itself, (N - M + 1) / (N (M - 1)) for one other
@@ -260,7 +264,8 @@ def tc_terms(
     n_data: int,
     estimator: TCEstimator = "mws",
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """log q(z_i) and sum_d log q(z_id) of the aggregate posterior, in nats (Chen et al. 2018, eq. S3-S6).
+    """Return log q(z_i) and sum_d log q(z_id) of the aggregate posterior, in nats (Chen et al. 2018, eq.
+    S3-S6).
 
     With log q(z|x) and log p(z) they give the parts of the KL: mutual information E[log q(z|x) - log q(z)],
     total correlation E[log q(z) - sum_d log q(z_d)] and dimension-wise KL E[sum_d log q(z_d) - log p(z)].
@@ -277,7 +282,7 @@ def code_error(
     codebook: Tensor,  # [K, D]
     index: Tensor,  # [N] int64
 ) -> Tensor:  # [N]
-    """||z - codebook[index]||^2, differentiable in both."""
+    """Return ||z - codebook[index]||^2, differentiable in both."""
     return (z - codebook[index]).square().sum(1)
 
 
@@ -285,7 +290,7 @@ def straight_through(
     z: Tensor,  # [N, D]
     z_q: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
-    """z_q, with its gradient handed to z unchanged (van den Oord et al. 2017, section 3.2)."""
+    """Return z_q, with its gradient passed to z unchanged (van den Oord et al. 2017, section 3.2)."""
     return z + (z_q - z).detach()
 
 
@@ -293,7 +298,8 @@ def rotation_trick(
     z: Tensor,  # [N, D]
     z_q: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
-    """z_q as z turned and stretched by a constant matrix, which the gradient passes (Fifty et al. 2024).
+    """Return z_q as z rotated and scaled by a matrix without gradient, through which z receives its own
+    (Fifty et al. 2024).
 
     With e = z / |z|, q = z_q / |z_q| and r = (e + q) / |e + q|: z_q = |z_q| / |z| (I - 2 r r' + 2 q e') z.
     """

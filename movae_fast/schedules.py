@@ -1,4 +1,5 @@
-"""What changes with the step: the learning rate, the KL's weight and capacity, the stages of a ladder.
+"""Define everything that changes with the step: the learning rate, the KL's weight and capacity, the stages of
+a ladder.
 
 All of it is a pure function of the 0-based step, so that a resumed run goes on in the middle of a schedule bit
 for bit. The trainer evaluates it outside the step that is compiled or recorded, and hands over the numbers as
@@ -18,7 +19,7 @@ KLAnnealing = Literal["linear", "sigmoid", "cosine"]
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Factor on the learning rate: linear warm-up, then the schedule over the remaining steps.
+    """Return the factor on the learning rate: linear warm-up, then the schedule over the remaining steps.
 
     `unit` steps in a row have the factor of their first one: 1, or an epoch's steps.
     """
@@ -50,7 +51,8 @@ def restarted(factor: Factor, steps: int) -> Factor:
 
 @dataclass(frozen=True)
 class Cycles:
-    """Cyclic annealing (Fu et al. 2019): a factor that rises from `least` to `most` in each cycle."""
+    """Return the factor of cyclic annealing (Fu et al. 2019), which rises from `least` to `most` in each
+    cycle."""
 
     mode: KLAnnealing
     steps: int  # of a stage
@@ -110,7 +112,8 @@ class LogLinear:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The KL's capacity in nats (Burgess et al. 2018): it grows linearly from 0 to `most` in `steps` steps."""
+    """Return the KL's capacity in nats (Burgess et al. 2018), which grows linearly from 0 to `most` in
+    `steps` steps."""
 
     most: float
     steps: int
@@ -121,7 +124,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class LossSchedule:
-    """How the loss changes with the step; by default not at all."""
+    """Hold how the loss changes with the step; by default not at all."""
 
     anneal_steps: int = 0  # steps in which the weight of the dimension-wise KL rises to its full size
     kl_factor: Factor | None = None  # on the KL's weight; None is always 1
@@ -136,7 +139,7 @@ class LossSchedule:
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages `first` to `last` of a progressive ladder, of `steps` steps each."""
+    """Hold the stages `first` to `last` of a progressive ladder, of `steps` steps each."""
 
     first: int
     last: int

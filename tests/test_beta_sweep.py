@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from movae_fast import figures
+from movae_fast import pictures
 from movae_fast.cli import main
 
 
@@ -35,24 +35,24 @@ def test_a_gif_sweeps_beta(many):
     assert sample(many, "--mode", "beta_sweep", "--n_betas", "3") == 0
     gif = iio.imread(many / "figures" / "beta_sweep.gif", index=None)
     assert gif.shape[0] == 4  # there and back
-    top = gif[:, : figures.LABEL]
+    top = gif[:, : pictures.LABEL]
     assert all(bool((frame < 128).any()) for frame in top)  # each has its beta written on it
     assert not np.array_equal(top[0], top[1])
     assert np.array_equal(gif[1], gif[3])
-    below = gif[:, figures.LABEL + figures.PAD :]
-    side = 64 + figures.PAD
+    below = gif[:, pictures.LABEL + pictures.PAD :]
+    side = 64 + pictures.PAD
     assert np.array_equal(below[0, :64], below[2, :64])  # the originals stay
     assert not np.array_equal(below[0, side : side + 64], below[2, side : side + 64])
     sheet = iio.imread(many / "figures" / "beta_sweep.png")
-    assert sheet.shape[:2] == (8 * side + figures.PAD, 3 * side + figures.PAD)
+    assert sheet.shape[:2] == (8 * side + pictures.PAD, 3 * side + pictures.PAD)
 
 
 def test_a_caption_is_above_the_picture():
-    picture = figures.grid(torch.zeros(1, 1, 64, 64))
-    with_text = figures.captioned(picture, "beta 1")
-    assert with_text.shape == (picture.shape[0] + figures.LABEL, *picture.shape[1:])
-    assert np.array_equal(with_text[figures.LABEL :], picture)
-    assert bool((with_text[: figures.LABEL] < 128).any())
+    picture = pictures.grid(torch.zeros(1, 1, 64, 64))
+    with_text = pictures.captioned(picture, "beta 1")
+    assert with_text.shape == (picture.shape[0] + pictures.LABEL, *picture.shape[1:])
+    assert np.array_equal(with_text[pictures.LABEL :], picture)
+    assert bool((with_text[: pictures.LABEL] < 128).any())
 
 
 @pytest.mark.parametrize(

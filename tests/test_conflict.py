@@ -9,14 +9,14 @@ import torch
 
 from movae_fast.cli import parsing
 from movae_fast.cli.train import conflict_rows
-from movae_fast.figures import loss_curves
+from movae_fast.plots import loss_curves
 from movae_fast.training import checkpoint
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.gradients import Batch, keeping_buffers
 from movae_fast.training.logs import read_lines
 from movae_fast.training.start import assemble
-from movae_fast.training.telemetry import CONFLICT, conflict_figures
+from movae_fast.training.telemetry import CONFLICT, conflict_metrics
 from movae_fast.training.train_step import Gradient, TrainStep
 from movae_fast.training.world import World
 
@@ -153,12 +153,12 @@ def test_a_model_whose_objectives_do_not_reach_the_features_trains():
 def test_a_line_says_how_many_measured_steps_conflict():
     nan = float("nan")
     cosines = torch.tensor([[0.5, -0.2, nan], [nan] * 3, [0.1, 0.2, 0.3], [-0.0005, 0.0, nan]])
-    assert conflict_figures(cosines, "train/") == {
+    assert conflict_metrics(cosines, "train/") == {
         "train/conflict": pytest.approx(1 / 3),
         "train/min_cosine": pytest.approx(-0.2),
         "train/conflict_steps": 3,
     }
-    assert conflict_figures(cosines[1:2], "train/") == {}
+    assert conflict_metrics(cosines[1:2], "train/") == {}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from movae_fast.objectives import LossVector, resolve_weights
 from movae_fast.schedules import Capacity, LossSchedule, Stages
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.cuda_graph import WARM, CudaGraphs
-from movae_fast.training.optim import forget, make_optimizer
+from movae_fast.training.optim import forget_state, make_optimizer
 from movae_fast.training.precision import Precision
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import TrainStep, why_not_captured
@@ -154,7 +154,7 @@ def train(step, scheduler, steps=10, log_every=0, stages=None, shares=False, see
         share = torch.rand(12, generator=generator).to(flat) if shares else None
         if stages is not None:
             if stages.starts(i):
-                forget(step.optimizer)
+                forget_state(step.optimizer)
             apply_stage(stages, i, model, step.losses)
         log = log_every > 0 and i % log_every == 0
         record = step(x, i, noise, log, share)

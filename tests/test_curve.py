@@ -186,7 +186,7 @@ def test_a_curve_against_a_run():
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figures: matplotlib takes seconds."""
-    for name in ("curve_figure", "response_figure"):
+    for name in ("curve_plot", "response_plot"):
         monkeypatch.setattr(f"movae_fast.cli.curves.{name}", lambda path, *_: path)
 
 

@@ -262,7 +262,7 @@ def test_a_padded_epoch_counts_every_image_once(make, world):
         assert len(batches) == len(loader) == -(-53 // (8 * world))
         assert {x.shape for x, _ in batches} == {(8, 1, 2, 2)}
         for k, (_, y) in enumerate(batches):
-            share = loader.share_of(k)
+            share = loader.sample_weight_of(k)
             counted += y[share > 0].tolist()
             shares.append((k, share))
     assert sorted(counted) == list(range(53))
@@ -274,13 +274,13 @@ def test_a_padded_epoch_counts_every_image_once(make, world):
     for (x, y), (x2, y2) in zip(dropping.epoch(2), loaders[-1].epoch(2), strict=False):
         assert torch.equal(x, x2)
         assert torch.equal(y, y2)
-    assert dropping.share_of(0) is None
+    assert dropping.sample_weight_of(0) is None
 
 
 def test_padding_fills_a_batch_that_is_larger_than_the_set():
     loader = ResidentLoader(source(5), 16, CPU, train=True, pad=True)
     ((x, y),) = loader.epoch(0)
-    share = loader.share_of(0)
+    share = loader.sample_weight_of(0)
     assert len(x) == 16
     assert y.bincount().min() == 3
     assert sorted(y[share > 0].tolist()) == list(range(5))

@@ -66,7 +66,7 @@ def test_compiling_ahead_does_every_check_once_and_survives_one_that_fails(monke
         gpu_checks, "op_checks", lambda device: [(str(i), lambda i=i: check(i)) for i in range(7)]
     )
     for k in range(3):
-        gpu_checks.compile_share(CPU, 3, k)
+        gpu_checks.compile_part(CPU, 3, k)
     assert sorted(done) == list(range(7))
 
 

@@ -60,7 +60,7 @@ def test_it_is_its_definition(arch, at):
     # Own parameters get what they always get, and the exact weights are others.
     exact = step(arch, dtype=torch.float64)
     _, of_exact = gradient(exact, x)
-    assert relative(made.flat.own_grad, exact.flat.own_grad) < 1e-12
+    assert relative(made.flat.task_grad, exact.flat.task_grad) < 1e-12
     assert not torch.allclose(of_exact.weights, record.weights, rtol=1e-3)
 
 

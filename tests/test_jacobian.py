@@ -114,12 +114,12 @@ def test_bad_arguments_are_named():
         jacobian.backward([features[0]], aggregator=jd.UPGrad())
     with pytest.raises(ValueError, match="no loss reaches the features"):
         jacobian.backward(losses[2:], features=features, aggregator=jd.UPGrad())
-    with pytest.raises(ValueError, match=r"both in shared= and in own=.*give it in shared= alone"):
+    with pytest.raises(ValueError, match=r"both in shared= and in task=.*give it in shared= alone"):
         jacobian.backward(
-            losses, features=features, shared=model.shared, own=model.shared, aggregator=jd.UPGrad()
+            losses, features=features, shared=model.shared, task=model.shared, aggregator=jd.UPGrad()
         )
-    with pytest.raises(ValueError, match="both in shared= and in own="):
-        jacobian.backward(losses, features=features, own=model.trunk.parameters(), aggregator=jd.UPGrad())
+    with pytest.raises(ValueError, match="both in shared= and in task="):
+        jacobian.backward(losses, features=features, task=model.trunk.parameters(), aggregator=jd.UPGrad())
     frozen = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
     for options, problem in (
         ({"features": []}, "features is empty"),
@@ -129,7 +129,7 @@ def test_bad_arguments_are_named():
         ({"shared": [*model.shared, frozen]}, r"shared\[6\] \[2, 3\] does not require a gradient"),
         ({"shared": [features[0]]}, r"shared\[0\] \[7, 3\] is not a leaf"),
         ({"shared": []}, "no shared parameter that requires a gradient"),
-        ({"features": None, "own": model.heads.parameters()}, "own= needs features="),
+        ({"features": None, "task": model.heads.parameters()}, "task= needs features="),
         ({"group": "everyone"}, "group must be a process group"),
     ):
         with pytest.raises(ValueError, match=problem):
@@ -257,7 +257,7 @@ def test_an_own_parameter_before_the_features_has_its_whole_gradient():
     model, x = net()
     features, losses = tied(model, x)
     weight, bias = model.trunk[0].parameters()
-    found, expected = cut_and_whole(model, losses, features, shared=[bias], own=[weight])
+    found, expected = cut_and_whole(model, losses, features, shared=[bias], task=[weight])
     assert_equal_gradients(found, expected)
 
 
@@ -265,10 +265,10 @@ def test_parameters_given_twice_count_once_and_any_iterable_will_do():
     model, x = net()
     features, losses = model(x)
     once, _ = cut_and_whole(model, losses, features)
-    own = [p for head in model.heads for p in head.parameters()]
+    task = [p for head in model.heads for p in head.parameters()]
     for options in (
-        {"shared": [*model.shared, *model.shared], "own": [*own, *own]},
-        {"shared": iter(model.shared), "own": (p for p in own)},
+        {"shared": [*model.shared, *model.shared], "task": [*task, *task]},
+        {"shared": iter(model.shared), "task": (p for p in task)},
     ):
         twice, _ = cut_and_whole(model, losses, features, **options)
         assert_equal_gradients(twice, once)
@@ -343,13 +343,13 @@ def test_what_no_loss_reaches_gets_zeros():
     model, x = net()
     features, losses = model(x)
     unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    own = [*model.heads.parameters(), unused]
+    task = [*model.heads.parameters(), unused]
     for place in ("shared", "features"):
         jacobian.backward(
             losses,
             features=features,
             shared=[*model.shared, lonely := nn.Parameter(torch.ones(2, dtype=torch.float64))],
-            own=own,
+            task=task,
             aggregator=jd.UPGrad(),
             gramian_at=place,
             retain_graph=True,
@@ -359,7 +359,7 @@ def test_what_no_loss_reaches_gets_zeros():
 
 
 def test_sparse_gradients():
-    """Of a shared embedding the rows are dense; an own one keeps its sparse gradient."""
+    """Of a shared embedding the rows are dense; a task parameter keeps its sparse gradient."""
     before, after = (nn.Embedding(6, 3, sparse=True) for _ in range(2))
     f = before(torch.tensor([1, 4, 1])).tanh()
     losses = [(f * after(torch.tensor([0, 0, 5]))).sum(), f.square().sum()]

@@ -89,7 +89,7 @@ def results(rank):
         lists = {}
         if options:
             shared = [*net.trunk.parameters(), *net.last.parameters()]
-            lists = {"shared": shared, "own": list(net.head.parameters())}
+            lists = {"shared": shared, "task": list(net.head.parameters())}
         found[name] = train(net, model, halves, UPGrad(), group=dist.group.WORLD, **lists)
     for at in PLACES:
         net = made()
@@ -115,7 +115,7 @@ def refusals(rank):
         jacobian.backward(losses, features=f, aggregator=UPGrad(), group=dist.group.WORLD)
     assert all(p.grad is None for p in net.parameters())
     # Given lists are taken as they are: a branch that one process did not take counts as zeros there.
-    lists = {"shared": jacobian.leaves([f]), "own": [*net.head.parameters(), net.never.weight]}
+    lists = {"shared": jacobian.leaves([f]), "task": [*net.head.parameters(), net.never.weight]}
     jacobian.backward(losses, features=f, aggregator=UPGrad(), group=dist.group.WORLD, **lists)
     torch.testing.assert_close(net.never.weight.grad, torch.full((2, 2), 0.5, dtype=torch.float64))
 

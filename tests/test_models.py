@@ -143,11 +143,11 @@ def test_every_model_reconstructs_samples_and_splits_its_parameters(arch, shape)
     model.eval()
     assert model.reconstruct(x).shape == x.shape
     assert model.sample(2, torch.Generator().manual_seed(0)).shape == (2, *shape)
-    own = [p for params in model.own_parameters().values() for p in params]
+    own = [p for params in model.task_parameters().values() for p in params]
     split = {id(p) for p in own} | {id(p) for p in model.shared_parameters()}
     assert split == {id(p) for p in model.parameters()}
     assert not {id(p) for p in own} & {id(p) for p in model.shared_parameters()}
-    assert set(model.own_parameters()) <= set(model.objectives)
+    assert set(model.task_parameters()) <= set(model.objectives)
 
 
 def test_a_sized_family_is_one_class_whose_images_choose_the_network():

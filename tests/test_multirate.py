@@ -20,7 +20,7 @@ from movae_fast.training.compiled import graph_counters
 from movae_fast.training.logs import read_lines
 from movae_fast.training.precision import Precision
 from movae_fast.training.train_step import TrainStep
-from tests.test_training import StopAfter, figures_of, same_weights
+from tests.test_training import StopAfter, metrics_of, same_weights
 
 KINDS = ("sigmoid", "sqrt")
 SHAPE = (1, 16, 16)
@@ -231,7 +231,7 @@ def test_every_layer_but_the_image_s_is_gated(arch, position):
         assert {id(m) for m in inside} == {id(m) for m in layers[:-1]}
     else:
         assert {id(m) for m in inside if m in norms} == {id(m) for m in norms}
-    decoder = {id(p) for p in model.own_parameters()["reconstruction"]}
+    decoder = {id(p) for p in model.task_parameters()["reconstruction"]}
     for g in gated.values():
         assert g.kind == ("sqrt" if id(g.gate_weight) in decoder else "sigmoid")
         assert g.rates is model.rates
@@ -439,7 +439,7 @@ def test_a_step_is_the_mean_over_examples_each_with_its_beta(agg):
     taken = step(copy.deepcopy(model), agg)
     found, record = gradient(taken, x, noise)
     rows = []
-    parameters = [*model.shared_parameters(), *model.own_parameters()["reconstruction"]]
+    parameters = [*model.shared_parameters(), *model.task_parameters()["reconstruction"]]
     for k in range(2):
         total = [torch.zeros_like(p) for p in parameters]
         for i in range(6):
@@ -452,8 +452,8 @@ def test_a_step_is_the_mean_over_examples_each_with_its_beta(agg):
             grads = torch.autograd.grad(value / 6, parameters, allow_unused=True)
             total = [t if g is None else t + g for t, g in zip(total, grads, strict=True)]
         row = torch.zeros_like(taken.flat.data)  # laid out as the step's own, with its gaps
-        own = [*taken.flat.shared, *taken.flat.own]
-        for t, p in zip(total, own, strict=True):
+        task = [*taken.flat.shared, *taken.flat.task]
+        for t, p in zip(total, task, strict=True):
             taken.flat.view(row, p).copy_(t)
         rows.append(row)
     if agg == "sum":
@@ -559,7 +559,7 @@ def test_multi_rate_runs_resume_bit_for_bit(train, monkeypatch, flags):
         StopAfter(patch, steps=5)
         part = train("--multirate", flags, "--epochs 3", status=128 + signal.SIGTERM)
     train(f"--resume {part}")
-    assert figures_of(part)[-1] == figures_of(through)[-1]
+    assert metrics_of(part)[-1] == metrics_of(through)[-1]
     assert same_weights(through, part)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from movae_fast import figures
+from movae_fast import pictures
 from movae_fast.cli import doctor, main
 from movae_fast.evaluation.trained import check_option
 from movae_fast.training.build import new_model
@@ -22,7 +22,7 @@ def image(colour, side=32):
 
 
 def test_grid_places_images_row_by_row():
-    picture = figures.grid(torch.cat([image(RED), image(GREEN), image(RED)]), columns=2, scale=1)
+    picture = pictures.grid(torch.cat([image(RED), image(GREEN), image(RED)]), columns=2, scale=1)
     assert picture.shape == (2 * 34 + 2, 2 * 34 + 2, 3)
     assert picture[10, 10].tolist() == [255, 0, 0]
     assert picture[10, 50].tolist() == [0, 255, 0]
@@ -31,23 +31,23 @@ def test_grid_places_images_row_by_row():
 
 
 def test_small_images_are_enlarged_and_grey_becomes_rgb():
-    assert figures.grid(torch.rand(1, 1, 16, 16)).shape == (64 + 4, 64 + 4, 3)
-    assert figures.grid(torch.rand(1, 3, 128, 128)).shape == (128 + 4, 128 + 4, 3)
+    assert pictures.grid(torch.rand(1, 1, 16, 16)).shape == (64 + 4, 64 + 4, 3)
+    assert pictures.grid(torch.rand(1, 3, 128, 128)).shape == (128 + 4, 128 + 4, 3)
 
 
 def test_pairs_put_each_reconstruction_under_its_original():
     originals, copies = image(RED).repeat(5, 1, 1, 1), image(GREEN).repeat(5, 1, 1, 1)
-    picture = figures.pairs(originals, copies, columns=4)
-    side = 64 + figures.PAD
+    picture = pictures.pairs(originals, copies, columns=4)
+    side = 64 + pictures.PAD
     rows = [picture[10 + side * k, 10].tolist() for k in range(4)]
     assert rows == [[255, 0, 0], [0, 255, 0]] * 2
     assert picture[10 + 2 * side, 10 + side].tolist() == [255, 255, 255]
 
 
 def test_a_gif_loops_back_and_forth(tmp_path):
-    frames = figures.back_and_forth([figures.grid(torch.full((1, 1, 64, 64), v)) for v in (0.0, 0.5, 1.0)])
+    frames = pictures.back_and_forth([pictures.grid(torch.full((1, 1, 64, 64), v)) for v in (0.0, 0.5, 1.0)])
     assert len(frames) == 4
-    path = figures.write_gif(tmp_path / "a.gif", frames)
+    path = pictures.write_gif(tmp_path / "a.gif", frames)
     loaded = iio.imread(path, index=None)
     assert loaded.shape[0] == 4
     assert iio.immeta(path)["loop"] == 0
@@ -125,7 +125,7 @@ def test_traverse_changes_the_latent_and_no_other(trained, tmp_path):
     z = model.sample_latents(1, torch.Generator().manual_seed(4)).repeat(3, 1)
     z[:, 1] = torch.tensor([-2.0, 0.0, 2.0])
     with torch.no_grad():
-        expected = figures.grid(model.to_image(model.decode(z)).clamp(0, 1), columns=3)
+        expected = pictures.grid(model.to_image(model.decode(z)).clamp(0, 1), columns=3)
     assert np.abs(iio.imread(tmp_path / "traverse.png").astype(int) - expected).max() <= 1
 
 

@@ -19,7 +19,7 @@ from movae_fast.training import checkpoint
 from movae_fast.training.compiled import graph_counters
 from movae_fast.training.config import OptimizerConfig
 from movae_fast.training.logs import read_lines
-from movae_fast.training.optim import forget, make_optimizer
+from movae_fast.training.optim import forget_state, make_optimizer
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import Gradient, TrainStep
 
@@ -299,7 +299,7 @@ def test_an_optimizer_that_forgets_steps_like_a_new_one(name):
     steps(used, a, 5)
     with torch.no_grad():
         a.fill_(1)
-    forget(used)
+    forget_state(used)
     steps(used, a, 3)
     steps(new(b), b, 3)
     assert torch.equal(a, b)

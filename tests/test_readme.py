@@ -251,15 +251,6 @@ def test_all_models_aggregators_and_datasets_are_listed() -> None:
     assert named >= {*MODELS, *AGGREGATORS, "sum", *DATASETS}
 
 
-def test_the_words_that_are_still_in_the_code_are() -> None:
-    table = prose(DOCS / "glossary.md").split("\n## Words to avoid\n")[1]
-    still_there = re.findall(r"^\| .+? \| .+? \|(.*)\|$", table, re.MULTILINE)
-    words = [span.rpartition(".")[2] for span in re.findall(r"`([\w.]+)`", "".join(still_there))]
-    assert len(words) > 5
-    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "movae_fast").rglob("*.py"))
-    assert [word for word in words if not re.search(rf"\b{word}\b", code)] == []
-
-
 def test_all_recipes_are_listed() -> None:
     table = prose(DOCS / "what_there_is.md").split("\n## Recipes\n")[1]
     listed = [

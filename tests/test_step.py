@@ -62,7 +62,7 @@ def test_float32_rows_are_float64_rows(arch):
     double.gradient(x.double(), 0, single.model.draw_noise(len(x)).map(torch.Tensor.double))
     # A convolution network's backward in float32: some tens of roundings of 6e-8.
     assert relative(single.rows.rows, double.rows.rows) < 1e-5
-    assert relative(single.flat.own_grad, double.flat.own_grad) < 1e-5
+    assert relative(single.flat.task_grad, double.flat.task_grad) < 1e-5
 
 
 def test_accumulated_parts_equal_the_batch_without_batch_statistics():
@@ -105,7 +105,7 @@ def test_every_parameter_starts_at_an_aligned_place():
         assert all(start % 16 == 0 for start in flat.starts.values())
         assert flat.n_shared % 16 == 0
     narrow = build_model("provlae", (3, 32, 32), "tanh", {"hidden_dim": 3, "fc_dim": 5, "latent_dim": 1})
-    own = [p for params in narrow.own_parameters().values() for p in params]
+    own = [p for params in narrow.task_parameters().values() for p in params]
     flat = FlatParameters(narrow.shared_parameters(), own, align=3)
     assert all(start % 16 == 0 for start in flat.starts.values())
     assert flat.n_shared % (16 * 3) == 0  # each of three ranks' shares, too
@@ -162,7 +162,7 @@ def test_flat_views_keep_shapes_strides_and_values():
     torch.manual_seed(0)
     model = build_model("vae", SHAPE, "tanh", OPTIONS["vae"]).to(memory_format=torch.channels_last)
     before = {k: (v.detach().clone(), v.stride()) for k, v in model.named_parameters()}
-    own = [p for params in model.own_parameters().values() for p in params]
+    own = [p for params in model.task_parameters().values() for p in params]
     flat = FlatParameters(model.shared_parameters(), own, align=7)
     assert flat.n_shared % 7 == 0
     for name, p in model.named_parameters():

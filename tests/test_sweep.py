@@ -16,7 +16,7 @@ from movae_fast.cli import main, parsing
 from movae_fast.cli.sweep import SweepFlags, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
 from movae_fast.evaluation.curve_runs import expanded
-from movae_fast.figures import sweep_figure
+from movae_fast.plots import sweep_plot
 from movae_fast.sweeps.search import check_space
 from movae_fast.sweeps.study import Report, Study
 from movae_fast.training.config import SECTIONS, TrainConfig
@@ -386,4 +386,4 @@ def test_the_sweeps_and_the_recipes_beside_them_are_valid():
 
 def test_the_plot_of_an_empty_study(tmp_path):
     found = Report(["test/loss"])
-    assert sweep_figure(tmp_path / "study.png", found.names, found.rows).exists()
+    assert sweep_plot(tmp_path / "study.png", found.names, found.rows).exists()

@@ -21,7 +21,7 @@ class Event:
         return other.at - self.at
 
 
-def record(loss=1.0):
+def step_metrics(loss=1.0):
     unknown = torch.full((2,), torch.nan)
     losses = torch.tensor([loss, 2.0])
     return SimpleNamespace(
@@ -40,7 +40,7 @@ def test_on_a_device_its_events_give_the_times(monkeypatch):
     monkeypatch.setattr(Telemetry, "mark", lambda self: Event(next(moments)))
     telemetry = Telemetry(("a", "b"), 5, CPU)
     for _ in telemetry.waiting([0, 1, 2]):
-        telemetry.record(record(), images=8)
+        telemetry.add(step_metrics(), images=8)
         if telemetry.filled == 3:
             break
     telemetry.close({"step": 3}, World())
@@ -57,7 +57,7 @@ def test_on_a_cpu_the_host_s_clock_does(monkeypatch):
     monkeypatch.setattr("movae_fast.training.telemetry.time.perf_counter", lambda: next(moments))
     telemetry = Telemetry(("a", "b"), 5, CPU)
     for _ in telemetry.waiting([0, 1]):
-        telemetry.record(record(), images=5)
+        telemetry.add(step_metrics(), images=5)
         if telemetry.filled == 2:
             break
     telemetry.close({"step": 2}, World(size=1))
@@ -74,7 +74,7 @@ def test_a_step_s_time_is_the_device_s_not_that_of_its_launch():
     telemetry = Telemetry(("a", "b"), 5, device)
     for _ in telemetry.waiting(range(3)):
         torch.cuda._sleep(20_000_000)  # some 10 ms of the device; the host returns at once
-        telemetry.record(record(), images=8)
+        telemetry.add(step_metrics(), images=8)
     telemetry.close({"step": 3}, World())
     (line,) = telemetry.lines(wait=True)
     assert line["train/step_ms_p50"] > 3

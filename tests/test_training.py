@@ -22,7 +22,7 @@ from movae_fast.training.optim import lr_factor
 from movae_fast.training.signals import Signals
 
 
-def figures_of(folder):
+def metrics_of(folder):
     """The metric lines without what the clock says."""
     return [
         {k: v for k, v in line.items() if k not in TIMING_KEYS} for line in read_lines(folder / "metrics.jsonl")
@@ -71,7 +71,7 @@ def test_config_yaml_reproduces_the_run(train):
     first = train("--agg aligned_mtl", "--flip true", "--max_grad_norm 1")
     second = first.parent / "again"
     assert main(["train", "--config", str(first / "config.yaml"), "--exp_dir", str(second)]) == 0
-    assert figures_of(first) == figures_of(second)
+    assert metrics_of(first) == metrics_of(second)
 
 
 @pytest.mark.parametrize(("below", "warns"), [(1.1, True), (0.0, False)])
@@ -129,7 +129,7 @@ def test_evaluating_more_often_changes_nothing(train):
 def test_loaders_train_the_same_weights(train):
     runs = [train("--flip true", f"--loader {loader}") for loader in ("resident", "torch")]
     assert same_weights(*runs)
-    assert figures_of(runs[0]) == figures_of(runs[1])
+    assert metrics_of(runs[0]) == metrics_of(runs[1])
 
 
 def test_seeds_differ_and_repeat(train):
@@ -164,7 +164,7 @@ def test_a_stopped_run_resumes_bit_for_bit(train, monkeypatch, capsys, loader, f
     assert "--resume" in capsys.readouterr().out
     assert checkpoint.load(stopped / "checkpoints" / "last.pt")["position"]["step"] == 9
     assert main(["train", "--resume", str(stopped)]) == 0
-    assert figures_of(whole) == figures_of(stopped)
+    assert metrics_of(whole) == metrics_of(stopped)
     assert same_weights(whole, stopped)
 
 
@@ -192,7 +192,7 @@ def test_a_run_stopped_after_its_last_step_has_its_end_yet_to_come(train, monkey
         stopped = train(flags, status=143)
     assert not any("test/loss" in line for line in read_lines(stopped / "metrics.jsonl")[-1:])
     assert main(["train", "--resume", str(stopped)]) == 0
-    assert figures_of(whole) == figures_of(stopped)
+    assert metrics_of(whole) == metrics_of(stopped)
     assert same_weights(whole, stopped)
     capsys.readouterr()
     assert main(["train", "--resume", str(stopped)]) == 0
@@ -452,7 +452,7 @@ def test_the_step_s_variants_train_and_resume_bit_for_bit(train, flags):
     part = train("--agg upgrad", flags, "--steps 5")  # in the middle of an epoch, and between two Gramians
     train(f"--resume {part}", "--steps 9")
     # The line at step 6 has a window that the stop at step 5 cut; every later one is the same.
-    ours, theirs = ([line for line in figures_of(f) if line["step"] > 6] for f in (part, through))
+    ours, theirs = ([line for line in metrics_of(f) if line["step"] > 6] for f in (part, through))
     assert ours == theirs
     assert ours
     assert same_weights(through, part)

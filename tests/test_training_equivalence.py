@@ -71,7 +71,7 @@ def plain_sum(arch, optimizer, dtype):
 def torchjd_loop(arch, optimizer, dtype):
     """TorchJD's documented multi-task loop with its own UPGrad."""
     model, losses = build(arch, dtype)
-    own, shared, aggregator = model.own_parameters(), model.shared_parameters(), UPGrad()
+    own, shared, aggregator = model.task_parameters(), model.shared_parameters(), UPGrad()
     optimizer = optimizer(model.parameters())
     for step, x in batches(dtype):
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ import tensorboard.compat.proto.summary_pb2
 import tensorboard.summary.writer.record_writer  # noqa: F401
 
 import movae_fast.training.loop  # noqa: F401
-from movae_fast.figures import loss_curves
+from movae_fast.plots import loss_curves
 
 with tempfile.TemporaryDirectory() as folder:
     loss_curves(Path(folder, "a.png"), [{"step": 1, "train/kl": 1.0, "test/kl": 1.0}], ["kl"])

@@ -1,4 +1,4 @@
-"""Aggregators: from a Jacobian's rows to one update."""
+"""Aggregate the rows of a Jacobian to one update."""
 
 from movae_fast.aggregation.upgrad import DualProj, FusedProjector, UPGrad
 from movae_fast.aggregation.weightings import IMTLG, MGDA, AlignedMTL, CAGrad, PCGrad

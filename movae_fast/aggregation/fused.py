@@ -1,4 +1,5 @@
-"""What the aggregators of this package share: float64 Gramians, weights where the rows are, no host reads."""
+"""Give the aggregators of this package their common base: float64 Gramians, computed on the rows' device,
+without host reads."""
 
 from typing import Any
 
@@ -10,7 +11,7 @@ from movae_fast import ops
 
 
 class GramianWeighting(Weighting):
-    """Weights from a Gramian [m, m], in its dtype, by a preference [m] or none."""
+    """Compute weights from a Gramian [m, m], in its dtype, with or without a preference [m]."""
 
     _preference: Tensor | None
 
@@ -35,12 +36,13 @@ class GramianWeighting(Weighting):
         self._preference = value
 
     def of_rows(self, matrix: Tensor) -> Tensor:
-        """The weights, float64, from a Jacobian [m, P]."""
+        """Return the weights [m] float64 of a Jacobian [m, P]."""
         raise NotImplementedError
 
 
 class RowsWeighting(Weighting):
-    """`GramianWeighting.of_rows` as TorchJD's aggregators take it: the weights [m] in the rows' dtype."""
+    """Wrap `GramianWeighting.of_rows` as TorchJD's aggregators expect it: the weights [m] in the rows'
+    dtype."""
 
     def __init__(self, weighting: GramianWeighting) -> None:
         super().__init__()
@@ -59,7 +61,8 @@ def hooked(module: torch.nn.Module) -> bool:
 
 
 class FusedAggregator(GramianWeightedAggregator):
-    """The update [P] of a Jacobian [m, P], in its dtype; NaN weights where the Gramian is not finite."""
+    """Return the update [P] of a Jacobian [m, P], in its dtype. Weights are NaN where the Gramian is not
+    finite."""
 
     gramian_weighting: GramianWeighting
 
@@ -82,7 +85,7 @@ class FusedAggregator(GramianWeightedAggregator):
 
 
 def preference() -> Any:
-    """The weighting's preference, read and written through the aggregator."""
+    """Return a property that reads and writes the weighting's preference through the aggregator."""
 
     def read(self: FusedAggregator) -> Tensor | None:
         return self.gramian_weighting.pref_vector
@@ -94,7 +97,7 @@ def preference() -> Any:
 
 
 def preference_suffix(pref_vector: Tensor | None) -> str:
-    """A preference as TorchJD's `str` of an aggregator shows it: two digits, without closing zeros."""
+    """Return a preference as TorchJD's `str` of an aggregator shows it: two digits, without trailing zeros."""
     if pref_vector is None:
         return ""
     return f"([{', '.join(f'{value:.2f}'.rstrip('0') for value in pref_vector.tolist())}])"

@@ -1,4 +1,4 @@
-"""Aggregators by name: every one that TorchJD offers, with its parameters by keyword.
+"""Make aggregators by name: every one that TorchJD offers, with its parameters by keyword.
 
 A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, …), plus `jd_sum` for its Sum and
 `sum` (or None) for the ordinary backward of the summed loss, which needs no Jacobian.
@@ -116,7 +116,7 @@ _NOT_FLAGS = ("pref_vector", "cone", "n_tasks", "f", "leak")
 
 
 def aggregator_args(name: str) -> list[str]:
-    """Names that `--agg_args.<name>` takes for this aggregator."""
+    """Return the names that `--agg_args.<name>` accepts for this aggregator."""
     parameters = inspect.signature(AGGREGATORS[name]).parameters
     return [p for p in parameters if p not in _NOT_FLAGS]
 
@@ -221,19 +221,19 @@ def check_runs(name: str, m: int, args: Mapping[str, Any] | None = None, **optio
 
 
 def weights_rows(name: str) -> bool:
-    """Whether the update of the aggregator called `name` is a weighted sum of rows."""
+    """Return whether the update of the aggregator called `name` is a weighted sum of rows."""
     return name not in ("config", "graddrop", "trimmed_mean")
 
 
 def weights_by_gramian(name: str) -> bool:
-    """Whether the aggregator called `name` weights rows by their Gramian alone."""
+    """Return whether the aggregator called `name` weights rows by their Gramian alone."""
     by_rows = ("excess_mtl", "nash_mtl")
     by_nothing = ("jd_sum", "mean", "constant", "random")
     return weights_rows(name) and name not in by_rows + by_nothing
 
 
 def is_weighting(aggregator: nn.Module) -> bool:
-    """Whether the aggregator weights rows by their Gramian alone."""
+    """Return whether the aggregator weights rows by their Gramian alone."""
     return isinstance(aggregator, jd.GramianWeightedAggregator)
 
 
@@ -242,7 +242,7 @@ def aggregate(
     rows: Tensor,  # [m, P]
     gramian: Tensor,  # [m, m] float64
 ) -> tuple[Tensor, Tensor | None]:
-    """The update [P] and, where the aggregator weights rows, its weights [m].
+    """Return the update [P] and, where the aggregator weights rows, its weights [m].
 
     A weighting that sees only the Gramian gets the float64 one.
     """
@@ -256,7 +256,7 @@ def aggregate(
 
 
 def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a stateful aggregator remembers between steps, module by module: plain values, tensors, tuples."""
+    """Return the state that an aggregator keeps between steps, per module: plain values, tensors, tuples."""
     state: dict[str, dict[str, Any]] = {}
     for path, module in aggregator.named_modules():
         kept: dict[str, Any] = {}

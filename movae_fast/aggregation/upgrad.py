@@ -1,4 +1,5 @@
-"""UPGrad and DualProj as TorchJD has them, on the fused ops: usable wherever TorchJD takes an aggregator.
+"""Provide UPGrad and DualProj with TorchJD's interface, on the fused ops: usable wherever TorchJD accepts an
+aggregator.
 
 Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization" (https://arxiv.org/abs/2406.16232): the
 update is the weighted sum of the Jacobian's rows that conflicts with none of them. TorchJD computes the
@@ -30,7 +31,7 @@ STRICT_REG_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class FusedProjector(DualConeProjector):
-    """The projection for TorchJD's own classes: `torchjd.aggregation.UPGrad(projector=FusedProjector())`.
+    """Project for TorchJD's own classes: `torchjd.aggregation.UPGrad(projector=FusedProjector())`.
 
     norm_eps, reg_eps: as `torchjd.linalg.QuadprogProjector` has them; regularizer: what they are relative to;
         see `ops.project_weights`.
@@ -55,13 +56,15 @@ class FusedProjector(DualConeProjector):
 
 
 def _shown(norm_eps: float, reg_eps: float, regularizer: Regularizer = "trace") -> str:
-    """The options as in a call; TorchJD has no regularizer but the trace, so that one is not named."""
+    """Return the options as a call would show them. TorchJD has no regularizer but the trace, so that one
+    is not named."""
     text = f"norm_eps={norm_eps}, reg_eps={reg_eps}"
     return text if regularizer == "trace" else f"{text}, regularizer={regularizer!r}"
 
 
 def _options(projector: DualConeProjector) -> dict[str, Any] | None:
-    """What `ops.project_weights` is told to project as the projector does; None for one of a stranger."""
+    """Return the arguments with which `ops.project_weights` projects as the projector does; None for a
+    class that is not known here."""
     if isinstance(projector, FusedProjector):
         return {
             "norm_eps": projector.norm_eps,
@@ -74,7 +77,7 @@ def _options(projector: DualConeProjector) -> dict[str, Any] | None:
 
 
 class ProjectionWeighting(GramianWeighting):
-    """The weights of UPGrad or DualProj from a Gramian [m, m], in its dtype."""
+    """Compute the weights of UPGrad or DualProj from a Gramian [m, m], in its dtype."""
 
     def __init__(self, mode: Mode, pref_vector: Tensor | None, projector: DualConeProjector | None) -> None:
         super().__init__(pref_vector)
@@ -121,7 +124,7 @@ class ProjectionWeighting(GramianWeighting):
 
 
 def _epsilon(name: str) -> Any:
-    """An option of the projector, read and written through the aggregator."""
+    """Return a property that reads and writes an option of the projector through the aggregator."""
 
     def read(self: ProjectionAggregator) -> Any:
         options = _options(self.projector)
@@ -137,7 +140,7 @@ def _epsilon(name: str) -> Any:
 
 
 class ProjectionAggregator(FusedAggregator):
-    """What UPGrad and DualProj have in common: the update [P] of a Jacobian [m, P].
+    """Return the update [P] of a Jacobian [m, P]: the common base of UPGrad and DualProj.
 
     pref_vector: [m], on the rows' device; None is 1/m each. A preference of zero or less adds nothing.
     norm_eps, reg_eps, regularizer: of the regularized Gramian (`ops.project_weights`); TorchJD's defaults.
@@ -197,12 +200,12 @@ class ProjectionAggregator(FusedAggregator):
 
 
 class UPGrad(ProjectionAggregator):
-    """Projects each row, weighted by the preference, onto the dual cone of all rows, and adds up."""
+    """Project each row, weighted by the preference, onto the dual cone of all rows, and return the sum."""
 
     mode = "upgrad"
 
 
 class DualProj(ProjectionAggregator):
-    """Projects the rows' weighted mean onto the dual cone of all rows."""
+    """Project the rows' weighted mean onto the dual cone of all rows."""
 
     mode = "dualproj"

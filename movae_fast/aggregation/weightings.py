@@ -1,4 +1,4 @@
-"""AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad as TorchJD has them, on the fused ops.
+"""Provide AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad with TorchJD's interface, on the fused ops.
 
 TorchJD computes the Gramian in the rows' dtype and takes its decisions (for CAGrad, solves a convex program) on
 the host. Here the Gramian is float64, `ops.gramian_weights` runs where the rows are, and nothing is read on the
@@ -18,7 +18,7 @@ from movae_fast.ops.gramian_weights import Method, check_parameters
 
 
 class MethodWeighting(GramianWeighting):
-    """The weights that `method` gives to a Gramian [m, m], in its dtype."""
+    """Compute the weights that `method` gives to a Gramian [m, m], in its dtype."""
 
     def __init__(self, method: Method, pref_vector: Tensor | None = None, **parameters: float) -> None:
         super().__init__(pref_vector)
@@ -36,7 +36,7 @@ class MethodWeighting(GramianWeighting):
 
 
 class MethodAggregator(FusedAggregator):
-    """What the five have in common."""
+    """Weight rows by a method of `ops.gramian_weights`: the common base of the five."""
 
     gramian_weighting: MethodWeighting
 
@@ -46,7 +46,7 @@ class MethodAggregator(FusedAggregator):
 
 
 class SumWeighting(GramianWeighting):
-    """A weight of 1 for each row."""
+    """Give each row a weight of 1."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -59,14 +59,14 @@ class SumWeighting(GramianWeighting):
 
 
 class Sum(FusedAggregator):
-    """The sum of the rows: for a step whose rows are wanted for themselves (`--conflict_free step`)."""
+    """Return the sum of the rows, for a step that needs the rows themselves (`--conflict_free step`)."""
 
     def __init__(self) -> None:
         super().__init__(SumWeighting())
 
 
 def _option(name: str) -> Any:
-    """An option of the weighting, read and written through the aggregator."""
+    """Return a property that reads and writes an option of the weighting through the aggregator."""
 
     def read(self: MethodAggregator) -> float:
         return self.gramian_weighting.options[name]
@@ -79,7 +79,7 @@ def _option(name: str) -> Any:
 
 
 class AlignedMTL(MethodAggregator):
-    """Makes the singular values of the rows equal before it adds the rows up (Senushkin et al. 2023).
+    """Make the singular values of the rows equal, then sum the rows (Senushkin et al. 2023).
 
     pref_vector: [m], on the rows' device; None is 1/m each.
     scale_mode: which singular value the others become: "min", "median" or "rmse".
@@ -114,7 +114,8 @@ def _aligned(scale_mode: str) -> Method:
 
 
 class CAGrad(MethodAggregator):
-    """The update within c |mean| of the rows' mean that helps the worst-off row most (Liu et al. 2021).
+    """Find the update within c |mean| of the rows' mean whose smallest inner product with a row is largest
+    (Liu et al. 2021).
 
     c: the radius; norm_eps: as `ops.gramian_weights` has it. Solved exactly. TorchJD's interior-point solver
     stops some 1e-8 of the squared gradients short of the optimum, so that its update differs from this one by
@@ -135,14 +136,15 @@ class CAGrad(MethodAggregator):
 
 
 class IMTLG(MethodAggregator):
-    """The update with equal projections on every row's direction (Liu et al. 2021, "Towards Impartial MTL")."""
+    """Find the update with equal projections on every row's direction (Liu et al. 2021, "Towards Impartial
+    MTL")."""
 
     def __init__(self) -> None:
         super().__init__(MethodWeighting("imtl_g"))
 
 
 class MGDA(MethodAggregator):
-    """The shortest vector of the rows' hull, by Frank-Wolfe steps (Sener & Koltun 2018).
+    """Find the shortest vector in the convex hull of the rows, by Frank-Wolfe steps (Sener & Koltun 2018).
 
     epsilon: the step below which it stops; max_iters: the most steps.
     """
@@ -155,7 +157,8 @@ class MGDA(MethodAggregator):
 
 
 class PCGrad(MethodAggregator):
-    """Each row without its components against the others, met in random orders, added up (Yu et al. 2020).
+    """Remove from each row its components against the others, taken in random orders, and sum (Yu et al.
+    2020).
 
     The orders are drawn on the rows' device from torch's generator: TorchJD's in distribution, not in numbers
     (it draws them one by one on the CPU).

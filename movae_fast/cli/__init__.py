@@ -1,4 +1,4 @@
-"""The command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|data|doctor`."""
+"""Run the command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|data|doctor`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COMMANDS = {
     "evaluate": "objectives, bounds, image quality and disentanglement of a trained model",
     "curve": "rate and distortion over beta: multi-rate runs as curves, plain runs as points",
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
-    "reconstruct": "original beside reconstruction, one file an image",
-    "generate": "samples from the prior, one file an image and a grid",
+    "reconstruct": "original beside reconstruction, one file per image",
+    "generate": "samples from the prior, one file per image and a grid",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
 }
@@ -82,7 +82,7 @@ def dispatch(args: list[str]) -> int:
 
 
 def mendable(error: Exception) -> bool:
-    """Whether an error's own words are what the user needs: those that this package raises itself."""
+    """Return whether an error's message is for the user: whether this package raised it itself."""
     checkpoint = sys.modules.get("movae_fast.training.checkpoint")
     return type(error) in (ValueError, ArgumentError) or (
         checkpoint is not None and type(error) is checkpoint.CheckpointError
@@ -95,7 +95,8 @@ def in_flags(error: Exception) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stderr; where stdout is a full disk, what waits for it would be an error at the very end."""
+    """Write a line to stderr. Where stdout is a full disk, buffered text would only raise an error when the
+    process ends."""
     try:
         sys.stdout.flush()
     except OSError:

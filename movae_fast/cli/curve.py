@@ -1,4 +1,5 @@
-"""`movae curve`: rate against distortion over beta, of multi-rate runs and of separate runs, overlaid."""
+"""Run `movae curve`: rate against distortion over beta, of multi-rate runs and of separate runs, in one
+plot."""
 
 from __future__ import annotations
 

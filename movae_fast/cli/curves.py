@@ -1,4 +1,4 @@
-"""Rate-distortion curves as `movae curve` and a sweep's end draw them: flags, progress, tables, files."""
+"""Draw rate-distortion curves for `movae curve` and for the end of a sweep: flags, progress, tables, files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rich.table import Table
 
 from movae_fast.cli.trained import say_extrapolation
 from movae_fast.evaluation.curve_runs import Member, add_plain_betas, check_alike, label_members, read_member
-from movae_fast.evaluation.curves import Responses, Started, comparisons, evaluate_runs, figures_of
+from movae_fast.evaluation.curves import Responses, Started, comparisons, evaluate_runs, metrics_of
 from movae_fast.evaluation.likelihood import likelihood_constant
 from movae_fast.evaluation.rate_distortion import log_spaced
 from movae_fast.evaluation.trained import adapt_config
-from movae_fast.figures import Series, curve_figure, response_figure
 from movae_fast.files import free_path
+from movae_fast.plots import Series, curve_plot, response_plot
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import PAIRS, ZERO, Bounds, check_values
@@ -137,7 +137,7 @@ def run_progress(console: Console, count: int) -> Iterator[Started]:
 
 
 def warn_of_extrapolation(members: Sequence[Member]) -> None:
-    """One line if betas lie outside what a run was trained for."""
+    """Print one line if betas lie outside the range that a run was trained for."""
     for member in members:
         if member.multirate:
             trained = member.config.multirate
@@ -148,7 +148,7 @@ def warn_of_extrapolation(members: Sequence[Member]) -> None:
 
 def table(member: Member) -> Table:
     made = Table(title=f"{member.label}: {member.path}")
-    rows = figures_of(member)
+    rows = metrics_of(member)
     names = [n for n in COLUMNS if n in rows[0]]
     for name in names:
         made.add_column(name.replace("_", " "), justify="right")
@@ -163,11 +163,12 @@ def write(
     members: Sequence[Member],
     gates: dict[str, Responses],
 ) -> list[Path]:
-    """curve.json, curve.csv, curve.png and a responses.png a multi-rate run, numbered where files are."""
+    """Write curve.json, curve.csv, curve.png and one responses.png per multi-rate run, numbered where files
+    of these names exist."""
     folder.mkdir(parents=True, exist_ok=True)
     first = members[0].config
     values = math.prod(first.image_shape)
-    record = {
+    content = {
         "dataset": first.data.dataset,
         "split": config.split,
         "seed": config.seed,
@@ -177,17 +178,17 @@ def write(
         "against": comparisons(members),
     }
     path = free_path(folder / "curve", ".json")
-    path.write_text(json.dumps(finite(record), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8")
     made = [path, write_csv(free_path(folder / "curve", ".csv"), members)]
-    series = [Series(m.label, m.multirate, [p.figures() for p in m.points], m.beside) for m in members]
-    made.append(curve_figure(free_path(folder / "curve", ".png"), series))
+    series = [Series(m.label, m.multirate, [p.metrics() for p in m.points], m.beside) for m in members]
+    made.append(curve_plot(free_path(folder / "curve", ".png"), series))
     for betas, layers in gates.values():
-        made.append(response_figure(free_path(folder / "responses", ".png"), betas, layers))
+        made.append(response_plot(free_path(folder / "responses", ".png"), betas, layers))
     return made
 
 
 def described(member: Member) -> dict[str, Any]:
-    """A run's part of curve.json."""
+    """Return a run's part of curve.json."""
     trained = member.config.multirate if member.multirate else None
     return {
         "run": str(member.path),
@@ -199,12 +200,12 @@ def described(member: Member) -> dict[str, Any]:
         "train_seconds": member.train_seconds,
         "curve_seconds": member.seconds,
         "closed_gates": member.closed,
-        "points": figures_of(member),
+        "points": metrics_of(member),
     }
 
 
 def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON does not have."""
+    """Return the value with None in place of numbers that JSON does not have."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -213,11 +214,11 @@ def finite(value: Any) -> Any:
 
 
 def write_csv(path: Path, members: Sequence[Member]) -> Path:
-    """A line a run and beta."""
+    """Write a line per run and beta."""
     rows = [
         {"run": str(m.path), "label": m.label, "multirate": m.multirate, **row}
         for m in members
-        for row in figures_of(m)
+        for row in metrics_of(m)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="", encoding="utf-8") as file:

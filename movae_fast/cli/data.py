@@ -1,4 +1,4 @@
-"""`movae data list|verify|prepare|synthetic_jpeg`: what is known, what is there, decoding once."""
+"""Run `movae data list|verify|prepare|synthetic_jpeg`: show datasets, check their files, decode them once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class DataCommand:
 
 
 def run(argv: Sequence[str]) -> int:
-    """One of the four commands; the exit status."""
+    """Run one of the four commands and return the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -88,7 +88,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str], ReadOptions]]:
-    """The dataset that is meant (a folder is the dataset `folder`) and the options of its splits."""
+    """Return the dataset that `target` names (a folder is the dataset `folder`) and the options of its
+    splits."""
     for flag, given in (("NAME or FOLDER", target), ("--data_dir", config.data_dir)):
         if not given.strip():
             raise ValueError(f"{flag} is empty")
@@ -133,7 +134,7 @@ def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
 
 
 def there(info: DatasetInfo, config: DataCommand) -> str:
-    """Whether a set's first file is in data_dir, and which of its splits are prepared."""
+    """Return whether a dataset's first file is in data_dir, and which of its splits are prepared."""
     if info.files.startswith("nothing"):
         return "built in"
     root = Path(config.data_dir).expanduser()
@@ -143,8 +144,8 @@ def there(info: DatasetInfo, config: DataCommand) -> str:
     if info.name == "folder":
         return ", ".join(prepared)
     words = (w.strip(",{}()") for w in info.files.replace("{", "").split())
-    found = any((root / w.split("*")[0].split("CLASS")[0]).exists() for w in words if "/" in w or "." in w)
-    parts = (["files"] if found else []) + [f"prepared {p}" for p in prepared]
+    exists = any((root / w.split("*")[0].split("CLASS")[0]).exists() for w in words if "/" in w or "." in w)
+    parts = (["files"] if exists else []) + [f"prepared {p}" for p in prepared]
     return ", ".join(parts)
 
 
@@ -174,7 +175,7 @@ def verify(target: str | None, config: DataCommand, console: Console) -> int:
 
 
 def verify_originals(info: DatasetInfo, split: str, source: Any, console: Console) -> tuple[str, bool]:
-    """What is to be said of a split's original files, and whether they are whole."""
+    """Return a message about a split's original files, and whether they are complete and undamaged."""
     line, whole = f"{info.name} {split}: {len(source):,} images", True
     expected = info.n_train if split == "train" else info.n_test
     if expected and len(source) != expected:
@@ -193,15 +194,15 @@ def verify_originals(info: DatasetInfo, split: str, source: Any, console: Consol
 
 
 def verify_prepared(path: Path) -> tuple[str, bool]:
-    """What is to be said of a prepared file, and whether it is whole."""
+    """Return a message about a prepared file, and whether it is complete and undamaged."""
     try:
         header = read_header(path)
     except ValueError as error:
         return str(error), False
     if header is None:
         return f"{path.name} has no header: prepare again", False
-    if found := damage(path, header):
-        return f"{path.name} is damaged: {found}; prepare again", False
+    if problem := damage(path, header):
+        return f"{path.name} is damaged: {problem}; prepare again", False
     old = ", but none of its labels: prepare again" if header["format"] == OLD_FORMAT else ""
     return f"{path.name} has its checksums{old}", True
 
@@ -245,7 +246,8 @@ def splits(config: DataCommand) -> tuple[str, ...]:
 
 @contextmanager
 def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; gives what to call with (done, total)."""
+    """Show a progress bar on a terminal and nothing elsewhere; yield the function to call with (done,
+    total)."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title)

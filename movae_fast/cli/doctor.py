@@ -1,4 +1,5 @@
-"""`movae doctor`: versions, devices, which path each op takes, what is missing and how to get it.
+"""Run `movae doctor`: show versions, devices, the implementation of each op, and what is missing and how to get
+it.
 
 `movae doctor --gpu` tries every GPU: each op against the CPU, in a CUDA graph, in training, DALI, nccl. It
 takes up to three minutes and prints a row a check; the exit status is 1 if one failed or there is no GPU.
@@ -89,10 +90,8 @@ def report() -> list[str]:
     lines += [f"  {name}: {path}" for name, path in op_paths().items()]
     lines += ["", "extras"]
     for module, (purpose, extra) in EXTRAS.items():
-        found = _found(module)
-        lines.append(
-            f"  {module}: " + ("found" if found else f"missing ({purpose}): pip install 'movae-fast[{extra}]'")
-        )
+        missing = f"missing ({purpose}): pip install 'movae-fast[{extra}]'"
+        lines.append(f"  {module}: {'found' if _found(module) else missing}")
     lines += ["", f"models: {', '.join(MODELS)}", f"datasets: {', '.join(DATASETS)}"]
     others = [name for name in AGGREGATORS if name not in FUSED]
     return [
@@ -102,7 +101,7 @@ def report() -> list[str]:
 
 
 def op_paths() -> dict[str, str]:
-    """Op -> the implementation that a call takes, on a CPU and on CUDA."""
+    """Return the implementation that a call of each op takes, on a CPU and on CUDA."""
     return {name: _paths(name) for name in ops.__all__}
 
 
@@ -129,7 +128,7 @@ def _paths(op: str) -> str:
 
 
 def _no_cuda_cpp() -> str:
-    """Why CUDA C++ is not taken; without a GPU, why it would not be."""
+    """Return the reason why CUDA C++ is not used; without a GPU, why it would not be."""
     if torch.cuda.is_available() or extension.csrc is None or not extension.csrc.build_info()["cuda"]:
         return extension.cuda_missing()
     return ""

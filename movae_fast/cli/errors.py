@@ -1,4 +1,5 @@
-"""Errors as one line: what the user can mend names the file, the size or the flag, and the remedy."""
+"""Turn errors that the user can remove into one line that names the file, the size or the flag, and the
+remedy."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ RESOURCES = {
 
 
 def explained(error: BaseException) -> str | None:
-    """One line for an error of the machine (files, memory, processes). None for any other: a defect."""
+    """Return one line for an error of the machine (files, memory, processes); None for any other error,
+    which is a defect."""
     if isinstance(error, OSError):
         return shortened(of_system(error))
     if isinstance(error, MemoryError):
@@ -61,7 +63,7 @@ def explained(error: BaseException) -> str | None:
 
 
 def of_system(error: OSError) -> str:
-    """An OSError's file, what is wrong with it, and the remedy."""
+    """Return the file of an OSError, its cause and the remedy."""
     if error.errno is None:  # one of ours, or of a library, with words of its own
         return str(error)
     reason = error.strerror or os.strerror(error.errno)
@@ -71,15 +73,15 @@ def of_system(error: OSError) -> str:
 
 
 def allocation(text: str) -> str | None:
-    """How much torch could not allocate."""
-    found = re.search(r"[Tt]ried to allocate ([\d.]+) ?([KMGT]iB|bytes)", text)
-    if found is None:
+    """Return how much memory torch could not allocate."""
+    match = re.search(r"[Tt]ried to allocate ([\d.]+) ?([KMGT]iB|bytes)", text)
+    if match is None:
         return None
-    size = f"{int(found[1]) / 2**30:.3g} GiB" if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    size = f"{int(match[1]) / 2**30:.3g} GiB" if match[2] == "bytes" else f"{match[1]} {match[2]}"
     return f"out of memory: tried to allocate {size}"
 
 
 def shortened(text: str) -> str:
-    """One line of at most LIMIT characters, with what does not print escaped."""
+    """Return text as one line of at most LIMIT characters, with unprintable characters escaped."""
     line = shown(text)
     return line if len(line) <= LIMIT else f"{line[: LIMIT // 2]} … {line[-(LIMIT // 2 - 3) :]}"

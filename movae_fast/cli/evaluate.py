@@ -1,4 +1,4 @@
-"""`movae evaluate`: what a trained model is worth, as a table, a JSON file and a figure."""
+"""Run `movae evaluate`: measure a trained model, and write a table, a JSON file and a plot."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from movae_fast.evaluation.disentanglement import METRICS
 from movae_fast.evaluation.inception import load_inception
 from movae_fast.evaluation.measure import ON_IMAGES, QUICK, Report, applies, inception_distances, measure
 from movae_fast.evaluation.trained import adapt_config
-from movae_fast.figures import evaluation_figure
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, VAE
 from movae_fast.names import nearest
+from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
@@ -49,7 +49,7 @@ class EvaluateConfig:
         iw_images: Test images of the importance-weighted bound.
         fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
             reconstructions and (not for a codebook) of samples.
-        fid_images: Test images, reconstructions and samples of FID and KID; published figures take 10,000
+        fid_images: Test images, reconstructions and samples of FID and KID; published metrics take 10,000
             or more.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         limit_test: Use this many evenly spaced test images; 0 means all.
@@ -98,7 +98,7 @@ def run(argv: Sequence[str]) -> int:
     if inception is not None:
         shown = partial(track, console=console, transient=True)
         count, size = config.fid_images, config.batch_size
-        report.figures |= inception_distances(
+        report.metrics |= inception_distances(
             trained, model, inception, device, count, size, config.seed, shown
         )
     console.print(table(trained, report))
@@ -109,7 +109,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str]:
-    """The metrics to compute, in order. Raises ValueError for one that the model or the data do not have."""
+    """Return the metrics to compute, in order. Raises ValueError for one that the model or the data do not
+    have."""
     info, arch = trained.info, trained.model.arch
     # Continuous factors have names and no sizes.
     factors, has = bool(info.factor_sizes), LATENT_WORDS[model.latents]
@@ -140,37 +141,37 @@ def table(trained: TrainConfig, report: Report) -> Table:
     made = Table(title=f"{trained.model.arch} on {trained.data.dataset}")
     made.add_column("metric")
     made.add_column("value", justify="right")
-    for name, value in report.figures.items():
+    for name, value in report.metrics.items():
         made.add_row(name.replace("_", " "), f"{value:.6g}")
     return made
 
 
 def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Report) -> list[Path]:
-    """metrics.json and metrics.png, numbered where files of that name are."""
+    """Write metrics.json and metrics.png, numbered where files of these names exist."""
     folder.mkdir(parents=True, exist_ok=True)
     factors = trained.info.factor_names
-    record: dict[str, Any] = {
+    content: dict[str, Any] = {
         "weights": config.weights,
         "arch": trained.model.arch,
         "dataset": trained.data.dataset,
         "seed": config.seed,
         **({"beta": config.beta} if config.beta is not None else {}),
-        "figures": report.figures,
+        "figures": report.metrics,
     }
     if report.mutual is not None:
-        record |= {
+        content |= {
             "samples": config.samples,
             "estimators": report.estimators,
             "factors": list(factors),
             "mutual_information_share": report.mutual.tolist(),
         }
     if report.rates is not None:
-        record[f"rate_of_{report.rates_of}s"] = report.rates.tolist()
+        content[f"rate_of_{report.rates_of}s"] = report.rates.tolist()
     path = free_path(folder / "metrics", ".json")
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     made = [path]
     if report.mutual is not None or report.rates is not None:
         rates = None if report.rates is None else report.rates.tolist()
         target = free_path(folder / "metrics", ".png")
-        made.append(evaluation_figure(target, rates, report.mutual, factors, report.rates_of))
+        made.append(evaluation_plot(target, rates, report.mutual, factors, report.rates_of))
     return made

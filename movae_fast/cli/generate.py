@@ -1,4 +1,4 @@
-"""`movae generate`: samples from the prior, one file an image and a grid, with torch-vae's flags."""
+"""Run `movae generate`: samples from the prior, one file per image and a grid, with torch-vae's flags."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from movae_fast.cli import parsing
 from movae_fast.cli.trained import new_outdir
 from movae_fast.data import to_unit
 from movae_fast.evaluation.trained import check_option
-from movae_fast.figures import grid, write_png
+from movae_fast.pictures import grid, write_png
 from movae_fast.training.build import load_model
 from movae_fast.training.config_checks import check_room
 from movae_fast.training.device import resolve_device

@@ -1,4 +1,4 @@
-"""The checks of `movae doctor --gpu`: the ops on every GPU, captured, trained with, and what GPUs exchange.
+"""Check GPUs for `movae doctor --gpu`: every op, CUDA graphs, a short training, and the exchange between GPUs.
 
 `run_checks` prints a row for each check as it ends, so that a machine which is lent for minutes has told what
 it knows when they are over. What may end a process, or wait for ever, has a process of its own.
@@ -46,7 +46,7 @@ sys.exit(status)
 
 
 class NothingToCheckError(Exception):
-    """This machine lacks what a check is about; that is no failure."""
+    """Say that this machine lacks what a check needs, which is not a failure."""
 
 
 def run_checks(checks: Iterable[tuple[str, str, Check]]) -> tuple[int, int]:
@@ -107,8 +107,8 @@ def compiled_ahead(device: torch.device) -> str:
     return f"{count} process{'es' if count > 1 else ''}"
 
 
-def compile_share(device: torch.device, count: int, k: int) -> None:
-    """Be process k of the `count` of `compiled_ahead`."""
+def compile_part(device: torch.device, count: int, k: int) -> None:
+    """Compile every `count`-th kernel from the k-th on, as one of the processes of `compiled_ahead`."""
     for _, check in list(op_checks(device))[k::count]:
         with suppress(Exception):
             check()
@@ -192,7 +192,7 @@ def spoken(command: list[str], **environment: str) -> str:
 
 
 def decodes(device: torch.device) -> str:
-    """The dali loader's images on the device against its images on the CPU."""
+    """Compare the dali loader's images on the device with its images on the CPU."""
     if not dali.available():
         raise NothingToCheckError("not installed")
     with tempfile.TemporaryDirectory() as folder:
@@ -242,7 +242,7 @@ def exchanged(count: int, captured: bool) -> str:
 
 
 def exchange(count: int, meeting: str, rank: int, kind: str, backend: str = "nccl") -> None:
-    """Be process `rank` of `exchanged`. Raises AssertionError for a wrong sum."""
+    """Take part as process `rank` of `exchanged`. Raises AssertionError for a wrong sum."""
     device = torch.device("cuda", rank) if backend == "nccl" else CPU
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -275,6 +275,6 @@ def exchange(count: int, meeting: str, rank: int, kind: str, backend: str = "ncc
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
     if what == "compile":
-        compile_share(torch.device(arguments[0]), int(arguments[1]), int(arguments[2]))
+        compile_part(torch.device(arguments[0]), int(arguments[1]), int(arguments[2]))
     else:
         exchange(int(arguments[0]), arguments[1], int(arguments[2]), arguments[3])

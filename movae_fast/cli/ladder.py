@@ -1,4 +1,4 @@
-"""Pictures of a ladder: what each latent of each rung does to an image, and the rungs' KLs over training."""
+"""Draw a ladder: how each latent of each rung changes an image, and the rungs' KLs over training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from rich.console import Console
 from torch import Tensor
 
 from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
-from movae_fast.figures import labelled_grid, write_gif, write_png
 from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
+from movae_fast.pictures import labelled_grid, write_gif, write_png
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
@@ -20,7 +20,8 @@ SECONDS = 0.2  # per picture: 5 a second
 
 
 def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet: Path) -> list[Path]:
-    """Of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns, and a contact sheet."""
+    """Draw the traversals of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns,
+    and a contact sheet."""
     values, images = ladder_traversals(model, x, normalize)
     rungs = range(model.num_ladders, 0, -1)
     names = [f"L{rung} z{dim + 1}" for rung in rungs for dim in range(model.z_dim)]
@@ -37,7 +38,7 @@ def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet
 
 
 def visualize(config: TrainConfig, console: Console) -> int:
-    """`movae train --mode visualize`: the traversals of a checkpoint, in figures/ of its run."""
+    """Draw the traversals of a checkpoint into figures/ of its run, for `movae train --mode visualize`."""
     assert config.ladder.init_from is not None
     path, device = Path(config.ladder.init_from), resolve_device(config.run.device)
     trained, model = load_model(path, device)

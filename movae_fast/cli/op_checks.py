@@ -1,4 +1,4 @@
-"""Every op on a device against the CPU: the part of `movae doctor --gpu` that needs one process.
+"""Compare every op on a device with the CPU: the part of `movae doctor --gpu` that needs one process.
 
 Each check is a function that returns a note to print and raises where something is wrong.
 """
@@ -30,27 +30,27 @@ ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0
 # --- comparing and timing -----------------------------------------------------------------------------------
 
 
-def error_of(found: Tensor, expected: Tensor) -> float:
-    """Return ||found - expected|| / ||expected||; NaN where `found` is not finite."""
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    if found.shape != expected.shape:
-        raise AssertionError(f"the shape is {list(found.shape)}, not {list(expected.shape)}")
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+def error_of(actual: Tensor, expected: Tensor) -> float:
+    """Return ||actual - expected|| / ||expected||; NaN where `actual` is not finite."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    if actual.shape != expected.shape:
+        raise AssertionError(f"the shape is {list(actual.shape)}, not {list(expected.shape)}")
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
 
 
 def close(pairs: Iterable[tuple[Tensor, Tensor]], limit: float) -> float:
-    """Return the largest relative error of the pairs (found, expected). Raises AssertionError above `limit`."""
-    errors = [error_of(found, expected) for found, expected in pairs]
+    """Return the largest relative error of pairs (actual, expected). Raises AssertionError above `limit`."""
+    errors = [error_of(actual, expected) for actual, expected in pairs]
     for number, error in enumerate(errors):
         if not error <= limit:  # so that a NaN fails
             raise AssertionError(f"result {number} is off by {error:.1e}, more than {limit:.1e}")
     return max(errors)
 
 
-def same(found: Tensor, expected: Tensor, what: str) -> None:
+def same(actual: Tensor, expected: Tensor, what: str) -> None:
     """Raise AssertionError unless the two are equal to the last bit."""
-    if not torch.equal(found.cpu(), expected.cpu()):
-        different = int((found.cpu() != expected.cpu()).sum())
+    if not torch.equal(actual.cpu(), expected.cpu()):
+        different = int((actual.cpu() != expected.cpu()).sum())
         raise AssertionError(f"{what}: {different} of {expected.numel()} differ")
 
 
@@ -111,7 +111,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def nearest_code(device: torch.device, dtype: torch.dtype) -> str:
-    """Rows and images, a depth that fills tiles and one that does not, against float64 on the CPU."""
+    """Compare rows and images, with a depth that fills tiles and one that does not, with float64 on the
+    CPU."""
     for shape, K in (((1000, 64), 512), ((2, 64, 12, 9), 512), ((300, 20), 33)):
         z, codebook = random(*shape, dtype=dtype), random(K, shape[1], seed=1, dtype=dtype)
         expected = reference.nearest_code(extension.as_rows(z).double(), codebook.double())
@@ -125,7 +126,8 @@ def nearest_code(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def nearest_code_variants(device: torch.device) -> str:
-    """Every tile that the launcher may choose for this GPU; TF32; screening without the certificate."""
+    """Compare every tile that the launcher may choose for this GPU, TF32, and screening without the
+    certificate."""
     kernels = triton_kernels("nearest_code")
     z, codebook = random(700, 64), random(300, 64, seed=1)
     expected = reference.nearest_code(z.double(), codebook.double())
@@ -141,7 +143,8 @@ def nearest_code_variants(device: torch.device) -> str:
 
 
 def quantize(device: torch.device, gradient: Gradient) -> str:
-    """The layer's forward in both orders of summation, and its backward, against the same op on the CPU."""
+    """Compare the layer's forward, in both orders of summation, and its backward with the same op on the
+    CPU."""
 
     def results(where: torch.device, z: Tensor, deterministic: bool) -> list[Tensor]:
         leaves = [t.clone().to(where).requires_grad_() for t in (z, random(64, 32, seed=1))]
@@ -152,13 +155,13 @@ def quantize(device: torch.device, gradient: Gradient) -> str:
     worst = 0.0
     for z in (random(500, 32), random(3, 32, 7, 5), random(3, 32, 5, 7).transpose(2, 3)):
         for deterministic in (False, True):
-            found, expected = results(device, z, deterministic), results(CPU, z, deterministic)
-            same(found[1], expected[1], "the indices")
-            same(found[0], expected[0], "the codes")
-            same(found[3], expected[3], "the counts")
-            if found[0].stride() != z.stride():
-                raise AssertionError(f"the codes' strides are {found[0].stride()}, not {z.stride()}")
-            worst = max(worst, close(zip(found[2:], expected[2:], strict=True), 1e-5))
+            actual, expected = results(device, z, deterministic), results(CPU, z, deterministic)
+            same(actual[1], expected[1], "the indices")
+            same(actual[0], expected[0], "the codes")
+            same(actual[3], expected[3], "the counts")
+            if actual[0].stride() != z.stride():
+                raise AssertionError(f"the codes' strides are {actual[0].stride()}, not {z.stride()}")
+            worst = max(worst, close(zip(actual[2:], expected[2:], strict=True), 1e-5))
     z, codebook = random(32, 64, 32, 32).to(device), random(512, 64, seed=1).to(device)
     ops.quantize(z, codebook, gradient=gradient)
     took = milliseconds(lambda: ops.quantize(z, codebook, gradient=gradient), device)
@@ -166,7 +169,7 @@ def quantize(device: torch.device, gradient: Gradient) -> str:
 
 
 def code_error(device: torch.device) -> str:
-    """The distance to given codes and its gradients against the same op on the CPU."""
+    """Compare the distance to given codes and its gradients with the same op on the CPU."""
 
     def results(where: torch.device, z: Tensor) -> list[Tensor]:
         leaves = [t.clone().to(where).requires_grad_() for t in (z, random(64, 40, seed=1))]
@@ -181,7 +184,7 @@ def code_error(device: torch.device) -> str:
 
 
 def gramian_combine(device: torch.device, dtype: torch.dtype) -> str:
-    """Inner products and weighted sums of few and of many rows against float64 on the CPU."""
+    """Compare inner products and weighted sums of few and of many rows with float64 on the CPU."""
     worst = 0.0
     for m in (1, 4, 20):
         rows, weights = conflicting(m).to(dtype), random(m, seed=1).double()
@@ -197,7 +200,7 @@ def gramian_combine(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torch.dtype) -> str:
-    """The terms and their gradients against float64 on the CPU."""
+    """Compare the terms and their gradients with float64 on the CPU."""
 
     def results(where: torch.device, kind: torch.dtype, op: Callable[..., Any]) -> list[Tensor]:
         leaves = [random(100, 10, seed=s, dtype=dtype).to(where, kind).requires_grad_() for s in range(3)]
@@ -212,7 +215,7 @@ def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torc
 
 @contextmanager
 def projected_by(path: str) -> Iterator[None]:
-    """Have the projection on CUDA done by "triton" or by "cuda" for the length of a block."""
+    """Use "triton" or "cuda" for the projection on CUDA inside a `with` block."""
     before, rows_of.cuda_path = rows_of.cuda_path, path
     try:
         yield
@@ -237,7 +240,8 @@ def projected(kind: str, G: Tensor, u: Tensor, options: dict[str, Any]) -> tuple
 
 
 def projections(device: torch.device, regularizer: reference.Regularizer, path: str) -> str:
-    """The weights of both modes, of many vectors, and a step's multipliers, against the same ops on the CPU."""
+    """Compare the weights of both modes, of many vectors, and a step's multipliers with the same ops on the
+    CPU."""
     worst, options = 0.0, strict(regularizer)
     with projected_by(path):
         for m in (1, 2, 4, 9, 20, 64):
@@ -265,7 +269,7 @@ def projections(device: torch.device, regularizer: reference.Regularizer, path: 
 
 
 def upgrad_weights(device: torch.device, regularizer: reference.Regularizer, path: str) -> str:
-    """From rows to weights, against the same op on the CPU."""
+    """Compare the weights computed from rows with those of the same op on the CPU."""
     worst, options = 0.0, strict(regularizer)
     with projected_by(path):
         for m in (2, 4, 16, 20):
@@ -283,7 +287,7 @@ def upgrad_weights(device: torch.device, regularizer: reference.Regularizer, pat
 
 
 def gramian_weights(device: torch.device) -> str:
-    """Every method against the same op on the CPU."""
+    """Compare every method with the same op on the CPU."""
     worst = 0.0
     for m in (1, 3, 8, 20):
         G = ops.gramian(conflicting(m))
@@ -291,7 +295,7 @@ def gramian_weights(device: torch.device) -> str:
         for method in METHODS:
             met = order if method == "pcgrad" else None
             expected = ops.gramian_weights(G, method, order=met)
-            found = ops.gramian_weights(G.to(device), method, order=None if met is None else met.to(device))
-            worst = max(worst, close([(found, expected)], 1e-7))
+            actual = ops.gramian_weights(G.to(device), method, order=None if met is None else met.to(device))
+            worst = max(worst, close([(actual, expected)], 1e-7))
     reason = extension.cuda_missing()
     return f"error {worst:.1e}" + (f"; on the host: {reason}" if reason else "")

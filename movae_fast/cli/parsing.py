@@ -1,4 +1,5 @@
-"""Flags from dataclasses, errors of one line, and other systems' spellings of the same settings."""
+"""Make flags from dataclasses, report errors in one line, and accept other systems' spellings of the same
+settings."""
 
 from __future__ import annotations
 
@@ -82,14 +83,14 @@ RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
 
 
 class OneLineParser(ArgumentParser):
-    """A parser whose errors are one line that names the flag."""
+    """Parse flags, with errors of one line that names the flag."""
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         raise ValueError(tidy(message))
 
 
 def tidy(message: str) -> str:
-    """jsonargparse's message as one line: the flag, what was given, what is expected."""
+    """Return jsonargparse's message as one line: the flag, the value given, the value expected."""
     message = re.sub(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", r"\1 \2", message)
     key = re.search(r'Parser key "([\w.]+)"', message) or re.search(r'key "([\w.]+)"', message)
     if key is None:
@@ -108,7 +109,7 @@ def tidy(message: str) -> str:
 
 
 def flag_types(sections: Sequence[type]) -> dict[str, Any]:
-    """Flag -> its type, over the fields of dataclasses."""
+    """Return the type of each flag, over the fields of dataclasses."""
     found: dict[str, Any] = {}
     for section in sections:
         hints = typing.get_type_hints(section)
@@ -225,12 +226,12 @@ def quoted(value: str, kind: Any) -> str:
 
 
 def is_flag(word: str) -> bool:
-    """Whether a word begins a flag; -0.5 and -1e3 are values."""
+    """Return whether a word begins a flag; -0.5 and -1e3 are values."""
     return word.startswith("-") and not re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
 
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """A parser with one group of flat flags a dataclass."""
+    """Build a parser with one group of flat flags per dataclass."""
     usage = f"movae {command} [--config RECIPE] [--flag value …]"
     parser = OneLineParser(prog=f"movae {command}", usage=usage, description=description, exit_on_error=False)
     for section in sections:
@@ -240,7 +241,7 @@ def build_parser(command: str, sections: Sequence[type], description: str) -> On
 
 
 def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags by name: `defaults` (of a recipe or a saved run) overridden by the words of `normalise`."""
+    """Return flags by name: `defaults` (of a recipe or a saved run) overridden by the words of `normalise`."""
     try:
         parser.set_defaults(dict(defaults))
         parsed = parser.parse_args(list(words))
@@ -254,19 +255,20 @@ def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, An
 
 
 def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """The last value of `--flag=value` among normalised words, and the words without it."""
+    """Return the last value of `--flag=value` among normalised words, and the words without it."""
     prefix = f"--{flag}="
     found = [w[len(prefix) :] for w in words if w.startswith(prefix)]
     return (found[-1] if found else None), [w for w in words if not w.startswith(prefix)]
 
 
 def recipe_names() -> list[str]:
-    """Names that --config accepts besides files."""
+    """Return the names that --config accepts besides files."""
     return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
 
 
 def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags of the recipe or YAML file `name`. Raises ValueError for one that is unknown or does not parse."""
+    """Return the flags of the recipe or YAML file `name`. Raises ValueError for one that is unknown or does
+    not parse."""
     path = find_yaml(name, RECIPES, "recipe")
     values = read_yaml(path, "--config")
     values = {} if values is None else values
@@ -326,7 +328,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 class UnfitError(Exception):
-    """A value is not of a type."""
+    """Say that a value is not of a type."""
 
 
 def as_type(value: Any, kind: Any) -> Any:
@@ -366,7 +368,8 @@ def type_words(kind: Any) -> list[str]:
 
 
 def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
-    """Flags of a run as it recorded them, with the regularizer that it had before there were two: the trace."""
+    """Return the flags of a saved run, with the regularizer "trace" for a run that was saved before there
+    was a choice."""
     recorded = {"upgrad_norm_eps", "upgrad_reg_eps"} <= values.keys()
     if recorded and "upgrad_regularizer" not in values and values.get("agg") in CONES:
         return values | {"upgrad_regularizer": "trace"}
@@ -374,7 +377,8 @@ def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags from a configuration of the VAE/beta-VAE/MMD-VAE collection (encoder, data, train targets)."""
+    """Return flags from a configuration of the VAE/beta-VAE/MMD-VAE collection (encoder, data, train
+    targets)."""
     data, encoder, train = (within(tree, part) for part in ("data", "encoder", "train"))
     root, network = within(data, "params"), within(encoder, "params")
     if not isinstance(root.get("root", ""), str):
@@ -422,7 +426,8 @@ def within(tree: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 
 
 def collection_root(given: str) -> str:
-    """data_dir for the collection's root: torchvision's root (~/data/MNIST/ holds MNIST/raw), as it has it.
+    """Return data_dir for the root folder of the collection, which is torchvision's (~/data/MNIST/ holds
+    MNIST/raw).
 
     Where the files themselves lie in it (~/data/MNIST/raw), it is the folder above.
     """

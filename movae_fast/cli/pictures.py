@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn while it trains."""
+"""Draw the pictures of a run while it trains."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 
 from movae_fast.cli.ladder import draw_traversals
 from movae_fast.data import to_unit
-from movae_fast.figures import grid, ladder_curves, loss_curves, pairs, write_png
 from movae_fast.models import ProVLAE
+from movae_fast.pictures import grid, pairs, write_png
+from movae_fast.plots import ladder_curves, loss_curves
 from movae_fast.training.logs import read_lines
-from movae_fast.training.loop import figures_due
+from movae_fast.training.loop import pictures_due
 from movae_fast.training.run import Run
 
 
 @torch.no_grad()
 def draw_run(run: Run, tag: str) -> None:
-    """figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run.
+    """Draw figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run.
 
     The curves come first: where the pictures of a tag are, the curves are up to date.
     """
@@ -42,7 +43,7 @@ def draw_run(run: Run, tag: str) -> None:
 
 
 def pictures(run: Run, tag: str) -> dict[str, Path]:
-    """The files of the pictures that belong to a tag."""
+    """Return the files of the pictures that belong to a tag."""
     names = {"samples": f"samples_{tag}.png", "reconstructions": f"reconstructions_{tag}.png"}
     if isinstance(run.model, ProVLAE):
         names |= {
@@ -54,14 +55,14 @@ def pictures(run: Run, tag: str) -> dict[str, Path]:
 
 
 def draw_missing(run: Run) -> None:
-    """Draw what a run that was killed between a checkpoint and its figures lacks of them."""
-    tag = figures_due(run)
+    """Draw what a run that was killed between a checkpoint and its metrics lacks of them."""
+    tag = pictures_due(run)
     if run.world.main and tag and not all(path.exists() for path in pictures(run, tag).values()):
         draw_run(run, tag)
 
 
 def _first(run: Run, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first test batches that hold n images."""
+    """Return the first test batches that hold n images."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     for batch in run.test_loader.epoch():
         batches.append(batch)

@@ -1,4 +1,5 @@
-"""`movae reconstruct`: originals beside their reconstructions, one file an image, with torch-vae's flags."""
+"""Run `movae reconstruct`: originals beside their reconstructions, one file per image, with torch-vae's
+flags."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from movae_fast.cli import parsing
 from movae_fast.cli.trained import new_outdir
 from movae_fast.data import DATASETS, to_unit
 from movae_fast.evaluation.trained import adapt_config, check_option
-from movae_fast.figures import grid, write_png
 from movae_fast.files import free_path
 from movae_fast.names import pick
+from movae_fast.pictures import grid, write_png
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.device import resolve_device
 from movae_fast.training.limits import check_values

@@ -1,4 +1,4 @@
-"""`movae sample`: pictures from a trained model, in six modes."""
+"""Run `movae sample`: pictures from a trained model, in six modes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,10 @@ from movae_fast.evaluation.sampling import (
     traverse_part,
 )
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
-from movae_fast.figures import (
-    back_and_forth,
-    captioned,
-    grid,
-    labelled_grid,
-    latent_scatter,
-    pairs,
-    write_gif,
-    write_png,
-)
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, NVAE, VAE, GaussianVAE
+from movae_fast.pictures import back_and_forth, captioned, grid, labelled_grid, pairs, write_gif, write_png
+from movae_fast.plots import latent_scatter
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_room, validate
@@ -96,7 +88,7 @@ class SampleConfig:
 
 @dataclass
 class Job:
-    """One call: a loaded model and what to do with it."""
+    """Hold one call of the command: a loaded model and what to do with it."""
 
     config: SampleConfig
     trained: TrainConfig
@@ -105,19 +97,19 @@ class Job:
 
     @property
     def normalize(self) -> bool:
-        """Whether the model's images are in [-1, 1]."""
+        """Return whether the model's images are in [-1, 1]."""
         return self.trained.data.normalize
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, ...] to images [N, C, S, S] in [0, 1]."""
+        """Decode latents [N, ...] to images [N, C, S, S] in [0, 1]."""
         return decode_images(self.model, z, self.config.batch_size, self.normalize)
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Images [N, C, S, S] in the model's range to their reconstructions in [0, 1]."""
+        """Return the reconstructions in [0, 1] of images [N, C, S, S] in the model's range."""
         return reconstruct_images(self.model, x, self.config.batch_size, self.normalize)
 
     def test_images(self, each: int = 1) -> tuple[Tensor, Tensor]:
-        """So many test images per sample, in the model's range, and their labels."""
+        """Return `each` test images per sample, in the model's range, and their labels."""
         device = resolve_device(self.config.device)
         return draw_test_images(self.trained, device, self.config.n_samples, self.generator, each)
 
@@ -141,7 +133,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def load(config: SampleConfig, expected: str | None) -> Job:
-    """The model to draw from; `expected` is a training configuration that it must agree with."""
+    """Load the model to draw from. `expected` is a training configuration that it must agree with."""
     check_values(config, traverse_dim=Bounds(-1))
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
@@ -174,7 +166,8 @@ def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str
 
 
 def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> list[Path]:
-    """On request, one PNG a picture (each [N, C, S, S] is a strip) in a folder of their own."""
+    """Write one PNG per picture into a folder of the mode's name, if asked for (each [N, C, S, S] is a
+    strip)."""
     if not job.config.single_files:
         return []
     target = free_path(folder / mode)
@@ -191,7 +184,8 @@ def sample(job: Job, folder: Path) -> list[Path]:
 
 
 def ends(job: Job) -> Tensor:
-    """Two latents per strip to go between: prior draws, or for a codebook encoder outputs of test images."""
+    """Return the two latents that each strip goes between: prior draws, or for a codebook the encoder's
+    outputs of test images."""
     if job.model.latents != "codebook":
         return job.model.sample_latents(2 * job.config.n_samples, job.generator)
     x, _ = job.test_images(each=2)
@@ -246,7 +240,8 @@ def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
 
 
 def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
-    """Strips [N, steps, C, S, S]: a grid with one a row, and a GIF that runs along all of them."""
+    """Write strips [N, steps, C, S, S] as a grid with one strip per row, and as a GIF that runs along all
+    of them."""
     made = [write_png(free_path(folder / mode, ".png"), grid(images.flatten(0, 1), columns=images.shape[1]))]
     frames = [grid(images[:, k]) for k in range(images.shape[1])]
     made.append(write_gif(free_path(folder / mode, ".gif"), back_and_forth(frames)))
@@ -273,7 +268,8 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
 
 
 def beta_sweep(job: Job, folder: Path) -> list[Path]:
-    """Above, test images with their reconstructions below them; under it, samples: a frame a beta."""
+    """Write a GIF with one frame per beta: test images, their reconstructions below them, samples at the
+    bottom."""
     model, n = job.model, job.config.n_samples
     assert model.rates is not None
     x, _ = job.test_images()

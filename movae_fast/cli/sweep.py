@@ -1,4 +1,4 @@
-"""`movae sweep`: search over any flags of `movae train`, with Optuna."""
+"""Run `movae sweep`: search over any flags of `movae train`, with Optuna."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from movae_fast.cli import parsing
 from movae_fast.cli.curves import CurveConfig, check_curve, draw
 from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.evaluation.curve_runs import trial_folder
-from movae_fast.figures import sweep_figure
 from movae_fast.names import nearest
+from movae_fast.plots import sweep_plot
 from movae_fast.sweeps.search import (
     FIGURES,
     bundles,
@@ -77,7 +77,7 @@ class SweepFlags:
 
 @dataclass
 class SweepFile:
-    """What a sweep's YAML file holds."""
+    """Hold the content of a sweep's YAML file."""
 
     search: dict[str, dict[str, Any]]
     objectives: dict[str, str] = field(default_factory=lambda: {"test/loss": "minimize"})
@@ -122,7 +122,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"movae sweep: a worker ended with status {max(statuses)}", file=sys.stderr)
     results = report(study)
     show(console, results)
-    for path in (study.write(results), sweep_figure(study.folder / "study.png", results.names, results.rows)):
+    for path in (study.write(results), sweep_plot(study.folder / "study.png", results.names, results.rows)):
         console.print(str(path), highlight=False, soft_wrap=True)
     if not results.rows:
         print(f"movae sweep: no trial succeeded; the first error: {results.error}", file=sys.stderr)
@@ -133,7 +133,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """The workers' exit statuses; SIGTERM and SIGINT are passed on to them."""
+    """Wait for the workers and return their exit statuses; SIGTERM and SIGINT are passed on to them."""
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
         for worker in workers:
@@ -152,7 +152,8 @@ def sweep_names() -> list[str]:
 
 
 def read_sweep(name: str) -> tuple[SweepFile, str]:
-    """The sweep called `name` (or in that file) and its stem. Raises ValueError for what is not one."""
+    """Return the sweep called `name` (or in that file) and its stem. Raises ValueError for a name or file
+    that is not one."""
     path = parsing.find_yaml(name, SWEEPS, "sweep")
     values = read_yaml(path, "--config")
     known = [f.name for f in dataclasses.fields(SweepFile)]
@@ -168,7 +169,7 @@ def read_sweep(name: str) -> tuple[SweepFile, str]:
 
 
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
-    """The study, with everything checked that can be before a trial runs."""
+    """Make the study, with everything checked that can be checked before a trial runs."""
     if importlib.util.find_spec("optuna") is None:
         raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'")
     check_values(flags, worker=ZERO)
@@ -244,7 +245,8 @@ def check_sampler(name: str, spec: SweepFile) -> None:
 
 
 def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> CurveConfig:
-    """The `curve` section as flags of `movae curve`. Raises ValueError for what is none."""
+    """Return the `curve` section as flags of `movae curve`. Raises ValueError for a name that is not such a
+    flag."""
     given = dict(spec.curve or {})
     known = {f.name for f in dataclasses.fields(CurveConfig)} - {"runs", "out"}
     for key in given:
@@ -264,7 +266,7 @@ def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> Curve
 
 
 def draw_curve(study: Study, spec: SweepFile, results: Report, console: Console) -> None:
-    """The trials' rate-distortion curves, of those that are not selected out."""
+    """Draw the trials' rate-distortion curves, without the trials that the selection leaves out."""
     assert spec.curve is not None
     rows = selected(study.objectives, results.rows, spec.curve.get("select", []))
     paths = [trial_folder(study.folder, row["number"]) for row in rows]
@@ -275,7 +277,7 @@ def draw_curve(study: Study, spec: SweepFile, results: Report, console: Console)
 
 
 def show(console: Console, results: Report) -> None:
-    """The best trial, or the Pareto front."""
+    """Print the best trial, or the Pareto front."""
     title = "best trial" if len(results.names) == 1 else "Pareto front"
     table = Table(title=f"{title} of {len(results.rows)} complete trials")
     best = [row for row in results.rows if row["best"]]

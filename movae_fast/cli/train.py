@@ -1,4 +1,4 @@
-"""`movae train`."""
+"""Run `movae train`: start or resume a run, show its progress, and report its result."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) ->
 
 
 def free_export(values: dict[str, Any], console: Console) -> str | None:
-    """Where torch-vae writes its weights, unless a file is there."""
+    """Return where torch-vae writes its weights, or a free name beside it if a file is there."""
     given = str(values["dataset"])
     name = f"vae_filters_{values['max_filters']:04d}_dims_{values['latent_dim'] or 128:04d}.pth"
     path = Path("models", given, name)
@@ -185,7 +185,8 @@ def continued(
     resumed: str,
     recipe: Mapping[str, Any],
 ) -> TrainConfig:
-    """The saved configuration with what a resumed run may change; `resumed` is its folder or checkpoint."""
+    """Return the saved configuration with the flags that a resumed run may change; `resumed` is its folder
+    or checkpoint."""
     known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
     known = parsing.with_its_regularizer(known)
     values = parsing.parse(parser, words, {**known, **recipe})
@@ -223,9 +224,9 @@ def train(work: Run, console: Console) -> int:
             export(work, console)
             return 0
         with Bar(work, console) as bar:
-            figures = fit(work, bar)
+            metrics = fit(work, bar)
         close_logs(work)
-        report(work, figures, console, time.perf_counter() - started)
+        report(work, metrics, console, time.perf_counter() - started)
         export(work, console)
         return 0
     except Interrupted as interrupt:
@@ -259,7 +260,7 @@ def train(work: Run, console: Console) -> int:
 
 
 def leave(work: Run, status: int) -> int:
-    """The status; of several processes this one ends at once, and the others find that it is gone."""
+    """Return the status; with several processes end this one at once, so that the others notice."""
     if work.world.size > 1:
         sys.stderr.flush()
         os._exit(status)
@@ -281,14 +282,14 @@ def export(work: Run, console: Console) -> None:
 
 
 def lost_a_process(processes: int, error: RuntimeError) -> bool:
-    """Whether an exchange among several processes failed because its other end is gone."""
+    """Return whether an exchange among several processes failed because another process is gone."""
     text = str(error).lower()
     signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "timeout")
     return processes > 1 and any(sign in text for sign in signs)
 
 
 def describe(work: Run, console: Console) -> None:
-    """What is about to be trained, in a few lines."""
+    """Print what is about to be trained, in a few lines."""
     config, model = work.config, work.model
     size = sum(p.numel() for p in model.parameters())
     weights = "  ".join(
@@ -318,7 +319,8 @@ def describe(work: Run, console: Console) -> None:
 
 
 def aggregation(config: TrainConfig, eager: bool) -> str:
-    """The aggregator, what it aggregates, and whether its gradient or the whole step is without conflict."""
+    """Return a line on the aggregator, what it aggregates, and whether the gradient or the whole step is
+    without conflict."""
     o = config.objective
     text = f"aggregator {o.agg}"
     if config.aggregated:
@@ -334,7 +336,7 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
 
 
 def notes(work: Run) -> list[str]:
-    """What is worth knowing: what a resume mended; of the splits' files, prepared, out of date, left out."""
+    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out."""
     lines = list(work.notes)
     if work.config.run.distributed and work.world.size == 1:
         lines.append(
@@ -350,7 +352,7 @@ def notes(work: Run) -> list[str]:
 
 
 def stage_line(work: Run) -> list[str]:
-    """The stages of a progressive model."""
+    """Return a line on the stages of a progressive model."""
     stages = work.progression
     if stages is None:
         return []
@@ -359,7 +361,7 @@ def stage_line(work: Run) -> list[str]:
 
 
 def graph_note(work: Run) -> str:
-    """Whether a step on CUDA is one graph."""
+    """Return a line on whether a step on CUDA is one graph."""
     reason = work.why_not_captured
     if reason == NOT_ASKED:
         return ""
@@ -367,7 +369,7 @@ def graph_note(work: Run) -> str:
 
 
 def rate_line(config: TrainConfig) -> list[str]:
-    """The betas and gates of a multi-rate model."""
+    """Return a line on the betas and gates of a multi-rate model."""
     rate = config.multirate
     if not rate.multirate:
         return []
@@ -378,8 +380,8 @@ def rate_line(config: TrainConfig) -> list[str]:
 
 
 def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Rows of the final table: how many of the measured steps conflicted with an objective, and the worst
-    cosine."""
+    """Return rows of the final table: how many of the measured steps conflicted with an objective, and the
+    worst cosine."""
     rows = []
     for key, text in (("", "update (gradient)"), ("step_", "applied step")):
         seen = [line for line in lines if f"train/{key}conflict" in line]
@@ -393,33 +395,33 @@ def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
     return rows
 
 
-def report(work: Run, figures: dict[str, float], console: Console, seconds: float) -> None:
-    """The final table of objectives and where everything is."""
+def report(work: Run, metrics: dict[str, float], console: Console, seconds: float) -> None:
+    """Print the final table of objectives and the paths of what was written."""
     table = Table(title=f"{work.config.model.arch} on {work.config.data.dataset}, {work.config.objective.agg}")
     table.add_column("test split")
     table.add_column("value", justify="right")
     table.add_column("weight", justify="right")
     for name, weight in zip(work.losses.names, work.losses.weights.tolist(), strict=True):
-        table.add_row(name, f"{figures[f'test/{name}']:.6g}", f"{weight:g}")
-    table.add_row("weighted sum", f"{figures['test/loss']:.6g}", "")
-    table.add_row("MSE of reconstruction, images in [0, 1]", f"{figures['test/mse']:.6g}", "")
-    table.add_row("MSE of the mean training image", f"{figures['test/mse_mean_image']:.6g}", "")
+        table.add_row(name, f"{metrics[f'test/{name}']:.6g}", f"{weight:g}")
+    table.add_row("weighted sum", f"{metrics['test/loss']:.6g}", "")
+    table.add_row("MSE of reconstruction, images in [0, 1]", f"{metrics['test/mse']:.6g}", "")
+    table.add_row("MSE of the mean training image", f"{metrics['test/mse_mean_image']:.6g}", "")
     for key in ("codebook_usage", "perplexity"):
-        if f"test/{key}" in figures:
-            table.add_row(key.replace("_", " "), f"{figures[f'test/{key}']:.4g}", "")
+        if f"test/{key}" in metrics:
+            table.add_row(key.replace("_", " "), f"{metrics[f'test/{key}']:.4g}", "")
     for row in conflict_rows(read_lines(work.folder / "metrics.jsonl") if work.world.main else []):
         table.add_row(*row)
     console.print(table)
     console.print(
-        f"{against_mean_image(figures)}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
+        f"{against_mean_image(metrics)}{seconds:.0f} s; pictures in {work.folder / 'figures'}",
         highlight=False,
     )
 
 
-def against_mean_image(figures: Mapping[str, float]) -> str:
+def against_mean_image(metrics: Mapping[str, float]) -> str:
     """Return the reconstruction's error beside the mean image's, in words; "" where all images are alike."""
-    mean = figures["test/mse_mean_image"]
+    mean = metrics["test/mse_mean_image"]
     if not mean:
         return ""
-    less = 1 - figures["test/mse"] / mean
+    less = 1 - metrics["test/mse"] / mean
     return f"reconstruction error {abs(less):.1%} {'below' if less >= 0 else 'above'} the mean image's; "

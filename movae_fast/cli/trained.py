@@ -1,4 +1,4 @@
-"""What the commands on a trained model share: the choice of beta, a new folder for what they make."""
+"""Choose beta and a new output folder, for the commands on a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""YAML files of flags: read within bounds, every key once, numbers as people write them."""
+"""Read YAML files of flags, within bounds on size and depth, with every key once and numbers as people write
+them."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ KNOWN_TAGS = [None, *(f"tag:yaml.org,2002:{tag}" for tag in "null bool int float
 
 
 class BeyondBoundsError(yaml.YAMLError):
-    """A document that is deeper or larger than flags are, or that contains itself."""
+    """Say that a document is deeper or larger than flags are, or contains itself."""
 
 
 class FlagsLoader(BASE):
-    """Plain values only. `1e-4` is a number, `off` a word, a date text, and a key may stand but once."""
+    """Load plain values only. `1e-4` is a number, `off` a word, a date text, and a key may occur once."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {}
     yaml_constructors: ClassVar = {tag: BASE.yaml_constructors[tag] for tag in KNOWN_TAGS}

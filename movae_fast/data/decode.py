@@ -84,7 +84,7 @@ def misfit(box: Box | None, height: int, width: int) -> str:
 
 
 def quieten_pillow() -> None:
-    """Silence Pillow's warnings (a large image, odd metadata), since `decode` decides on those itself.
+    """Silence Pillow's warnings (a large image, odd metadata), since `decode` handles these cases itself.
 
     The filter stays: `catch_warnings` in one thread would undo or keep what another thread has set.
     """

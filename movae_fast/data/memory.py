@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-RESIDENT_SHARE = 0.4  # The part of the free memory that a set may take unless the user says otherwise.
+RESIDENT_FRACTION = 0.4  # The part of the free memory that a set may take unless the user says otherwise.
 
 
 def free_memory(device: torch.device) -> int:

@@ -36,5 +36,5 @@ def prefetched(items: Generator[T], depth: int = 1) -> Generator[T]:
 
 
 def processors() -> int:
-    """Return the number of threads to decode with: this process's share of the processors, at most 8."""
+    """Return the number of threads to decode with: this process's part of the processors, at most 8."""
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data.datasets import DatasetInfo
-from movae_fast.data.memory import RESIDENT_SHARE, free_memory
+from movae_fast.data.memory import RESIDENT_FRACTION, free_memory
 from movae_fast.data.prepared_format import (
     OLD_FORMAT,
     Header,
@@ -106,7 +106,7 @@ class Prepared(ImageSource):
         mapped = self.images
         if device.type == "cpu" or isinstance(mapped, Tensor):
             return
-        if mapped.nbytes <= RESIDENT_SHARE * free_memory(device):
+        if mapped.nbytes <= RESIDENT_FRACTION * free_memory(device):
             images = torch.empty(
                 mapped.shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last
             )

@@ -1,1 +1,1 @@
-"""What a trained model is worth: likelihoods, image quality, rate and distortion, disentanglement, samples."""
+"""Evaluate a trained model: likelihoods, image quality, rate and distortion, disentanglement, samples."""

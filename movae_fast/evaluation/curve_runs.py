@@ -1,4 +1,4 @@
-"""The runs of a curve: found, read, checked to be of one kind of images, and named."""
+"""Find and read the runs of a curve, check that they are comparable, and name them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLOSE = 1e-3  # betas that differ by less than this share are one: recipes round
 
 @dataclass
 class Member:
-    """One run of a curve."""
+    """Hold one run of a curve."""
 
     path: Path
     config: TrainConfig
@@ -32,14 +32,14 @@ class Member:
     latents: int
     label: str = ""
     points: list[Point] = field(default_factory=list)
-    beside: list[dict[str, float]] = field(default_factory=list)  # the oracle's figures, a dict a point
+    beside: list[dict[str, float]] = field(default_factory=list)  # the oracle's metrics, a dict a point
     closed: dict[str, float] = field(default_factory=dict)  # gated layer -> share of gates shut at every beta
     seconds: float = 0.0
     processes: int = 1  # that trained it
 
     @property
     def train_seconds(self) -> float:
-        """Seconds in training steps, by the run's own log; 0 without one."""
+        """Return the seconds in training steps by the run's own log; 0 without one."""
         metrics = read_lines(folder_of(self.path) / "metrics.jsonl")
         lines = [line for line in metrics if line.get("train/images_per_s")]
         steps = [0, *(line["step"] for line in lines)]
@@ -51,7 +51,8 @@ class Member:
 
 
 def expanded(names: Sequence[str]) -> list[Path]:
-    """Runs and checkpoints as they are, folders as the runs in them; of a sweep, its complete trials."""
+    """Return runs and checkpoints as they are, and for a folder the runs in it; of a sweep, its complete
+    trials."""
     paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
@@ -82,7 +83,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def trial_folder(sweep: Path, number: int) -> Path:
-    """The run of a complete trial: the last that was started under its number."""
+    """Return the folder of a complete trial: the last run that was started under its number."""
     tails = [p for p in (sweep / "trials").glob(f"{number:04d}*") if is_run(p)]
     if not tails:
         raise ValueError(f"{sweep}: trial {number} has no run in trials/{number:04d}")
@@ -110,7 +111,7 @@ def read_member(
 
 
 def check_alike(members: Sequence[Member]) -> None:
-    """Curves are of the same images and likelihood, or they cannot share axes."""
+    """Raise ValueError for runs of different images or likelihoods, whose curves cannot have the same axes."""
     first = members[0]
     mine = of_images(first.config)
     for member in members:
@@ -124,13 +125,15 @@ def check_alike(members: Sequence[Member]) -> None:
 
 
 def of_images(config: TrainConfig) -> dict[str, Any]:
-    """What makes a distortion one of these images under this likelihood."""
+    """Return what two runs must have in common for their distortions to be comparable: images and
+    likelihood."""
     names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "antialias")
     return {n: getattr(config.data, n) for n in names} | {"recons_dist": config.objective.recons_dist}
 
 
 def add_plain_betas(members: Sequence[Member]) -> None:
-    """A curve has a point at the beta of each plain run that lies within its ends, instead of one beside it."""
+    """Add the beta of each plain run to every curve whose range holds it, so that the two can be compared
+    there."""
     plain = {m.betas[0] for m in members if not m.multirate}
     for member in members:
         if member.multirate:
@@ -141,7 +144,7 @@ def add_plain_betas(members: Sequence[Member]) -> None:
 
 
 def label_members(members: Sequence[Member]) -> None:
-    """What a run is called: its kind, and the flags by which runs of that kind differ."""
+    """Return a label per run: its kind, and the flags by which runs of that kind differ."""
     for multirate, name in ((True, "multi-rate"), (False, "beta-VAEs")):
         same = [m for m in members if m.multirate is multirate]
         flags = [kind_flags(m) for m in same]
@@ -151,7 +154,8 @@ def label_members(members: Sequence[Member]) -> None:
 
 
 def kind_flags(member: Member) -> dict[str, Any]:
-    """The flags that make a run one of its kind: all but the optimizer's, the run's, and `NOT_A_KIND`."""
+    """Return the flags that make a run one of its kind: all but the optimizer's, the run's, and
+    `NOT_A_KIND`."""
     config = member.config
     parts = [config.data, config.model, config.objective, config.ladder]
     if member.multirate:

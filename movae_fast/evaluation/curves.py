@@ -1,4 +1,5 @@
-"""The curves of several runs: every run's points, MIG, gates, and what stands beside them."""
+"""Measure the curves of several runs: each run's points, MIG, gates, and the oracle's values at the same
+betas."""
 
 from __future__ import annotations
 
@@ -105,10 +106,10 @@ def responses(member: Member, model: VAE) -> Responses:
     return betas, values
 
 
-def figures_of(member: Member) -> list[dict[str, float]]:
-    """Return a dict of figures per point, the oracle's included."""
+def metrics_of(member: Member) -> list[dict[str, float]]:
+    """Return a dict of metrics per point, the oracle's included."""
     beside = member.beside or [{} for _ in member.points]
-    return [p.figures() | b for p, b in zip(member.points, beside, strict=True)]
+    return [p.metrics() | b for p, b in zip(member.points, beside, strict=True)]
 
 
 def comparisons(members: Sequence[Member]) -> list[dict[str, Any]]:

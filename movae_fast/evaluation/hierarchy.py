@@ -49,13 +49,13 @@ def elbo(
     channels = (total / count).cpu()
     groups = channels.view(len(model.group_sizes), -1).sum(1)
     rate, distortion = float(channels.sum()), distortion / count
-    figures = {
+    metrics = {
         "rate": rate,
         "distortion": distortion,
         "elbo": -rate - distortion,
         "active_units": int((channels > ACTIVE_RATE).sum()),
     }
-    return figures | rate_figures(groups, model.groups), groups
+    return metrics | rate_figures(groups, model.groups), groups
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Reconstructions beside their images: PSNR, SSIM and MS-SSIM."""
+"""Compare reconstructions with their images: PSNR, SSIM and MS-SSIM."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def image_quality(
         if scales:
             sums += torch.stack([ssim(images, truth).sum(), ms_ssim(images, truth, scales).sum()])
         count += len(x)
-    figures = {"psnr": float(psnr.compute())}
+    metrics = {"psnr": float(psnr.compute())}
     if scales:
-        figures |= {"ssim": float(sums[0]) / count, "ms_ssim": float(sums[1]) / count, "ms_ssim_scales": scales}
-    return figures
+        metrics |= {"ssim": float(sums[0]) / count, "ms_ssim": float(sums[1]) / count, "ms_ssim_scales": scales}
+    return metrics
 
 
 def ssim(

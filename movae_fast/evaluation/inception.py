@@ -1,6 +1,6 @@
-"""Distances between sets of images: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
+"""Measure distances between sets of images: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
 
-The features are the 2,048 of the Inception network that the published figures are of, in torch-fidelity's
+The features are the 2,048 of the Inception network that the published metrics are of, in torch-fidelity's
 PyTorch form. Its weights are a file that the user has: nothing is downloaded.
 """
 
@@ -28,7 +28,7 @@ def require() -> None:
 
 
 def load_inception(path: Path, device: torch.device) -> nn.Module:
-    """The feature network, from uint8 images [N, 3, H, W] to a tuple of features [N, 2048] float32.
+    """Load the feature network, from uint8 images [N, 3, H, W] to a tuple of features [N, 2048] float32.
 
     Raises ArgumentError for a file that is missing or is not these weights.
     """
@@ -49,7 +49,8 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Images in [0, 1], [B, C, H, W] each, one or three channels, to features [N, 2048], as 8-bit pixels."""
+    """Return the features [N, 2048] of images in [0, 1], [B, C, H, W] per batch, with one or three
+    channels, as 8-bit pixels."""
     features = []
     for images in batches:
         pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -59,7 +60,8 @@ def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def distances(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
-    """fid, and kid with the deviation over its subsets, of features [N, 2048] and [M, 2048]; by torchmetrics.
+    """Return fid, and kid with its standard deviation over subsets, of features [N, 2048] and [M, 2048]; by
+    torchmetrics.
 
     KID's subsets, drawn by the seed, are of 1,000 images, or as many as there are.
     """

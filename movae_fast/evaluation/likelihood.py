@@ -1,4 +1,4 @@
-"""What a trained model assigns to images: rate, distortion, bounds on log p(x).
+"""Measure the rate, the distortion and bounds on log p(x) of a trained model.
 
 All in nats per image, in evaluation mode. Up to a constant the reconstruction objective is -log p(x|z) of a
 likelihood: Bernoulli; a Gaussian of variance 1/2 for the squared error; a Laplacian of scale 1.
@@ -48,7 +48,7 @@ def likelihood_constant(dist: ReconsDist, values: int) -> float:
 def elbo(
     model: GaussianVAE, batches: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, seed: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Rate, distortion, ELBO and active units over the batches; and the rate of each latent [D]."""
+    """Return rate, distortion, ELBO and active units over the batches, and the rate of each latent [D]."""
     generator = torch.Generator().manual_seed(seed)
     distortion, count = 0.0, 0
     rates: Tensor | None = None
@@ -83,7 +83,8 @@ def importance_weighted_bound(
     seed: int,
     at_once: int = 1024,
 ) -> float:
-    """Mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws` (Burda et al. 2016), in nats.
+    """Return the mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws` (Burda et al. 2016),
+    in nats.
 
     At most `at_once` latents are decoded at a time.
     """

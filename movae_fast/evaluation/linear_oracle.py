@@ -1,4 +1,4 @@
-"""The linear VAE's optimum at a given beta, in closed form: what a trained curve is held against.
+"""Compute the linear VAE's optimum at a given beta in closed form, as the reference of a trained curve.
 
 The model is p(z) = N(0, I_k), decoder W z + m, encoder N(V (x - m), diag c) with one c for all x; m is the
 data's mean and S its covariance (divided by N). The loss is D + beta R in nats per image, with the distortion
@@ -26,7 +26,7 @@ Convention = Literal["gaussian", "squared_error"]
 
 @dataclass(frozen=True)
 class LinearOptimum:
-    """The least loss at one beta, in nats per image, and parameters that attain it."""
+    """Hold the least loss at one beta, in nats per image, and parameters that attain it."""
 
     beta: float
     rate: float
@@ -39,7 +39,8 @@ class LinearOptimum:
 
 
 def scale_and_constant(d: int, convention: Convention, sigma2: float) -> tuple[float, float]:
-    """(a, const) of the distortion a ||x - x'||^2 + const. Raises ValueError for an unknown convention."""
+    """Return (a, const) of the distortion a ||x - x'||^2 + const. Raises ValueError for an unknown
+    convention."""
     if not (math.isfinite(sigma2) and sigma2 > 0):
         raise ValueError(f"sigma2 {sigma2} must be positive and finite")
     if convention == "gaussian":
@@ -59,7 +60,8 @@ def linear_losses(
     convention: Convention = "gaussian",
     sigma2: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # [], []
-    """(rate, distortion) in nats per image of any linear VAE that knows the data's mean; differentiable."""
+    """Return (rate, distortion) in nats per image of any linear VAE whose bias is the data's mean;
+    differentiable."""
     a, constant = scale_and_constant(len(covariance), convention, sigma2)
     moved = v @ covariance @ v.T  # the posterior means' covariance
     error = covariance.trace() - 2 * (w * (covariance @ v.T)).sum() + ((w.T @ w) * moved).sum()
@@ -68,7 +70,8 @@ def linear_losses(
 
 
 class LinearOracle:
-    """Optima of one data covariance [d, d] (float64, 1/N) and number of latents k, at any beta > 0.
+    """Compute optima for one data covariance [d, d] (float64, 1/N) and number of latents k, at any beta >
+    0.
 
     Raises ValueError for a matrix that is not square or not finite, for k < 1, and for a beta that is not
     positive. More latents than dimensions are allowed; those beyond d stay unused.
@@ -90,19 +93,19 @@ class LinearOracle:
         self.values, self.vectors = values.flip(0).clamp_min(0), vectors.flip(1)
 
     def with_latents(self, k: int) -> LinearOracle:
-        """The same data with another number of latents."""
+        """Return an oracle of the same data with another number of latents."""
         other = copy(self)
         other.k = k
         return other
 
     def level(self, beta: float) -> float:
-        """The water level: a latent is active where its eigenvalue is above it."""
+        """Return the water level: a latent is active where its eigenvalue is above it."""
         if not (math.isfinite(beta) and beta > 0):
             raise ValueError(f"beta {beta} must be positive and finite")
         return beta / (2 * self.a)
 
     def point(self, beta: float) -> tuple[float, float]:
-        """(R*, D*) in nats per image: reverse water-filling."""
+        """Return (R*, D*) in nats per image, by reverse water-filling."""
         level = self.level(beta)
         leading = self.values[: self.k]
         active = leading[leading > level]
@@ -111,7 +114,8 @@ class LinearOracle:
         return rate, self.a * error + self.constant
 
     def optimum(self, beta: float) -> LinearOptimum:
-        """The optimum at `beta`: w_i = sqrt(l_i - t) u_i, v_i = w_i / l_i, c_i = min(1, t / l_i)."""
+        """Return the optimum at `beta`: w_i = sqrt(l_i - t) u_i, v_i = w_i / l_i, c_i = min(1, t /
+        l_i)."""
         level = self.level(beta)
         rate, distortion = self.point(beta)
         n = min(self.k, self.d)
@@ -127,7 +131,8 @@ class LinearOracle:
         return LinearOptimum(beta, rate, distortion, distortion + beta * rate, int(on.sum()), w, v, c)
 
     def beta_at_rate(self, rate: float) -> float:
-        """The beta whose optimum has this rate (R* falls strictly while a latent is active); inf for rate 0."""
+        """Return the beta whose optimum has this rate (R* falls strictly while a latent is active); inf
+        for rate 0."""
         if not math.isfinite(rate):
             raise ValueError(f"rate {rate} must be finite")
         leading = self.values[: self.k]
@@ -142,14 +147,15 @@ class LinearOracle:
         return 2 * self.a * math.exp(float(levels[n - 1]))
 
     def distortion_at_rate(self, rate: float) -> float:
-        """The frontier: the least distortion of any linear VAE of this rate, in nats per image."""
+        """Return the least distortion of any linear VAE of this rate, in nats per image."""
         beta = self.beta_at_rate(rate)
         if math.isinf(beta):
             return self.a * float(self.values.sum()) + self.constant
         return self.point(beta)[1]
 
     def compare(self, beta: float, rate: float, distortion: float) -> dict[str, float]:
-        """A linear model at `beta` beside the optimum: where it should be, and how far it is off the curve.
+        """Compare a linear model at `beta` with the optimum: where the optimum lies, and how far the
+        model is off the curve.
 
         `excess_loss` is its loss above L*; `rate_error` and `distortion_error` are the error of its map from
         beta to (R, D); `frontier_gap` is the distortion above the least at its own rate (in nats per image),
@@ -172,5 +178,6 @@ class LinearOracle:
 def linear_optimum(
     covariance: Tensor, k: int, beta: float, convention: Convention = "gaussian", sigma2: float = 1.0
 ) -> LinearOptimum:
-    """The optimum of one covariance [d, d], number of latents and beta; see `LinearOracle` for many betas."""
+    """Return the optimum of one covariance [d, d], number of latents and beta; see `LinearOracle` for many
+    betas."""
     return LinearOracle(covariance, k, convention, sigma2).optimum(beta)

@@ -1,4 +1,5 @@
-"""What a trained model is worth by name: objectives, bounds, image quality, disentanglement, FID and KID."""
+"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement, FID and
+KID."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ QUICK = ("mig", "mig_sup", "modularity", "jemmig")
 
 @dataclass
 class Report:
-    """What was measured; the arrays are for the figure."""
+    """Hold the metrics by name, and the arrays of the plot."""
 
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     rates: Tensor | None = None  # [D] nats per latent, or [G] per group of a hierarchy
     rates_of: str = "latent"
     mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
@@ -38,7 +39,7 @@ class Report:
 
 
 def applies(name: str, latents: LatentKind, factors: bool) -> bool:
-    """Whether a model with such latents, on data with factors or without, has this metric."""
+    """Return whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
     if name in METRICS:
         return latents == "vector" and factors
     return latents != "codebook" if name == "elbo" else True
@@ -67,14 +68,14 @@ def measure(
         return report
     loader, dist = make_loader(trained, device, "test"), trained.objective.recons_dist
     if "objectives" in names:
-        report.figures |= measure_objectives(trained, model, loader, seed)
+        report.metrics |= measure_objectives(trained, model, loader, seed)
     if "elbo" in names:
-        report.figures |= measure_elbo(report, model, loader, dist, seed)
+        report.metrics |= measure_elbo(report, model, loader, dist, seed)
     if iw:
         images = loader.take(spaced_rows(loader, iw_images))
-        report.figures[f"iw_bound_{iw}"] = bound_of(model, images, dist, iw, seed)
+        report.metrics[f"iw_bound_{iw}"] = bound_of(model, images, dist, iw, seed)
     if "images" in names:
-        report.figures |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
+        report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
     return report
 
 
@@ -82,11 +83,11 @@ def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, s
     """Return rate, distortion, ELBO and active units of the loader's images; add the rates to the report."""
     if isinstance(model, NVAE):
         report.rates_of = "group"
-        figures, report.rates = hierarchy.elbo(model, loader.epoch(), dist, seed)
+        metrics, report.rates = hierarchy.elbo(model, loader.epoch(), dist, seed)
     else:
         assert isinstance(model, GaussianVAE)
-        figures, report.rates = likelihood.elbo(model, loader.epoch(), dist, seed)
-    return figures
+        metrics, report.rates = likelihood.elbo(model, loader.epoch(), dist, seed)
+    return metrics
 
 
 def bound_of(
@@ -111,7 +112,7 @@ def measure_factors(
     """Add the named metrics of codes and factors to the report, with the mutual information behind them."""
     codes = read_codes(trained, model, device, samples, seed, test=any(n in NEED_TEST_CODES for n in names))
     for name in names:
-        report.figures |= METRICS[name](codes)
+        report.metrics |= METRICS[name](codes)
     information = codes.histogram
     report.mutual = information.mutual / np.where(information.factor_entropy > 0, information.factor_entropy, 1)
     report.estimators["histogram"] = information.estimator
@@ -131,8 +132,8 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
     )
-    figures = evaluate(model, losses, loader, seed)
-    return {name.removeprefix("test/"): value for name, value in figures.items()}
+    metrics = evaluate(model, losses, loader, seed)
+    return {name.removeprefix("test/"): value for name, value in metrics.items()}
 
 
 def spaced_rows(loader: Loader, count: int) -> Tensor:  # [min(count, N)] int64
@@ -173,11 +174,11 @@ def inception_distances(
     if model.latents != "codebook":
         made["samples"] = (model.sample(size, generator) for size in sizes)
     real = features("test images", (x for x, _ in loader.take(rows)))
-    figures: dict[str, float] = {"fid_images": n}
+    metrics: dict[str, float] = {"fid_images": n}
     for kind, images in made.items():
         distance = distances(real, features(kind, images), seed)
-        figures |= {f"{name}_{kind}": value for name, value in distance.items()}
-    return figures
+        metrics |= {f"{name}_{kind}": value for name, value in distance.items()}
+    return metrics
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The rate-distortion curve of one set of weights: what a multi-rate model assigns to images at many betas.
+"""Measure the rate-distortion curve of one set of weights, a multi-rate model at many betas.
 
 Rate and distortion are in nats per image, in evaluation mode, one draw of z per image. The distortion is the
 reconstruction objective summed over an image's values, without the constant of the likelihood
@@ -25,7 +25,7 @@ from movae_fast.training.config import TrainConfig
 
 @dataclass
 class Point:
-    """A model at one beta."""
+    """Hold the metrics of a model at one beta."""
 
     beta: float
     rate: float
@@ -35,21 +35,22 @@ class Point:
 
     @property
     def total(self) -> float:
-        """D + R: the negative evidence lower bound less the likelihood's constant."""
+        """Return D + R, the negative evidence lower bound without the likelihood's constant."""
         return self.distortion + self.rate
 
     @property
     def loss(self) -> float:
         return self.distortion + self.beta * self.rate
 
-    def figures(self) -> dict[str, float]:
-        """Every figure by name; those that there are."""
+    def metrics(self) -> dict[str, float]:
+        """Return every metric that the point has, by name."""
         values = asdict(self) | {"total": self.total, "loss": self.loss}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def log_spaced(least: float, most: float, n: int) -> list[float]:
-    """n betas from least to most, both exactly, evenly spaced in their logarithm; their middle if n is 1."""
+    """Return n betas from least to most, both exactly, evenly spaced in their logarithm; the middle if n is
+    1."""
     if n == 1:
         return [(least * most) ** 0.5]
     inner = [least * (most / least) ** (i / (n - 1)) for i in range(1, n - 1)]
@@ -57,7 +58,7 @@ def log_spaced(least: float, most: float, n: int) -> list[float]:
 
 
 def is_multirate(model: VAE) -> bool:
-    """Whether one set of weights has every beta of a range."""
+    """Return whether one set of weights serves every beta of a range."""
     return model.rates is not None
 
 
@@ -71,7 +72,7 @@ def curve_points(
     rows: int,
     advance: Callable[[int], None] = lambda images: None,
 ) -> list[Point]:
-    """The model at each beta over the loader's images, all betas in one pass over them.
+    """Measure the model at each beta over the loader's images, all betas in one pass over them.
 
     A forward pass holds at most `rows` rows, a row being an image at one beta: rows // len(betas) images at
     every beta. More betas than rows are taken `rows` at a time, a pass each. An image has the same noise at
@@ -80,13 +81,13 @@ def curve_points(
     """
     parts = [betas[at : at + rows] for at in range(0, len(betas), rows)]
     if isinstance(model, NVAE):
-        found = [pass_of_hierarchy(model, loader, part, dist, seed, rows, advance) for part in parts]
+        passes = [pass_of_hierarchy(model, loader, part, dist, seed, rows, advance) for part in parts]
     else:
         assert isinstance(model, GaussianVAE)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(loader.source), model.latent_dim, generator=generator)
-        found = [one_pass(model, loader, part, dist, noise, rows, advance) for part in parts]
-    return [point for points in found for point in points]
+        passes = [one_pass(model, loader, part, dist, noise, rows, advance) for part in parts]
+    return [point for points in passes for point in points]
 
 
 def one_pass(
@@ -98,7 +99,7 @@ def one_pass(
     rows: int,
     advance: Callable[[int], None],
 ) -> list[Point]:
-    """At most `rows` betas in one pass over the images; see `curve_points`."""
+    """Measure at most `rows` betas in one pass over the images; see `curve_points`."""
     k, n, done = len(betas), len(noise), 0
     sums: tuple[Tensor, ...] | None = None
     for images, _ in loader.epoch():
@@ -165,7 +166,8 @@ def points_of(
 def encode_at(
     model: GaussianVAE, x: Tensor, betas: Sequence[float]
 ) -> tuple[Tensor, Tensor]:  # [K, B, D] float64 each
-    """Posterior means and log variances of images [B, C, S, S] at each of K betas; sets the model to them."""
+    """Return posterior means and log variances of images [B, C, S, S] at each of K betas. Leaves the model
+    set to them."""
     k, b = len(betas), len(x)
     set_betas(model, betas, b)
     mu, logvar = model.encode(x.repeat(k, *(1,) * (x.dim() - 1)))
@@ -181,7 +183,8 @@ def set_betas(model: VAE, betas: Sequence[float], images: int) -> None:
 
 
 def nominal_beta(config: TrainConfig) -> float:
-    """The weight of a plain run's rate where its distortion, summed over an image's values, has weight 1.
+    """Return the weight of a plain run's rate where its distortion, summed over an image's values, has
+    weight 1.
 
     Raises ValueError for a model without a rate, and for one whose rate has no weight or several.
     """
@@ -203,7 +206,7 @@ def nominal_beta(config: TrainConfig) -> float:
 
 @torch.no_grad()
 def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
-    """The covariance (1/N) of the loader's images in the model's data range, on the CPU."""
+    """Return the covariance (1/N) of the loader's images in the model's data range, on the CPU."""
     sums: tuple[Tensor, Tensor] | None = None
     for x, _ in loader.epoch():
         flat = x.flatten(1).double()
@@ -215,7 +218,8 @@ def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
 
 
 def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
-    """A curve beside a separately trained model, curve minus model: at the model's beta, and at its rate.
+    """Compare a curve with a separately trained model, curve minus model: at the model's beta, and at its
+    rate.
 
     The errors of the map from beta to (R, D), and of D + R and the loss, are there where the curve has a point
     at the model's beta; `frontier_gap`, the curve's distortion between its points at the model's rate above the

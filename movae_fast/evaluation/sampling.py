@@ -1,4 +1,4 @@
-"""Images that a trained model makes: from its prior, between latents, along one of them, at many betas."""
+"""Make images with a trained model: from its prior, between latents, along one of them, at many betas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained model and its configuration, made ready to be used on images."""
+"""Load a trained model and its configuration, ready to be used on images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from movae_fast.training.config import TrainConfig
 def adapt_config(
     trained: TrainConfig, device: str, data_dir: str | None = None, batch_size: int | None = None
 ) -> None:
-    """Change a trained model's configuration to read images there, on that device, so many at a time."""
+    """Change a trained model's configuration to another device, data folder and batch size."""
     data, run = trained.data, trained.run
     data.data_dir = data_dir or data.data_dir
     if batch_size is not None:

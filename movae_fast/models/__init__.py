@@ -1,4 +1,4 @@
-"""Models by name: `MODELS["vq_vae"]`, built by `build_model`."""
+"""Build models by name: `MODELS["vq_vae"]`, `build_model`."""
 
 import inspect
 from collections.abc import Mapping

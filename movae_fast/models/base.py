@@ -1,8 +1,8 @@
-"""The base of every model of this package, and what a forward pass takes and returns.
+"""Define the base of every model of this package, and the arguments and results of a forward pass.
 
 A model splits at its *features*: `encode` is the shared part before them (its parameters receive the
 aggregated gradient), `forward_features` everything after them, whose parameters belong to one objective each
-(`own_parameters`). The split is what makes a Jacobian cheap: an objective is differentiated as far as the
+(`task_parameters`). The split is what makes a Jacobian cheap: an objective is differentiated as far as the
 features, and only from there on does each one cost a backward pass of its own.
 """
 
@@ -23,7 +23,7 @@ Norm = Literal["batch", "layer", "none"]
 
 
 class Noise(NamedTuple):
-    """The random draws of a batch's forward pass (`VAE.draw_noise`)."""
+    """Hold the random draws of a batch's forward pass (`VAE.draw_noise`)."""
 
     latent: Tensor  # [B, D] standard normal, the posterior's; [B, 0] of a model that draws nothing
     log_beta: Tensor | None = None  # [B] of a multi-rate model: the log beta of each image
@@ -41,7 +41,7 @@ class Noise(NamedTuple):
 
 
 class GaussianOutput(NamedTuple):
-    """The output of a model with a Gaussian posterior."""
+    """Hold the output of a model with a Gaussian posterior."""
 
     preactivation: Tensor  # [B, C, H, W] the decoder's output before the output activation
     mu: Tensor  # [B, D]
@@ -62,7 +62,7 @@ class HierarchyOutput(NamedTuple):
 
 
 class VQOutput(NamedTuple):
-    """The output of a model with a codebook."""
+    """Hold the output of a model with a codebook."""
 
     preactivation: Tensor  # [B, C, H, W]
     embedding: Tensor  # [B] mean squared distance that moves the codebook to the encoder's output
@@ -89,7 +89,7 @@ class Part(NamedTuple):
 
 
 class VAE(nn.Module):
-    """Base of all models: images [B, C, S, S] in, features, a reconstruction out.
+    """Map images [B, C, S, S] to features, and features to a reconstruction: the base of all models.
 
     Subclasses set `objectives` (the loss vector's entries in their documented order), `default_weights` where
     they are not 1, and the reconstruction's defaults; they implement `encode`, `decode` and `forward_features`.
@@ -204,10 +204,10 @@ class VAE(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the parameters before the features, in a fixed order."""
-        task = {id(p) for params in self.own_parameters().values() for p in params}
+        task = {id(p) for params in self.task_parameters().values() for p in params}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in task]
 
-    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return by objective the task parameters: those after the features, which it alone trains."""
         raise NotImplementedError
 
@@ -273,7 +273,7 @@ class VAE(nn.Module):
 
 
 class GaussianVAE(VAE):
-    """A VAE with posterior N(mu, diag exp(logvar)) and prior N(0, I).
+    """Model images with posterior N(mu, diag exp(logvar)) and prior N(0, I).
 
     Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and
     `decoder` ([B, D] to preactivations).
@@ -295,7 +295,7 @@ class GaussianVAE(VAE):
     def shared_heads(self) -> list[nn.Module]:
         return [self.mu, self.logvar]
 
-    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"reconstruction": [p for part in self.decoder_parts() for p in part.parameters()]}
 
     def draw_noise(self, n: int) -> Noise:

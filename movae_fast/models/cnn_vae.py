@@ -1,4 +1,4 @@
-"""The VAE/beta-VAE/MMD-VAE collection's CNN."""
+"""Define the CNN of the VAE/beta-VAE/MMD-VAE collection."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from movae_fast.models.base import Activation, GaussianOutput, GaussianVAE, Nois
 
 
 class CNNVAE(GaussianVAE):
-    """`cnn_vae`: Conv 4/2/1 stages to 4x4, a 4x4 convolution to 1x1, an MLP head each for mu and logvar.
+    """Define `cnn_vae`: Conv 4/2/1 stages to 4x4, a 4x4 convolution to 1x1, an MLP head each for mu and
+    logvar.
 
     The decoder mirrors it with transposed convolutions from a 1x1 latent map. Objectives: reconstruction and
     kl; the published loss is the mean squared error over pixels plus coef_kl times 2 KL / (number of values of
@@ -73,7 +74,7 @@ class CNNVAE(GaussianVAE):
 
 
 class MMDVAE(CNNVAE):
-    """`mmd_vae` (InfoVAE, Zhao et al. 2017): the same network with a third objective, mmd.
+    """Define `mmd_vae` (InfoVAE, Zhao et al. 2017): the same network with a third objective, mmd.
 
     The published loss is reconstruction + (1 - alpha) KL + (alpha + lambda - 1) MMD(z, prior); the trainer's
     mmd_alpha and mmd_lambda multiply the weights given here.

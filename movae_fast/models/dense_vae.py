@@ -1,4 +1,4 @@
-"""VAEs of linear layers: the linear VAE, whose optimum is known in closed form, and dSprites' MLP."""
+"""Define VAEs of linear layers: the linear VAE, whose optimum is known in closed form, and dSprites' MLP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_VARIANCE = -4.0
 
 
 class SharedLogVariance(nn.Module):
-    """One log-variance per latent, which does not depend on the image: [B, …] to [B, D]."""
+    """Return one log-variance per latent, which does not depend on the image: [B, …] to [B, D]."""
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class SharedLogVariance(nn.Module):
 
 
 class LinearVAE(GaussianVAE):
-    """`linear_vae`: two linear layers each way and no nonlinearity (Bae et al. 2023, section 3.2).
+    """Define `linear_vae`: two linear layers each way and no nonlinearity (Bae et al. 2023, section 3.2).
 
     Encoder: image to latent_dim, to the mean; decoder: latent_dim to latent_dim, to the image. Two layers, so
     that gates between them can take the optimum's form at every beta; those between latents start as the
@@ -63,7 +63,8 @@ class LinearVAE(GaussianVAE):
 
 
 class MLPVAE(GaussianVAE):
-    """`mlp_vae`: the fully connected network of dSprites (Higgins et al. 2017, widths of Chen et al. 2018).
+    """Define `mlp_vae`: the fully connected network of dSprites (Higgins et al. 2017, widths of Chen et al.
+    2018).
 
     Encoder with ReLU through `hidden_dims`, decoder with Tanh back through them and the first once more.
     Objectives: reconstruction (summed over an image) and kl, weight 1 each; sigmoid output.
@@ -96,7 +97,7 @@ class MLPVAE(GaussianVAE):
 
 
 class BetaTCMLPVAE(MLPVAE):
-    """`betatc_mlp_vae`: the same network with beta-TC-VAE's objectives (Chen et al. 2018).
+    """Define `betatc_mlp_vae`: the same network with beta-TC-VAE's objectives (Chen et al. 2018).
 
     Objectives: reconstruction, mi, tc, dwkl, weight 1 each; dwkl is annealed as betatc_vae's is.
     """

@@ -1,4 +1,4 @@
-"""Multi-rate VAEs (Bae et al. 2023): one set of weights for every beta of a range.
+"""Make a model multi-rate (Bae et al. 2023): one set of weights for every beta of a range.
 
 Each layer's output is multiplied, unit by unit, by a gate that depends on beta (eq. 8): g(n) * (W x + b), n the
 standardised log beta. In training every example (or every batch) has a beta of its own, drawn log-uniformly;
@@ -53,7 +53,7 @@ def from_product(inner: Tensor, x: Tensor, g: Tensor, kind: GateKind) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """g(n w + c) * y, keeping its result for the backward instead of y.
+    """Compute g(n w + c) * y, and keep the result for the backward instead of y.
 
     The result is what the layer behind (BatchNorm, a convolution) keeps anyway, so a gate costs no memory: of
     dL/dg = <dL/dout, y> all that is needed follows from g dL/dg = <dL/dout, out>, for where g is 0 so is g'.
@@ -88,7 +88,7 @@ def spread(g: Tensor, y: Tensor) -> Tensor:
 
 
 class Gated(nn.Module):
-    """A layer whose output [B, C, ...] is multiplied by g(w n + c) [B, C], a w and a c per unit or channel.
+    """Multiply a layer's output [B, C, ...] by g(w n + c) [B, C], with a w and a c per unit or channel.
 
     `kind` is the gate's function; w and c start as a Linear(1, C)'s, U(-1, 1), and c of a sqrt gate shifted by
     `gate_bias`: of those gates 14 % start closed for every beta, and a negative shift opens them. `gate_slope`
@@ -137,7 +137,7 @@ class Gated(nn.Module):
 
 
 class GatedVariance(Gated):
-    """A shared log-variance [B, D] whose variance is gated: b + log C(n).
+    """Gate the variance of a shared log-variance [B, D]: b + log C(n).
 
     C = sigmoid(w n + c), or with the sqrt kind min(1, e^(w n + c)) = 1 - g^2: the linear VAE's optimum is
     min(1, beta / lambda).

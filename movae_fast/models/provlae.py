@@ -1,4 +1,5 @@
-"""The ladder VAEs: `provlae`, whose rungs join one stage at a time, and `vlae`, with all of them at once."""
+"""Define the ladder VAEs: `provlae`, whose rungs join one stage at a time, and `vlae`, with all of them at
+once."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def enlarge(x: Tensor, side: int) -> Tensor:
 
 
 class ProVLAE(GaussianVAE):
-    """Progressive ladder VAE (Li et al. 2020) for any image size: `num_ladders` rungs of `latent_dim` latents.
+    """Define `provlae` (Li et al. 2020) for any image size: a ladder of `num_ladders` rungs of `latent_dim`
+    latents.
 
     Images are resized to the next power of two. Encoder block i (Conv 4/2/1) gives h_i; rung i (Conv 4/2/1,
     Linear fc_dim, Linear) reads its latents from h_i, so later rungs are more abstract. Generators turn each
@@ -194,6 +196,6 @@ class ProVLAE(GaussianVAE):
 
 
 class VLAE(ProVLAE):
-    """`vlae`: the same ladder with all rungs from the start (Zhao et al. 2017)."""
+    """Define `vlae`: the same ladder with all rungs from the start (Zhao et al. 2017)."""
 
     progressive = False

@@ -1,4 +1,4 @@
-"""The range of beta that a multi-rate model is trained for, and where in it the model is now."""
+"""Hold the range of beta that a multi-rate model is trained for, and the betas that it is set to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BetaPer = Literal["example", "batch"]
 
 
 class Rates:
-    """The range of beta of a multi-rate model, and the log betas that its gates compute at.
+    """Hold the range of beta of a multi-rate model, and the log betas at which its gates are computed.
 
     One instance serves a model and all its gates. It is no module, so that a checkpoint does not list it once a
     gate; copies and pickles of a model share theirs in the same way.

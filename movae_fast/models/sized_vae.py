@@ -1,4 +1,4 @@
-"""The convolutional networks that multi-rate VAEs are compared on, each for images of one size.
+"""Define the convolutional networks on which multi-rate VAEs are compared, each for images of one size.
 
 `cnn_vae_28/32/64` are pythae's, `resnet_vae_28/32/64` those of Bae et al. (2023), whose residual blocks are
 two 3x3 convolutions; pythae's, a narrow bottleneck, are a setting. Objectives of all: reconstruction (summed
@@ -42,7 +42,8 @@ LATENTS = {28: 32, 32: 256, 64: 64}
 
 
 class Residual(nn.Module):
-    """relu(x + branch(x)): 3x3, ReLU, 3x3 ("author"), or ReLU, 3x3 to a quarter of the width, ReLU, 1x1."""
+    """Compute relu(x + branch(x)); the branch is 3x3, ReLU, 3x3 ("author"), or ReLU, 3x3 to a quarter of
+    the width, ReLU, 1x1."""
 
     def __init__(self, width: int, kind: ResidualBlock) -> None:
         super().__init__()
@@ -105,7 +106,8 @@ def _join(
 
 
 class SizedCNNVAE(GaussianVAE):
-    """`cnn_vae_28`, `_32`, `_64`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels, and back.
+    """Define `cnn_vae_28`, `_32`, `_64`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels, and
+    back.
 
     The images' side chooses among the three published networks, which differ in their decoders.
     """
@@ -129,7 +131,8 @@ class SizedCNNVAE(GaussianVAE):
 
 
 class SizedResNetVAE(GaussianVAE):
-    """`resnet_vae_28`, `_32`, `_64`: strided convolutions to 128 channels, two residual blocks, and back.
+    """Define `resnet_vae_28`, `_32`, `_64`: strided convolutions to 128 channels, two residual blocks, and
+    back.
 
     The images' side chooses among the three published networks, which differ in their convolutions.
     """

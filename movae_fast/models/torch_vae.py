@@ -1,4 +1,4 @@
-"""torch-vae's network, and the fully convolutional one by the DCGAN guidelines."""
+"""Define torch-vae's network, and the fully convolutional one by the DCGAN guidelines."""
 
 import itertools
 
@@ -9,7 +9,8 @@ from movae_fast.models.cnn_vae import dcgan_init
 
 
 class TorchVAE(GaussianVAE):
-    """`torch_vae`: three strided 3x3 convolutions (max_filters/4, /2, full), Linear heads, mirrored decoder.
+    """Define `torch_vae`: three strided 3x3 convolutions (max_filters/4, /2, full), Linear heads, mirrored
+    decoder.
 
     Objectives: reconstruction (squared error summed over an image) and kl, weight 1 each; sigmoid output.
     """
@@ -53,7 +54,7 @@ class TorchVAE(GaussianVAE):
 
 
 class DCGANVAE(GaussianVAE):
-    """`dcgan_vae`: fully convolutional by the DCGAN guidelines (Radford et al. 2016).
+    """Define `dcgan_vae`: fully convolutional by the DCGAN guidelines (Radford et al. 2016).
 
     Strided 4x4 convolutions with BatchNorm and LeakyReLU to a 4x4 map, which one convolution turns into mu and
     one into logvar; the decoder is transposed convolutions with BatchNorm and ReLU from a 1x1 latent map, tanh

@@ -1,4 +1,4 @@
-"""MO-VAE's plain VAE and its beta-TC-VAE network."""
+"""Define MO-VAE's plain VAE and its beta-TC-VAE network."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from movae_fast.models.base import Activation, GaussianVAE, Norm, check_image_si
 
 
 class HalvingConv(nn.Conv2d):
-    """Conv 3/2/1, as a matrix product where it takes 2x2 to 1x1.
+    """Compute a convolution 3/2/1, as a matrix product where it takes 2x2 to 1x1.
 
     Of its nine taps only four then meet the map, the others padding, and convolution kernels spend their time
     on laying out the weight: a third of a step's encoder at 32x32.
@@ -24,7 +24,8 @@ class HalvingConv(nn.Conv2d):
 
 
 class DoublingConv(nn.ConvTranspose2d):
-    """ConvTranspose 3/2/1 with output padding 1, as a matrix product where it takes 1x1 to 2x2."""
+    """Compute a transposed convolution 3/2/1 with output padding 1, as a matrix product where it takes 1x1
+    to 2x2."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if input.shape[2:] != (1, 1):
@@ -61,7 +62,7 @@ def _decoder(latent_dim: int, hidden_dims: Sequence[int], channels: int, side: i
 
 
 class ConvVAE(GaussianVAE):
-    """MO-VAE's `vae`: strided 3x3 convolutions with BatchNorm down to the latents, mirrored back.
+    """Define MO-VAE's `vae`: strided 3x3 convolutions with BatchNorm down to the latents, mirrored back.
 
     Objectives: reconstruction, kl (weights 1 and 0.00025).
     """
@@ -93,7 +94,7 @@ class ConvVAE(GaussianVAE):
 
 
 class BetaTCVAE(GaussianVAE):
-    """MO-VAE's `betatc_vae`: 4x4 convolutions without normalisation, a hidden Linear of 256.
+    """Define MO-VAE's `betatc_vae`: 4x4 convolutions without normalisation, a hidden Linear of 256.
 
     Objectives (Chen et al. 2018): reconstruction, mi, tc, dwkl, weight 1 each; dwkl, the dimension-wise KL, is
     annealed linearly over `anneal_steps`.

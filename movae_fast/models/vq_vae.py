@@ -1,4 +1,4 @@
-"""MO-VAE's VQ-VAE (van den Oord et al. 2017)."""
+"""Define MO-VAE's VQ-VAE (van den Oord et al. 2017)."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from movae_fast.models.base import (
 
 
 class ResidualBlock(nn.Module):
-    """x + Conv1x1(ReLU(Conv3x3(x))), no biases."""
+    """Compute x + Conv1x1(ReLU(Conv3x3(x))), without biases."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
 
 
 class VQVAE(VAE):
-    """MO-VAE's `vq_vae`: 4x4 convolutions, residual blocks, a codebook of `num_embeddings` codes.
+    """Define MO-VAE's `vq_vae`: 4x4 convolutions, residual blocks, a codebook of `num_embeddings` codes.
 
     Objectives: reconstruction, embedding (the codebook moves to the encoder's output), commitment (the
     encoder's output moves to the codebook); weights 1, 1, 0.25. The straight-through estimator carries the
@@ -123,7 +123,7 @@ class VQVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
 
-    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {"reconstruction": list(self.decoder.parameters()), "embedding": [self.codebook]}
 
     def reconstruct(self, x: Tensor) -> Tensor:

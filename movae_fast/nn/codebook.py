@@ -1,4 +1,4 @@
-"""A codebook's state and how it learns: k-means start, moving averages, revival of dead codes.
+"""Hold and update a codebook: k-means start, moving averages, revival of dead codes.
 
 Nothing here reads a device value on the host, so that a training step can be captured in a CUDA graph; what
 depends on the data (which codes are dead, how many rows are masked) is decided with torch.where.
@@ -17,20 +17,20 @@ COSINE_EPS = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors of [N, D] or [B, D, ...] at length one; one shorter than 1e-6 keeps its direction and stays
-    short."""
+    """Scale the vectors of [N, D] or [B, D, ...] to length one. A vector shorter than 1e-6 keeps its
+    direction and stays short."""
     return F.normalize(x, dim=1, eps=COSINE_EPS)
 
 
 def as_rows(z: Tensor) -> Tensor:
-    """[B, D, ...] as [N, D]: a copy, made only where rows are drawn or masked."""
+    """Return [B, D, ...] as [N, D]: a copy, made only where rows are drawn or masked."""
     return z if z.ndim == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
 @torch.library.custom_op("movae::snapshot", mutates_args=())
 def snapshot(codes: Tensor) -> Tensor:
-    """A copy that outlives the codes. Inductor takes a clone for nothing: the backward of a compiled step would
-    read the codes as the update has left them."""
+    """Copy the codes so that the copy survives their update. Inductor removes a clone, and the backward of
+    a compiled step would read the updated codes."""
     return codes.clone()
 
 
@@ -43,7 +43,8 @@ snapshot.register_autograd(lambda _ctx, grad: grad)
 
 
 def code_statistics(z: Tensor, index: Tensor, n_codes: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts [K] and sums [K, D] of the vectors z [N, D] or [B, D, ...] that mask, shaped as index, keeps."""
+    """Return the counts [K] and sums [K, D] of the vectors z [N, D] or [B, D, ...] that the mask, of the
+    index's shape, keeps."""
     z, index, mask = as_rows(z), index.flatten(), mask.flatten()
     weight = mask.to(z.dtype)
     count = z.new_zeros(n_codes).index_add_(0, index, weight)
@@ -52,7 +53,7 @@ def code_statistics(z: Tensor, index: Tensor, n_codes: int, mask: Tensor) -> tup
 
 
 class Codebook(nn.Module):
-    """K codes of dimension D with their exponential moving averages.
+    """Hold K codes of dimension D and their exponential moving averages.
 
     Buffers have the names and shapes of vector-quantize-pytorch's, so that checkpoints load both ways: embed
     [1, K, D], embed_avg [1, K, D] (moving sum of the rows of each code), cluster_size [1, K], initted [].
@@ -95,7 +96,7 @@ class Codebook(nn.Module):
         else:
             self.register_buffer("embed", embed)
         # What the host knows of `initted`: asking the device at every step whether the first one is over would
-        # stall it, and running k-means under a torch.where would cost ten lookups a step for ever. The buffer
+        # stall it, and running k-means under a torch.where would cost ten lookups per step for ever. The buffer
         # may say more: it is copied without the host's knowledge when weights are averaged.
         self._ready = not kmeans_init
 
@@ -106,7 +107,7 @@ class Codebook(nn.Module):
 
     @property
     def follows_batches(self) -> bool:
-        """Whether `update` changes anything."""
+        """Return whether `update` changes anything."""
         return self.ema_update or self.threshold > 0
 
     @property
@@ -117,7 +118,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor, mask: Tensor | None) -> None:
-        """K-means on the first training batch z [N, D] or [B, D, ...] that has a row; afterwards nothing.
+        """Place the codes by k-means on the first training batch z [N, D] or [B, D, ...] that has a
+        row; do nothing afterwards.
 
         With a mask the host asks the device, once, whether a row was kept; without one nothing is read.
         """
@@ -131,8 +133,8 @@ class Codebook(nn.Module):
             dist.all_reduce(packed)
             candidates, valid = packed.split([z.shape[1], 1], dim=1)
         # Fewer rows than codes: the rows are used in turn, as often as needed.
-        found = valid.sum().long()
-        n_valid = found.clamp(min=1)
+        n_rows = valid.sum().long()
+        n_valid = n_rows.clamp(min=1)
         first = valid[:, 0].argsort(descending=True, stable=True)
         means = candidates[first[torch.arange(n_codes, device=z.device) % n_valid]]
         count = z.new_zeros(n_codes)
@@ -143,11 +145,11 @@ class Codebook(nn.Module):
             means = torch.where((count > 0)[:, None], centre, means)
         average = means * count[:, None]
         codes = means if self.kmeans_iters == 0 else self._means(count, average)
-        starts = (found > 0) & ~self.initted.bool()
+        starts = (n_rows > 0) & ~self.initted.bool()
         self.cluster_size[0].copy_(torch.where(starts, count, self.cluster_size[0]))
         self.embed_avg[0].copy_(torch.where(starts, average, self.embed_avg[0]))
         self.embed[0].copy_(torch.where(starts, codes, self.embed[0]))
-        self.initted.logical_or_(found > 0)
+        self.initted.logical_or_(n_rows > 0)
         self._ready = (mask is None and len(z) > 0) or bool(self.initted)
 
     def _reduced_statistics(
@@ -171,7 +173,8 @@ class Codebook(nn.Module):
         return count[:, 0], code_sum, extra
 
     def _candidates(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """Up to K distinct random rows of the batch as [K, D + 1]; the last column says which slots are filled.
+        """Return up to K distinct random rows of the batch as [K, D + 1]; the last column says which
+        entries are filled.
 
         Rank r of W fills the slots r, r + W, r + 2 W, … from its own rows and leaves zeros elsewhere: the sum
         over the ranks is then one sample of the whole batch, the same on every rank, without a gather.
@@ -193,7 +196,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, count: Tensor, code_sum: Tensor, mask: Tensor | None) -> None:
-        """One step of the averages, then revival: z [N, D] or [B, D, ...], count [K], code_sum [K, D]."""
+        """Do one step of the averages, then revive dead codes: z [N, D] or [B, D, ...], count [K],
+        code_sum [K, D]."""
         if mask is not None:
             count, code_sum = code_statistics(z, index, self.embed.shape[1], mask)
         candidates = self._candidates(z, mask) if self.threshold > 0 else None
@@ -210,7 +214,7 @@ class Codebook(nn.Module):
             self._revive(extra)
 
     def _means(self, size: Tensor, average: Tensor) -> Tensor:  # [K], [K, D] -> [K, D]
-        """average / n', with n' = (n + eps) / (sum n + K eps) * sum n (Laplace smoothing)."""
+        """Return average / n', with n' = (n + eps) / (sum n + K eps) * sum n (Laplace smoothing)."""
         total = size.sum(-1, keepdim=True)
         smoothed = (size + self.eps) / (total + size.shape[-1] * self.eps) * total
         mean = average / smoothed[..., None]

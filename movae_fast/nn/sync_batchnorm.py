@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all processes, on any device (torch's own is for GPUs only)."""
+"""Normalise batches over the images of all processes, on any device (torch's own layer is for GPUs only)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks. A rank's value enters every rank's loss, so its gradient is the sum of theirs."""
+    """Sum over ranks. A rank's value enters the loss of every rank, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.Module):
-    """Drop-in for a BatchNorm [B, C, ...] whose statistics in training are those of all ranks' batches.
+    """Replace a BatchNorm [B, C, ...], with statistics in training over the batches of all ranks.
 
     Takes over the parameters and running statistics of the layer that it is made of, under the same names.
     """

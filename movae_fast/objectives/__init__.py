@@ -1,4 +1,4 @@
-"""The entries of the loss vector: their terms, their names (`OBJECTIVES`), and their weights."""
+"""Define the entries of the loss vector: their terms, their names (`OBJECTIVES`), and their weights."""
 
 from movae_fast.objectives.terms import (
     LogDensities,

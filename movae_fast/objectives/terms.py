@@ -1,4 +1,4 @@
-"""The terms of the loss vector: each a pure function of tensors, in nats or in squared units.
+"""Compute the terms of the loss vector: each a pure function of tensors, in nats or in squared units.
 
 A batch may hold images that count for nothing: `sample_weight` [B] says how often each image counts, 1 on
 average over all processes and parts of a batch, so that their mean is the mean over what counts. None is 1 for
@@ -121,7 +121,8 @@ def balance_factors(
 
 
 class LogDensities(NamedTuple):
-    """Log densities [B] of each image's latents, which the terms of the decomposed KL are differences of."""
+    """Hold the log densities [B] of each image's latents; the terms of the decomposed KL are differences of
+    them."""
 
     q_given_x: Tensor  # log q(z|x)
     prior: Tensor  # log p(z)

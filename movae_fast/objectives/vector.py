@@ -1,4 +1,4 @@
-"""A model's objectives by name, and the loss vector that they make up.
+"""Compute a model's loss vector from its objectives by name.
 
 An objective is a function of `Outcome`: `OBJECTIVES` names them all, and a model's `objectives` are names of
 it. `LossVector` computes a model's objectives in their documented order and weights them; every objective is
@@ -36,7 +36,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class TermSettings:
-    """Settings of the terms, the same for every batch."""
+    """Hold the settings of the terms, the same for every batch."""
 
     activation: str
     dist: ReconsDist
@@ -49,7 +49,8 @@ class TermSettings:
 
 
 class Outcome:
-    """A batch after its forward pass. What several objectives need is computed once, by the first of them."""
+    """Hold a batch after its forward pass. A quantity that several objectives need is computed once, by the
+    first of them."""
 
     def __init__(
         self,
@@ -81,14 +82,14 @@ class Outcome:
     def groups(self) -> list[Tensor]:
         """Return the KL [B] of each group of a hierarchy in nats, in training balanced."""
         if self._groups is None:
-            found = [kl.sum(1) for kl in self.out.kl]
+            rates = [kl.sum(1) for kl in self.out.kl]
             balance = self.settings.balance
             if balance is not None and self.out.training:
-                means = [terms.batch_mean(kl.detach(), self.sample_weight) for kl in found]
+                means = [terms.batch_mean(kl.detach(), self.sample_weight) for kl in rates]
                 sizes = balance.mean_over_ranks(torch.stack(means))
                 factors = torch.where(balance.on, terms.balance_factors(sizes, balance.alpha), 1.0)
-                found = [kl * factors[i].to(kl) for i, kl in enumerate(found)]
-            self._groups = found
+                rates = [kl * factors[i].to(kl) for i, kl in enumerate(rates)]
+            self._groups = rates
         return self._groups
 
     def kl_of_groups(self, row: int) -> Tensor:
@@ -158,7 +159,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 class LossVector:
-    """A model's objectives as a vector of m scalars in the order of `model.objectives`.
+    """Compute a model's objectives as a vector of m scalars, in the order of `model.objectives`.
 
     An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
     a backward pass nor counts in an aggregator's preference.

@@ -1,4 +1,4 @@
-"""The weights of a model's objectives, as a user gives them."""
+"""Parse the weights of a model's objectives as a user gives them."""
 
 import math
 from collections.abc import Mapping, Sequence

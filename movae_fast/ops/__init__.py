@@ -1,4 +1,4 @@
-"""The fused ops: one Python signature each, on every device.
+"""Provide the fused ops, each with one Python signature on every device.
 
 from movae_fast import ops
 index = ops.nearest_code(z, codebook)

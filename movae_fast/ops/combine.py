@@ -1,4 +1,4 @@
-"""The weighted sum of a Jacobian's rows: `movae::combine`, by C++ on a CPU and by Triton elsewhere."""
+"""Sum a Jacobian's rows with weights: `movae::combine`, by C++ on a CPU and by Triton elsewhere."""
 
 from typing import Any
 

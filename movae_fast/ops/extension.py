@@ -1,4 +1,4 @@
-"""The compiled part: whether it is there, what it can do here, and how its instruction set is forced."""
+"""Load the compiled extension, say what it supports on this machine, and force its instruction set."""
 
 import importlib
 import os
@@ -26,7 +26,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 
 def keep_freed_memory() -> None:
-    """Spare a training process the page faults of memory that it frees and allocates again at every step.
+    """Let a training process keep the memory that it frees and allocates again at every step, which saves
+    page faults.
 
     It changes the allocator of the whole process, so it is the trainer's to call, not an import's.
     """

@@ -1,4 +1,5 @@
-"""Inner products of a Jacobian's rows in float64: `movae::gramian`, by C++ on a CPU and by Triton elsewhere."""
+"""Compute the inner products of a Jacobian's rows in float64: `movae::gramian`, by C++ on a CPU and by Triton
+elsewhere."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Weights of a Jacobian's rows from their Gramian alone: `movae::gramian_weights`.
+"""Compute the weights of a Jacobian's rows from their Gramian alone: `movae::gramian_weights`.
 
 Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA (Sener & Koltun
 2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation in float64, so it

@@ -1,4 +1,4 @@
-"""The nearest codeword of every row: `movae::nearest_code`.
+"""Find the code nearest to every row: `movae::nearest_code`.
 
 On a CPU the search is C++ (csrc/nearest_code/nearest_code.cpp) and takes the fastest of the instruction sets
 that the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of

@@ -1,4 +1,4 @@
-"""The projection of weights onto the dual cone of a Jacobian's rows: `movae::project_weights`, exact.
+"""Project weights onto the dual cone of a Jacobian's rows, exactly: `movae::project_weights`.
 
 UPGrad (Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization", section 3) projects each
 objective's weight alone and adds up; DualProj projects the preference as a whole. Both are quadratic programs

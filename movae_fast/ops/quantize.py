@@ -1,4 +1,4 @@
-"""A vector-quantisation layer's forward in one pass over z: `movae::quantize`, and its gradients.
+"""Compute a vector-quantisation layer's forward in one pass over z, and its gradients: `movae::quantize`.
 
     z_q, index, sq_err, count, code_sum = ops.quantize(z, codebook, gradient="rotation")
 

@@ -1,4 +1,4 @@
-"""What registering an op takes: the library, the Triton files, and the refusal of vmap."""
+"""Register the ops with torch: the library, the Triton files, and the refusal of vmap."""
 
 import importlib
 from typing import Any, NoReturn

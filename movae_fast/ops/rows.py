@@ -1,4 +1,4 @@
-"""What the ops on a Jacobian's rows share: the checks, and the choice of CUDA's path."""
+"""Check the arguments of the ops on a Jacobian's rows, and choose their implementation on CUDA."""
 
 from torch import Tensor
 

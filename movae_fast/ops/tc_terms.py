@@ -1,4 +1,4 @@
-"""Total-correlation terms: `movae::tc_terms`, by C++ on a CPU and by Triton elsewhere."""
+"""Compute the terms of the total correlation: `movae::tc_terms`, by C++ on a CPU and by Triton elsewhere."""
 
 from typing import Any
 
@@ -153,8 +153,8 @@ def _tc_terms_backward_fake(
 
 
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate log_q_z [B], log_prod_q_z [B]; for the backward, of each dimension and (last) of the joint, the
-    largest log density and the sum of exp(log density - largest), [B, D + 1] both."""
+    """Allocate log_q_z [B] and log_prod_q_z [B]; and for the backward, per dimension and (last) for the
+    joint, the largest log density and the sum of exp(log density - largest), both [B, D + 1]."""
     batch, dims = z.shape
     return z.new_empty(batch), z.new_empty(batch), z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
 

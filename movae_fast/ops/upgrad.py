@@ -1,4 +1,4 @@
-"""From a Jacobian's rows to UPGrad's weights in one launch: `movae::upgrad_weights`."""
+"""Compute UPGrad's weights from a Jacobian's rows in one launch: `movae::upgrad_weights`."""
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def upgrad_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [m] float64, [m, m] float64, [] int32
     """Compute `gramian` and `project_weights` in one: the weights, the Gramian, the status.
 
-    On CUDA the last block to finish its share of the Gramian adds the shares in order, normalises and, up to
+    On CUDA the last block to finish its part of the Gramian adds the parts in order, normalises and, up to
     m = 16, solves: one launch, and `combine` is the second. Nothing is read on the host, and both can be
     captured in a CUDA graph. Not differentiable; vmap is refused. Arguments and errors as those of the two.
     """

@@ -1,1 +1,1 @@
-"""Studies: many training runs that search over flags; the published ones are the YAML files here."""
+"""Search over flags by many training runs; the published sweeps are the YAML files here."""

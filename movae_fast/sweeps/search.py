@@ -1,4 +1,4 @@
-"""What a study searches over and for: ranges and choices of flags, and the figures that a run has."""
+"""Define what a study searches over (ranges and choices of flags) and for (metrics of a run)."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ def check_space(name: str, space: Any) -> None:
 
 
 def bundles(search: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every choice that is a mapping of flags."""
+    """Yield every choice that is a mapping of flags."""
     return [choice for space in search.values() if is_bundle(space) for choice in space["choices"]]
 
 
 def parameter(name: str) -> str:
-    """What the study calls the index of a choice."""
+    """Return the name under which the study stores the index of a choice."""
     return f"{name} (choice)"
 
 
 def is_bundle(space: Any) -> bool:
-    """Whether the choices are mappings of flags."""
+    """Return whether the choices are mappings of flags."""
     return "choices" in space and isinstance(space["choices"][0], dict)
 
 
 def assigned(values: dict[str, Any]) -> dict[str, Any]:
-    """Flags by name from values of the search: a mapping's own flags in its place."""
+    """Return flags by name from values of the search, with a mapping's own flags in its place."""
     flags: dict[str, Any] = {}
     for name, value in values.items():
         flags |= value if isinstance(value, dict) else {name: value}
@@ -79,7 +79,7 @@ def assigned(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
-    """One flag's value; a range between whole numbers is of whole numbers."""
+    """Return one flag's value; a range between whole numbers gives whole numbers."""
     if "choices" in space:
         # Optuna's own choices are scalars; ours may be lists.
         return space["choices"][trial.suggest_int(parameter(name), 0, len(space["choices"]) - 1)]
@@ -129,7 +129,7 @@ def check_trials(
 
 
 def measured_by(config: TrainConfig) -> dict[str, None]:
-    """Check the configuration; return the names of its runs' test figures, in order."""
+    """Check the configuration; return the names of its runs' test metrics, in order."""
     validate(config)
     check_fits(config)
     names = list(config.model_class.weighted_objectives(vars(config.model), config.image_shape))
@@ -159,7 +159,8 @@ def check_storage(storage: str | None) -> None:
 def selected(
     objectives: Mapping[str, str], rows: Sequence[dict[str, Any]], over: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The rows whose values of the names in `over` have the best first objective, everything else being equal.
+    """Return the rows whose values of the names in `over` have the best first objective, everything else
+    being equal.
 
     Seeds are not compared but averaged.
     """

@@ -1,4 +1,4 @@
-"""A study: its trials, what each one runs, and how several processes share them."""
+"""Run a study: its trials, the runs of each trial, and their division among several processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNSIGNED = datetime.timedelta(minutes=1)  # after which a trial's process is tak
 
 @dataclass
 class Report:
-    """Complete trials: number, params, values, and whether one is the best or on the Pareto front."""
+    """Hold the complete trials: number, params, values, and whether one is the best or on the Pareto front."""
 
     names: list[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Report:
 
 @dataclass
 class Study:
-    """An Optuna study of training runs in `folder`."""
+    """Hold an Optuna study of training runs in `folder`."""
 
     name: str
     folder: Path
@@ -87,7 +87,7 @@ class Study:
                 study.enqueue_trial(dict(zip(names, point, strict=True)), skip_if_exists=True)
 
     def open(self, seed: int = 0) -> optuna.Study:
-        """The study in its storage."""
+        """Open the study in its storage."""
         try:
             import optuna
         except ImportError:
@@ -127,25 +127,28 @@ class Study:
 
     @property
     def journal(self) -> Path | None:
-        """The file that holds the study; None where a database does."""
+        """Return the file that holds the study; None where a database does."""
         if self.storage is not None and "://" in self.storage:
             return None
         return Path(self.storage or self.folder / "study.journal")
 
     @property
     def pruned(self) -> bool:
-        """Whether trials may be cut short: one objective, that evaluations during training report."""
+        """Return whether trials may be cut short: with one objective, if evaluations during training
+        report it."""
         return self.prune and not self.grid and len(self.objectives) == 1 and not self.metrics
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Only one process of this machine at a time: counting trials and asking for one belong together."""
+        """Hold a lock so that one process of this machine at a time counts trials and asks for the next
+        one."""
         with open(self.folder / ".lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def counted(self, study: optuna.Study) -> int:
-        """Trials that are done or under way; one that was interrupted or waits does not count."""
+        """Count the trials that are done or under way; one that was interrupted or waits does not
+        count."""
         from optuna.trial import TrialState
 
         started = [t for t in study.trials if t.state != TrialState.WAITING]
@@ -214,7 +217,7 @@ class Study:
         run.logs = logs  # type: ignore[assignment]
         try:
             with Bar(run, Console(quiet=True)) as bar:
-                figures = fit(run, bar)
+                metrics = fit(run, bar)
         finally:
             logs.close()
         if self.metrics:
@@ -222,23 +225,23 @@ class Study:
             run.config.data.limit_train = 0
             names, seed = list(dict.fromkeys(self.metrics.values())), config.run.seed or 0
             measured = measure(run.config, run.model, names, run.device, self.samples, seed)
-            figures = figures | measured.figures
-        missing = [name for name in self.objectives if name not in figures]
+            metrics = metrics | measured.metrics
+        missing = [name for name in self.objectives if name not in metrics]
         if missing:
-            raise ValueError(f"objective {missing[0]}: this run has {', '.join(figures)}")
-        return [figures[name] for name in self.objectives]
+            raise ValueError(f"objective {missing[0]}: this run has {', '.join(metrics)}")
+        return [metrics[name] for name in self.objectives]
 
     def write(self, results: Report) -> Path:
-        """results.json: every complete trial; made anew from the study each time."""
+        """Write results.json with every complete trial, from the study as it is now."""
         path = self.folder / "results.json"
-        record = {"objectives": self.objectives, "trials": results.rows}
+        content = {"objectives": self.objectives, "trials": results.rows}
         with replacing(path) as file:
-            file.write((json.dumps(record, indent=1) + "\n").encode())
+            file.write((json.dumps(content, indent=1) + "\n").encode())
         return path
 
 
 class Reporting:
-    """A run's logs that also tell the trial the objective's value at each evaluation."""
+    """Write a run's logs, and report the objective's value at each evaluation to the trial."""
 
     def __init__(self, logs: Any, trial: optuna.Trial, objective: str | None, steps: int) -> None:
         self.logs, self.trial, self.objective, self.steps = logs, trial, objective, steps
@@ -261,7 +264,7 @@ class Reporting:
 
 
 def lost(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether a running trial's process was on this machine and is gone.
+    """Return whether the process of a running trial was on this machine and is gone.
 
     One that stays unsigned was lost between being asked for and being signed.
     """
@@ -273,7 +276,8 @@ def lost(trial: optuna.trial.FrozenTrial) -> bool:
 
 
 def check_journal(path: Path) -> None:
-    """Cut off a last line that a killed process left half. Raises ValueError for any other damaged line."""
+    """Cut off a last line that a killed process wrote in part. Raises ValueError for any other damaged
+    line."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -303,7 +307,7 @@ def is_entry(line: bytes) -> bool:
 
 
 def ends_whole(path: Path) -> bool:
-    """Whether a journal is empty or ends with a whole line."""
+    """Return whether a journal is empty or ends with a complete line."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
@@ -311,7 +315,7 @@ def ends_whole(path: Path) -> bool:
 
 
 def report(study: Study) -> Report:
-    """What the study has found."""
+    """Return the study's results: objectives, complete trials, and the best of them."""
     import optuna
 
     opened = study.open()

@@ -1,4 +1,4 @@
-"""What an optimizer's step did to the shared parameters: its projection."""
+"""Project the step that an optimizer applied to the shared parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from movae_fast.training.flat import FlatParameters, Rows
 
 
 class StepProjection:
-    """Projects the steps of an optimizer (see `projected_step`), in plain length or in the optimizer's metric.
+    """Project the steps of an optimizer (see `projected_step`), in plain length or in the optimizer's
+    metric.
 
     Over several processes each takes its `columns` of the rows, and all find the same multipliers.
     """

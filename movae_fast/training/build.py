@@ -1,4 +1,4 @@
-"""The parts of a run, each built from its own section of the configuration."""
+"""Build the parts of a run, each from its own section of the configuration."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from movae_fast.training.world import World
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a run is, in steps; without stages it is one stage."""
+    """Hold the length of a run in steps; a run without stages has one stage."""
 
     epoch: int
     stage: int
@@ -48,22 +48,24 @@ class Lengths:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
-    """The configuration and the model, in evaluation mode, of a run or checkpoint (or exported weights)."""
+    """Return the configuration and the model, in evaluation mode, of a run or checkpoint (or exported
+    weights)."""
     config, model, _ = load_trained(path, device)
     return config, model
 
 
 def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, int]:
-    """The same, and by how many processes it was trained (1 where only weights are left)."""
-    path, record = checkpoint.read(path)
-    config = TrainConfig.from_flat(record["config"])
+    """Return what `load_model` does, and the number of processes of the training (1 where only weights are
+    left)."""
+    path, content = checkpoint.read(path)
+    config = TrainConfig.from_flat(content["config"])
     model = new_model(config).to(device)
-    checkpoint.load_model(model, record["model"], path)
-    return config, model.eval(), record.get("position", {}).get("processes", 1)
+    checkpoint.load_model(model, content["model"], path)
+    return config, model.eval(), content.get("position", {}).get("processes", 1)
 
 
 def new_model(config: TrainConfig) -> VAE:
-    """The configuration's model with fresh weights, on the CPU."""
+    """Build the configuration's model with fresh weights, on the CPU."""
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
     model = build_model(config.model.arch, config.image_shape, config.activation, options)
     rate = config.multirate
@@ -224,8 +226,8 @@ def start_from(ladder: LadderConfig, model: VAE) -> None:
         return
     assert ladder.init_from is not None
     assert isinstance(model, ProVLAE)
-    path, record = checkpoint.read(Path(ladder.init_from))
-    checkpoint.load_model(model, record["model"], path)
+    path, content = checkpoint.read(Path(ladder.init_from))
+    checkpoint.load_model(model, content["model"], path)
     if int(model.stage) != ladder.train_seq - 1:
         raise ValueError(
             f"--init_from {path} is of stage {int(model.stage)}; stage {ladder.train_seq} starts from stage "
@@ -240,7 +242,8 @@ def make_loader(
     world: World | None = None,
     in_order: bool = False,
 ) -> Loader:
-    """The loader of one split by the configuration; `in_order` reads the training split as a test split."""
+    """Build the loader of one split by the configuration; `in_order` reads the training split in order,
+    like a test split."""
     world = world or World()
     data, info = config.data, config.info
     train = split == "train"

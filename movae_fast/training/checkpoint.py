@@ -1,4 +1,4 @@
-"""Checkpoints: one file with everything that a bit-exact resume needs, written atomically and durably.
+"""Read and write checkpoints: one file with all that a bit-exact resume needs, written atomically and durably.
 
 A file holds plain containers and tensors only, so it loads with `weights_only=True`. Each section carries a
 digest of its contents, and a file whose contents do not match is refused with the sections' names.
@@ -25,11 +25,12 @@ NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place tha
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what differs."""
+    """Say why a checkpoint cannot be used, and what differs."""
 
 
 def digest(value: Any) -> str:
-    """SHA-256 over nested containers, numbers, strings and the bytes, shapes and dtypes of tensors."""
+    """Return the SHA-256 over nested containers, numbers, strings and the bytes, shapes and dtypes of
+    tensors."""
     sha = hashlib.sha256()
 
     def feed(v: Any) -> None:
@@ -55,7 +56,7 @@ def digest(value: Any) -> str:
 
 
 class Failing:
-    """A file to write to that remembers its OSError: torch's writer turns it into an error of its own."""
+    """Wrap a file and remember its OSError, which torch's writer would replace by an error of its own."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.error = file, OSError()
@@ -77,11 +78,11 @@ def save(path: Path, sections: Mapping[str, Any]) -> None:
     Whatever moment the machine dies at, `path` is either the old file or the new one, whole. Raises the OSError
     of a disk that is full, with `path`.
     """
-    record = {"format": FORMAT, "digests": {k: digest(v) for k, v in sections.items()}, **sections}
+    content = {"format": FORMAT, "digests": {k: digest(v) for k, v in sections.items()}, **sections}
     with replacing(path, durable=True) as file:
         failing = Failing(file)
         try:
-            torch.save(record, failing)  # type: ignore[arg-type]
+            torch.save(content, failing)  # type: ignore[arg-type]
         except RuntimeError:
             if failing.error.errno is None:
                 raise
@@ -89,7 +90,7 @@ def save(path: Path, sections: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The sections of a checkpoint.
+    """Return the sections of a checkpoint.
 
     Raises CheckpointError for one that is missing, truncated or altered, OSError for one that may not be read
     and MemoryError for one that is larger than the memory.
@@ -98,7 +99,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"no checkpoint at {path}")
         try:
-            record = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location=device, weights_only=True)
         except MemoryError:
             raise
         except Exception as error:
@@ -107,23 +108,23 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is truncated, damaged or not a checkpoint ({first_line(error)[:160]})"
             ) from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of movae-fast")
-    digests = record.pop("digests", {})
+    digests = content.pop("digests", {})
     if not isinstance(digests, dict):
         raise CheckpointError(f"{path} was altered after it was written: it has no digests")
-    del record["format"]
-    names = sorted({*map(str, digests), *map(str, record)})
-    altered = [k for k in names if k not in record or digests.get(k) != digest(record[k])]
+    del content["format"]
+    names = sorted({*map(str, digests), *map(str, content)})
+    altered = [k for k in names if k not in content or digests.get(k) != digest(content[k])]
     if altered:
         raise CheckpointError(
             f"{path} was altered after it was written; these parts differ: {', '.join(altered)[:200]}"
         )
-    return record
+    return content
 
 
 def read(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that `path` means (as `find` has it) and its sections.
+    """Return the checkpoint that `path` means (see `find`) and its sections.
 
     Of one that is damaged, the CheckpointError names those beside it that are whole.
     """
@@ -131,24 +132,24 @@ def read(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         return path, load(path)
     except CheckpointError as error:
-        found = whole(path.parent)
-        if not found:
+        checkpoints = whole(path.parent)
+        if not checkpoints:
             raise
-        shown = ", ".join(f"{other} (step {step:,})" for other, step in found[:3])
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        shown = ", ".join(f"{other} (step {step:,})" for other, step in checkpoints[:3])
+        more = f" and {len(checkpoints) - 3} more" if len(checkpoints) > 3 else ""
         raise CheckpointError(f"{str(error)[:300]}; whole beside it: {shown}{more}") from None
 
 
 def whole(folder: Path) -> list[tuple[Path, int]]:
-    """The checkpoints of `folder` from which a run can go on, and their steps: the latest first, `last` before
-    others of its step."""
-    found = []
+    """Return the checkpoints of `folder` from which a run can go on, and their steps: the latest first, and
+    `last` before others of the same step."""
+    checkpoints = []
     for path in sorted(folder.glob("*.pt"), key=lambda p: (p.name != "last.pt", p.name)):
         try:
-            found.append((path, int(load(path)["position"]["step"])))
+            checkpoints.append((path, int(load(path)["position"]["step"])))
         except (CheckpointError, KeyError):
             continue
-    return sorted(found, key=lambda entry: -entry[1])
+    return sorted(checkpoints, key=lambda entry: -entry[1])
 
 
 def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -218,7 +219,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device | None = None) 
 
 
 def _cuda_index(device: torch.device | None) -> int | None:
-    """The number of the GPU that is meant, None for a CPU."""
+    """Return the number of the GPU that is meant; None for a CPU."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
     if device is None or device.index is None:
@@ -227,7 +228,7 @@ def _cuda_index(device: torch.device | None) -> int | None:
 
 
 def _drawn_from(states: list[Tensor]) -> Tensor:
-    """The state of the generator that the run drew from.
+    """Return the state of the generator that the run drew from.
 
     Older checkpoints hold one for each GPU that process 0 saw. They began alike, and only the run's own moved:
     a state is a seed and, in its last eight bytes, how far it has been drawn from.
@@ -236,7 +237,7 @@ def _drawn_from(states: list[Tensor]) -> Tensor:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or a run folder's `last`, or its `best`."""
+    """Return the checkpoint that `path` means: itself, or a run folder's `last`, or its `best`."""
     if path.is_dir():
         for name in ("last.pt", "best.pt"):
             candidate = path / "checkpoints" / name

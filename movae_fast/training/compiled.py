@@ -1,4 +1,5 @@
-"""torch.compile for the step's regions: whole functions, without graph breaks, compiled when first used."""
+"""Compile the regions of a step with torch.compile: whole functions, without graph breaks, at their first
+use."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ MULTIRATE_LIMITS = {
 
 
 def resolve_mode(mode: CompileMode, device: torch.device) -> str:
-    """What `auto` means: compiled on CUDA; eager on a CPU, where convolutions leave the compiler little.
+    """Return the mode that `auto` means: compiled on CUDA; eager on a CPU, where compiling convolutions
+    gains little.
 
     benchmarks/bench_step.py measures both.
     """
@@ -30,7 +32,7 @@ def resolve_mode(mode: CompileMode, device: torch.device) -> str:
 
 
 class Compiled:
-    """A function of tensors, compiled as one graph at its first call (`mode` "off": called as it is).
+    """Call a function of tensors, compiled as one graph at its first call (with mode "off" as it is).
 
     Gradients are taken inside: `torch.autograd.grad` is traced into the graph, so that forward, every backward
     and what lies between them are one region for the compiler. `limits` are settings of inductor's besides.
@@ -55,7 +57,7 @@ class Compiled:
 
 
 def graph_counters() -> dict[str, int]:
-    """Graphs compiled and graph breaks met so far in this process."""
+    """Return the numbers of graphs compiled and of graph breaks so far in this process."""
     from torch._dynamo.utils import counters
 
     return {

@@ -1,4 +1,4 @@
-"""Every setting of a run: one dataclass per subject, each field a flag of the same name.
+"""Define every setting of a run: one dataclass per subject, each field a flag of the same name.
 
 `config_checks.validate` says what may be asked for together.
 """
@@ -364,7 +364,7 @@ class RunConfig:
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
-        save_freq: Epochs between kept checkpoints and figures; 0 keeps `last` and `best` only.
+        save_freq: Epochs between kept checkpoints and metrics; 0 keeps `last` and `best` only.
         checkpoint_every: Steps between writes of the `last` checkpoint, besides each epoch's end; 0 for none.
         num_samples: Images of each kind in a figure.
         max_fid_samples: Accepted for compatibility; training computes no FID.
@@ -419,7 +419,7 @@ class WandbConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `movae train` is told."""
+    """Hold all settings of `movae train`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -432,7 +432,8 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
-        """From flags by name, as on a command line or in a config.yaml; unknown names are ignored."""
+        """Build the configuration from flags by name, as on a command line or in a config.yaml; unknown
+        names are ignored."""
         parts = {}
         for part in fields(cls):
             section = SECTIONS[part.name]
@@ -441,7 +442,7 @@ class TrainConfig:
         return cls(**parts)
 
     def flat(self) -> dict[str, Any]:
-        """Flags by name; the inverse of `from_flat`."""
+        """Return flags by name; the inverse of `from_flat`."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
 
     @property
@@ -463,7 +464,8 @@ class TrainConfig:
 
     @property
     def needs_jacobian(self) -> bool:
-        """False where the weights of the rows are ones whatever the rows: one backward of the sum does it."""
+        """Return False where the rows' weights are ones whatever the rows are, so that one backward of
+        the sum is enough."""
         return self.objective.agg not in ("sum", "jd_sum")
 
     @property
@@ -516,11 +518,12 @@ class TrainConfig:
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:
-        """Whether a multi-rate model draws a beta an example or a batch: tc compares a batch's posteriors."""
+        """Return whether a multi-rate model draws a beta per example or per batch: tc compares the
+        posteriors of a batch."""
         return self.multirate.beta_per or ("batch" if self.model_class.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:
-        """The objectives' weights in order."""
+        """Return the objectives' loss weights in order."""
         o = self.objective
         defaults = self.model_class.weighted_objectives(vars(self.model), self.image_shape)
         if self.multirate.multirate:

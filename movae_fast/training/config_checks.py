@@ -1,4 +1,4 @@
-"""Refuse what no run can do, before anything is allocated; a message names the flag and the remedy.
+"""Refuse settings that no run can have, before anything is allocated; a message names the flag and the remedy.
 
 `validate` makes all the checks of a configuration; `check_fits` asks whether the device can hold it.
 """
@@ -62,7 +62,7 @@ def validate(config: TrainConfig) -> None:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Spell dataset, arch and aggregator as the tables do, and give the images their size."""
+    """Replace dataset, arch and aggregator by their exact names, and set the image size."""
     data, objective = config.data, config.objective
     data.dataset = pick("dataset", data.dataset, DATASETS)
     config.model.arch = pick("arch", config.model.arch, MODELS)

@@ -1,4 +1,4 @@
-"""Work on a device that is recorded once and replayed as one CUDA graph.
+"""Record a function of tensors once, and replay it as one CUDA graph.
 
 A training step of a small network is hundreds of kernels of a few microseconds each, which the host cannot
 launch as fast as a GPU runs them. A CUDA graph launches all of them at once. What varies from call to call
@@ -25,7 +25,7 @@ Work = Callable[[], Outputs]
 
 
 class Recorder(Protocol):
-    """What makes a graph of work on a device."""
+    """Make a graph of work on a device."""
 
     def warm(self, work: Work) -> Outputs:
         """Do the work as it will be recorded, without recording it."""
@@ -35,7 +35,7 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records by CUDA graphs, which share one pool of memory: they never run at the same time."""
+    """Record CUDA graphs in one pool of memory, which is safe since they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -77,7 +77,7 @@ class CudaGraphs:
 
 
 class Recordings:
-    """Calls a function of tensors, and records each kind of call once it has been made `WARM` times.
+    """Call a function of tensors, and record each kind of call once it has been made `WARM` times.
 
     `agree` tells every process whether all of them recorded: NCCL wants an exchange that is part of a graph in
     one process to be part of a graph in all. If one could not, that is said once, `abandon` is called, and

@@ -1,4 +1,4 @@
-"""The device that a flag names."""
+"""Find the device that a flag names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; asking for CUDA where there is none is an error, never a silent CPU run.
+    """Return the device called `name`. Asking for CUDA where there is none is an error, never a silent CPU
+    run.
 
     A GPU that is named by its number becomes the current one: streams and kernels are its own then.
     """
@@ -29,7 +30,8 @@ def check_device(name: str) -> None:
 
 
 def parsed_device(name: str) -> torch.device:
-    """The device called `name`, whether it is there or not. Raises ValueError for a name of none."""
+    """Return the device called `name`, whether this machine has it or not. Raises ValueError for a name
+    that is not a device's."""
     try:
         device = torch.device(name)
     except RuntimeError:

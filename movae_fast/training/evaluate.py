@@ -1,4 +1,4 @@
-"""What a model is worth on the test split."""
+"""Evaluate a model on the test split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
 from movae_fast.models import VAE, HierarchyOutput, VQOutput
 from movae_fast.objectives import LossVector
 from movae_fast.training.gradients import group_rates
-from movae_fast.training.telemetry import codebook_figures, rate_figures
+from movae_fast.training.telemetry import codebook_metrics, rate_figures
 from movae_fast.training.world import World
 
 MEAN_IMAGE_LIMIT = 65_536
@@ -19,7 +19,8 @@ MEAN_IMAGE_LIMIT = 65_536
 def evaluate(
     model: VAE, losses: LossVector, loader: Loader, seed: int, world: World | None = None
 ) -> dict[str, float]:
-    """Every objective (unweighted, averaged over images), their weighted sum, and the reconstruction's MSE.
+    """Return every objective (unweighted, averaged over images), their weighted sum, and the
+    reconstruction's MSE.
 
     Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
     decoded), for a codebook `test/codebook_usage` and `test/perplexity`, for a hierarchy the rate of each scale
@@ -58,18 +59,18 @@ def evaluate(
     line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
     line["test/mse"] = float(totals[-3] / totals[-1])
     of_groups = rate_figures((rates / totals[-2].to(rates)).cpu(), model.groups)
-    return line | {f"test/{k}": v for k, v in (codebook_figures(usage) | of_groups).items()}
+    return line | {f"test/{k}": v for k, v in (codebook_metrics(usage) | of_groups).items()}
 
 
 def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64
-    """Squared error a value between images and their reconstruction, both in [0, 1]."""
+    """Return the squared error per value between images and their reconstruction, both in [0, 1]."""
     error = to_unit(model.reconstruct(x), normalize) - to_unit(x, normalize)
     return error.square().mean(dtype=torch.float64)
 
 
 @torch.no_grad()
 def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
-    """The mean training image (over at most 65,536 evenly spaced ones)."""
+    """Return the mean training image (over at most 65,536 evenly spaced ones)."""
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
     # Drawn pixels have the grey level for their mean; a threshold's have another.
     shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
@@ -78,7 +79,7 @@ def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
 
 
 class MeanImage(torch.nn.Module):
-    """The model that answers every image with the same one: what `test/mse` has to beat."""
+    """Reconstruct every image as the same one: the baseline of `test/mse`."""
 
     def __init__(self, image: Tensor, normalize: bool) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class MeanImage(torch.nn.Module):
 
 @torch.no_grad()
 def reconstruction_mse(model: VAE | MeanImage, loader: Loader, world: World | None = None) -> float:
-    """Squared error a value of `model.reconstruct` on a loader's images in [0, 1]."""
+    """Return the squared error per value of `model.reconstruct` on a loader's images in [0, 1]."""
     totals = torch.zeros(2, dtype=torch.float64, device=loader.device)
     for x, _ in loader.epoch():
         totals[0] += squared_error(model, x, loader.normalize) * len(x)

@@ -1,7 +1,7 @@
-"""TensorBoard's event file, written by the thread that trains.
+"""Write TensorBoard's event file from the training thread.
 
 TensorBoard's own writer works in a thread whose errors (a full disk) reach the terminal as a traceback, and
-keeps up to two minutes of figures in memory, which a killed process loses.
+keeps up to two minutes of metrics in memory, which a killed process loses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from movae_fast.files import naming
 
 
 class Events:
-    """Appends scalars to a new event file in `folder`, a record for each `write`.
+    """Append scalars to a new event file in `folder`, with one event per `write`.
 
     purge_step: TensorBoard drops what earlier files of the folder hold from this step on.
     """

@@ -1,4 +1,5 @@
-"""Parameters and gradients of a model as views of flat tensors, so that a step sees contiguous memory."""
+"""Store parameters and gradients of a model as views of flat tensors, so that a step works on contiguous
+memory."""
 
 from __future__ import annotations
 
@@ -14,25 +15,24 @@ ALIGNMENT = 16
 
 
 class FlatParameters:
-    """Moves parameters into one tensor: the shared ones first, the rest behind them.
+    """Move parameters into one tensor: the shared ones first, the task parameters behind them.
 
     `data` and `grad` [P] hold all values and gradients; `shared` is their first `n_shared` elements. Parameters
-    start at multiples of ALIGNMENT, and so does the share of each of `align` ranks; what lies between is zero.
+    start at multiples of ALIGNMENT, and so do the columns of each of `align` ranks; elements between are zero.
     Every parameter and its `.grad` become views of them and keep their strides, channels-last ones too. Nothing
-    else may move the parameters
-    afterwards: neither `.to` nor `zero_grad(set_to_none=True)`.
+    else may move the parameters afterwards: neither `.to` nor `zero_grad(set_to_none=True)`.
     """
 
-    def __init__(self, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], align: int = 1) -> None:
-        self.shared, self.own = list(shared), list(own)
+    def __init__(self, shared: Sequence[nn.Parameter], task: Sequence[nn.Parameter], align: int = 1) -> None:
+        self.shared, self.task = list(shared), list(task)
         size = sum(_aligned(p.numel()) for p in self.shared)
         self.n_shared = _aligned(size, ALIGNMENT * align)
-        total = self.n_shared + sum(_aligned(p.numel()) for p in self.own)
-        like = (self.shared or self.own)[0]
+        total = self.n_shared + sum(_aligned(p.numel()) for p in self.task)
+        like = (self.shared or self.task)[0]
         self.data, self.grad = like.new_zeros(total).detach(), like.new_zeros(total).detach()
         self.starts: dict[int, int] = {}
         at = 0
-        for k, p in enumerate((*self.shared, *self.own)):
+        for k, p in enumerate((*self.shared, *self.task)):
             at = self.n_shared if k == len(self.shared) else at
             self.starts[id(p)] = at
             view = self.view(self.data, p)
@@ -40,11 +40,11 @@ class FlatParameters:
             p.data = view
             p.grad = self.view(self.grad, p)
             at += _aligned(p.numel())
-        self._own_grads = [self.view(self.grad, p) for p in self.own]
+        self._task_grads = [self.view(self.grad, p) for p in self.task]
         self._shared_grads = [self.view(self.grad, p) for p in self.shared]
 
     def view(self, flat: Tensor, p: Tensor) -> Tensor:
-        """The stretch of `flat` that belongs to p, with p's shape and strides."""
+        """Return the elements of `flat` that belong to p, with p's shape and strides."""
         dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
         strides = p.stride() if dense else torch.empty(p.shape).stride()
         return flat.as_strided(p.shape, strides, flat.storage_offset() + self.starts[id(p)])
@@ -53,8 +53,8 @@ class FlatParameters:
     def shared_data(self) -> Tensor:
         return self.data[: self.n_shared]
 
-    def write_own(self, gradients: Gradients, add: bool = False) -> None:
-        write(self._own_grads, gradients, add)
+    def write_task(self, gradients: Gradients, add: bool = False) -> None:
+        write(self._task_grads, gradients, add)
 
     def write_shared(self, gradients: Gradients, add: bool = False) -> None:
         write(self._shared_grads, gradients, add)
@@ -64,12 +64,12 @@ class FlatParameters:
         return self.grad[: self.n_shared]
 
     @property
-    def own_grad(self) -> Tensor:
+    def task_grad(self) -> Tensor:
         return self.grad[self.n_shared :]
 
 
 class Rows:
-    """The Jacobian's rows over the shared parameters, in one buffer with room for a step of theirs.
+    """Hold the Jacobian's rows over the shared parameters, in one buffer with room for a step.
 
     `nonzero` are the objectives whose row is not zero by construction; only they have a row, in their order.
     It is known once a batch has been differentiated.
@@ -93,7 +93,7 @@ class Rows:
 
     @property
     def complete(self) -> bool:
-        """Whether every objective has a row."""
+        """Return whether every objective has a row."""
         return len(self.nonzero) == self.m
 
     def pick(self, values: Tensor) -> Tensor:  # [rows]

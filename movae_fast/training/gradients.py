@@ -1,4 +1,4 @@
-"""The ways to differentiate a batch's vector of losses.
+"""Differentiate a batch's vector of losses, in the ways that a step can choose from.
 
 Each is a function of tensors that the compiler can take as one region: `exact_rows` gives every objective's
 gradient, `of_sum` that of the weighted sum, `of_weighted` that with an aggregator's weights. The last three
@@ -21,7 +21,7 @@ from movae_fast.jacobian import (
     all_rows,
     at_features,
     cheap_rows,
-    reaching,
+    nonzero_rows,
     shared_rows,
     weighted_row,
 )
@@ -34,7 +34,7 @@ Weigh = Callable[[Tensor], Tensor]  # rows [m, Q] that stand for the exact ones 
 
 @dataclass(frozen=True)
 class Network:
-    """What a batch is differentiated through.
+    """Hold the model, its losses and its parameters, for differentiation.
 
     Rows are the gradients at the `shared` parameters; the `task` parameters receive the gradient of the sum.
     `cut`: whether the model's features lie between the two; otherwise every parameter is shared.
@@ -49,7 +49,7 @@ class Network:
 
 
 class Batch(NamedTuple):
-    """The images of one step, or a part of them that is differentiated on its own."""
+    """Hold the images of one step, or a part of them that is differentiated by itself."""
 
     images: Tensor  # [B, C, S, S]
     noise: Noise  # of B images, see `VAE.draw_noise`
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 class Differentiated(NamedTuple):
-    """One batch's losses and gradients."""
+    """Hold one batch's losses and gradients."""
 
     losses: Tensor  # [m] unweighted
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
@@ -89,7 +89,7 @@ class Differentiated(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A batch through the network."""
+    """Hold the results of a batch's forward pass."""
 
     features: tuple[Tensor, ...]
     weighted: list[Tensor]  # the active objectives, as they are differentiated
@@ -121,9 +121,9 @@ def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
     """Differentiate every objective: one backward each through the shared part."""
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     if network.cut:
-        found = at_features(weighted, features, network.task)
-        task, nonzero = found.own, reaching(found.features)
-        rows = shared_rows(features, found.features, network.shared)
+        at_cut = at_features(weighted, features, network.task)
+        task, nonzero = at_cut.task, nonzero_rows(at_cut.features)
+        rows = shared_rows(features, at_cut.features, network.shared)
     else:
         task, nonzero = [], list(range(len(weighted)))
         rows = all_rows(weighted, network.shared)
@@ -135,9 +135,9 @@ def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
 def of_sum(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
     """Differentiate the weighted sum, in one backward."""
     _, weighted, losses, usage, rates = forward(network, batch, scale)
-    found = _gradient(torch.stack(weighted).sum(), [*network.shared, *network.task])
+    gradients = _gradient(torch.stack(weighted).sum(), [*network.shared, *network.task])
     n = len(network.shared)
-    return Differentiated(losses, usage, rates, found[n:], [found[:n]])
+    return Differentiated(losses, usage, rates, gradients[n:], [gradients[:n]])
 
 
 def of_weighted(network: Network, batch: Batch, scale: Tensor, weights: Tensor) -> Differentiated:
@@ -145,9 +145,9 @@ def of_weighted(network: Network, batch: Batch, scale: Tensor, weights: Tensor) 
     features."""
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     if network.cut:
-        found = at_features(weighted, features, network.task)
-        row = weighted_row(features, found.features, weights, network.shared)
-        return Differentiated(losses, usage, rates, found.own, [row])
+        at_cut = at_features(weighted, features, network.task)
+        row = weighted_row(features, at_cut.features, weights, network.shared)
+        return Differentiated(losses, usage, rates, at_cut.task, [row])
     total = torch.stack([loss * w for loss, w in zip(weighted, weights, strict=True)]).sum()
     return Differentiated(losses, usage, rates, [], [_gradient(total, network.shared)])
 
@@ -163,11 +163,11 @@ def of_cheaply_weighted(
 ) -> tuple[Differentiated, Tensor]:
     """Differentiate with the weights of the rows of `cheap_rows_of`, in one forward; return the weights too."""
     features, weighted, losses, usage, rates = forward(network, batch, scale)
-    found = at_features(weighted, features, network.task)
+    at_cut = at_features(weighted, features, network.task)
     # Weighed once: an aggregator may draw or remember.
-    weights = weigh(cheap_rows(features, found.features, last))
-    row = weighted_row(features, found.features, weights, network.shared)
-    return Differentiated(losses, usage, rates, found.own, [row]), weights
+    weights = weigh(cheap_rows(features, at_cut.features, last))
+    row = weighted_row(features, at_cut.features, weights, network.shared)
+    return Differentiated(losses, usage, rates, at_cut.task, [row]), weights
 
 
 def of_subset_weighted(
@@ -180,15 +180,15 @@ def of_subset_weighted(
     between two backwards of one graph.
     """
     features, weighted, losses, usage, rates = forward(network, batch, scale)
-    found = at_features(weighted, features, network.task)
+    at_cut = at_features(weighted, features, network.task)
     with keeping_buffers(network.model), network.precision.autocast():
         first = batch.of_images(0, count)
         network.model.condition(first.noise)
         few = network.model.encode(first.images.contiguous(memory_format=torch.channels_last))
-    upstream = [[None if g is None else g[:count] for g in row] for row in found.features]
+    upstream = [[None if g is None else g[:count] for g in row] for row in at_cut.features]
     weights = weigh(cheap_rows(few, upstream, network.shared))
-    row = weighted_row(features, found.features, weights, network.shared)
-    return Differentiated(losses, usage, rates, found.own, [row]), weights
+    row = weighted_row(features, at_cut.features, weights, network.shared)
+    return Differentiated(losses, usage, rates, at_cut.task, [row]), weights
 
 
 def of_penalty(model: VAE, penalised: Any, parameters: Sequence[Tensor], weight: Tensor) -> Gradients:

@@ -1,4 +1,4 @@
-"""What a flag's value may be by itself, whatever command it belongs to."""
+"""Define the values that a flag may have, whatever command it belongs to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Bounds(NamedTuple):
-    """What a number may be: from `least` (or above it) to `most` (or below it)."""
+    """Hold the range of a number: from `least` (or above it) to `most` (or below it)."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -49,7 +49,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("lr", "eps"), POSITIVE),
     **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
     **dict.fromkeys(("iw_images", "n", "trials"), ONE),
-    "log_every": Bounds(1, 1_000_000),  # as many steps' figures wait on the device
+    "log_every": Bounds(1, 1_000_000),  # as many steps' metrics wait on the device
     "profile": Bounds(0, 10_000),
     "num_samples": Bounds(1, 10_000),
     "prefetch": Bounds(1, 1024),

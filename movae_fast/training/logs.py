@@ -1,4 +1,4 @@
-"""Where a run's metrics go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Write a run's metrics: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from movae_fast.files import CHUNK, naming, replacing, set_aside, sync
 from movae_fast.training.config import WandbConfig
 from movae_fast.training.events import Events
 
-# Not a function of the training state: a resumed run repeats every other figure exactly.
+# Not a function of the training state: a resumed run repeats every other metric exactly.
 TIMING_KEYS = (
     *(
         f"train/{k}"
@@ -36,7 +36,7 @@ def require_wandb(config: WandbConfig) -> None:
 
 
 class Logs:
-    """Writes one line of metrics to every log. Lines carry `step` and `epoch`.
+    """Write each line of metrics to every log. Lines have `step` and `epoch`.
 
     saved: `mark()` of the checkpoint from which the run goes on at `resume_step`; what was written after it is
     taken back. None in a checkpoint of before there were marks.
@@ -92,7 +92,8 @@ class Logs:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=step)
 
     def mark(self) -> dict[str, Any]:
-        """What a checkpoint keeps of metrics.jsonl: bytes and SHA-256, once they lie on the disk."""
+        """Return the state of metrics.jsonl for a checkpoint: its bytes and SHA-256, once they are on
+        the disk."""
         with naming(self.path):
             sync(self.file)
         return {"bytes": self.length, "sha256": self.sha.hexdigest()}
@@ -109,7 +110,7 @@ class Logs:
 
 
 def wandb_id(path: Path) -> str:
-    """The run's name at Weights & Biases: the one in the file, or a new one."""
+    """Return the run's name at Weights & Biases: the one in the file, or a new one."""
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     if known:
         return known
@@ -120,7 +121,7 @@ def wandb_id(path: Path) -> str:
 
 
 def hash_of(path: Path, length: int | None = None) -> tuple[Any, int]:
-    """SHA-256 over the first `length` bytes of a file (all of it with None), and how many there were."""
+    """Return the SHA-256 over the first `length` bytes of a file (all of it with None), and their number."""
     sha, read = hashlib.sha256(), 0
     if path.exists():
         with path.open("rb") as file:
@@ -131,7 +132,7 @@ def hash_of(path: Path, length: int | None = None) -> tuple[Any, int]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; those that are damaged, or that a crash cut short, are left out.
+    """Return the lines of a metrics.jsonl without those that are damaged or that a crash cut short.
 
     Raises ValueError for a file that is not text.
     """
@@ -149,7 +150,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
-    """One line's figures; None of one that is damaged."""
+    """Return the metrics of one line; None if it is damaged."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -159,9 +160,10 @@ def parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def take_back(path: Path, step: int, saved: Mapping[str, Any] | None) -> str:
-    """Cut metrics.jsonl to what it was when the checkpoint of `step` was written; a note on what was amiss.
+    """Cut metrics.jsonl to its content when the checkpoint of `step` was written; return a note if it had
+    been altered.
 
-    The resumed run writes the rest again, with the same figures.
+    The resumed run writes the rest again, with the same metrics.
 
     saved: the checkpoint's `Logs.mark`. Where the file is no longer the one that it marks, the lines of steps
     after `step` are taken back, and a file with damaged lines is kept beside as it was.

@@ -1,4 +1,4 @@
-"""The training loop.
+"""Run the training loop.
 
 A step (`TrainStep`) is: forward, Jacobian rows, Gramian, weights, combine, clipping, the optimizer; the
 learning rate's schedule follows. Nothing in it reads a value on the host; metrics stay on the device until a
@@ -20,7 +20,7 @@ NOT_FINITE = 1 << 16  # among the signal numbers that processes agree on, and ab
 
 
 def fit(run: Run, bar: Bar) -> dict[str, float]:
-    """Train to the last step and return the final test figures.
+    """Train to the last step and return the final test metrics.
 
     Raises Interrupted after a signal (the run is saved), NonFiniteError for a loss that became NaN or infinite.
     """
@@ -33,10 +33,10 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
             for x, _ in run.telemetry.waiting(left):
                 run.begin_step()
                 bar.compiling(run.train_step)
-                share = run.train_loader.share_of(run.batch)
-                record = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), share)
+                sample_weight = run.train_loader.sample_weight_of(run.batch)
+                metrics = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), sample_weight)
                 run.scheduler.step()
-                run.telemetry.record(record, len(x))
+                run.telemetry.add(metrics, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
                 profiler.step()
                 if log_due(run) or stage_ends(run):
@@ -79,7 +79,7 @@ def log_unless_failed(run: Run, bar: Bar) -> NonFiniteError | None:
 
 
 def failure_elsewhere(run: Run) -> Exception:
-    """The error that another process found, from this one's own copy of the window."""
+    """Return the error that another process found, from this one's own copy of the window."""
     try:
         for _ in run.telemetry.lines(wait=True):
             pass
@@ -89,7 +89,8 @@ def failure_elsewhere(run: Run) -> Exception:
 
 
 def log_due(run: Run, ahead: int = 0) -> bool:
-    """Whether a log line follows the last step, or the one `ahead` of it: a full window, an epoch's end."""
+    """Return whether a log line follows the last step, or the one `ahead` of it: after a full window, or at
+    an epoch's end."""
     batch = run.batch + ahead
     last = batch == len(run.train_loader) or run.step + ahead == run.total_steps
     return last or batch % run.config.run.log_every == 0
@@ -119,7 +120,7 @@ def end_stage(run: Run, bar: Bar) -> None:
 
 
 def log(run: Run, bar: Bar, wait: bool = False) -> None:
-    """Write the log lines whose figures have arrived on the host."""
+    """Write the log lines whose metrics have arrived on the host."""
     for line in run.telemetry.lines(wait):
         bar.log(line)
         write(run, line)
@@ -131,7 +132,8 @@ def write(run: Run, line: dict[str, Any]) -> None:
 
 
 def save(run: Run, bar: Bar) -> None:
-    """The `last` checkpoint, with the log lines up to it, unless the losses behind it are not finite."""
+    """Write the `last` checkpoint and the log lines up to it, unless the losses since the last one are not
+    finite."""
     log(run, bar, wait=True)
     run.telemetry.check(run.step, run.world)
     run.save("last")
@@ -148,15 +150,16 @@ def warn_of_collapse(run: Run, bar: Bar) -> None:
         )
 
 
-def figures_due(run: Run) -> str:
-    """The name of the figures that belong to the run's position, right after an epoch or at its end; or ""."""
+def pictures_due(run: Run) -> str:
+    """Return the tag of the pictures that belong to the run's position, right after an epoch or at its end;
+    or ""."""
     every = run.config.run.save_freq
     kept = run.batch == 0 and run.epoch > 0 and every > 0 and run.epoch % every == 0
     return f"epoch_{run.epoch + (run.batch > 0):04d}" if kept or run.ended else ""
 
 
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
-    """Evaluate, save and draw where it is due; the test figures if there are any."""
+    """Evaluate, save and draw where it is due; the test metrics if there are any."""
     log(run, bar, wait=True)
     every, number = run.config.run, run.epoch + 1
     whole = run.batch == len(run.train_loader)  # not where --steps ends a run inside an epoch
@@ -165,30 +168,30 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     if number == 1:
         warn_of_collapse(run, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if due or run.finished:
         run.world.average_buffers(run.model)
-        figures = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
+        metrics = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
         if run.finished:
             baseline = MeanImage(mean_image(run.train_loader), run.test_loader.normalize)
-            figures["test/mse_mean_image"] = reconstruction_mse(baseline, run.test_loader, run.world)
-        write(run, {"step": run.step, "epoch": run.epoch, **figures})
+            metrics["test/mse_mean_image"] = reconstruction_mse(baseline, run.test_loader, run.world)
+        write(run, {"step": run.step, "epoch": run.epoch, **metrics})
         names = run.losses.names
         bar.say(
             f"epoch {number}/{run.epochs}, step {run.step:,}: test "
-            + "  ".join(f"{name} {figures[f'test/{name}']:.4g}" for name in names)
-            + f"  mse {figures['test/mse']:.4g}"
-            + (f"  ({bar.figures.split('  ')[-1]})" if "images/s" in bar.figures else "")
+            + "  ".join(f"{name} {metrics[f'test/{name}']:.4g}" for name in names)
+            + f"  mse {metrics['test/mse']:.4g}"
+            + (f"  ({bar.metrics.split('  ')[-1]})" if "images/s" in bar.metrics else "")
         )
         run.ended = run.finished
-        if figures["test/loss"] < run.best:
-            run.best = figures["test/loss"]
+        if metrics["test/loss"] < run.best:
+            run.best = metrics["test/loss"]
             run.save("best")
     kept = whole and every.save_freq > 0 and number % every.save_freq == 0
     if kept:
         run.save(f"epoch_{number:04d}")
     run.save("last")
-    if run.draw is not None and run.world.main and (tag := figures_due(run)):
+    if run.draw is not None and run.world.main and (tag := pictures_due(run)):
         run.draw(run, tag)
     run.telemetry.restart_clock()
-    return figures
+    return metrics

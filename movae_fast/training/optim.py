@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Make optimizers and learning-rate schedules by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device | Non
             group["capturable"] = device is not None
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
+def forget_state(optimizer: torch.optim.Optimizer) -> None:
     """Make an optimizer as good as new: no moments, no step count; its groups and rates stay.
 
     The state of torch's own stays where it is, as a recorded step needs it: zeros are a new state.

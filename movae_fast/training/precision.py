@@ -1,4 +1,4 @@
-"""What a step computes in: float32, TF32, or autocast to bfloat16 or float16 with a loss scale."""
+"""Set the precision of a step: float32, TF32, or autocast to bfloat16 or float16 with a loss scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """Autocast for the networks, and for fp16 the loss scale.
+    """Hold the autocast of the networks, and for fp16 the loss scale.
 
     Losses, the latents' parameters, the codebook's lookup, Gramian, projection and the optimizer stay outside
     autocast. An fp16 step whose gradients overflow is skipped on the device and halves the scale; the Gramian
@@ -32,23 +32,23 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The region of the networks."""
+        """Return the autocast context in which the networks run."""
         dtype = DTYPES.get(self.name)
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def scale(self, weights: Tensor) -> Tensor:
-        """The losses' weights times the loss scale."""
+        """Return the losses' weights times the loss scale."""
         return self.scaler.scale(weights) if self.scaler is not None else weights
 
     def unscaled(self, gramian: Tensor) -> Tensor:
-        """The Gramian of unscaled rows."""
+        """Return the Gramian of the unscaled rows."""
         if self.scaler is None:
             return gramian
         one = torch.ones((), dtype=gramian.dtype, device=gramian.device)
         return gramian / self.scaler.scale(one).square()
 
     def loss_scale(self) -> Tensor | None:  # []
-        """What the rows are multiplied by, on the device; None without a loss scale."""
+        """Return the factor on the rows, on the device; None without a loss scale."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:

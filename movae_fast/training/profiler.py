@@ -1,4 +1,4 @@
-"""`--profile N`: a torch profiler trace of N training steps."""
+"""Trace training steps with torch's profiler (`--profile N`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ SKIPPED = WARM + 1  # steps before the trace: they compile, choose algorithms, a
 
 
 class Profiler:
-    """While entered, records `--profile` steps after the first few into the run's trace.json (rank 0's)."""
+    """Record `--profile` steps after the first few into the run's trace.json, on rank 0, while entered as a
+    context."""
 
     def __init__(self, run: Run) -> None:
         self.left, self.before = run.config.run.profile, SKIPPED
@@ -26,7 +27,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """A step is over."""
+        """Count a finished step."""
         if not self.on:
             return
         if self.profile is None:

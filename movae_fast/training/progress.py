@@ -1,4 +1,5 @@
-"""One progress bar: epoch, objectives, images a second, time to go. On no terminal, a line an epoch instead."""
+"""Show one progress bar: epoch, objectives, images per second, time left. Without a terminal, print one line
+per epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from movae_fast.training.train_step import TrainStep
 
 
 class Bar:
-    """The bar of one run, to be entered as a context."""
+    """Show the bar of one run, while entered as a context."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
@@ -27,7 +28,7 @@ class Bar:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -35,9 +36,9 @@ class Bar:
             disable=not console.is_terminal,
             transient=True,
         )
-        self.figures = "first steps…"
+        self.metrics = "first steps…"
         self.task = self.progress.add_task(
-            "", total=run.total_steps, completed=run.step, epoch=self.epoch, figures=self.figures
+            "", total=run.total_steps, completed=run.step, epoch=self.epoch, metrics=self.metrics
         )
 
     @property
@@ -52,21 +53,21 @@ class Bar:
         self.progress.stop()
 
     def step(self) -> None:
-        """One optimizer step is done."""
-        self.progress.update(self.task, completed=self.run.step, epoch=self.epoch, figures=self.figures)
+        """Show that one optimizer step is done."""
+        self.progress.update(self.task, completed=self.run.step, epoch=self.epoch, metrics=self.metrics)
 
     def compiling(self, step: TrainStep) -> None:
         """Say what the next step compiles, if it does: minutes that would look like a frozen screen."""
         if region := step.compiles():
-            self.progress.update(self.task, figures=f"compiling the step ({region})…")
+            self.progress.update(self.task, metrics=f"compiling the step ({region})…")
             self.progress.refresh()
 
     def log(self, line: dict[str, float]) -> None:
         """Show a log line's objectives and speed."""
         names = self.run.losses.names
         parts = [f"{name} {line[f'train/{name}']:.4g}" for name in names if f"train/{name}" in line]
-        self.figures = f"{'  '.join(parts)}  {line['train/images_per_s']:,.0f} images/s"
+        self.metrics = f"{'  '.join(parts)}  {line['train/images_per_s']:,.0f} images/s"
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.progress.console.print(text, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""A run: what `fit` works on, saved, and restored."""
+"""Hold, save and restore the run that `fit` trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
-from movae_fast.training.optim import forget
+from movae_fast.training.optim import forget_state
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.train_step import TrainStep
@@ -27,7 +27,7 @@ from movae_fast.training.world import World
 
 @dataclass
 class Run:
-    """Everything of a training run; `epoch`, `batch` and `step` are its position."""
+    """Hold everything of a training run; `epoch`, `batch` and `step` are its position."""
 
     config: TrainConfig
     folder: Path
@@ -48,11 +48,11 @@ class Run:
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
     step: int = 0  # optimizer steps that are done
-    ended: bool = False  # the last step is done and its figures are written
+    ended: bool = False  # the last step is done and its pictures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
-    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes figures
+    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
 
     @property
     def epochs(self) -> int:
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step that is done, without asking the device."""
+        """Return the learning rate of the last finished step, without asking the device."""
         last = max(self.scheduler.last_epoch - 1, 0)
         return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](last)
 
@@ -76,7 +76,7 @@ class Run:
         if self.progression is None:
             return
         if self.progression.starts(self.step):
-            forget(self.optimizer)
+            forget_state(self.optimizer)
             self.best = math.inf
         self.train_step.first = self.step - self.progression.since(self.step)
         assert isinstance(self.model, ProVLAE)
@@ -88,7 +88,7 @@ class Run:
         return draw.of_images(self.world.rank * n, (self.world.rank + 1) * n)
 
     def state(self) -> dict[str, Any]:
-        """The sections of a checkpoint."""
+        """Return the sections of a checkpoint."""
         aggregator = self.train_step.aggregator
         return {
             "config": self.config.flat(),
@@ -136,25 +136,26 @@ class Run:
         return path
 
     def path_of(self, name: str) -> Path:
-        """Where the checkpoint of that name is."""
+        """Return the path of the checkpoint of that name."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
-    def restore(self, record: dict[str, Any], path: Path) -> None:
-        """Continue from a checkpoint's sections."""
-        checkpoint.load_model(self.model, record["model"], path)
-        self.optimizer.load_state_dict(record["optimizer"])
+    def restore(self, content: dict[str, Any], path: Path) -> None:
+        """Restore the state from a checkpoint's sections."""
+        checkpoint.load_model(self.model, content["model"], path)
+        self.optimizer.load_state_dict(content["optimizer"])
         self.train_step.prepare_optimizer()
-        self.scheduler.last_epoch = record["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
+        # The learning rate itself is in the optimizer.
+        self.scheduler.last_epoch = content["scheduler"]["last_epoch"]
         if self.train_step.aggregator is not None:
-            load_aggregator_state(self.train_step.aggregator, record["aggregator"], self.device)
-        self.train_step.weights.copy_(record["reused_weights"])
-        self.train_step.precision.load_state_dict(record["scaler"])
-        self.telemetry.load_state_dict(record["telemetry"])
-        position = record["position"]
+            load_aggregator_state(self.train_step.aggregator, content["aggregator"], self.device)
+        self.train_step.weights.copy_(content["reused_weights"])
+        self.train_step.precision.load_state_dict(content["scaler"])
+        self.telemetry.load_state_dict(content["telemetry"])
+        position = content["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best, self.good = position["best"], path
         self.ended = self.finished and position.get("ended", True)
-        checkpoint.set_rng_state(record["rng"], self.device)
+        checkpoint.set_rng_state(content["rng"], self.device)
         if self.step:
             self.repeat_schedules()
 

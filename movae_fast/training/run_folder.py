@@ -1,4 +1,5 @@
-"""A run's folder: found, made, never overwritten; what is in it besides checkpoints and logs."""
+"""Find, make and fill a run's folder, without overwriting anything; checkpoints and logs have modules of their
+own."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def check_place(flag: str, path: Path) -> None:
 
 
 def make_folder(config: TrainConfig, take: bool = False) -> Path:
-    """The run's new folder: exp_dir, or save_path/dataset/arch/agg/time. Never one that holds anything.
+    """Make the run's new folder: exp_dir, or save_path/dataset/arch/agg/time. Never a folder that holds
+    anything.
 
     take: an exp_dir that holds no checkpoint may hold other files; those with names of ours are set aside.
     """
@@ -99,7 +101,7 @@ def clear_killed(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """config.yaml: every flag's value, seed included; `movae train --config` reads it."""
+    """Write config.yaml with every flag's value, seed included; `movae train --config` reads it."""
     flat = {k: v for k, v in config.flat().items() if k not in ("resume", "exp_dir", "export")}
     options = model_options(config.model.arch)
     model_only = {k for k in vars(config.model) if k != "arch" and k not in options}
@@ -117,7 +119,8 @@ def tidy(folder: Path) -> None:
 
 
 def latest(folder: Path) -> tuple[Path | None, str]:
-    """The checkpoint from which the run in `folder` goes on, None if it has none; and what was amiss.
+    """Return the checkpoint from which the run in `folder` goes on, None if it has none; and a note on what
+    was damaged.
 
     That is `last`, or where it is damaged the latest one that is whole; `last` is then set aside. Raises
     CheckpointError if none is whole.

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a flag that the loop asks after each step."""
+"""Turn SIGTERM and SIGINT into a flag that the loop reads after each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
-    """SIGTERM or SIGINT arrived; the run is saved."""
+    """Say that SIGTERM or SIGINT arrived and the run is saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -16,7 +16,8 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error
 
 
 class Signals:
-    """While entered, SIGTERM and SIGINT set `received` instead of ending the process; a second one ends it."""
+    """Set `received` on SIGTERM and SIGINT while entered, instead of ending the process; a second signal
+    ends it."""
 
     def __init__(self) -> None:
         self.received = 0

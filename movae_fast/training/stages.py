@@ -1,4 +1,4 @@
-"""The stages of a progressive ladder in a run: where a step's stage reaches the model and its losses."""
+"""Set the model and its losses to the stage of a step, for a progressive ladder."""
 
 from movae_fast.models import ProVLAE
 from movae_fast.objectives import LossVector

@@ -1,4 +1,4 @@
-"""Starting a run from a configuration, and going on with one from its checkpoint."""
+"""Start a run from a configuration, or continue one from its checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from movae_fast.training.world import World, connect
 
 
 def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bool = False) -> Run:
-    """A new run from a validated configuration: reads the data, builds everything, makes the run's folder.
+    """Start a new run from a validated configuration: read the data, build everything, make the run's
+    folder.
 
     The folder is made last, so that a configuration that fails leaves nothing behind, and `last` is the first
     file in it: a run that is killed can always go on.
@@ -45,7 +46,7 @@ def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bo
     world.on_main(lambda: check_places(config, take))
     device = resolve_device(config.run.device)
     if config.run.seed is None:
-        config.run.seed = int(world.share(int.from_bytes(os.urandom(4), "little") >> 1))  # type: ignore[call-overload]
+        config.run.seed = int(world.broadcast(int.from_bytes(os.urandom(4), "little") >> 1))  # type: ignore[call-overload]
     run = assemble(config, device, world)
     run.folder = Path(world.on_main(lambda: str(begin(run, take))))
     run.good = run.path_of("last")
@@ -66,15 +67,15 @@ def resume(
     changes: Callable[[dict[str, Any]], TrainConfig],
     joined: tuple[World, str] | None = None,
 ) -> Run:
-    """The run at `path` (its folder or a checkpoint in it) at the position where it was saved.
+    """Load the run at `path` (its folder or a checkpoint in it) at the position where it was saved.
 
     `changes` turns the saved flags into the configuration to continue with. On another number of processes the
     global batch stays what it was, so that the run continues with the same steps. A run that is finished gets
     no logs, and nothing of it is written. Raises CheckpointError for a checkpoint that is damaged or of another
     model, ValueError for changes that end the run before the checkpoint.
     """
-    path, record = checkpoint.read(path)
-    if "optimizer" not in record:
+    path, content = checkpoint.read(path)
+    if "optimizer" not in content:
         raise checkpoint.CheckpointError(
             f"{path} holds weights only; a run is resumed from its checkpoints/last.pt"
         )
@@ -82,13 +83,13 @@ def resume(
         raise checkpoint.CheckpointError(
             f"{path} lies in no run: a run goes on in the folder of its checkpoints/"
         )
-    config = changes(record["config"])
+    config = changes(content["config"])
     require_wandb(config.wandb)
     check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
-    keep_global_batch(config, record["position"]["processes"], world.size)
+    keep_global_batch(config, content["position"]["processes"], world.size)
     run = assemble(config, resolve_device(config.run.device), world)
-    run.restore(record, path)
+    run.restore(content, path)
     if config.run.export is not None and not run.ended and Path(config.run.export).exists():
         raise ValueError(f"--export {config.run.export} exists and is not overwritten; name another file")
     if run.step > run.total_steps:
@@ -97,7 +98,7 @@ def resume(
             f"--epochs {config.run.epochs} --steps {config.run.steps} end it at {run.total_steps:,}"
         )
     run.folder = folder_of(path)
-    world.on_main(lambda: go_on(run, record.get("log")))
+    world.on_main(lambda: go_on(run, content.get("log")))
     return run
 
 
@@ -170,7 +171,7 @@ def set_seeds(seed: int) -> None:
 
 
 def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
-    """Change the batch of each process so that all of them together take the images that they took before."""
+    """Change the batch of each process so that the global batch keeps its size."""
     if before == now:
         return
     old = config.data.batch_size
@@ -185,7 +186,7 @@ def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
 
 
 def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
-    """A run's logs, from `step` on if it was resumed, with the unreadable images in the first line."""
+    """Open a run's logs, from `step` on if it was resumed, with the unreadable images in the first line."""
     run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark)
     run.notes += [run.logs.note] if run.logs.note else []
     if not run.logs.length and (left := left_out(run)):
@@ -193,7 +194,7 @@ def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
 
 
 def left_out(run: Run) -> dict[str, int]:
-    """How many unreadable images each split does without, where there are any."""
+    """Return the number of unreadable images that each split leaves out, where there are any."""
     loaders = {"train": run.train_loader, "test": run.test_loader}
     counts = {f"data/left_out_{split}": len(loader.left_out) for split, loader in loaders.items()}
     return counts if any(counts.values()) else {}

@@ -1,4 +1,4 @@
-"""Metrics of the steps since the last log line, kept on the device and fetched once a line."""
+"""Keep the metrics of the steps since the last log line on the device, and fetch them once per line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from movae_fast.training.train_step import StepRecord
+from movae_fast.training.train_step import StepMetrics
 from movae_fast.training.world import World
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding l
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss became NaN or infinite; carries the step and the objective."""
+    """Say that a loss became NaN or infinite, with the step and the objective."""
 
     def __init__(self, step: int, objective: str, value: float) -> None:
         super().__init__(f"{objective} became {value} at step {step}")
@@ -31,7 +31,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class Times(NamedTuple):
-    """Points in time of a window's steps: the host's clock, or events of the device's stream."""
+    """Hold the points in time of a window's steps: the host's clock, or events of the device's stream."""
 
     began: Mark
     ended: Mark
@@ -40,7 +40,7 @@ class Times(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A full window on its way to the host."""
+    """Hold a full window on its way to the host."""
 
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
@@ -52,14 +52,14 @@ class Snapshot(NamedTuple):
 
 
 class Telemetry:
-    """A window of steps: losses, weights, cosines, … [steps, m] each, how often each code was used, and the
-    rates of a hierarchy's groups.
+    """Hold a window of steps: losses, weights, cosines, … [steps, m] each, and how often each code was
+    used.
 
     `close` ends a window and starts its copy to the host; `lines` gives the log lines of those that arrived.
     On CUDA the copy goes on behind the next steps.
     """
 
-    # Of a StepRecord, with the prefix that each has in a log line.
+    # Of a StepMetrics, with the prefix that each has in a log line.
     FIELDS: ClassVar = {
         "losses": "",
         "weights": "weight_",
@@ -86,7 +86,7 @@ class Telemetry:
         self.restart_clock()
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time spent waiting for them is measured.
+        """Yield the same batches, and measure the time spent waiting for them.
 
         On CUDA that is the time for which the device had nothing to do: the host may wait as long as earlier
         steps are still running there.
@@ -101,13 +101,13 @@ class Telemetry:
             self.waits.append((wanted, self.mark()))
             yield batch
 
-    def record(self, record: StepRecord, images: int) -> None:
+    def add(self, metrics: StepMetrics, images: int) -> None:
         """Keep one step, without reading anything on the host."""
-        self.window[self.filled] = torch.stack([getattr(record, k).to(self.window) for k in self.FIELDS])
+        self.window[self.filled] = torch.stack([getattr(metrics, k).to(self.window) for k in self.FIELDS])
         if self.usage.numel():
-            self.usage += record.usage.to(self.usage)
+            self.usage += metrics.usage.to(self.usage)
         if self.rates.numel():
-            self.rates += record.rates.to(self.rates)
+            self.rates += metrics.rates.to(self.rates)
         self.filled += 1
         self.images += images
         self.steps.append(self.mark())
@@ -132,7 +132,7 @@ class Telemetry:
             raise NonFiniteError(step, self.names[column], float(window[row, 0, column]))
 
     def close(self, line: dict[str, Any], world: World) -> None:
-        """End the window; `line` (with its `step`) gets the window's figures when they have arrived."""
+        """End the window; `line` (with its `step`) gets the window's metrics when they have arrived."""
         self.merge(world)
         line = line | {"train/peak_memory_mib": self.peak_memory()}
         times = Times(self.began, self.mark(), self.waits, self.steps)
@@ -171,8 +171,8 @@ class Telemetry:
                     if not math.isnan(value):
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
-                line |= conflict_figures(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
-            codebook = codebook_figures(snapshot.usage)
+                line |= conflict_metrics(snapshot.window[:, list(self.FIELDS).index(field)], prefix)
+            codebook = codebook_metrics(snapshot.usage)
             # Fewer vectors than codes would leave codes unused in any case.
             if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
                 self.used = codebook["codebook_usage"]
@@ -180,13 +180,14 @@ class Telemetry:
             yield line | {f"train/{k}": v for k, v in (codebook | rates).items()}
 
     def peak_memory(self) -> float:
-        """MiB: the device's peak allocation, or the process's peak resident set on a CPU."""
+        """Return the peak memory in MiB: the device's peak allocation, or the process's peak resident
+        set on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what was not training (evaluation, checkpoints, figures)."""
+        """Leave out of the speed what was not training (evaluation, checkpoints, metrics)."""
         self.began, self.images = self.mark(), 0
         self.waits: list[tuple[Mark, Mark]] = []
         self.steps: list[Mark] = []
@@ -226,18 +227,18 @@ def seconds(start: Mark, end: Mark) -> float:
 def speed(times: Times, images: int) -> dict[str, float]:
     """Return images per second, the share of the time spent waiting for data, and milliseconds per step."""
     elapsed = max(seconds(times.began, times.ended), 1e-9)
-    figures = {
+    metrics = {
         "train/images_per_s": images / elapsed,
         "train/data_wait_share": sum(seconds(*wait) for wait in times.waits) / elapsed,
     }
     if times.steps:
         ordered = sorted(seconds(a, b) for a, b in pairwise([times.began, *times.steps]))
-        figures["train/step_ms_p50"] = 1e3 * statistics.median(ordered)
-        figures["train/step_ms_p95"] = 1e3 * ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
-    return figures
+        metrics["train/step_ms_p50"] = 1e3 * statistics.median(ordered)
+        metrics["train/step_ms_p95"] = 1e3 * ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
+    return metrics
 
 
-def conflict_figures(cosines: Tensor, prefix: str) -> dict[str, float]:
+def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
     """Return what cosines [steps, m] of an update with each objective's gradient say of conflict.
 
     `conflict` is the share of the measured steps whose smallest cosine is below CONFLICT, `min_cosine` the
@@ -254,14 +255,14 @@ def conflict_figures(cosines: Tensor, prefix: str) -> dict[str, float]:
     }
 
 
-def codebook_figures(usage: Tensor) -> dict[str, float]:
-    """Counts [K] to the share of codes in use and the perplexity exp(entropy) of their distribution."""
+def codebook_metrics(usage: Tensor) -> dict[str, float]:
+    """Return the fraction of codes in use and the perplexity exp(entropy) from counts [K]."""
     if not usage.numel():
         return {}
     p = usage.double() / usage.sum().clamp_min(1)
     entropy = -torch.special.xlogy(p, p).sum()
-    figures = torch.stack([(usage > 0).double().mean(), entropy.exp()]).tolist()
-    return {"codebook_usage": figures[0], "perplexity": figures[1]}
+    metrics = torch.stack([(usage > 0).double().mean(), entropy.exp()]).tolist()
+    return {"codebook_usage": metrics[0], "perplexity": metrics[1]}
 
 
 def rate_figures(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A whole training step, from images to new parameters.
+"""Define a whole training step, from images to new parameters.
 
 `TrainStep.update` reads from top to bottom: forward, rows, exchange, Gramian, weights, combine, clipping, the
 optimizer. The ways to differentiate a batch are in `gradients`; on CUDA the whole of it is recorded once and
@@ -37,8 +37,9 @@ from movae_fast.training.precision import Precision
 from movae_fast.training.world import Pending, World
 
 
-class StepRecord(NamedTuple):
-    """What a step leaves for the log, on the device: [m] each over all objectives, NaN where not computed."""
+class StepMetrics(NamedTuple):
+    """Hold a step's metrics for the log, on the device: [m] each over all objectives, NaN where not
+    computed."""
 
     losses: Tensor  # unweighted, of this rank's images
     weights: Tensor  # the aggregator's
@@ -50,7 +51,7 @@ class StepRecord(NamedTuple):
 
 
 class Gradient(Enum):
-    """Where a step's gradient comes from."""
+    """Name the source of a step's gradient."""
 
     SUM = "one backward of the weighted sum"
     ROWS = "the aggregated rows of the whole batch"
@@ -60,7 +61,7 @@ class Gradient(Enum):
 
 
 class Kind(NamedTuple):
-    """What a step does: the same kernels for each batch of a kind."""
+    """Describe what a step does; all batches of a kind run the same kernels."""
 
     gradient: Gradient
     rows: bool = False  # whether all rows of the whole batch are in `TrainStep.rows` afterwards
@@ -68,7 +69,7 @@ class Kind(NamedTuple):
 
 
 class TrainStep:
-    """Updates every parameter by a batch's vector of losses.
+    """Update every parameter by a batch's vector of losses.
 
     `aggregator` None is the ordinary backward of the weighted sum; then the rows are computed on steps that are
     logged only, and do not touch the update. `jacobian` "shared" aggregates the gradients of the part before
@@ -87,7 +88,7 @@ class TrainStep:
     where the losses' schedule has a weight for one, is added to the update; all of it is clipped to
     `max_grad_norm` (0: not at all). With a `step_metric` the optimizer's step is projected
     (`projected_step`). With a `recorder` each kind of step becomes one graph, the exchanges between processes
-    and fp16's loss scale included; a replay's record is overwritten by the next.
+    and fp16's loss scale included; a replay's metrics are overwritten by the next.
 
     Raises ValueError for a `gramian_at` that the model or the aggregator does not have.
     """
@@ -120,7 +121,7 @@ class TrainStep:
         if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
             raise ValueError(f"gramian_at {gramian_at}: the aggregator must weight rows by their Gramian alone")
         self.first = 0  # the step that gramian_every counts from: a new stage's losses need new weights
-        task = [p for parameters in model.own_parameters().values() for p in parameters]
+        task = [p for parameters in model.task_parameters().values() for p in parameters]
         shared = model.shared_parameters()
         if jacobian == "all":
             shared, task = [*shared, *task], []
@@ -128,7 +129,7 @@ class TrainStep:
         self.network = Network(model, losses, self.precision, shared, task, cut=jacobian == "shared")
         self.m = len(losses.active)
         self.active = torch.tensor(losses.active, device=model.device)
-        # A record's values that a step did not compute: made once, for nobody writes into a record.
+        # The metrics that a step does not compute: one tensor for all of them, since nothing writes into it.
         self.unknown = torch.full((len(losses.names),), torch.nan, device=model.device)
         self.rows = Rows(self.flat, self.m)
         # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
@@ -145,7 +146,7 @@ class TrainStep:
 
     def __call__(
         self, images: Tensor, step: int, noise: Noise, log: bool = False, sample_weight: Tensor | None = None
-    ) -> StepRecord:
+    ) -> StepMetrics:
         """Update every parameter by this rank's images [B, C, S, S] of 0-based `step`.
 
         noise: the model's, of the B images (`VAE.draw_noise`).
@@ -156,7 +157,7 @@ class TrainStep:
         if self.recordings.recorder is None:
             return self.update(kind, batch, scale)
         inputs = (scale, *batch.tensors())
-        return StepRecord(*self.recordings(kind, partial(self.update_by_tensors, kind), inputs))
+        return StepMetrics(*self.recordings(kind, partial(self.update_by_tensors, kind), inputs))
 
     def gradient(
         self,
@@ -165,23 +166,23 @@ class TrainStep:
         noise: Noise | None = None,
         log: bool = False,
         sample_weight: Tensor | None = None,
-    ) -> StepRecord:
+    ) -> StepMetrics:
         """Set every parameter's gradient as a step does, and update nothing; noise is drawn if not given."""
         noise = self.model.draw_noise(len(images)) if noise is None else noise
         batch = Batch(images, noise, sample_weight)
         self.losses.set_step(step)
-        record = self.differentiate(self.kind(step, log), batch, self.scale_at(step))
+        metrics = self.differentiate(self.kind(step, log), batch, self.scale_at(step))
         self.add_penalty(self.precision.loss_scale())
-        return record
+        return metrics
 
-    def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepRecord:
+    def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepMetrics:
         """Do `update` as a function of tensors alone, as a recording calls it."""
         return self.update(kind, Batch.of_tensors(*batch), scale)
 
-    def update(self, kind: Kind, batch: Batch, scale: Tensor) -> StepRecord:
+    def update(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
         """Differentiate, clip, let the optimizer step, and project what it did."""
         assert self.optimizer is not None
-        record = self.differentiate(kind, batch, scale)
+        metrics = self.differentiate(kind, batch, scale)
         with record_function("optimizer"):
             self.precision.unscale_gradients(self.optimizer)
             self.add_penalty()
@@ -196,29 +197,31 @@ class TrainStep:
                 self.precision.scaler.step(self.optimizer)
                 self.precision.scaler.update()
         if before is None:
-            return record
+            return metrics
         if self.projection is not None:
             self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
-        return record._replace(step_cosines=self.step_cosines(before)) if kind.log else record
+        return metrics._replace(step_cosines=self.step_cosines(before)) if kind.log else metrics
 
-    def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepRecord:
+    def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
         """Set every parameter's gradient: forward, rows, exchange, Gramian, weights, combine."""
         parts = batch.split(self.accumulate)
         if kind.gradient is Gradient.ROWS:
-            found = self.fill_rows(parts, scale)
-            return self.record(found, *self.aggregate_rows(self.gramian()))
+            results = self.fill_rows(parts, scale)
+            return self.metrics(results, *self.aggregate_rows(self.gramian()))
         if kind.rows:  # once more, for the log alone; what they leave in `.grad` is overwritten below
             with keeping_buffers(self.model):
                 self.fill_rows(parts, scale)
         if kind.gradient is Gradient.SUM:
-            found = [self.write(self.by_sum(self.network, p, scale), k) for k, p in enumerate(parts)]
+            results = [self.write(self.by_sum(self.network, p, scale), k) for k, p in enumerate(parts)]
             weights = torch.ones(self.m, device=self.active.device)
         else:
-            found, weights = self.approximated(kind.gradient, parts, scale), self.weights
+            results, weights = self.approximated(kind.gradient, parts, scale), self.weights
         self.world.sum_(self.flat.grad)
         if not kind.rows:
-            return self.record(found, None if kind.gradient is Gradient.SUM else weights)
-        return self.record(found, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None))
+            return self.metrics(results, None if kind.gradient is Gradient.SUM else weights)
+        return self.metrics(
+            results, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None)
+        )
 
     def add_penalty(self, scale: Tensor | None = None) -> None:
         """Add the gradient of the model's penalty, the same in every process, to `.grad`, times `scale` []."""
@@ -226,14 +229,14 @@ class TrainStep:
             return
         weight, parameters = self.losses.penalty_weight, self.penalised.parameters()
         weight = weight if scale is None else weight * scale
-        found = self.by_penalty(self.model, self.penalised, parameters, weight)
-        write([self.flat.view(self.flat.grad, p) for p in parameters], found, add=True)
+        results = self.by_penalty(self.model, self.penalised, parameters, weight)
+        write([self.flat.view(self.flat.grad, p) for p in parameters], results, add=True)
 
     # What a step does, and by which functions.
 
     @property
     def approximate(self) -> bool:
-        """Whether some step's update does without all rows of the whole batch."""
+        """Return whether the update of some steps is computed without all rows of the whole batch."""
         return self.gramian_every > 1 or self.gramian_batch < 1 or self.gramian_at != "shared"
 
     def kind(self, step: int, log: bool = False) -> Kind:
@@ -288,24 +291,24 @@ class TrainStep:
     def fill_rows(self, parts: Sequence[Batch], scale: Tensor) -> list[Differentiated]:
         """Fill `rows` with those of the whole batch, and the task parameters' gradients; both summed over
         ranks."""
-        found: list[Differentiated] = []
+        results: list[Differentiated] = []
         pending: list[Pending] = []
         for k, part in enumerate(parts):
             last = k == len(parts) - 1
             with record_function("forward and rows"):
                 result = self.by_rows(self.network, part, scale)
-            self.flat.write_own(result.task, add=k > 0)
+            self.flat.write_task(result.task, add=k > 0)
             if last:
-                pending.append(self.world.start_sum(self.flat.own_grad))
+                pending.append(self.world.start_sum(self.flat.task_grad))
             self.rows.resize(result.nonzero)
             for row, views, gradient in zip(self.rows.rows, self.rows.views, result.shared, strict=True):
                 write(views, gradient, add=k > 0)
                 if last:  # at once: the exchange goes on behind the next row's backward
                     pending.append(self.world.start_scatter(row))
-            found.append(self.kept(result))
+            results.append(self.kept(result))
         for exchange in pending:
             exchange.wait()
-        return found
+        return results
 
     def gramian(self) -> Tensor:  # [m, m] float64
         """Return the Gramian of all ranks' rows, each rank contributing its stretch of them."""
@@ -330,8 +333,8 @@ class TrainStep:
             with record_function("projection"):
                 weights = self.aggregator.gramian_weighting(gramian)  # type: ignore[operator]
             with record_function("combine"):
-                mine = self.columns.share(self.flat.shared_grad)
-                ops.combine(self.columns.share(rows), self.rows.pick(weights), out=mine)
+                mine = self.columns.stretch(self.flat.shared_grad)
+                ops.combine(self.columns.stretch(rows), self.rows.pick(weights), out=mine)
                 self.columns.gather(self.flat.shared_grad)
             self.weights.copy_(torch.where(weights.isfinite().all(), weights, self.weights))
             return weights, *cosines_with_update(gramian, weights, rows, None)
@@ -385,14 +388,14 @@ class TrainStep:
         """
         if self.last:
             return self.weigh_parameter_rows(*rows)
-        found = [ops.gramian(part) for part in rows]
-        return self.weigh(self.world.sum_(found[0] if len(found) == 1 else torch.stack(found).sum(0)))
+        gramians = [ops.gramian(part) for part in rows]
+        return self.weigh(self.world.sum_(gramians[0] if len(gramians) == 1 else torch.stack(gramians).sum(0)))
 
-    # From gradients to `.grad` and the record.
+    # From gradients to `.grad` and the metrics.
 
     def write(self, result: Differentiated, k: int) -> Differentiated:
         """Write one backward's gradients into `.grad`, added to those of the k parts before."""
-        self.flat.write_own(result.task, add=k > 0)
+        self.flat.write_task(result.task, add=k > 0)
         (row,) = result.shared
         self.flat.write_shared(row, add=k > 0)
         return self.kept(result)
@@ -406,19 +409,19 @@ class TrainStep:
             return Differentiated(result.losses, result.usage, result.rates)
         return Differentiated(result.losses.clone(), result.usage.clone(), result.rates.clone())
 
-    def record(
+    def metrics(
         self,
-        found: Sequence[Differentiated],
+        results: Sequence[Differentiated],
         weights: Tensor | None,
         cosines: Tensor | None = None,
         norms: Tensor | None = None,
-    ) -> StepRecord:
+    ) -> StepMetrics:
         """Put what a step computed in the order of all objectives."""
-        losses = found[0].losses if len(found) == 1 else torch.stack([f.losses for f in found]).mean(0)
-        usage = found[0].usage if len(found) == 1 else torch.stack([f.usage for f in found]).sum(0)
-        rates = found[0].rates if len(found) == 1 else torch.stack([f.rates for f in found]).mean(0)
+        losses = results[0].losses if len(results) == 1 else torch.stack([r.losses for r in results]).mean(0)
+        usage = results[0].usage if len(results) == 1 else torch.stack([r.usage for r in results]).sum(0)
+        rates = results[0].rates if len(results) == 1 else torch.stack([f.rates for f in results]).mean(0)
         weights, cosines, norms = (self.of_all(values) for values in (weights, cosines, norms))
-        return StepRecord(losses, weights, cosines, norms, self.unknown, usage, rates)
+        return StepMetrics(losses, weights, cosines, norms, self.unknown, usage, rates)
 
     def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
         """Return the cosine of the applied change of the shared parameters with each row."""

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, what they exchange, and how they stop together.
+"""Describe the processes of a run: their number and rank, their exchanges, and how they stop together.
 
 Started by torchrun, every rank computes its slice of the global batch; Jacobian rows are summed over ranks,
 never local Gramians, so that every rank applies the update of the union of the batches.
@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 @dataclass
 class World:
-    """`size` processes, of which this is number `rank`; of one process all exchanges do nothing."""
+    """Exchange tensors among `size` processes, of which this is number `rank`; with one process every
+    exchange does nothing."""
 
     rank: int = 0
     size: int = 1
@@ -31,7 +32,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and the terminal."""
+        """Return whether this process writes files and the terminal."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class World:
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Pending:
-        """`sum_` that goes on while the caller computes."""
+        """Start a `sum_` that goes on while the caller computes."""
         return Pending(dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
 
     def start_scatter(self, row: Tensor) -> Pending:
@@ -63,7 +64,7 @@ class World:
             dist.all_gather_into_tensor(flat, mine.clone() if dist.get_backend() == "gloo" else mine)
 
     def shard(self, flat: Tensor) -> Tensor:
-        """This rank's stretch of flat [..., P]."""
+        """Return the columns of flat [..., P] that belong to this rank."""
         width = flat.shape[-1] // self.size
         return flat[..., self.rank * width : (self.rank + 1) * width]
 
@@ -80,8 +81,8 @@ class World:
             dist.broadcast(tensor, 0)
         return tensor
 
-    def share(self, value: object) -> object:
-        """Rank 0's Python value on every rank."""
+    def broadcast(self, value: object) -> object:
+        """Return rank 0's Python value on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -97,7 +98,7 @@ class World:
         return bool(flag)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What work() returns on rank 0, on every rank; or its error: none waits for one that gave up."""
+        """Run `work` on rank 0 and return its result, or raise its error, on every rank."""
         if self.size == 1:
             return work()
         answer: object = None
@@ -106,13 +107,14 @@ class World:
                 answer = work()
             except (OSError, ValueError) as error:
                 answer = error
-        answer = self.share(answer)
+        answer = self.broadcast(answer)
         if isinstance(answer, Exception):
             raise answer
         return answer  # type: ignore[return-value]
 
     def agree(self, signum: int) -> int:
-        """The largest signal number that any rank passed to the previous call: the same answer on all ranks.
+        """Return the largest signal number that any rank passed to the previous call: the same answer
+        on all ranks.
 
         One step late, so that the exchange runs behind the step and nobody waits for it.
         """
@@ -138,7 +140,7 @@ class World:
 
 
 class Pending:
-    """An exchange under way, of memory that the caller keeps contiguous."""
+    """Wait for an exchange of memory that the caller keeps contiguous."""
 
     def __init__(self, work: dist.Work | None) -> None:
         self.work = work

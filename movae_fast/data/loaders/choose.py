@@ -11,7 +11,7 @@ from movae_fast.data.loaders import dali
 from movae_fast.data.loaders.loader import Loader, LoaderOptions
 from movae_fast.data.loaders.resident import ResidentLoader, set_bytes
 from movae_fast.data.loaders.torch_workers import TorchLoader
-from movae_fast.data.memory import RESIDENT_SHARE, free_memory
+from movae_fast.data.memory import RESIDENT_FRACTION, free_memory
 from movae_fast.data.sources import ImageFiles, ImageSource
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ LOADERS: dict[str, type[Loader]] = {
 
 
 def choose_loader(
-    name: str, source: ImageSource, device: torch.device, share: float = RESIDENT_SHARE
+    name: str, source: ImageSource, device: torch.device, fraction: float = RESIDENT_FRACTION
 ) -> tuple[str, str]:
     """Return a loader's name, which is `name` itself unless that is `auto`, and the reason for a choice.
 
     `auto` means resident where images lie in memory (or are mapped, or rendered) or their decoded set takes at
-    most `share` of the device's free memory; for larger sets dali if it is installed, else torch.
+    most `fraction` of the device's free memory; for larger sets dali if it is installed, else torch.
     """
     if name != "auto":
         return name, ""
@@ -38,10 +38,10 @@ def choose_loader(
         return "resident", ""
     need, free = set_bytes(source), free_memory(device)
     size = f"{need / 1e9:.2g} GB of images, {free / 1e9:.2g} GB free"
-    if need <= share * free:
+    if need <= fraction * free:
         return "resident", f"chosen for {size}"
     kind = "dali" if dali.available() else "torch"
-    return kind, f"chosen for {size}; resident takes at most {share:.0%}"
+    return kind, f"chosen for {size}; resident takes at most {fraction:.0%}"
 
 
 def make_loader(

@@ -106,7 +106,7 @@ class Loader:
         """Return the number of images per step, over all processes."""
         return self.batching.global_batch
 
-    def share_of(self, batch: int) -> Tensor | None:  # [B] float32
+    def sample_weight_of(self, batch: int) -> Tensor | None:  # [B] float32
         """Return the weight of each image of an epoch's batch, 1 on average over all processes' images.
 
         None where all images have weight 1; else images that fill up the last batch have weight 0.

@@ -1,6 +1,5 @@
-"""Disentanglement metrics: pure functions of latents [N, D] and factors [N, F], with the constants of the
-published study (Locatello et al. 2019): 20 bins, 10,000 codes to fit and 5,000 to test, batches of 64 votes.
-"""
+"""Measure disentanglement by pure functions of latents [N, D] and factors [N, F], with the constants of the
+published study (Locatello et al. 2019): 20 bins, 10,000 codes to fit and 5,000 to test, batches of 64 votes."""
 
 from __future__ import annotations
 
@@ -68,7 +67,8 @@ __all__ = [
 
 @dataclass
 class Codes:
-    """Posteriors of images whose factors are known; the first `n_train` are to fit with, the rest to test."""
+    """Hold posteriors of images whose factors are known; the first `n_train` are to fit with, the rest to
+    test."""
 
     mu: Tensor  # [N, D]
     logvar: Tensor  # [N, D]
@@ -78,7 +78,7 @@ class Codes:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Means and factors to fit with, means and factors to test with."""
+        """Return means and factors to fit with, then means and factors to test with."""
         mu, factors = self.mu.double().cpu().numpy(), self.factors.cpu().numpy()
         return mu[: self.n_train], factors[: self.n_train], mu[self.n_train :], factors[self.n_train :]
 
@@ -101,7 +101,7 @@ def _dci(codes: Codes) -> dict[str, float]:
     return {f"dci_{name}": value for name, value in list(scores._asdict().items())[:3]}
 
 
-# Name on the command line -> the figures by name.
+# Name on the command line -> the metrics by name.
 METRICS: dict[str, Callable[[Codes], dict[str, float]]] = {
     "mig": lambda c: {"mig": mig(c.histogram)},
     "mig_sup": lambda c: {"mig_sup": mig_sup(c.histogram, c.active)},

@@ -1,4 +1,4 @@
-"""Metrics over the table of mutual information I(z_j; v_k) [D, F]: pure functions of `Information`."""
+"""Compute metrics of the table of mutual information I(z_j; v_k) [D, F]: pure functions of `Information`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ ACTIVE_STD = 0.05  # a latent whose means vary less than this over the data is n
 
 
 def active_latents(latents: np.ndarray, threshold: float = ACTIVE_STD) -> np.ndarray:
-    """Which latents [N, D] vary: standard deviation over the data at least `threshold`; bool [D]."""
+    """Return which latents [N, D] vary: standard deviation over the data at least `threshold`; bool [D]."""
     return np.asarray(latents, np.float64).std(0) >= threshold
 
 
 def mig(information: Information) -> float:
-    """Mutual information gap (Chen et al. 2018): mean over factors of (I_first - I_second) / H(v).
+    """Compute the mutual information gap (Chen et al. 2018): mean over factors of (I_first - I_second) /
+    H(v).
 
     A factor that has one value only says nothing and is left out; a single latent has a second of zero.
     """
@@ -31,20 +32,21 @@ def mig(information: Information) -> float:
 
 
 def mig_sup(information: Information, active: np.ndarray | None = None) -> float:
-    """MIG-sup (Li et al. 2020): for each active latent the gap along factors of I / H(v), averaged.
+    """Compute MIG-sup (Li et al. 2020): for each active latent the gap along factors of I / H(v), averaged.
 
     MIG asks that a factor be in one latent; this, that a latent hold one factor. `active` [D] bool; None is
     all of them.
     """
     there = information.factor_entropy > 0
-    shares = information.mutual[:, there] / information.factor_entropy[there]
-    gaps = _gaps(shares) if there.any() else np.zeros(len(shares))
+    fractions = information.mutual[:, there] / information.factor_entropy[there]
+    gaps = _gaps(fractions) if there.any() else np.zeros(len(fractions))
     active = np.ones(len(gaps), bool) if active is None else active
     return float(gaps[active].mean()) if active.any() else 0.0
 
 
 def modularity(information: Information) -> float:
-    """Modularity (Ridgeway and Mozer 2018): 1 - sum_{k != best} I^2 / (I_best^2 (F - 1)), mean over latents.
+    """Compute the modularity (Ridgeway and Mozer 2018): 1 - sum_{k != best} I^2 / (I_best^2 (F - 1)), mean
+    over latents.
 
     A latent that knows nothing counts 0.
     """
@@ -55,7 +57,7 @@ def modularity(information: Information) -> float:
 
 
 def jemmig(latents: np.ndarray, factors: np.ndarray, information: Information, bins: int = BINS) -> float:
-    """JEMMIG (Do and Tran 2020), in [0, 1] and better when higher; histogram estimator.
+    """Compute JEMMIG (Do and Tran 2020) by histograms, in [0, 1] and better when higher.
 
     1 - [H(z*, v) - I(z*; v) + I(second; v)] / [H(v) + log bins], mean over factors, z* the best latent of v.
     """
@@ -72,7 +74,8 @@ def jemmig(latents: np.ndarray, factors: np.ndarray, information: Information, b
 
 
 def _gaps(table: np.ndarray) -> np.ndarray:
-    """Largest minus second largest of each row [R, C]; the second of a single column is zero."""
+    """Return the largest minus the second largest of each row [R, C]; the second of a single column is
+    zero."""
     ordered = np.sort(table, axis=1)
     return ordered[:, -1] - (ordered[:, -2] if table.shape[1] > 1 else 0.0)
 

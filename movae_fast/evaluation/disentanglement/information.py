@@ -1,4 +1,4 @@
-"""Entropies and mutual information, in nats, between latents and factors.
+"""Compute entropies and mutual information, in nats, between latents and factors.
 
 Two estimators, which give different numbers and are therefore named wherever a number is: `histogram` counts
 latents in equal-width bins (Locatello et al. 2019), `sampled` takes the latents' conditional distribution
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BINS = 20  # equal-width bins a latent, as in the published study
+BINS = 20  # equal-width bins per latent, as in the published study
 
 
 class Information(NamedTuple):
-    """What the gap metrics need of latents and factors, in nats."""
+    """Hold the entropies and mutual information of latents and factors, in nats, for the gap metrics."""
 
     mutual: np.ndarray  # [D, F] I(z_j; v_k)
     factor_entropy: np.ndarray  # [F] H(v_k)
@@ -26,14 +26,14 @@ class Information(NamedTuple):
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution proportional to `counts` (any shape)."""
+    """Return the entropy in nats of the distribution proportional to `counts` (any shape)."""
     p = np.asarray(counts, np.float64).ravel()
     p = p[p > 0] / p.sum()
     return float(-(p * np.log(p)).sum())
 
 
 def mutual_information(joint: np.ndarray) -> float:
-    """I(row; column) in nats of a table of counts or probabilities [A, B]."""
+    """Return I(row; column) in nats of a table of counts or probabilities [A, B]."""
     p = np.asarray(joint, np.float64)
     p = p / p.sum()
     independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
@@ -42,7 +42,8 @@ def mutual_information(joint: np.ndarray) -> float:
 
 
 def discretise(latents: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Latents [N, D] to bin numbers [N, D]: each latent's range in `bins` equal parts; a constant is in one."""
+    """Convert latents [N, D] to bin numbers [N, D]: each latent's range in `bins` equal parts; a constant
+    latent is in one bin."""
     latents = np.asarray(latents, np.float64)
     low, high = latents.min(0), latents.max(0)
     width = np.where(high > low, high - low, 1.0)
@@ -50,7 +51,7 @@ def discretise(latents: np.ndarray, bins: int = BINS) -> np.ndarray:
 
 
 def joint_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How often each pair of values occurs in two columns [N] of integers."""
+    """Count how often each pair of values occurs in two columns [N] of integers."""
     _, a = np.unique(a, return_inverse=True)
     _, b = np.unique(b, return_inverse=True)
     width = int(b.max()) + 1
@@ -70,7 +71,8 @@ def check_codes(latents: np.ndarray, factors: np.ndarray) -> None:
 
 
 def histogram_information(latents: np.ndarray, factors: np.ndarray, bins: int = BINS) -> Information:
-    """I(z_j; v_k) from counts, the latents [N, D] in `bins` equal-width bins each; factors [N, F] integers."""
+    """Compute I(z_j; v_k) from counts, the latents [N, D] in `bins` bins of equal width each; factors [N,
+    F] integers."""
     check_codes(latents, factors)
     binned = discretise(latents, bins)
     mutual = [[mutual_information(joint_counts(z, v)) for v in factors.T] for z in binned.T]
@@ -90,7 +92,8 @@ def sampled_information(
     draws: int = 2000,
     seed: int = 0,
 ) -> Information:
-    """I(z_j; v_k) of the aggregate posterior, by Monte Carlo (Chen et al. 2018, appendix C), in float64.
+    """Estimate I(z_j; v_k) of the aggregate posterior by Monte Carlo (Chen et al. 2018, appendix C), in
+    float64.
 
     z is drawn from q(z|x) for `draws` of the N images; log q(z_j) and log q(z_j|v_k) are log means of the N
     posterior densities, over all images and over those that share the draw's factor value. No N x N x D buffer.

@@ -1,4 +1,4 @@
-"""Metrics that ask how well, and from which latents, scikit-learn's estimators predict the factors."""
+"""Measure how well, and from which latents, scikit-learn's estimators predict the factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from movae_fast.evaluation.disentanglement.information import check_codes
 
 
 class DCI(NamedTuple):
-    """Disentanglement, completeness and informativeness (Eastwood and Williams 2018)."""
+    """Hold disentanglement, completeness and informativeness (Eastwood and Williams 2018)."""
 
     disentanglement: float
     completeness: float
@@ -20,12 +20,14 @@ class DCI(NamedTuple):
 
 
 def disentanglement(importance: np.ndarray) -> float:
-    """Importance [D, F] to 1 - H(row) in base F, averaged over latents by their share of importance."""
+    """Return 1 - H(row) in base F of the importance [D, F], averaged over latents weighted by their part of
+    the total importance."""
     return _one_sidedness(np.asarray(importance, np.float64))
 
 
 def completeness(importance: np.ndarray) -> float:
-    """Importance [D, F] to 1 - H(column) in base D, averaged over factors by their share of importance."""
+    """Return 1 - H(column) in base D of the importance [D, F], averaged over factors weighted by their part
+    of the total importance."""
     return _one_sidedness(np.asarray(importance, np.float64).T)
 
 
@@ -46,7 +48,7 @@ def dci(
     test_factors: np.ndarray,  # [M, F]
     seed: int = 0,
 ) -> DCI:
-    """DCI with gradient boosted trees of scikit-learn's defaults, as in the published study."""
+    """Compute DCI with gradient boosted trees of scikit-learn's defaults, as in the published study."""
     from sklearn.ensemble import GradientBoostingClassifier
 
     check_codes(latents, factors)
@@ -88,7 +90,8 @@ def sap_table(
 def sap(
     latents: np.ndarray, factors: np.ndarray, test_latents: np.ndarray, test_factors: np.ndarray, seed: int = 0
 ) -> float:
-    """Separated attribute predictability (Kumar et al. 2018), discrete: mean gap of the two best latents."""
+    """Compute the separated attribute predictability (Kumar et al. 2018), discrete: mean gap of the two
+    best latents."""
     ordered = np.sort(sap_table(latents, factors, test_latents, test_factors, seed), axis=0)
     second = ordered[-2] if len(ordered) > 1 else 0.0
     return float((ordered[-1] - second).mean())

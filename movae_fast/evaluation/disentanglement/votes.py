@@ -1,4 +1,4 @@
-"""The FactorVAE score: which latent varies least while one factor is held."""
+"""Compute the FactorVAE score from the latent that varies least while one factor is held."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def factor_vae_score(
     batch: int = VOTE_BATCH,
     prune: float = ACTIVE_STD,
 ) -> float:
-    """Accuracy of the majority vote (Kim and Mnih 2018) over images drawn, with replacement, from the N given.
+    """Compute the accuracy of the majority vote (Kim and Mnih 2018) over images drawn, with replacement,
+    from the N given.
 
     A vote: fix a random factor at the value of a random image, take `batch` images with that value, and name
     the active latent whose variance among them is smallest relative to its variance over all. 0 if no latent
@@ -46,7 +47,7 @@ def factor_vae_score(
 
 
 def _by_value(column: np.ndarray) -> dict[int, np.ndarray]:
-    """Value -> the rows that have it."""
+    """Return the rows that have each value."""
     order = np.argsort(column, kind="stable")
     values, starts = np.unique(column[order], return_index=True)
     return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))

@@ -115,7 +115,7 @@ class NVAE(VAE):
     def default_penalty(cls, options: Mapping[str, Any]) -> float:
         return layout_of(options).norm_penalty
 
-    def own_parameters(self) -> dict[str, list[nn.Parameter]]:
+    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         return {}
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
@@ -175,13 +175,13 @@ class NVAE(VAE):
     def parts(self, kind: str) -> list[Part]:
         """Return where in latents [N, D] each "scale" or "group" is, the smallest resolution first."""
         counts = list(self.groups) if kind == "scale" else [1] * sum(self.layout.groups)
-        sizes, found, at, group = self.group_sizes, [], 0, 0
+        sizes, parts, at, group = self.group_sizes, [], 0, 0
         for number, count in enumerate(counts, 1):
             stop = at + sum(sizes[group : group + count])
             side = self.map_shapes[group][1]
-            found.append(Part(f"{kind} {number} ({side}x{side})", slice(at, stop)))
+            parts.append(Part(f"{kind} {number} ({side}x{side})", slice(at, stop)))
             at, group = stop, group + count
-        return found
+        return parts
 
     def balance(self) -> list[float]:
         """Return alpha of each group: 4^k over the groups of its scale k, as multiples of the least.

@@ -23,10 +23,10 @@ class Penalised(NamedTuple):
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters that the norms depend on."""
-        found: list[Tensor] = [p for group in self.scales for p in group]
+        parameters: list[Tensor] = [p for group in self.scales for p in group]
         for conv in (conv for group in self.convs for conv in group):
-            found += [conv.weight, conv.log_norm] if isinstance(conv, NormedConv2d) else [conv.weight]
-        return found
+            parameters += [conv.weight, conv.log_norm] if isinstance(conv, NormedConv2d) else [conv.weight]
+        return parameters
 
 
 def penalised_layers(model: nn.Module) -> Penalised:
@@ -81,12 +81,12 @@ class SingularVectors(nn.Module):
 
     def norms(self, penalised: Penalised, steps: int = STEPS) -> list[Tensor]:  # a [n] per shape
         """Return u W v of every convolution after some more iterations, differentiable in the weights."""
-        found = []
+        norms = []
         for i, group in enumerate(penalised.convs):
             weights = matrices(group)
             left, right = self.iterate(i, weights.detach(), steps)
-            found.append(torch.einsum("no,nor,nr->n", left, weights, right))
-        return found
+            norms.append(torch.einsum("no,nor,nr->n", left, weights, right))
+        return norms
 
 
 def scale_norms(penalised: Penalised) -> list[Tensor]:  # a [n] per width

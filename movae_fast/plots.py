@@ -1,7 +1,6 @@
-"""Pictures of what a model does: grids, strips, GIFs, curves.
+"""Plot metrics: losses and cosines over steps, curves over beta, scores of an evaluation, sweeps.
 
-Images come in as [N, C, H, W] in [0, 1]. A picture is written to a temporary file and renamed, so that one that
-exists is whole.
+Each file is written under a temporary name and renamed, so a file that exists is complete.
 """
 
 from __future__ import annotations
@@ -13,107 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from movae_fast.files import replacing
 
-PAD = 2  # pixels between images
-LABEL = 13  # height of a label
-LEAST_SIDE = 64  # small images are enlarged to about this side, by whole factors
-
-
-def to_pixels(images: Tensor, scale: int | None = None) -> np.ndarray:
-    """[N, C, H, W] in [0, 1] to uint8 [N, h, w, 3]; small images are enlarged by a whole factor."""
-    images = images.detach().float().cpu().clamp(0, 1)
-    if images.shape[1] == 1:
-        images = images.expand(-1, 3, -1, -1)
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    factor = scale or max(1, LEAST_SIDE // pixels.shape[1])
-    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
-    """[N, C, H, W] to one picture uint8 [h, w, 3], row by row, nearly square unless `columns` is given."""
-    pixels = to_pixels(images, scale)
-    n, height, width, _ = pixels.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    picture = np.full((rows * (height + PAD) + PAD, columns * (width + PAD) + PAD, 3), 255, np.uint8)
-    for i in range(n):
-        top, left = PAD + i // columns * (height + PAD), PAD + i % columns * (width + PAD)
-        picture[top : top + height, left : left + width] = pixels[i]
-    return picture
-
-
-def labelled_grid(images: Tensor, labels: Sequence[str], columns: int) -> np.ndarray:
-    """[N, C, H, W] to one picture uint8 [h, w, 3], row by row, each image under its label."""
-    pixels = to_pixels(images)
-    _, height, width, _ = pixels.shape
-    rows = math.ceil(len(pixels) / columns)
-    step = (height + LABEL + PAD, width + PAD)
-    canvas = Image.new("RGB", (columns * step[1] + PAD, rows * step[0] + PAD), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        top, left = PAD + i // columns * step[0], PAD + i % columns * step[1]
-        pen.text((left, top), label, fill="black")
-        canvas.paste(Image.fromarray(image), (left, top + LABEL))
-    return np.asarray(canvas)
-
-
-def captioned(picture: np.ndarray, text: str) -> np.ndarray:
-    """A picture uint8 [h, w, 3] with a line of text above it."""
-    height, width, _ = picture.shape
-    canvas = Image.new("RGB", (width, height + LABEL), "white")
-    ImageDraw.Draw(canvas).text((PAD, 1), text, fill="black")
-    canvas.paste(Image.fromarray(picture), (0, LABEL))
-    return np.asarray(canvas)
-
-
-def write_png(path: Path, picture: np.ndarray) -> Path:
-    """Write a picture uint8 [h, w, 3] as PNG."""
-    return _write(path, iio.imwrite("<bytes>", picture, extension=".png"))
-
-
-def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1) -> Path:
-    """Write pictures uint8 [h, w, 3] as a GIF that loops for ever, `seconds` a frame."""
-    data = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=int(seconds * 1000), loop=0)
-    return _write(path, data)
-
-
-def _write(path: Path, data: Any) -> Path:
-    with replacing(path) as file:
-        file.write(data)
-    return path
-
-
-def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> np.ndarray:
-    """Rows of originals, each with the row of their reconstructions right below it."""
-    rows = []
-    for at in range(0, len(originals), columns):
-        rows += [originals[at : at + columns], reconstructions[at : at + columns]]
-        for k in (-2, -1):  # fill the last row with white
-            lack = min(columns, len(originals)) - len(rows[k])
-            rows[k] = torch.cat([rows[k], torch.ones_like(rows[k][:1]).expand(lack, -1, -1, -1)])
-    return grid(torch.cat(rows), min(columns, len(originals)))
-
-
-def back_and_forth(frames: list[Any]) -> list[Any]:
-    """Frames so that a loop does not jump: there and back again."""
-    return frames + frames[-2:0:-1]
-
 
 def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
-    """One panel per objective, training and test values over steps; then the objectives' cosines with the
-    update, and the share of measured steps in conflict."""
+    """Plot training and test values over steps, one panel per objective; then the objectives' cosines with
+    the update, and the fraction of measured steps in conflict."""
     plt = pyplot()
     has_cosines = any(f"train/cos_{n}" in line for line in lines for n in names)
-    shares = {"train/conflict": "gradient", "train/step_conflict": "applied step"}
-    shares = {key: label for key, label in shares.items() if any(key in line for line in lines)}
-    panels = len(names) + has_cosines + bool(shares)
+    fractions = {"train/conflict": "gradient", "train/step_conflict": "applied step"}
+    fractions = {key: label for key, label in fractions.items() if any(key in line for line in lines)}
+    panels = len(names) + has_cosines + bool(fractions)
     figure, axes = plt.subplots(1, panels, figsize=(3.6 * panels, 3), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], names, strict=False):
         for split, style in (("train", "-"), ("test", "o-")):
@@ -132,18 +45,18 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set(title="cosine of update with gradient", xlabel="step", ylim=(-1.05, 1.05))
         axis.legend(frameon=False)
-    if shares:
+    if fractions:
         axis = axes[0][-1]
-        for key, label in shares.items():
+        for key, label in fractions.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
-        axis.set(title="share of steps in conflict", xlabel="step", ylim=(-0.05, 1.05))
+        axis.set(title="fraction of steps in conflict", xlabel="step", ylim=(-0.05, 1.05))
         axis.legend(frameon=False)
     return _save(figure, path)
 
 
 def ladder_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
-    """The KL of each rung over training, and below it alpha, with a line where a stage begins."""
+    """Plot the KL of each rung over training, and below it alpha, with a line where a stage begins."""
     plt = pyplot()
     figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
@@ -165,7 +78,7 @@ def ladder_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequenc
 
 
 def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
-    """Posterior means [N, 2] coloured by label [N]."""
+    """Plot posterior means [N, 2] coloured by label [N]."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
     points, classes = means.cpu().numpy(), labels.cpu().numpy()
@@ -181,14 +94,14 @@ def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
     return _save(figure, path)
 
 
-def evaluation_figure(
+def evaluation_plot(
     path: Path,
     rates: Sequence[float] | None,  # [D] nats
-    mutual: np.ndarray | None,  # [D, F] share of each factor's entropy
+    mutual: np.ndarray | None,  # [D, F] fraction of each factor's entropy
     factors: Sequence[str],
     rates_of: str = "latent",
 ) -> Path:
-    """Each latent's rate, and what share of each factor's entropy each latent holds, as a heat map.
+    """Plot each latent's rate, and as a heat map which fraction of each factor's entropy each latent holds.
 
     rates_of: what the rates are of, where that is no latent.
     """
@@ -214,8 +127,9 @@ def evaluation_figure(
     return _save(figure, path)
 
 
-def sweep_figure(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Each objective over the trials and against each parameter; the best trials (or Pareto front) in red."""
+def sweep_plot(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Plot each objective over the trials and against each parameter, with the best trials (or Pareto
+    front) in red."""
     plt = pyplot()
     parameters = list(dict.fromkeys(p for row in rows for p in row["params"]))
     pairs = len(names) == 2
@@ -241,7 +155,7 @@ def sweep_figure(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, A
 
 @dataclass
 class Series:
-    """One run of a rate-distortion figure: a curve, or a plain run's one point."""
+    """Hold one run of a rate-distortion plot: a curve, or a plain run's one point."""
 
     label: str
     curve: bool
@@ -249,8 +163,9 @@ class Series:
     beside: list[dict[str, float]]  # oracle_rate, oracle_distortion at the same betas, where there is an oracle
 
 
-def curve_figure(path: Path, series: Sequence[Series]) -> Path:
-    """Distortion over rate; over beta, D + R, active units and MIG where it is. A colour a label."""
+def curve_plot(path: Path, series: Sequence[Series]) -> Path:
+    """Plot distortion over rate; over beta, D + R, active units and, where it was measured, MIG. Each label
+    has a colour."""
     plt = pyplot()
     has_mig = any("mig" in p for s in series for p in s.points)
     panels = [("total", "D + R (nats)"), ("active_units", "active units"), *[("mig", "MIG")] * has_mig]
@@ -295,12 +210,13 @@ def mark_betas(axis: Any, points: Sequence[Mapping[str, float]], every: int = 4)
         )
 
 
-def response_figure(
+def response_plot(
     path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24, panels: int = 40
 ) -> Path:
-    """Gate values over beta, a panel per gated layer ([N, C] each).
+    """Plot gate values over beta, one panel per gated layer ([N, C] each); of a wide layer only some
+    channels, evenly spaced.
 
-    Of deep networks it shows every so many layers, of wide layers every so many channels.
+    Of a deep network it shows only some layers, of a wide layer only some channels, evenly spaced.
     """
     plt = pyplot()
     chosen = torch.linspace(0, len(layers) - 1, min(panels, len(layers))).round().long().tolist()
@@ -324,7 +240,7 @@ def response_figure(
 
 
 def pyplot() -> Any:
-    """matplotlib without a screen."""
+    """Return matplotlib's pyplot, set to draw without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
