@@ -7,6 +7,10 @@ from typing import Literal
 Activation = Literal["tanh", "sigmoid", "none"]
 BetaPer = Literal["example", "batch"]
 LadderNet = Literal["authors", "port"]
+LatentKind = Literal["vector", "codebook", "hierarchy"]
+KLRows = Literal["scale", "group", "total"]
+PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]
+Gate = Literal["sqrt", "sigmoid"]
 # Data.
 Binarization = Literal["none", "threshold", "static", "dynamic"]
 # Objectives and their gradients.

@@ -99,8 +99,12 @@ def evaluation_plot(
     rates: Sequence[float] | None,  # [D] nats
     mutual: np.ndarray | None,  # [D, F] fraction of each factor's entropy
     factors: Sequence[str],
+    rates_of: str = "latent",
 ) -> Path:
-    """Plot each latent's rate, and as a heat map which fraction of each factor's entropy each latent holds."""
+    """Plot each latent's rate, and as a heat map which fraction of each factor's entropy each latent holds.
+
+    rates_of: what the rates are of, where that is no latent.
+    """
     plt = pyplot()
     panels = (rates is not None) + (mutual is not None)
     count = len(rates) if rates is not None else len(mutual) if mutual is not None else 0
@@ -109,7 +113,7 @@ def evaluation_plot(
     if rates is not None:
         axis = axes[0][0]
         axis.barh(range(count), rates)
-        axis.set(title="rate of each latent (nats)", ylabel="latent", ylim=(count - 0.5, -0.5))
+        axis.set(title=f"rate of each {rates_of} (nats)", ylabel=rates_of, ylim=(count - 0.5, -0.5))
     if mutual is not None:
         axis = axes[0][-1]
         picture = axis.imshow(mutual, aspect="auto", vmin=0, vmax=1, cmap="viridis")
@@ -206,10 +210,17 @@ def mark_betas(axis: Any, points: Sequence[Mapping[str, float]], every: int = 4)
         )
 
 
-def response_plot(path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24) -> Path:
+def response_plot(
+    path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24, panels: int = 40
+) -> Path:
     """Plot gate values over beta, one panel per gated layer ([N, C] each); of a wide layer only some
-    channels, evenly spaced."""
+    channels, evenly spaced.
+
+    Of a deep network it shows only some layers, of a wide layer only some channels, evenly spaced.
+    """
     plt = pyplot()
+    chosen = torch.linspace(0, len(layers) - 1, min(panels, len(layers))).round().long().tolist()
+    layers = {name: layers[name] for name in (list(layers)[i] for i in chosen)}
     columns = min(4, len(layers))
     rows = math.ceil(len(layers) / columns)
     figure, axes = plt.subplots(

@@ -89,6 +89,37 @@ def annealing_by_epoch(kind: Literal["monotonic", "cyclic"], steps: int, steps_p
 
 
 @dataclass(frozen=True)
+class Warmup:
+    """Return the factor on the KL's weight that rises linearly from `least` to 1, once (Vahdat & Kautz
+    2020)."""
+
+    constant: float  # steps before it rises
+    rising: float  # steps in which it would rise from 0
+    least: float = 1e-4
+
+    def __call__(self, step: int) -> float:
+        return max(min((step - self.constant) / self.rising, 1.0), self.least)
+
+    def lasts(self, step: int) -> bool:
+        """Return whether the factor is below 1 at 0-based `step`."""
+        return self(step) < 1
+
+
+@dataclass(frozen=True)
+class LogLinear:
+    """Return a weight that goes from `first` to `last` on a logarithmic scale, as a factor goes from 0 to
+    1."""
+
+    first: float
+    last: float
+    factor: Factor
+
+    def __call__(self, step: int) -> float:
+        c = self.factor(step)
+        return math.exp((1 - c) * math.log(self.first) + c * math.log(self.last))
+
+
+@dataclass(frozen=True)
 class Capacity:
     """Return the KL's capacity in nats (Burgess et al. 2018), which grows linearly from 0 to `most` in
     `steps` steps."""
@@ -107,6 +138,8 @@ class LossSchedule:
     anneal_steps: int = 0  # steps in which the weight of the dimension-wise KL rises to its full size
     kl_factor: Factor | None = None  # on the KL's weight; None is always 1
     capacity: Capacity | None = None  # towards which each KL is pulled, instead of towards 0
+    balanced: Callable[[int], bool] | None = None  # whether a hierarchy's KLs are balanced; None is never
+    penalty: Factor | None = None  # the weight of the model's penalty; None is no penalty
 
     def dwkl_factor(self, step: int) -> float:
         """Return what the weight of the dimension-wise KL is multiplied by: from 1 / anneal_steps to 1."""

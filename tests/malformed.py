@@ -17,8 +17,9 @@ from pathlib import Path
 
 from movae_fast.cli import main, parsing
 from movae_fast.models import MODELS, model_options
-from movae_fast.training.config import SECTIONS
+from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.limits import BOUNDS, FREE
+from movae_fast.training.run_folder import check_places
 
 KINDS = parsing.flag_types(list(SECTIONS.values()))
 HUGE = "9" * 30
@@ -29,6 +30,8 @@ WITH = {
     **{name: ["--agg", "upgrad"] for name in ("pref_weights", "gramian_every", "gramian_batch", "gramian_at")},
     **{name: ["--agg", "upgrad"] for name in ("upgrad_norm_eps", "upgrad_reg_eps", "upgrad_regularizer")},
     "beta_per": ["--multirate"],
+    **{name: ["--arch", "nvae"] for name in ("norm_penalty", "norm_penalty_init", "kl_balance", "kl_least")},
+    "kl_constant": ["--arch", "nvae"],
 }
 # Whose negative value means something, or is refused in another flag's name.
 SIGNED = {"mmd_alpha", "mmd_lambda", "gate_bias", "gate_slope", "beta", "traverse_dim"}
@@ -183,6 +186,9 @@ TRAIN = [
     ("--hidden_dim", "--dataset sprites --arch provlae --hidden_dim 100000000"),
     ("--fc_dim", "--dataset sprites --arch provlae --fc_dim 1000000000"),
     ("--num_ladders", "--dataset sprites --arch provlae --num_ladders 9"),
+    ("--channels", "--dataset sprites --arch nvae --channels 99998"),
+    ("--jacobian", "--dataset sprites --arch nvae --jacobian shared"),
+    ("--kl_balance", "--dataset sprites --arch nvae --agg upgrad --kl_balance true"),
     ("--max_filters", "--dataset sprites --arch torch_vae --max_filters 1000000000"),
     ("--max_filters", "--dataset sprites --arch torch_vae --max_filters 2"),
     ("dim_mults", "--dataset sprites --arch cnn_vae --dim_mults 1 2 4 8 16 32"),
@@ -592,6 +598,9 @@ class Accepted(BaseException):
 
 
 def stopped(*args, **kwargs):
+    for config in args:
+        if isinstance(config, TrainConfig):
+            check_places(config, take=False)  # what a run asks of its places before anything else
     raise Accepted
 
 

@@ -21,7 +21,7 @@ ARGS = {"constant": {"weights": [1.0, 2.0]}, "nash_mtl": {}, "krum": {}, "trimme
 def by_hand(made, x, noise, at):
     """The definition: rows where `at` says, their Gramian, its weights, the weighted losses' gradient."""
     scale = made.scale_at(0)
-    features, weighted, _, _ = forward(made.network, Batch(x, noise, None), scale)
+    features, weighted, *_ = forward(made.network, Batch(x, noise, None), scale)
     upstream = at_features(weighted, features, []).features
     rows = []
     last = last_parameters(made.model, at)

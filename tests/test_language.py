@@ -20,7 +20,7 @@ AVOIDED = re.compile(
     r"(^|_)(figures|reaching|reached|share|shares|found)(_|$)|^own_(parameters|grad)$|^StepRecord$"
 )
 # Names of other libraries, or of flags: their own words.
-FOREIGN = {"resident_share", "share_memory_", "_found"}
+FOREIGN = {"resident_share", "share_memory_", "_found", "found_inf"}
 
 
 def documented(tree: ast.Module):

@@ -126,6 +126,7 @@ SMALL = {
     "linear_vae": {"latent_dim": 4},
     "mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
     "betatc_mlp_vae": {"latent_dim": 4, "hidden_dims": [8, 8]},
+    "nvae": {"preset": "tiny", "groups_per_scale": 2, "channels": 4},
 }
 
 

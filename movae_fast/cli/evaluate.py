@@ -19,7 +19,7 @@ from movae_fast.evaluation.measure import Report, applies, inception_distances, 
 from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, QUICK, named
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import LATENT_WORDS, VAE
 from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
@@ -59,9 +59,9 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
     have."""
     info, arch = trained.info, trained.model.arch
     # Continuous factors have names and no sizes.
-    codes, factors = isinstance(model, GaussianVAE), bool(info.factor_sizes)
-    if config.iw and not codes:
-        raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has a codebook")
+    factors, has = bool(info.factor_sizes), LATENT_WORDS[model.latents]
+    if config.iw and model.latents == "codebook":
+        raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has {has}")
     if config.iw and trained.objective.recons_dist == "gaussian_optimal":
         raise ValueError(
             "--iw weights draws by their likelihood; gaussian_optimal fits its variance to each image and "
@@ -69,14 +69,17 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
         )
     if config.metrics in ("auto", "all"):
         wanted = ON_FACTORS if config.metrics == "all" else QUICK
-        return [n for n in (*ON_IMAGES, *wanted) if applies(n, codes, factors)]
+        return [n for n in (*ON_IMAGES, *wanted) if applies(n, model.latents, factors)]
     names = named(config.metrics)
     for name in names:
         if name in ON_FACTORS and not factors:
-            has = "continuous ones" if info.factor_names else "none"
-            raise ValueError(f"--metrics {name} needs data with known discrete factors; {info.name} has {has}")
-        if not applies(name, codes, factors):
-            raise ValueError(f"--metrics {name} needs a model with latents; {arch} has a codebook")
+            known = "continuous ones" if info.factor_names else "none"
+            raise ValueError(
+                f"--metrics {name} needs data with known discrete factors; {info.name} has {known}"
+            )
+        if not applies(name, model.latents, factors):
+            needs = LATENT_WORDS["vector"] if name in ON_FACTORS else "latents"
+            raise ValueError(f"--metrics {name} needs a model with {needs}; {arch} has {has}")
     return names
 
 
@@ -109,11 +112,12 @@ def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Re
             "mutual_information_share": report.mutual.tolist(),
         }
     if report.rates is not None:
-        content["rate_of_latents"] = report.rates.tolist()
+        content[f"rate_of_{report.rates_of}s"] = report.rates.tolist()
     path = free_path(folder / "metrics", ".json")
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     made = [path]
     if report.mutual is not None or report.rates is not None:
         rates = None if report.rates is None else report.rates.tolist()
-        made.append(evaluation_plot(free_path(folder / "metrics", ".png"), rates, report.mutual, factors))
+        target = free_path(folder / "metrics", ".png")
+        made.append(evaluation_plot(target, rates, report.mutual, factors, report.rates_of))
     return made

@@ -57,6 +57,19 @@ ALIASES = {
     **{f"{part}.params.{name}": name for part in ("encoder", "decoder") for name in ("dim", "with_bn")},
     "encoder.params.dim_mults": "dim_mults",
     "n_images": "max_images",
+    "num_latent_scales": "num_scales",
+    "num_groups_per_scale": "groups_per_scale",
+    "num_latent_per_group": "latents_per_group",
+    **dict.fromkeys(("num_channels_enc", "num_channels_dec"), "channels"),
+    **dict.fromkeys(("num_preprocess_blocks", "num_postprocess_blocks"), "outer_blocks"),
+    **dict.fromkeys(("num_preprocess_cells", "num_postprocess_cells"), "outer_cells"),
+    **dict.fromkeys(("num_cell_per_cond_enc", "num_cell_per_cond_dec"), "cells_per_group"),
+    "num_nf": "num_flows",
+    "kl_anneal_portion": "kl_warmup",
+    "kl_const_portion": "kl_constant",
+    "kl_const_coeff": "kl_least",
+    "weight_decay_norm": "norm_penalty",
+    "weight_decay_norm_init": "norm_penalty_init",
 }
 SHORT = {"-c": "--config", "-e": "--exp_dir", "-r": "--resume"}
 # Other systems' names of values: (our flag, theirs) -> ours.
@@ -126,12 +139,11 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
     known = [*kinds, "config", "print_config", "help", *extra]
     words = [SHORT.get(w, w) for w in argv]
     out: list[str] = []
+    spelt: dict[str, tuple[str, list[str]]] = {}  # our flag -> another system's name of it, and its values
     at = 0
     while at < len(words):
-        word = words[at]
+        word = "--help" if words[at] == "-h" else words[at]
         at += 1
-        if word == "-h":
-            word = "--help"
         if not word.startswith("--") or word == "--":
             raise ValueError(f"unexpected argument {word!r}: every setting is a flag, --name value")
         name, equals, value = word[2:].partition("=")
@@ -148,7 +160,7 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
             name, values = "recons_dist", [RECONS_OBJECTIVE[values[0]]]
         if name == "data.params.root":
             values = [collection_root(v) for v in values]
-        name = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
+        name = our_name(name, values, spelt)
         own = typing.get_args(kinds.get(name))  # a value that this command knows itself is no other system's
         values = [v if v in own else VALUES.get((name, v.lower()), v) for v in values]
         base = name.split(".")[0]
@@ -177,6 +189,23 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
                 ]
             out.append(f"--{name}={values[0]}")
     return out
+
+
+def our_name(name: str, values: list[str], spelt: dict[str, tuple[str, list[str]]]) -> str:
+    """Return our name of another system's flag; `name` itself where it is none.
+
+    spelt: what was given for each flag of ours so far, and by which other name. Raises ValueError for two
+    names of one flag with different values.
+    """
+    ours = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
+    if ours != name:
+        before, had = spelt.setdefault(ours, (name, values))
+        if before != name and had != values:
+            raise ValueError(
+                f"--{before} {' '.join(had)} and --{name} {' '.join(values)}: here both are --{ours}; give one "
+                "value"
+            )
+    return ours
 
 
 def check_words(name: str, values: Sequence[str]) -> None:

@@ -23,11 +23,12 @@ from movae_fast.evaluation.sampling import (
     reconstruct_images,
     sample_images,
     traverse,
+    traverse_part,
 )
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
 from movae_fast.files import free_path
-from movae_fast.models import VAE, GaussianVAE
-from movae_fast.pictures import back_and_forth, captioned, grid, pairs, write_gif, write_png
+from movae_fast.models import LATENT_WORDS, NVAE, VAE, GaussianVAE
+from movae_fast.pictures import back_and_forth, captioned, grid, labelled_grid, pairs, write_gif, write_png
 from movae_fast.plots import latent_scatter
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
@@ -128,7 +129,7 @@ def sample(job: Job, folder: Path) -> list[Path]:
 def ends(job: Job) -> Tensor:
     """Return the two latents that each strip goes between: prior draws, or for a codebook the encoder's
     outputs of test images."""
-    if isinstance(job.model, GaussianVAE):
+    if job.model.latents != "codebook":
         return job.model.sample_latents(2 * job.config.n_samples, job.generator)
     x, _ = job.test_images(each=2)
     return job.model.encode(x)[0]
@@ -143,8 +144,15 @@ def interpolate_latents(job: Job, folder: Path) -> list[Path]:
 
 def traverse_latents(job: Job, folder: Path) -> list[Path]:
     model, config = job.model, job.config
+    if isinstance(model, NVAE):
+        return traverse_hierarchy(job, model, folder)
     if not isinstance(model, GaussianVAE):
         raise ValueError(f"--mode traverse needs a model with latents; {job.trained.model.arch} has a codebook")
+    if config.traverse_by not in (None, "latent"):
+        raise ValueError(
+            f"--traverse_by {config.traverse_by} is for a hierarchy; {job.trained.model.arch} has "
+            f"{LATENT_WORDS[model.latents]}"
+        )
     if not -1 <= config.traverse_dim < model.latent_dim:
         raise ValueError(
             f"--traverse_dim {config.traverse_dim}: the latents are 0 to {model.latent_dim - 1}; -1 is all"
@@ -152,6 +160,26 @@ def traverse_latents(job: Job, folder: Path) -> list[Path]:
     reach, dim = config.traverse_range, config.traverse_dim
     z = traverse(model, config.n_samples, config.n_traverse, reach, dim, job.generator)
     return strips(job, folder, "traverse", job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
+
+
+def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
+    """Write a labelled sheet with one strip per row, and a GIF that runs along all of them."""
+    config, kind = job.config, job.config.traverse_by or "scale"
+    if kind == "latent":
+        raise ValueError("--traverse_by latent: one latent of a map changes little; give scale or group")
+    count = len(model.parts(kind))
+    if not -1 <= config.traverse_dim < count:
+        raise ValueError(f"--traverse_dim {config.traverse_dim}: the {kind}s are 0 to {count - 1}; -1 is all")
+    steps = config.n_traverse
+    z, names = traverse_part(model, config.n_samples, steps, kind, config.traverse_dim, job.generator)
+    images = job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    labels = [name if k == 0 else "" for name in names for k in range(steps)]
+    sheet = labelled_grid(images.flatten(0, 1), labels, steps)
+    made = [write_png(free_path(folder / "traverse", ".png"), sheet)]
+    columns = max(1, round(len(names) ** 0.5))
+    frames = [labelled_grid(images[:, k], names, columns) for k in range(steps)]
+    made.append(write_gif(free_path(folder / "traverse", ".gif"), back_and_forth(frames)))
+    return made + singles(job, folder, "traverse", list(images))
 
 
 def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
@@ -173,7 +201,7 @@ def reconstruct(job: Job, folder: Path) -> list[Path]:
 def visualize_latent(job: Job, folder: Path) -> list[Path]:
     model = job.model
     if not isinstance(model, GaussianVAE) or model.latent_dim != 2:
-        has = f"{model.latent_dim} latents" if isinstance(model, GaussianVAE) else "a codebook"
+        has = f"{model.latent_dim} latents" if isinstance(model, GaussianVAE) else LATENT_WORDS[model.latents]
         raise ValueError(
             f"--mode visualize_latent draws models with two latents (--latent_dim 2); this has {has}"
         )
@@ -186,7 +214,6 @@ def beta_sweep(job: Job, folder: Path) -> list[Path]:
     """Write a GIF with one frame per beta: test images, their reconstructions below them, samples at the
     bottom."""
     model, n = job.model, job.config.n_samples
-    assert isinstance(model, GaussianVAE)
     assert model.rates is not None
     x, _ = job.test_images()
     z = model.sample_latents(n, job.generator)

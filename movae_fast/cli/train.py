@@ -229,7 +229,7 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
     o = config.objective
     text = f"aggregator {o.agg}"
     if config.aggregated:
-        text += f" over the {o.jacobian} Jacobian"
+        text += f" over the {config.jacobian} Jacobian"
     if o.gramian_at != "shared":
         text += f", weights from {o.gramian_at} (approximate)"
         if eager:
@@ -280,7 +280,7 @@ def rate_line(config: TrainConfig) -> list[str]:
         return []
     return [
         f"multi-rate: beta from {rate.beta_min:g} to {rate.beta_max:g}, one per {config.beta_per}; gates "
-        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {rate.gate_decoder} in the decoder"
+        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {config.gate_decoder} in the decoder"
     ]
 
 
@@ -296,9 +296,8 @@ def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
                 sum(line[f"train/{key}conflict"] * line[f"train/{key}conflict_steps"] for line in seen) / steps
             )
             least = min(line[f"train/{key}min_cosine"] for line in seen)
-            rows.append(
-                (f"{text} in conflict, of {steps:,.0f} steps", f"{fraction:.1%}", f"cosine {least:+.2g}")
-            )
+            label = f"{text} in conflict, of {steps:,.0f} steps"
+            rows.append((label, f"{fraction:.1%}", f"cosine {least:+.2g}"))
     return rows
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from movae_fast.evaluation.trained import rates_of
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import VAE
 from movae_fast.training.config import TrainConfig
 
 
@@ -17,7 +17,6 @@ def choose_beta(command: str, beta: float, trained: TrainConfig, model: VAE) -> 
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"--beta {beta:g} must be above 0 and finite")
     say_extrapolation(command, beta, beta, rates.beta_min, rates.beta_max)
-    assert isinstance(model, GaussianVAE)
     model.set_beta(beta)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from movae_fast.evaluation.rate_distortion import Point, is_multirate, nominal_beta
-from movae_fast.models import GaussianVAE
 from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import read_lines
@@ -101,7 +100,6 @@ def read_member(
     trained, model, processes = load_trained(path, device)
     multirate = is_multirate(model)
     if multirate:
-        assert isinstance(model, GaussianVAE)
         assert model.rates is not None
         wanted = betas_within(model.rates.beta_min, model.rates.beta_max)
     else:
@@ -109,7 +107,6 @@ def read_member(
             wanted = [nominal_beta(trained)]
         except ValueError as error:
             raise ValueError(f"{path} is neither a multi-rate run nor one of a fixed beta: {error}") from None
-    assert isinstance(model, GaussianVAE)
     return Member(path, trained, multirate, wanted, model.latent_dim, processes=processes)
 
 

@@ -22,7 +22,7 @@ from movae_fast.evaluation.rate_distortion import (
     encode_at,
     log_spaced,
 )
-from movae_fast.models import GaussianVAE
+from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.multirate import gated_layers
 from movae_fast.training.build import load_model, make_loader
 
@@ -50,14 +50,13 @@ def evaluate_runs(
     oracles: dict[int, LinearOracle] = {}
     for number, member in enumerate(members):
         _, model = load_model(member.path, device)
-        assert isinstance(model, GaussianVAE)
         loader = make_loader(member.config, device, split, in_order=True)
         loader.batch_size = batch_size
         advance = started(number, len(loader.source) * len(member.betas))
         began, dist = time.perf_counter(), member.config.objective.recons_dist
         member.points = curve_points(model, loader, member.betas, dist, seed, batch_size, advance)
         member.seconds = time.perf_counter() - began
-        if member.config.info.factor_sizes and samples:
+        if member.config.info.factor_sizes and samples and isinstance(model, GaussianVAE):
             add_mig(member, model, device, batch_size, samples, seed)
         if (oracle := oracle_of(member, loader, oracles)) is not None:
             member.beside = [oracle.compare(p.beta, p.rate, p.distortion) for p in member.points]
@@ -98,7 +97,7 @@ def oracle_of(member: Member, loader: Loader, known: dict[int, LinearOracle]) ->
 
 
 @torch.no_grad()
-def responses(member: Member, model: GaussianVAE) -> Responses:
+def responses(member: Member, model: VAE) -> Responses:
     """Return betas [N] over the member's range, and each gated layer's values at them [N, C] on the CPU."""
     betas = log_spaced(member.betas[0], member.betas[-1], RESPONSES)
     logs = torch.tensor(betas, device=model.device).log()

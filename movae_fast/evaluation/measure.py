@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from movae_fast.choices import LatentKind, ReconsDist
 from movae_fast.data import Loader, to_unit
-from movae_fast.evaluation import image_quality, likelihood
+from movae_fast.evaluation import hierarchy, image_quality, likelihood
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
 from movae_fast.evaluation.inception import distances, features_of
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import NVAE, VAE, GaussianVAE
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
 from movae_fast.training.build import make_loader
@@ -30,16 +31,17 @@ class Report:
     """Hold the metrics by name, and the arrays of the plot."""
 
     metrics: dict[str, float] = field(default_factory=dict)
-    rates: Tensor | None = None  # [D] nats per latent
+    rates: Tensor | None = None  # [D] nats per latent, or [G] per group of a hierarchy
+    rates_of: str = "latent"
     mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
     estimators: dict[str, str] = field(default_factory=dict)
 
 
-def applies(name: str, codes: bool, factors: bool) -> bool:
+def applies(name: str, latents: LatentKind, factors: bool) -> bool:
     """Return whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
     if name in METRICS:
-        return codes and factors
-    return codes if name == "elbo" else True
+        return latents == "vector" and factors
+    return latents != "codebook" if name == "elbo" else True
 
 
 def measure(
@@ -66,20 +68,39 @@ def measure(
     loader, dist = make_loader(trained, device, "test"), trained.objective.recons_dist
     if "objectives" in names:
         report.metrics |= measure_objectives(trained, model, loader, seed)
-    if isinstance(model, GaussianVAE):
-        if "elbo" in names:
-            metrics, report.rates = likelihood.elbo(model, loader.epoch(), dist, seed)
-            report.metrics |= metrics
-        if iw:
-            images = loader.take(spaced_rows(loader, iw_images))
-            bound = likelihood.importance_weighted_bound(model, images, dist, iw, seed)
-            report.metrics[f"iw_bound_{iw}"] = bound
-            if trained.likelihood.proper:
-                bits = likelihood.bits_per_dimension(-bound, math.prod(model.image_shape))
-                report.metrics[f"iw_bits_per_dim_{iw}"] = bits
+    if "elbo" in names:
+        report.metrics |= measure_elbo(report, model, loader, dist, seed)
+    if iw:
+        images = loader.take(spaced_rows(loader, iw_images))
+        bound = bound_of(model, images, dist, iw, seed)
+        report.metrics[f"iw_bound_{iw}"] = bound
+        if trained.likelihood.proper:
+            bits = likelihood.bits_per_dimension(-bound, math.prod(model.image_shape))
+            report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
     return report
+
+
+def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, seed: int) -> dict[str, float]:
+    """Return rate, distortion, ELBO and active units of the loader's images; add the rates to the report."""
+    if isinstance(model, NVAE):
+        report.rates_of = "group"
+        metrics, report.rates = hierarchy.elbo(model, loader.epoch(), dist, seed)
+    else:
+        assert isinstance(model, GaussianVAE)
+        metrics, report.rates = likelihood.elbo(model, loader.epoch(), dist, seed)
+    return metrics
+
+
+def bound_of(
+    model: VAE, images: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, draws: int, seed: int
+) -> float:
+    """Return the importance-weighted bound of images, in nats."""
+    if isinstance(model, NVAE):
+        return hierarchy.importance_weighted_bound(model, images, dist, draws, seed)
+    assert isinstance(model, GaussianVAE)
+    return likelihood.importance_weighted_bound(model, images, dist, draws, seed)
 
 
 def measure_factors(
@@ -153,7 +174,7 @@ def inception_distances(
         return features_of(inception, (to_unit(x, loader.normalize) for x in batches))
 
     made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
-    if isinstance(model, GaussianVAE):
+    if model.latents != "codebook":
         made["samples"] = (model.sample(size, generator) for size in sizes)
     real = features("test images", (x for x, _ in loader.take(rows)))
     metrics: dict[str, float] = {"fid_images": n}

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from movae_fast.choices import ReconsDist
 from movae_fast.data import Loader
+from movae_fast.evaluation.hierarchy import ACTIVE_RATE, channel_rates, group_noise
 from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE, summed_error
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import NVAE, VAE, GaussianVAE, Noise, ProVLAE
 from movae_fast.objectives import kl_of_latents
 from movae_fast.training.config import TrainConfig
 
@@ -59,12 +60,12 @@ def log_spaced(least: float, most: float, n: int) -> list[float]:
 
 def is_multirate(model: VAE) -> bool:
     """Return whether one set of weights serves every beta of a range."""
-    return isinstance(model, GaussianVAE) and model.rates is not None
+    return model.rates is not None
 
 
 @torch.no_grad()
 def curve_points(
-    model: GaussianVAE,
+    model: VAE,
     loader: Loader,
     betas: Sequence[float],
     dist: ReconsDist,
@@ -79,13 +80,15 @@ def curve_points(
     every beta, whatever the batches. A model that is not multi-rate is evaluated as it is, at its one beta.
     `advance` is told how many rows are done.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(loader.source), model.latent_dim, generator=generator)
-    return [
-        point
-        for at in range(0, len(betas), rows)
-        for point in one_pass(model, loader, betas[at : at + rows], dist, noise, rows, advance)
-    ]
+    parts = [betas[at : at + rows] for at in range(0, len(betas), rows)]
+    if isinstance(model, NVAE):
+        passes = [pass_of_hierarchy(model, loader, part, dist, seed, rows, advance) for part in parts]
+    else:
+        assert isinstance(model, GaussianVAE)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(loader.source), model.latent_dim, generator=generator)
+        passes = [one_pass(model, loader, part, dist, noise, rows, advance) for part in parts]
+    return [point for points in passes for point in points]
 
 
 def one_pass(
@@ -120,6 +123,46 @@ def one_pass(
     assert done == n
     distortion, rate, first, second = ((s / n).cpu() for s in sums)
     active = (second - first.square() > ACTIVE_VARIANCE).sum(1)
+    return points_of(betas, rate, distortion, active)
+
+
+def pass_of_hierarchy(
+    model: NVAE,
+    loader: Loader,
+    betas: Sequence[float],
+    dist: ReconsDist,
+    seed: int,
+    rows: int,
+    advance: Callable[[int], None],
+) -> list[Point]:
+    """Measure the betas of a hierarchy, whose noise is drawn image by image; a channel of a group counts as
+    a unit."""
+    k, generator = len(betas), torch.Generator().manual_seed(seed)
+    likelihood = model.likelihood_as(dist)
+    distortion = torch.zeros(k, dtype=torch.float64, device=model.device)
+    rates = torch.zeros(k, 1, dtype=torch.float64, device=model.device)  # [K, G * z]
+    for images, _ in loader.epoch():
+        for x in images.split(max(1, rows // k)):
+            set_betas(model, betas, len(x))
+            noise = group_noise(model, len(x), generator).latent.repeat(k, 1)
+            wanted = x.repeat(k, 1, 1, 1)
+            out = model.forward_features(model.encode(wanted), Noise(noise))
+            errors = summed_error(out.preactivation, wanted, likelihood)
+            distortion += errors.view(k, -1).sum(1)
+            rates = rates + channel_rates(out.kl, len(x))
+            advance(k * len(x))
+    n = len(loader.source)
+    channels = rates / n
+    return points_of(betas, channels.sum(1), distortion / n, (channels > ACTIVE_RATE).sum(1))
+
+
+def points_of(
+    betas: Sequence[float],  # K of them
+    rate: Tensor,  # [K]
+    distortion: Tensor,  # [K]
+    active: Tensor,  # [K]
+) -> list[Point]:
+    """Return a point for each beta."""
     columns = zip(betas, rate.tolist(), distortion.tolist(), active.tolist(), strict=True)
     return [Point(beta, r, d, a) for beta, r, d, a in columns]
 
@@ -130,12 +173,17 @@ def encode_at(
     """Return posterior means and log variances of images [B, C, S, S] at each of K betas. Leaves the model
     set to them."""
     k, b = len(betas), len(x)
-    if is_multirate(model):
-        model.set_beta(torch.tensor(betas, dtype=torch.float64).repeat_interleave(b))
-    else:
-        assert k == 1
+    set_betas(model, betas, b)
     mu, logvar = model.encode(x.repeat(k, *(1,) * (x.dim() - 1)))
     return mu.double().unflatten(0, (k, b)), logvar.double().unflatten(0, (k, b))
+
+
+def set_betas(model: VAE, betas: Sequence[float], images: int) -> None:
+    """Set a multi-rate model to so many rows at each beta in turn; another model has one beta only."""
+    if is_multirate(model):
+        model.set_beta(torch.tensor(betas, dtype=torch.float64).repeat_interleave(images))
+    else:
+        assert len(betas) == 1
 
 
 def nominal_beta(config: TrainConfig) -> float:
@@ -144,14 +192,14 @@ def nominal_beta(config: TrainConfig) -> float:
 
     Raises ValueError for a model without a rate, and for one whose rate has no weight or several.
     """
-    if not issubclass(config.model_class, GaussianVAE):
+    if config.model_info.latents == "codebook":
         raise ValueError(f"{config.model.arch} has a codebook, and no rate to trade for distortion")
-    names = config.model_class.weighted_objectives(vars(config.model), config.image_shape)
+    names = config.model_info.weighted_objectives(vars(config.model), config.image_shape)
     named = dict(zip(names, config.weights(), strict=True))
-    base = config.model_class.beta_objective
+    base = config.model_info.beta_objective
     rates = {weight for name, weight in named.items() if name.partition("_")[0] == base}
     # A ladder's KLs are averages over latents where its reconstruction is one over values.
-    averaged = base not in named and config.reduction == "mean"
+    averaged = issubclass(config.model_class, ProVLAE) and config.reduction == "mean"
     if averaged or len(rates) != 1 or not min(rates) > 0 or not named["reconstruction"] > 0:
         shown = "  ".join(f"{name} {weight:g}" for name, weight in named.items())
         raise ValueError(f"its weights ({shown}) have no one beta above 0 to stand on a curve for")
@@ -191,8 +239,8 @@ def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
     ordered = sorted(curve, key=lambda p: p.rate)
     for a, b in itertools.pairwise(ordered):
         if a.rate <= other.rate <= b.rate:
-            share = (other.rate - a.rate) / (b.rate - a.rate) if b.rate > a.rate else 0.0
-            between = a.distortion + share * (b.distortion - a.distortion)
+            fraction = (other.rate - a.rate) / (b.rate - a.rate) if b.rate > a.rate else 0.0
+            between = a.distortion + fraction * (b.distortion - a.distortion)
             gaps["frontier_gap"] = between - other.distortion
             break
     return gaps

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from movae_fast.data import to_unit
-from movae_fast.models import VAE, GaussianVAE, ProVLAE
+from movae_fast.models import NVAE, VAE, GaussianVAE, ProVLAE
 from movae_fast.models.vq_vae import VQVAE
 from movae_fast.names import ArgumentError
 from movae_fast.training.build import make_loader
@@ -53,10 +54,42 @@ def draw_test_images(
 
 
 def interpolate(model: VAE, first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N * steps, ...]
-    """Return latents on the lines from `first` to `second` [N, ...], ends included; with a codebook, codes."""
+    """Return latents on the lines from `first` to `second` [N, ...], ends included; with a codebook, codes.
+
+    Those of a hierarchy are on the arcs between them (see `arc`).
+    """
+    if model.latents == "hierarchy":
+        return arc(first[:, None], second[:, None], steps).flatten(0, 1)
     t = torch.linspace(0, 1, steps, device=first.device).view(1, steps, *(1,) * (first.dim() - 1))
     z = (first[:, None] * (1 - t) + second[:, None] * t).flatten(0, 1)
     return model.quantize(z)[0] if isinstance(model, VQVAE) else z
+
+
+def arc(first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N, steps, D]
+    """Return latents from `first` to `second` [N, 1, D], ends included, each a draw from the prior by itself.
+
+    Means of many standard normal numbers are shorter than any draw; these are not.
+    """
+    angle = torch.linspace(0, math.pi / 2, steps, device=first.device)[:, None]
+    return first * angle.cos() + second * angle.sin()
+
+
+def traverse_part(
+    model: NVAE, n: int, steps: int, kind: str, number: int, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:  # [strips, steps, D]
+    """Return latents of which one scale or group goes from one draw to another, and what each strip is of.
+
+    There are n draws whose part `number` moves; or, for -1, one of which every part does. The rest stays.
+    """
+    parts = model.parts(kind)
+    moving = parts if number < 0 else [parts[number]] * n
+    count = 1 if number < 0 else n
+    first, second = (model.sample_latents(count, generator).expand(len(moving), -1) for _ in range(2))
+    z = first[:, None].repeat(1, steps, 1)
+    for strip, part in enumerate(moving):
+        ends = first[strip, None, part.columns], second[strip, None, part.columns]
+        z[strip, :, part.columns] = arc(*ends, steps)
+    return z, [part.name for part in moving]
 
 
 def traverse(
@@ -79,7 +112,7 @@ def traverse(
 
 
 def images_at_betas(
-    model: GaussianVAE,
+    model: VAE,
     x: Tensor,  # [N, C, S, S] in the model's range
     z: Tensor,  # [M, D]
     betas: Sequence[float],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from movae_fast.models import MODELS, VAE, GaussianVAE, model_options
+from movae_fast.models import MODELS, VAE, model_options
 from movae_fast.models.multirate import Rates
 from movae_fast.names import ArgumentError
 from movae_fast.training.config import TrainConfig
@@ -46,7 +46,7 @@ def check_option(trained: TrainConfig, model: VAE, name: str, value: object) -> 
 
 def rates_of(trained: TrainConfig, model: VAE, argument: str) -> Rates:
     """Return a multi-rate model's rates, which the argument needs. Raises ArgumentError for another model."""
-    if not isinstance(model, GaussianVAE) or model.rates is None:
+    if model.rates is None:
         raise ArgumentError(
             f"{argument} needs a multi-rate model; this {trained.model.arch} was trained for one beta "
             "(train with --multirate)"

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from movae_fast import lazy
 from movae_fast.choices import Activation
-from movae_fast.models.catalog import INFO, SIDES, ModelInfo
+from movae_fast.models.catalog import INFO, LATENT_WORDS, SIDES, ModelInfo
 
 if TYPE_CHECKING:
-    from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, Noise, VQOutput
+    from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, HierarchyOutput, Noise, VQOutput
     from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
     from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
     from movae_fast.models.likelihoods import Likelihood, make_likelihood
     from movae_fast.models.multirate import Gated, gated_layers, make_multirate
+    from movae_fast.models.nvae import NVAE
     from movae_fast.models.provlae import VLAE, ProVLAE
     from movae_fast.models.rates import Rates
     from movae_fast.models.sized_vae import SizedCNNVAE, SizedResNetVAE
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy.exports(
     __name__,
     {
-        "base": ("VAE", "GaussianOutput", "GaussianVAE", "Noise", "VQOutput"),
+        "base": ("VAE", "GaussianOutput", "GaussianVAE", "HierarchyOutput", "Noise", "VQOutput"),
         "cnn_vae": ("CNNVAE", "MMDVAE"),
         "dense_vae": ("MLPVAE", "BetaTCMLPVAE", "LinearVAE"),
         "likelihoods": ("Likelihood", "make_likelihood"),
         "multirate": ("Gated", "gated_layers", "make_multirate"),
+        "nvae": ("NVAE",),
         "provlae": ("VLAE", "ProVLAE"),
         "rates": ("Rates",),
         "sized_vae": ("SizedCNNVAE", "SizedResNetVAE"),
@@ -51,9 +53,11 @@ NO_OPTIONS = ("self", "image_shape", "activation", "likelihood")
 __all__ = [
     "CNNVAE",
     "DCGANVAE",
+    "LATENT_WORDS",
     "MLPVAE",
     "MMDVAE",
     "MODELS",
+    "NVAE",
     "VAE",
     "VLAE",
     "VQVAE",
@@ -63,6 +67,7 @@ __all__ = [
     "Gated",
     "GaussianOutput",
     "GaussianVAE",
+    "HierarchyOutput",
     "Likelihood",
     "LinearVAE",
     "ModelInfo",
@@ -83,8 +88,11 @@ __all__ = [
 ]
 
 
+NONE_IS_FINE = ("num_residual_layers", "num_flows", "outer_blocks")  # options that may be 0
+
+
 def model_info(arch: str) -> "ModelInfo | type[VAE]":
-    """Return what is known of the model `arch`: a record, or the class itself where somebody added it."""
+    """Return what is known of the model `arch`: an entry, or the class itself where somebody added it."""
     return INFO[arch] if MODELS.built_in(arch) else MODELS[arch]
 
 
@@ -139,7 +147,7 @@ def check_options(
             raise ValueError(f"--{name} does not apply to {arch}, whose options are {', '.join(known)}")
     for name, value in given.items():
         sizes = value if isinstance(value, list | tuple) else [value]
-        least = 0 if name == "num_residual_layers" else 1
+        least = 0 if name in NONE_IS_FINE else 1
         if any(isinstance(v, int) and not isinstance(v, bool) and v < least for v in sizes) or not sizes:
             raise ValueError(f"--{name} {value} must be {'positive' if least else 'zero or more'}")
     if activation not in get_args(Activation):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from movae_fast.choices import Activation, ReconsDist
+from movae_fast.choices import Activation, Gate, LatentKind, ReconsDist
 from movae_fast.models.likelihoods import Likelihood, at_least_float32, make_likelihood
 from movae_fast.models.rates import Rates
 
@@ -52,6 +52,17 @@ class GaussianOutput(NamedTuple):
     beta: Tensor | None = None  # [B] or [1] weight of each example's rate, of a multi-rate model
 
 
+class HierarchyOutput(NamedTuple):
+    """Hold the output of a model whose latents come in groups, each with a prior that depends on those
+    before."""
+
+    preactivation: Tensor  # [B, C, H, W]
+    kl: tuple[Tensor, ...]  # a [B, z] per group: KL(q || p) in nats per channel, summed over the map
+    training: bool  # whether the model was in training: what is balanced there is not elsewhere
+    log_ratio: Tensor | None = None  # [B] log q(z | x) - log p(z) of the z drawn, float64; not in training
+    beta: Tensor | None = None  # [B] or [1], as in GaussianOutput
+
+
 class VQOutput(NamedTuple):
     """Hold the output of a model with a codebook."""
 
@@ -62,7 +73,14 @@ class VQOutput(NamedTuple):
     usage: Tensor  # [K] how often each code was chosen
 
 
-Output = GaussianOutput | VQOutput
+Output = GaussianOutput | HierarchyOutput | VQOutput
+
+
+class Part(NamedTuple):
+    """Hold the columns of the latents of a hierarchy that belong together."""
+
+    name: str
+    columns: slice  # of latents [N, D]
 
 
 class VAE(nn.Module):
@@ -77,6 +95,15 @@ class VAE(nn.Module):
     beta_objective: ClassVar[str] = "kl"
     recons_reduction: ClassVar[str] = "mean"
     has_features: ClassVar[bool] = True  # whether `encode`'s output cuts the network in two
+    latents: ClassVar[LatentKind] = "codebook"
+    default_decoder_gate: ClassVar[Gate] = "sqrt"  # of the multi-rate form
+    warms_up: ClassVar[bool] = False  # whether training begins with a small weight of the KL
+    latent_dim: int  # of a model with latents: what `decode` takes, [N, latent_dim]
+    rates: Rates | None = None  # of the multi-rate form
+    groups: tuple[int, ...] = ()  # of a hierarchy: how many each scale has, the smallest resolution first
+    kl_spans: tuple[
+        tuple[int, int], ...
+    ] = ()  # of a hierarchy: each KL's first group and the one after its last
     default_activation: ClassVar[Activation | None] = None  # None: the reconstruction's distribution decides
 
     def __init__(
@@ -125,6 +152,10 @@ class VAE(nn.Module):
         """
         return dict(zip(cls.objectives, cls.default_weights(image_shape), strict=True))
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
+        """Raise ValueError for options that do not fit the images; nothing is built."""
+
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Turn images [B, C, S, S] into features: (mu, logvar) [B, D], or (encoder output [B, D, h, w],)."""
         raise NotImplementedError
@@ -143,6 +174,24 @@ class VAE(nn.Module):
     def condition(self, noise: Noise) -> None:
         """Give the encoder what it needs of a batch's noise (a multi-rate model's log betas); to be
         called before `encode`."""
+        if self.rates is None or not self.training:
+            return
+        if noise.log_beta is None:
+            raise ValueError("noise.log_beta: a multi-rate model trains at given betas; draw it by draw_noise")
+        self.rates.log_beta = noise.log_beta
+
+    def set_beta(self, beta: float | Tensor) -> None:
+        """Set the beta that a multi-rate model computes at in evaluation: one, or one per example [B].
+
+        Any positive beta is taken; outside the trained range the gates extrapolate. Raises ValueError for a
+        model that was trained for one beta, and for a beta that is not positive and finite.
+        """
+        if self.rates is None:
+            raise ValueError("set_beta: this model was trained for one beta; train it with --multirate")
+        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").detach().reshape(-1)
+        if not bool(((beta > 0) & (beta < math.inf)).all()):
+            raise ValueError(f"beta {beta.tolist()} must be positive and finite")
+        self.rates.evaluated = beta.log().to(self.device)
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Any:
         noise = self.draw_noise(len(x)) if noise is None else noise
@@ -156,6 +205,15 @@ class VAE(nn.Module):
         a compiled step and an eager one see the same numbers.
         """
         return Noise(self.standard_normal(n, 0))
+
+    def draw_log_betas(self, n: int) -> Tensor | None:  # [n]
+        """Draw the log beta of each of n images; None of a model with one rate."""
+        if self.rates is None:
+            return None
+        like = next(self.parameters())
+        drawn = torch.empty(n, device=like.device, dtype=like.dtype)
+        self.rates.draw(drawn)
+        return drawn
 
     def standard_normal(self, *shape: int) -> Tensor:
         """Draw a tensor of this shape, of the parameters' dtype and on their device."""
@@ -198,6 +256,31 @@ class VAE(nn.Module):
         ends = [[p for layer in together for p in layer] for together in side_by_side]
         return [layer for layer in trunk if layer] + ends[::-1]
 
+    def balance(self) -> list[float]:
+        """Return alpha of each group of a hierarchy, for balancing."""
+        raise NotImplementedError
+
+    @classmethod
+    def default_penalty(cls, options: Mapping[str, Any]) -> float:
+        """Return the published weight of `penalty`, of a model built with `options`; 0 where there is none."""
+        return 0.0
+
+    def penalised(self) -> Any:
+        """Return what `penalty` takes, found once per run; None of a model without a penalty."""
+        return None
+
+    def penalty(self, penalised: Any) -> Tensor:
+        """Return a scalar that training keeps small besides the objectives: no aggregator sees its gradient."""
+        raise NotImplementedError
+
+    def decoder_parts(self) -> tuple[nn.Module, ...]:
+        """Return the modules that make an image of latents, the image's layer last."""
+        raise NotImplementedError
+
+    def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw n latents [n, D] from the prior."""
+        return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """Reconstruct images [B, C, S, S] without noise, from the posterior means or the nearest codes."""
         raise NotImplementedError
@@ -222,12 +305,11 @@ class GaussianVAE(VAE):
     evaluation all methods compute at the beta of `set_beta`.
     """
 
-    latent_dim: int
+    latents = "vector"
     encoder: nn.Module
     mu: nn.Module
     logvar: nn.Module
     decoder: nn.Module
-    rates: Rates | None = None
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         """Return the modules after the features, the image's layer last."""
@@ -247,26 +329,6 @@ class GaussianVAE(VAE):
         self.rates.draw(drawn[:, -1])
         # Contiguous, as every copy of a draw is: a compiled step would compile anew for other strides.
         return Noise(drawn[:, :-1].contiguous(), log_beta=drawn[:, -1].contiguous())
-
-    def condition(self, noise: Noise) -> None:
-        if self.rates is None or not self.training:
-            return
-        if noise.log_beta is None:
-            raise ValueError("noise.log_beta: a multi-rate model trains at given betas; draw it by draw_noise")
-        self.rates.log_beta = noise.log_beta
-
-    def set_beta(self, beta: float | Tensor) -> None:
-        """Set the beta that a multi-rate model computes at in evaluation: one, or one per example [B].
-
-        Any positive beta is taken; outside the trained range the gates extrapolate. Raises ValueError for a
-        model with one rate, and for a beta that is not positive and finite.
-        """
-        if self.rates is None:
-            raise ValueError("set_beta: this model has one rate; train it with --multirate")
-        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").detach().reshape(-1)
-        if not bool(((beta > 0) & (beta < math.inf)).all()):
-            raise ValueError(f"beta {beta.tolist()} must be positive and finite")
-        self.rates.evaluated = beta.log().to(self.device)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.encoder(x)
@@ -290,10 +352,6 @@ class GaussianVAE(VAE):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.to_image(self.decode(self.sample_latents(n, generator)))
-
-    def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n latents [n, D] from the prior."""
-        return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:

@@ -10,9 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from movae_fast.choices import Activation
+from movae_fast.choices import Activation, Gate, LatentKind
+from movae_fast.models.nvae.layout import check_layout, layout_of
 
 ImageShape = tuple[int, int, int]
+Options = Mapping[str, Any]
+
+# What a model has, as a message says it.
+LATENT_WORDS: dict[LatentKind, str] = {
+    "vector": "a vector of latents",
+    "codebook": "a codebook",
+    "hierarchy": "a hierarchy of latents",
+}
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,44 @@ class ModelInfo:
     has_features: bool = True  # whether the encoder's output cuts the network in two
     progressive: bool | None = None  # of a ladder: whether its rungs come one after the other
     rungs: int = 0  # of a ladder: how many it has unless `num_ladders` says so
+    latents: LatentKind = "vector"
+    default_decoder_gate: Gate = "sqrt"  # of the multi-rate form
+    warms_up: bool = False  # whether training begins with a small weight of the KL
+    by_options: Callable[[Options], tuple[str, ...]] | None = None  # the objectives, where options decide
+    penalty: Callable[[Options], float] | None = None  # the published weight of its penalty
+    check: Callable[[Options, ImageShape], None] | None = None  # raises ValueError for what does not fit
 
     def weighted_objectives(self, options: Mapping[str, Any], image_shape: ImageShape) -> dict[str, float]:
         """Return the objectives in order with their default weights, of a model built with `options`.
 
         An option that is None has its default.
         """
+        if self.by_options is not None:
+            return dict.fromkeys(self.by_options(options), 1.0)
         if self.rungs:
             rungs = options.get("num_ladders") or self.rungs
             return {"reconstruction": 1.0} | {f"kl_{i + 1}": 8.0 for i in range(rungs)}
         weights = self.published(image_shape) if callable(self.published) else self.published
         return dict(zip(self.objectives, weights or (1.0,) * len(self.objectives), strict=True))
+
+    def default_penalty(self, options: Options) -> float:
+        """Return the published weight of the penalty, of a model built with `options`; 0 without one."""
+        return 0.0 if self.penalty is None else self.penalty(options)
+
+    def check_options(self, options: Options, image_shape: ImageShape) -> None:
+        """Raise ValueError for options that do not fit each other or the images."""
+        if self.check is not None:
+            self.check(options, image_shape)
+
+
+def hierarchy_objectives(options: Options) -> tuple[str, ...]:
+    """Return the objectives of nvae: reconstruction and its KLs."""
+    return ("reconstruction", *layout_of(options).kl_names(options.get("kl_rows") or "scale"))
+
+
+def check_hierarchy(options: Options, image_shape: ImageShape) -> None:
+    """Raise ValueError for options of nvae that do not fit each other or the images."""
+    check_layout(layout_of(options), image_shape[1], options.get("kl_rows") or "scale")
 
 
 def per_value(image_shape: ImageShape) -> tuple[float, float]:
@@ -60,6 +96,7 @@ INFO: dict[str, ModelInfo] = {
         objectives=("reconstruction", "embedding", "commitment"),
         published=(1.0, 1.0, 0.25),
         beta_objective="commitment",
+        latents="codebook",
     ),
     "cnn_vae": ModelInfo("cnn_vae:CNNVAE", CNN, published=per_value, default_activation="tanh"),
     "mmd_vae": ModelInfo(
@@ -90,6 +127,22 @@ INFO: dict[str, ModelInfo] = {
     **dict.fromkeys(
         ("resnet_vae_28", "resnet_vae_32", "resnet_vae_64"),
         ModelInfo("sized_vae:SizedResNetVAE", ("latent_dim", "residual_block"), **SUM),
+    ),
+    "nvae": ModelInfo(
+        "nvae.model:NVAE",
+        (
+            *("preset", "num_scales", "groups_per_scale", "ada_groups", "latents_per_group", "channels"),
+            *("outer_blocks", "outer_cells", "cells_per_group", "num_flows", "kl_rows"),
+        ),
+        objectives=hierarchy_objectives({}),
+        has_features=False,
+        latents="hierarchy",
+        default_decoder_gate="sigmoid",
+        warms_up=True,
+        by_options=hierarchy_objectives,
+        penalty=lambda options: layout_of(options).norm_penalty,
+        check=check_hierarchy,
+        **SUM,
     ),
 }
 # Names that stand for a class at one side of the images.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from movae_fast.models.base import GaussianVAE
+from movae_fast.models.base import VAE
 from movae_fast.models.dense_vae import SharedLogVariance
 from movae_fast.models.rates import BetaPer, Rates
 
@@ -161,7 +161,7 @@ class GatedVariance(Gated):
 
 
 def make_multirate(
-    model: GaussianVAE,
+    model: VAE,
     beta_min: float = 0.01,
     beta_max: float = 10.0,
     gate_encoder: GateKind = "sigmoid",
@@ -170,7 +170,7 @@ def make_multirate(
     beta_per: BetaPer = "example",
     gate_bias: float = 0.0,
     gate_slope: float = 0.0,
-) -> GaussianVAE:
+) -> VAE:
     """Turn a freshly built model into its multi-rate form, in place, and return it.
 
     Every convolution and linear layer of encoder and decoder, the heads among them, is gated but the one that
@@ -205,7 +205,7 @@ def make_multirate(
     return model
 
 
-def _layers(model: GaussianVAE) -> Iterator[tuple[nn.Module, str, nn.Module, str | None]]:
+def _layers(model: VAE) -> Iterator[tuple[nn.Module, str, nn.Module, str | None]]:
     """Yield each layer that can be gated: parent, name there, the layer, and its BatchNorm's name or None."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LAYERS):

@@ -9,6 +9,7 @@ from movae_fast.objectives.weights import resolve_weights
 if TYPE_CHECKING:
     from movae_fast.objectives.terms import (
         LogDensities,
+        balance_factors,
         batch_mean,
         dimension_wise_kl,
         distance_to_capacity,
@@ -28,7 +29,14 @@ __getattr__, __dir__ = lazy.exports(
     __name__,
     {
         "terms": (
-            *("LogDensities", "batch_mean", "dimension_wise_kl", "distance_to_capacity", "kl_of_latents"),
+            *(
+                "LogDensities",
+                "balance_factors",
+                "batch_mean",
+                "dimension_wise_kl",
+                "distance_to_capacity",
+                "kl_of_latents",
+            ),
             *("kl_standard_normal", "log_densities", "mmd", "mutual_information", "rate"),
             *("reconstruction", "rung_kl", "total_correlation"),
         ),
@@ -42,6 +50,7 @@ __all__ = [
     "LossVector",
     "Outcome",
     "ReconsReduction",
+    "balance_factors",
     "batch_mean",
     "dimension_wise_kl",
     "distance_to_capacity",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from movae_fast import ops
 from movae_fast.choices import ReconsReduction
-from movae_fast.models import GaussianOutput, Likelihood, VQOutput
+from movae_fast.models import GaussianOutput, HierarchyOutput, Likelihood, VQOutput
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
 
@@ -57,8 +57,10 @@ def kl_of_latents(
     return -0.5 * (1 + logvar - mu.square() - logvar.exp())
 
 
-def rate(out: GaussianOutput | VQOutput) -> Tensor | None:  # [B]
+def rate(out: GaussianOutput | HierarchyOutput | VQOutput) -> Tensor | None:  # [B]
     """Return the KL from posterior to prior of each image in nats; None of a codebook, which has no prior."""
+    if isinstance(out, HierarchyOutput):
+        return torch.cat(list(out.kl), 1).sum(1)
     return kl_of_latents(out.mu, out.logvar).sum(1) if isinstance(out, GaussianOutput) else None
 
 
@@ -93,6 +95,19 @@ def distance_to_capacity(
     # Of a part of the batch the mean is a part of the whole batch's, which has the whole capacity.
     counted = 1 if sample_weight is None else sample_weight.mean()
     return (kl - counted * capacity).abs()
+
+
+def balance_factors(
+    means: Tensor,  # [G] mean KL of each group over the batch, in nats
+    alpha: Tensor,  # [G]
+) -> Tensor:  # [G]
+    """Return what the KLs of a hierarchy's groups are multiplied by to be balanced (Vahdat & Kautz 2020).
+
+    The factors are in proportion to (KL + 0.01) / alpha and 1 on average: a group that carries less than others
+    is pressed less, so that none is given up early.
+    """
+    factors = (means.abs() + 0.01) / alpha.to(means)
+    return factors / factors.mean()
 
 
 class LogDensities(NamedTuple):

@@ -16,14 +16,23 @@ import torch
 from torch import Tensor
 
 from movae_fast.choices import ReconsDist
-from movae_fast.models import VAE, GaussianOutput, Likelihood, VQOutput
+from movae_fast.models import VAE, GaussianOutput, HierarchyOutput, Likelihood, VQOutput
 from movae_fast.names import nearest
 from movae_fast.objectives import terms
 from movae_fast.objectives.terms import LogDensities, ReconsReduction
 from movae_fast.reference import TCEstimator
 from movae_fast.schedules import LossSchedule
 
-MOST_RUNGS = 30  # of a ladder, for images of side 2^32
+MOST_RUNGS = 64  # of a ladder; rows of KLs of a hierarchy
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Balancing of a hierarchy's KLs (see `terms.balance_factors`)."""
+
+    alpha: Tensor  # [G]
+    on: Tensor  # [] bool, at the step of `set_step`
+    mean_over_ranks: Callable[[Tensor], Tensor]  # of [G]; the identity where each process balances by its own
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class TermSettings:
     n_data: int  # images of the training set
     tc_estimator: TCEstimator
     rungs: int  # of a ladder; 0 without one
+    kl_spans: tuple[tuple[int, int], ...] = ()  # of a hierarchy: the first group and the end of each KL
+    balance: Balance | None = None
 
 
 class Outcome:
@@ -43,7 +54,7 @@ class Outcome:
 
     def __init__(
         self,
-        out: Any,  # a GaussianOutput or a VQOutput
+        out: Any,  # a GaussianOutput, a HierarchyOutput or a VQOutput
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None,  # [B] how often each image counts
         settings: TermSettings,
@@ -52,6 +63,7 @@ class Outcome:
         # Not functools.cached_property: its lock, up to Python 3.11, is nothing that torch.compile can trace.
         self._densities: LogDensities | None = None
         self._rungs: list[tuple[Tensor, Tensor]] | None = None
+        self._groups: list[Tensor] | None = None
 
     def densities(self) -> LogDensities:
         """Return the latents' log densities."""
@@ -67,6 +79,25 @@ class Outcome:
             self._rungs = list(zip(mu, logvar, strict=True))
         return self._rungs
 
+    def groups(self) -> list[Tensor]:
+        """Return the KL [B] of each group of a hierarchy in nats, in training balanced."""
+        if self._groups is None:
+            rates = [kl.sum(1) for kl in self.out.kl]
+            balance = self.settings.balance
+            if balance is not None and self.out.training:
+                means = [terms.batch_mean(kl.detach(), self.sample_weight) for kl in rates]
+                sizes = balance.mean_over_ranks(torch.stack(means))
+                factors = torch.where(balance.on, terms.balance_factors(sizes, balance.alpha), 1.0)
+                rates = [kl * factors[i].to(kl) for i, kl in enumerate(rates)]
+            self._groups = rates
+        return self._groups
+
+    def kl_of_groups(self, row: int) -> Tensor:
+        """Return the mean over images of the KL of a row's groups, in nats."""
+        first, stop = self.settings.kl_spans[row]
+        groups = self.groups()[first:stop]
+        return terms.batch_mean(sum(groups[1:], groups[0]), self.sample_weight, self.out.beta)
+
 
 Objective = Callable[[Outcome], Tensor]  # -> a scalar, unweighted
 
@@ -77,10 +108,14 @@ def _reconstruction(b: Outcome) -> Tensor:
 
 
 def _kl(b: Outcome) -> Tensor:
+    if b.settings.kl_spans:
+        return b.kl_of_groups(0)
     return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta)
 
 
 def _rung_kl(b: Outcome, rung: int) -> Tensor:
+    if b.settings.kl_spans:
+        return b.kl_of_groups(rung)
     return terms.rung_kl(*b.rungs()[rung], b.settings.reduction, b.sample_weight, b.out.beta)
 
 
@@ -111,7 +146,7 @@ def _commitment(b: Outcome) -> Tensor:
 OBJECTIVES: dict[str, Objective] = {
     "reconstruction": _reconstruction,
     "kl": _kl,
-    **{f"kl_{i + 1}": partial(_rung_kl, rung=i) for i in range(MOST_RUNGS)},  # of a ladder, rung by rung
+    **{f"kl_{i + 1}": partial(_rung_kl, rung=i) for i in range(MOST_RUNGS)},  # of a ladder or hierarchy
     "mi": _mi,
     "tc": _tc,
     "dwkl": _dwkl,
@@ -146,6 +181,7 @@ class LossVector:
         n_data: int,
         tc_estimator: TCEstimator = "mss",
         schedule: LossSchedule | None = None,
+        mean_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         self.names = model.objectives
         for name in self.names:
@@ -155,8 +191,15 @@ class LossVector:
                 )
         self.terms = [OBJECTIVES[name] for name in self.names]
         rungs = sum(name.startswith("kl_") for name in self.names)
-        self.settings = TermSettings(model.likelihood_as(dist), reduction, n_data, tc_estimator, rungs)
         self.schedule = schedule or LossSchedule()
+        balance = None
+        if self.schedule.balanced is not None:
+            alpha = torch.tensor(model.balance(), device=model.device)
+            on = torch.zeros((), dtype=torch.bool, device=model.device)
+            balance = Balance(alpha, on, mean_over_ranks)
+        self.settings = TermSettings(
+            model.likelihood_as(dist), reduction, n_data, tc_estimator, rungs, model.kl_spans, balance
+        )
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
         self.full = self.weights.clone()  # where every rung is active
         self.active = [i for i, w in enumerate(weights) if w != 0]
@@ -164,7 +207,9 @@ class LossVector:
         # The KLs of latents in use: their weight may be annealed, and they may be pulled to the capacity.
         self.is_kl = [name.startswith("kl") for name in self.names]
         self.live = torch.tensor(self.is_kl, device=model.device)
-        self.capacity = torch.zeros((), device=model.device)  # nats, at the step of `set_step`
+        # Both at the step of `set_step`.
+        self.capacity = torch.zeros((), device=model.device)  # nats
+        self.penalty_weight = torch.zeros((), device=model.device)
 
     def set_active_rungs(self, active: Tensor, pre_kl: float) -> None:
         """Give the KL of each rung that is not `active` [L] the weight pre_kl; in place, on the device."""
@@ -172,9 +217,14 @@ class LossVector:
         self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
     def set_step(self, step: int) -> None:
-        """Give the objectives the capacity of 0-based `step`; in place, on the device."""
-        if self.schedule.capacity is not None:
-            self.capacity.fill_(self.schedule.capacity(step))
+        """Set capacity, balancing and the penalty's weight to those of 0-based `step`, in place."""
+        schedule = self.schedule
+        if schedule.capacity is not None:
+            self.capacity.fill_(schedule.capacity(step))
+        if schedule.penalty is not None:
+            self.penalty_weight.fill_(schedule.penalty(step))
+        if schedule.balanced is not None and self.settings.balance is not None:
+            self.settings.balance.on.fill_(schedule.balanced(step))
 
     def weights_at(self, step: int) -> Tensor:  # [m]
         """Return the weights at 0-based `step` of the current stage, annealing included."""
@@ -185,7 +235,7 @@ class LossVector:
 
     def __call__(
         self,
-        out: GaussianOutput | VQOutput,
+        out: GaussianOutput | HierarchyOutput | VQOutput,
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, ...]:  # m scalars

@@ -13,10 +13,20 @@ from torch import nn
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.data import Binarizer, Loader, ReadOptions
-from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate
+from movae_fast.models import NVAE, VAE, ProVLAE, build_model, make_multirate
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
-from movae_fast.schedules import Capacity, Cycles, Factor, LossSchedule, Stages, annealing_by_epoch, restarted
+from movae_fast.schedules import (
+    Capacity,
+    Cycles,
+    Factor,
+    LogLinear,
+    LossSchedule,
+    Stages,
+    Warmup,
+    annealing_by_epoch,
+    restarted,
+)
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -59,8 +69,7 @@ def new_model(config: TrainConfig) -> VAE:
     model = build_model(config.model.arch, config.image_shape, config.activation, options, config.likelihood)
     rate = config.multirate
     if rate.multirate:
-        assert isinstance(model, GaussianVAE)
-        gates = (rate.gate_encoder, rate.gate_decoder, rate.gate_position)
+        gates = (rate.gate_encoder, config.gate_decoder, rate.gate_position)
         start = (rate.gate_bias, rate.gate_slope)
         make_multirate(model, rate.beta_min, rate.beta_max, *gates, config.beta_per, *start)
     return model
@@ -74,6 +83,8 @@ def build_network(config: TrainConfig, device: torch.device, world: World) -> VA
     start_from(config.ladder, model)
     if config.run.sync_batchnorm and world.size > 1:
         convert_sync_batchnorm(model)
+    if config.norm_penalty and isinstance(model, NVAE):
+        model.start_penalty()
     return model
 
 
@@ -99,9 +110,10 @@ def build_aggregator(
 
 
 def build_losses(
-    config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths
+    config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths, world: World
 ) -> LossVector:
     """Return the objectives, with the schedules of their weights."""
+    together = world.size > 1 and config.run.sync_batchnorm
     objective = config.objective
     return LossVector(
         model,
@@ -111,6 +123,7 @@ def build_losses(
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
         schedule=loss_schedule(config, lengths.stage, lengths.epoch),
+        mean_over_ranks=(lambda values: world.sum_(values) / world.size) if together else lambda values: values,
     )
 
 
@@ -142,7 +155,7 @@ def build_step(
         losses,
         aggregator,
         optimizer,
-        jacobian=objective.jacobian,
+        jacobian=config.jacobian,
         max_grad_norm=config.optimizer.max_grad_norm,
         skip_grad_norm=config.optimizer.skip_grad_norm,
         ema_decay=config.optimizer.ema_decay,
@@ -185,9 +198,22 @@ def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedu
         factor = Cycles(ladder.kl_annealing_mode, steps, ladder.cycle_period, *weights, ladder.ratio)
     elif objective.kl_annealing != "none":
         factor = annealing_by_epoch(objective.kl_annealing, steps, per_epoch)
+    elif config.kl_warmup:
+        factor = Warmup(objective.kl_constant * steps, config.kl_warmup * steps, objective.kl_least)
+    balanced = factor.lasts if config.kl_balance and isinstance(factor, Warmup) else None
     grows = ladder.use_capacity_increase
     capacity = Capacity(ladder.max_capacity, ladder.capacity_max_iter) if grows else None
-    return LossSchedule(objective.anneal_steps, factor, capacity)
+    return LossSchedule(objective.anneal_steps, factor, capacity, balanced, penalty_weight(config, factor))
+
+
+def penalty_weight(config: TrainConfig, kl_factor: Factor | None) -> Factor | None:
+    """Return the weight of the model's penalty by the step: constant, or annealed with the KL's weight."""
+    first, last = config.objective.norm_penalty_init, config.norm_penalty
+    if not last:
+        return None
+    if first is None or kl_factor is None:
+        return lambda step: last
+    return LogLinear(first, last, kl_factor)
 
 
 def build_stages(ladder: LadderConfig, model: VAE, steps: int) -> Stages | None:

@@ -132,24 +132,24 @@ def read(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         return path, load(path)
     except CheckpointError as error:
-        found = whole(path.parent)
-        if not found:
+        checkpoints = whole(path.parent)
+        if not checkpoints:
             raise
-        shown = ", ".join(f"{other} (step {step:,})" for other, step in found[:3])
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        shown = ", ".join(f"{other} (step {step:,})" for other, step in checkpoints[:3])
+        more = f" and {len(checkpoints) - 3} more" if len(checkpoints) > 3 else ""
         raise CheckpointError(f"{str(error)[:300]}; whole beside it: {shown}{more}") from None
 
 
 def whole(folder: Path) -> list[tuple[Path, int]]:
     """Return the checkpoints of `folder` from which a run can go on, and their steps: the latest first, and
     `last` before others of the same step."""
-    found = []
+    checkpoints = []
     for path in sorted(folder.glob("*.pt"), key=lambda p: (p.name != "last.pt", p.name)):
         try:
-            found.append((path, int(load(path)["position"]["step"])))
+            checkpoints.append((path, int(load(path)["position"]["step"])))
         except (CheckpointError, KeyError):
             continue
-    return sorted(found, key=lambda entry: -entry[1])
+    return sorted(checkpoints, key=lambda entry: -entry[1])
 
 
 def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

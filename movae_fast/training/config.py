@@ -16,8 +16,10 @@ from movae_fast.choices import (
     STRICT_REG_EPS,
     Binarization,
     CompileMode,
+    KLRows,
     LadderNet,
     PrecisionName,
+    PresetName,
     ReconsDist,
     ReconsReduction,
     Regularizer,
@@ -118,6 +120,18 @@ class ModelConfig:
             abstract rung down, or the PyTorch port's, from the least abstract rung up.
         posterior_cov: linear_vae's posterior covariance, one for all images (shared) or predicted from each.
         residual_block: Two 3x3 convolutions (author), or pythae's bottleneck (resnet_vae_28/32/64: author).
+        preset: nvae's numbers for a dataset (mnist); the options below replace them one by one. `tiny` is for
+            a CPU.
+        num_scales: Resolutions that have latents (nvae).
+        groups_per_scale: Groups of latents at the largest resolution (nvae).
+        ada_groups: Half as many groups at each smaller resolution as at the next larger one (nvae).
+        latents_per_group: Channels of a group's latent map (nvae).
+        channels: Channels of the stem; they double where the side halves (nvae).
+        outer_blocks: Halvings of the side before the largest resolution that has latents (nvae).
+        outer_cells: Cells per such halving, in the encoder and in the decoder (nvae).
+        cells_per_group: Cells before each group, in the encoder and in the decoder (nvae).
+        num_flows: Pairs of autoregressive flows per group (nvae).
+        kl_rows: What has a KL objective of its own: each scale, each group, or all together (nvae: scale).
     """
 
     arch: str = "vae"
@@ -137,6 +151,17 @@ class ModelConfig:
     ladder_net: LadderNet | None = None
     posterior_cov: Literal["shared", "predicted"] | None = None
     residual_block: Literal["author", "pythae"] | None = None
+    preset: PresetName | None = None
+    num_scales: int | None = None
+    groups_per_scale: int | None = None
+    ada_groups: bool | None = None
+    latents_per_group: int | None = None
+    channels: int | None = None
+    outer_blocks: int | None = None
+    outer_cells: int | None = None
+    cells_per_group: int | None = None
+    num_flows: int | None = None
+    kl_rows: KLRows | None = None
 
 
 @dataclass
@@ -159,13 +184,22 @@ class ObjectiveConfig:
         anneal_steps: Steps over which the dimension-wise KL (of models with a tc) reaches its weight.
         kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
             (monotonic), or in four cycles, rising in the first half of each (cyclic).
+        kl_warmup: The part of the steps in which the KL's weight rises to 1, by step; 0 is none. The default is
+            0.3 for nvae with --agg sum and one rate, else 0.
+        kl_constant: The part of the steps that comes before that rise.
+        kl_least: Factor on the KL's weight where the rise begins.
+        kl_balance: During that rise, balance the KLs of nvae's groups; the default is to do so.
+        norm_penalty: Weight of nvae's penalty: the sum of all convolutions' largest singular values and all
+            BatchNorms' largest scales. Its gradient is added to the update. The default is the preset's.
+        norm_penalty_init: Weight that it begins with, annealed on a logarithmic scale as the KL's weight rises.
         tc_estimator: Estimator of log q(z): stratified (mss) or weighted (mws) minibatch sampling.
         mmd_alpha: mmd_vae's alpha: KL weighs 1 - alpha, MMD alpha + lambda - 1.
         mmd_lambda: mmd_vae's lambda.
         agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
         pref_weights: Preference of the aggregator, one weight an objective (default 1/m each).
-        jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all).
+        jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all); the
+            default is shared, and all for nvae, which has no features.
         upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
             norm (diagonal), so that no row is too short to be protected, or of the trace (trace), as TorchJD
             does.
@@ -190,13 +224,19 @@ class ObjectiveConfig:
     coef_kl: float | None = None
     anneal_steps: int = 200
     kl_annealing: Literal["none", "monotonic", "cyclic"] = "none"
+    kl_warmup: float | None = None
+    kl_constant: float = 1e-4
+    kl_least: float = 1e-4
+    kl_balance: bool | None = None
+    norm_penalty: float | None = None
+    norm_penalty_init: float | None = None
     tc_estimator: Literal["mss", "mws"] = "mss"
     mmd_alpha: float = 1.0
     mmd_lambda: float = 1.0
     agg: str = "sum"
     agg_args: dict[str, Any] = field(default_factory=dict)
     pref_weights: list[float] | None = None
-    jacobian: Literal["shared", "all"] = "shared"
+    jacobian: Literal["shared", "all"] | None = None
     upgrad_regularizer: Regularizer = "diagonal"
     upgrad_norm_eps: float = 0.0
     upgrad_reg_eps: float = STRICT_REG_EPS
@@ -221,7 +261,7 @@ class MultiRateConfig:
         beta_min: Least beta drawn (log-uniformly).
         beta_max: Greatest beta drawn.
         gate_encoder: Gates of the encoder: sigmoid, or sqrt(relu(1 - e^x)).
-        gate_decoder: Gates of the decoder.
+        gate_decoder: Gates of the decoder; the default is sqrt, and sigmoid for nvae.
         gate_position: Before a layer's BatchNorm or behind it; layers without one are gated themselves.
         beta_per: A beta for each example or one for the batch (the default where there is a tc, which is
             estimated within the batch). One a batch needs post_bn: BatchNorm divides a gate before it out.
@@ -234,7 +274,7 @@ class MultiRateConfig:
     beta_min: float = 0.01
     beta_max: float = 10.0
     gate_encoder: Literal["sigmoid", "sqrt"] = "sigmoid"
-    gate_decoder: Literal["sqrt", "sigmoid"] = "sqrt"
+    gate_decoder: Literal["sqrt", "sigmoid"] | None = None
     gate_position: Literal["pre_bn", "post_bn"] = "pre_bn"
     beta_per: Literal["example", "batch"] | None = None
     gate_bias: float = 0.0
@@ -343,7 +383,7 @@ class RunConfig:
             and `off` record the whole step as one CUDA graph too, if optimizer, precision and aggregator allow.
         on_cudnn_benchmark: Let cuDNN try its algorithms for the shapes that it meets (CUDA).
         accumulate: Split each batch into this many parts, one after the other, to save memory.
-        sync_batchnorm: BatchNorm over all processes' images rather than each one's own.
+        sync_batchnorm: BatchNorm over all processes' images rather than each one's own; KL balancing likewise.
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
@@ -484,6 +524,41 @@ class TrainConfig:
         if self.objective.recons_reduction is None and self.multirate.multirate:
             return "sum"
         return self.objective.recons_reduction or self.model_info.recons_reduction  # type: ignore[return-value]
+
+    @property
+    def jacobian(self) -> Literal["shared", "all"]:
+        """Return which gradients are aggregated: without features all parameters are shared."""
+        return self.objective.jacobian or ("shared" if self.model_info.has_features else "all")
+
+    @property
+    def kl_warmup(self) -> float:
+        """Return the part of the steps in which the KL's weight rises; 0 where an aggregator or beta
+        weighs it."""
+        o = self.objective
+        if o.kl_warmup is not None:
+            return o.kl_warmup
+        otherwise = self.aggregated or self.multirate.multirate or o.kl_annealing != "none"
+        if otherwise or self.ladder.use_kl_annealing or not self.model_info.warms_up:
+            return 0.0
+        return 0.3
+
+    @property
+    def kl_balance(self) -> bool:
+        """Return whether the KLs of a hierarchy's groups are balanced while their weight rises."""
+        given = self.objective.kl_balance
+        may = self.model_info.latents == "hierarchy" and not self.aggregated and not self.multirate.multirate
+        return may and self.kl_warmup > 0 if given is None else given
+
+    @property
+    def norm_penalty(self) -> float:
+        """Return the weight of the model's penalty."""
+        given = self.objective.norm_penalty
+        return self.model_info.default_penalty(vars(self.model)) if given is None else given
+
+    @property
+    def gate_decoder(self) -> Literal["sqrt", "sigmoid"]:
+        """Return the gates of a multi-rate model's decoder."""
+        return self.multirate.gate_decoder or self.model_info.default_decoder_gate
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:

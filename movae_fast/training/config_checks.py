@@ -62,6 +62,7 @@ def check_settings(config: TrainConfig) -> None:
     if not config.aggregated and (config.objective.agg_args or config.objective.pref_weights):
         raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
     check_ladder(config)
+    check_hierarchy(config)
     check_multirate(config)
     check_weights(config)
     check_run(config.run)
@@ -161,8 +162,9 @@ def check_run(run: RunConfig) -> None:
 
 
 def check_aggregation(config: TrainConfig) -> None:
-    """Check the aggregation's epsilons, approximations and projection."""
+    """Check what is aggregated, the epsilons, approximations and the projection."""
     o, agg = config.objective, config.objective.agg
+    check_cut(config)
     if o.upgrad_regularizer == "diagonal" and o.upgrad_norm_eps:
         raise ValueError(
             "--upgrad_norm_eps is a threshold of the trace: add --upgrad_regularizer trace (TorchJD's), "
@@ -183,6 +185,23 @@ def check_aggregation(config: TrainConfig) -> None:
         )
 
 
+def check_cut(config: TrainConfig) -> None:
+    """Check that a model whose network is not cut by features is not asked for what needs the cut."""
+    o, arch = config.objective, config.model.arch
+    if config.model_info.has_features:
+        return
+    asked = {
+        "jacobian": o.jacobian == "shared",
+        "gramian_at": o.gramian_at != "shared",
+        "gramian_batch": o.gramian_batch < 1,
+    }
+    for name in (name for name, wrong in asked.items() if wrong):
+        raise ValueError(
+            f"--{name} {getattr(o, name)}: {arch} has no features to cut it at, so all its parameters are "
+            "shared (--jacobian all, its default): leave it out"
+        )
+
+
 def check_approximations(config: TrainConfig) -> None:
     """Check the approximations of the aggregator's weights against what they cut and reuse."""
     o, agg = config.objective, config.objective.agg
@@ -196,7 +215,7 @@ def check_approximations(config: TrainConfig) -> None:
             "--gramian_every, --gramian_batch and --gramian_at need an aggregator that weights rows; "
             f"{agg} does not"
         )
-    if o.gramian_batch < 1 and o.jacobian == "all":
+    if o.gramian_batch < 1 and config.jacobian == "all":
         raise ValueError("--gramian_batch cuts the network at its features: leave --jacobian at shared")
     if o.gramian_batch < 1 and config.run.compile not in ("auto", "off"):
         raise ValueError("--gramian_batch runs uncompiled; leave out --compile")
@@ -204,12 +223,8 @@ def check_approximations(config: TrainConfig) -> None:
         choices = "shared, features, last:1, last:2, …"
         if o.gramian_at != "features" and not re.fullmatch(r"last:[1-9]\d*", o.gramian_at):
             raise ValueError(f"--gramian_at {o.gramian_at}: valid: {choices}")
-        if o.jacobian == "all":
+        if config.jacobian == "all":
             raise ValueError("--gramian_at cuts the network at its features: leave --jacobian at shared")
-        if not config.model_info.has_features:
-            raise ValueError(
-                f"--gramian_at {o.gramian_at}: {config.model.arch} has no features to cut it at; valid: shared"
-            )
         if o.gramian_batch < 1:
             raise ValueError("--gramian_at and --gramian_batch are two ways to the same weights; give one")
         if not weights_by_gramian(agg):
@@ -281,11 +296,47 @@ def check_ladder(config: TrainConfig) -> None:
         raise ValueError(f"--batch_size: {arch} normalises over the batch; give at least 2 images at a time")
 
 
+def check_hierarchy(config: TrainConfig) -> None:
+    """Check the network, the warm-up and balancing of the KLs, and the penalty of a hierarchy."""
+    o, arch, kind = config.objective, config.model.arch, config.model_info
+    kind.check_options(vars(config.model), config.image_shape)
+    if kind.latents != "hierarchy" and (
+        own := [n for n in ("kl_balance", "norm_penalty", "norm_penalty_init") if getattr(o, n)]
+    ):
+        able = ", ".join(name for name in MODELS if model_info(name).latents == "hierarchy")
+        raise ValueError(f"--{own[0]} is a setting of {able}; {arch} does not have it")
+    names = kind.weighted_objectives(vars(config.model), config.image_shape)
+    if o.kl_warmup:
+        if o.kl_annealing != "none" or config.ladder.use_kl_annealing:
+            raise ValueError(
+                "--kl_warmup and --kl_annealing (--use_kl_annealing) anneal the KL's weight; give one"
+            )
+        if not any(name.startswith("kl") for name in names):
+            raise ValueError(f"--kl_warmup needs a KL; {arch} has none")
+    for name in ("kl_constant", "kl_least"):
+        if not config.kl_warmup and getattr(o, name) != getattr(ObjectiveConfig(), name):
+            raise ValueError(f"--{name} is a setting of the KL's warm-up: add --kl_warmup 0.3")
+    if o.kl_balance and config.aggregated:
+        raise ValueError(
+            f"--kl_balance weighs the KLs by hand, and so does --agg {o.agg}: leave out --kl_balance, or use "
+            "--agg sum"
+        )
+    if o.kl_balance and config.multirate.multirate:
+        raise ValueError("--kl_balance: with --multirate the drawn beta weighs the KL; leave out --kl_balance")
+    if o.kl_balance and not config.kl_warmup:
+        raise ValueError("--kl_balance balances while the KL's weight rises: add --kl_warmup 0.3")
+    if o.norm_penalty_init is not None and not (config.norm_penalty and config.kl_warmup):
+        raise ValueError(
+            "--norm_penalty_init begins an annealing along the KL's warm-up: add --norm_penalty and --kl_warmup"
+        )
+
+
 def check_multirate(config: TrainConfig) -> None:
     """Check the multi-rate settings."""
     rate, arch, o = config.multirate, config.model.arch, config.objective
     if not rate.multirate:
-        default = MultiRateConfig()
+        # Older runs have in their configuration what was the default of all models.
+        default = MultiRateConfig(gate_decoder="sqrt" if rate.gate_decoder == "sqrt" else None)
         given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
         if given:
             raise ValueError(f"--{given[0]} is a setting of multi-rate training: add --multirate")

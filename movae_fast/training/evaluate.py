@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
-from movae_fast.models import VAE, Likelihood, VQOutput
+from movae_fast.models import VAE, HierarchyOutput, Likelihood, VQOutput
 from movae_fast.models.base import Output
 from movae_fast.objectives import LossVector, rate
-from movae_fast.training.telemetry import codebook_metrics
+from movae_fast.training.gradients import group_rates
+from movae_fast.training.telemetry import codebook_metrics, rate_metrics
 from movae_fast.training.world import World
 
 MEAN_IMAGE_LIMIT = 65_536
@@ -25,10 +26,11 @@ def evaluate(
     reconstruction's MSE.
 
     Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
-    decoded); for a codebook `test/codebook_usage` and `test/perplexity`; for a proper likelihood and a model
-    with a rate `test/nats` (the negative ELBO per image, by one draw of z) and `test/bits_per_dim`. Noise comes
-    from `seed` and the batch's number alone and training's random state is put back, so evaluating more often
-    changes nothing else, and ranks that share the batches find what one process finds.
+    decoded); for a codebook `test/codebook_usage` and `test/perplexity`; for a hierarchy the rate of each scale
+    and group; for a proper likelihood and a model with a rate `test/nats` (the negative ELBO per image, by one
+    draw of z) and `test/bits_per_dim`. Noise comes from `seed` and the batch's number alone and training's
+    random state is put back, so evaluating more often changes nothing else, and several ranks with a part of
+    the batches each find the values of one process.
     """
     world = world or World()
     was_training = model.training
@@ -39,6 +41,7 @@ def evaluate(
         m = len(losses.names)
         sums = torch.zeros(m + 4, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
+        rates = torch.zeros(sum(model.groups), dtype=torch.float64, device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             n = len(x)
             torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
@@ -52,8 +55,11 @@ def evaluate(
             sums[m] += negative_elbo(out, x, losses.settings.likelihood).sum()
             if isinstance(out, VQOutput):
                 usage += out.usage.to(usage)
+            if isinstance(out, HierarchyOutput):
+                rates += group_rates(out).to(rates) * n
     model.train(was_training)
     world.sum_(usage)
+    world.sum_(rates)
     totals = world.sum_(sums).cpu()
     values = totals[:m] / totals[-2].clamp_min(1)
     line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
@@ -62,7 +68,8 @@ def evaluate(
     nats = float(totals[m] / totals[-2].clamp_min(1))
     if not math.isnan(nats):
         line |= {"test/nats": nats, "test/bits_per_dim": nats / (math.log(2) * math.prod(model.image_shape))}
-    return line | {f"test/{k}": v for k, v in codebook_metrics(usage).items()}
+    of_groups = rate_metrics((rates / totals[-2].to(rates)).cpu(), model.groups)
+    return line | {f"test/{k}": v for k, v in (codebook_metrics(usage) | of_groups).items()}
 
 
 def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64

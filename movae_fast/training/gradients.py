@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from movae_fast.jacobian import (
     shared_rows,
     weighted_row,
 )
-from movae_fast.models import VAE, Noise, VQOutput
+from movae_fast.models import VAE, HierarchyOutput, Noise, VQOutput
 from movae_fast.objectives import LossVector
 from movae_fast.training.precision import Precision
 
@@ -82,6 +82,7 @@ class Differentiated(NamedTuple):
 
     losses: Tensor  # [m] unweighted
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
+    rates: Tensor  # [G] mean KL of each group in nats; [0] without a hierarchy
     task: Gradients = ()
     shared: Iterable[Gradients] = ()  # rows, or the one gradient
     nonzero: Sequence[int] = ()  # the rows' objectives: the others' rows are zero by construction
@@ -94,6 +95,7 @@ class Forward(NamedTuple):
     weighted: list[Tensor]  # the active objectives, as they are differentiated
     losses: Tensor  # [m] unweighted
     usage: Tensor  # [K] or [0]
+    rates: Tensor  # [G] or [0]
 
 
 def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
@@ -106,12 +108,18 @@ def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
     losses = network.losses(out, images, batch.sample_weight)
     weighted = [losses[i] * scale[k].to(losses[i].dtype) for k, i in enumerate(network.losses.active)]
     usage = out.usage if isinstance(out, VQOutput) else images.new_zeros(0)
-    return Forward(features, weighted, torch.stack(losses).detach(), usage)
+    rates = group_rates(out) if isinstance(out, HierarchyOutput) else images.new_zeros(0)
+    return Forward(features, weighted, torch.stack(losses).detach(), usage, rates)
+
+
+def group_rates(out: HierarchyOutput) -> Tensor:  # [G]
+    """Return the mean KL of each group over the batch in nats, neither balanced nor weighted."""
+    return torch.stack([kl.detach().sum(1).mean() for kl in out.kl])
 
 
 def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
     """Differentiate every objective: one backward each through the shared part."""
-    features, weighted, losses, usage = forward(network, batch, scale)
+    features, weighted, losses, usage, rates = forward(network, batch, scale)
     if network.cut:
         at_cut = at_features(weighted, features, network.task)
         task, nonzero = at_cut.task, nonzero_rows(at_cut.features)
@@ -121,32 +129,32 @@ def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
         rows = all_rows(weighted, network.shared)
     # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the rows' buffer.
     kept = list(rows) if torch.compiler.is_compiling() else rows
-    return Differentiated(losses, usage, task, kept, nonzero)
+    return Differentiated(losses, usage, rates, task, kept, nonzero)
 
 
 def of_sum(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
     """Differentiate the weighted sum, in one backward."""
-    _, weighted, losses, usage = forward(network, batch, scale)
+    _, weighted, losses, usage, rates = forward(network, batch, scale)
     gradients = _gradient(torch.stack(weighted).sum(), [*network.shared, *network.task])
     n = len(network.shared)
-    return Differentiated(losses, usage, gradients[n:], [gradients[:n]])
+    return Differentiated(losses, usage, rates, gradients[n:], [gradients[:n]])
 
 
 def of_weighted(network: Network, batch: Batch, scale: Tensor, weights: Tensor) -> Differentiated:
     """Differentiate with an aggregator's weights [a]: of the shared parameters' gradient alone, if there are
     features."""
-    features, weighted, losses, usage = forward(network, batch, scale)
+    features, weighted, losses, usage, rates = forward(network, batch, scale)
     if network.cut:
         at_cut = at_features(weighted, features, network.task)
         row = weighted_row(features, at_cut.features, weights, network.shared)
-        return Differentiated(losses, usage, at_cut.task, [row])
+        return Differentiated(losses, usage, rates, at_cut.task, [row])
     total = torch.stack([loss * w for loss, w in zip(weighted, weights, strict=True)]).sum()
-    return Differentiated(losses, usage, [], [_gradient(total, network.shared)])
+    return Differentiated(losses, usage, rates, [], [_gradient(total, network.shared)])
 
 
 def cheap_rows_of(network: Network, batch: Batch, scale: Tensor, last: Sequence[Tensor]) -> Tensor:  # [a, Q]
     """Return the rows at `last`, the shared parameters next to the features; without any, at the features."""
-    features, weighted, _, _ = forward(network, batch, scale)
+    features, weighted, *_ = forward(network, batch, scale)
     return cheap_rows(features, at_features(weighted, features, []).features, last)
 
 
@@ -154,12 +162,12 @@ def of_cheaply_weighted(
     network: Network, batch: Batch, scale: Tensor, last: Sequence[Tensor], weigh: Weigh
 ) -> tuple[Differentiated, Tensor]:
     """Differentiate with the weights of the rows of `cheap_rows_of`, in one forward; return the weights too."""
-    features, weighted, losses, usage = forward(network, batch, scale)
+    features, weighted, losses, usage, rates = forward(network, batch, scale)
     at_cut = at_features(weighted, features, network.task)
     # Weighed once: an aggregator may draw or remember.
     weights = weigh(cheap_rows(features, at_cut.features, last))
     row = weighted_row(features, at_cut.features, weights, network.shared)
-    return Differentiated(losses, usage, at_cut.task, [row]), weights
+    return Differentiated(losses, usage, rates, at_cut.task, [row]), weights
 
 
 def of_subset_weighted(
@@ -171,7 +179,7 @@ def of_subset_weighted(
     and, once per row, backward with the first images alone. Not for the compiler: the aggregator decides
     between two backwards of one graph.
     """
-    features, weighted, losses, usage = forward(network, batch, scale)
+    features, weighted, losses, usage, rates = forward(network, batch, scale)
     at_cut = at_features(weighted, features, network.task)
     with keeping_buffers(network.model), network.precision.autocast():
         first = batch.of_images(0, count)
@@ -180,7 +188,12 @@ def of_subset_weighted(
     upstream = [[None if g is None else g[:count] for g in row] for row in at_cut.features]
     weights = weigh(cheap_rows(few, upstream, network.shared))
     row = weighted_row(features, at_cut.features, weights, network.shared)
-    return Differentiated(losses, usage, at_cut.task, [row]), weights
+    return Differentiated(losses, usage, rates, at_cut.task, [row]), weights
+
+
+def of_penalty(model: VAE, penalised: Any, parameters: Sequence[Tensor], weight: Tensor) -> Gradients:
+    """Differentiate the model's penalty times `weight` [] at `parameters`."""
+    return torch.autograd.grad(weight * model.penalty(penalised), parameters)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:

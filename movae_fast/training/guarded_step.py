@@ -47,11 +47,11 @@ class StepGuard:
 
     def _tell(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Tell the optimizer, right before its step, which may know of an overflow already."""
-        found = getattr(optimizer, "found_inf", None)
+        overflowed = getattr(optimizer, "found_inf", None)
         if self.skip is not None:
-            found = self.skip if found is None else torch.maximum(found.to(self.skip), self.skip)
-            optimizer.found_inf = found
-        self.left_out = found
+            overflowed = self.skip if overflowed is None else torch.maximum(overflowed.to(self.skip), self.skip)
+            optimizer.found_inf = overflowed
+        self.left_out = overflowed
 
     def end(self) -> Tensor | None:  # [] float32
         """Put the buffers back if the step was left out; return 1 if it was, None if none can be."""

@@ -69,6 +69,17 @@ BOUNDS: dict[str, Bounds] = {
     "recons_components": Bounds(1, 1000),
     "num_residual_layers": Bounds(0, 1000),
     "num_ladders": Bounds(1, 32),
+    "num_scales": Bounds(1, 8),
+    "groups_per_scale": Bounds(1, 64),
+    "outer_blocks": Bounds(0, 8),
+    **dict.fromkeys(("outer_cells", "cells_per_group"), Bounds(1, 100)),
+    "num_flows": Bounds(0, 100),
+    "latents_per_group": Bounds(1, 10_000),
+    "channels": Bounds(2, 100_000),
+    **dict.fromkeys(("kl_warmup", "kl_constant"), Bounds(0, 1)),
+    "kl_least": Bounds(0, 1, above=True),
+    "norm_penalty": ZERO,
+    "norm_penalty_init": POSITIVE,
 }
 FREE = Bounds()
 PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is used

@@ -37,11 +37,11 @@ class Adamax(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         assert getattr(self, "grad_scale", None) is None, "Adamax: unscale the gradients before the step"
-        found = getattr(self, "found_inf", None)
+        overflowed = getattr(self, "found_inf", None)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                self._update(group, parameters, None if found is None else found > 0)
+                self._update(group, parameters, None if overflowed is None else overflowed > 0)
 
     def _update(self, group: dict[str, Any], parameters: Any, skip: Tensor | None) -> None:
         gradients: Any = [p.grad for p in parameters]

@@ -140,7 +140,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     train_loader = make_loader(config, device, "train", world)
     test_loader = make_loader(config, device, "test", world)
     lengths, progression = plan_lengths(config, model, len(train_loader))
-    losses = build_losses(config, model, weights, len(train_loader.source), lengths)
+    losses = build_losses(config, model, weights, len(train_loader.source), lengths, world)
     optimizer, scheduler = build_optimizer(config.optimizer, model, lengths)
     train_step, why_not = build_step(config, device, world, model, losses, aggregator, optimizer)
     codes = getattr(model, "num_embeddings", 0)
@@ -156,7 +156,12 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         train_step=train_step,
         scheduler=scheduler,
         telemetry=Telemetry(
-            model.objectives, config.run.log_every, device, codes, config.optimizer.skip_grad_norm > 0
+            model.objectives,
+            config.run.log_every,
+            device,
+            codes,
+            count_skipped=config.optimizer.skip_grad_norm > 0,
+            groups=model.groups,
         ),
         total_steps=lengths.total,
         world=world,

@@ -6,7 +6,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -45,6 +45,7 @@ class Snapshot(NamedTuple):
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
     skipped: Tensor  # [steps] on the host, 1 for a step that was left out
+    rates: Tensor  # [G] on the host
     line: dict[str, Any]  # what the host knew already
     times: Times
     images: int  # of all ranks
@@ -75,11 +76,13 @@ class Telemetry:
         device: torch.device,
         codes: int = 0,
         count_skipped: bool = False,
+        groups: Sequence[int] = (),  # of each scale
     ) -> None:
         self.count_skipped = count_skipped  # whether steps can be left out, and the log tells how many were
-        self.names, self.size, self.device = names, size, device
+        self.names, self.size, self.device, self.groups = names, size, device, groups
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
         self.usage = torch.zeros(codes, device=device)
+        self.rates = torch.zeros(sum(groups), device=device)  # summed over the window
         self.skipped = torch.zeros(size, device=device)
         self.filled = 0
         self.seen = self.left_out = 0  # steps whose log lines have been written, and those of them left out
@@ -110,13 +113,17 @@ class Telemetry:
             self.skipped[self.filled] = metrics.skipped
         if self.usage.numel():
             self.usage += metrics.usage.to(self.usage)
+        if self.rates.numel():
+            self.rates += metrics.rates.to(self.rates)
         self.filled += 1
         self.images += images
         self.steps.append(self.mark())
 
     def merge(self, world: World) -> None:
-        """Make the window's losses the mean over ranks and the usage their share of the sum."""
+        """Average the window's losses and rates over ranks, and scale the usage to this rank's part of the
+        sum."""
         if world.size > 1:
+            world.sum_(self.rates).div_(world.size)
             world.sum_(self.window[: self.filled, 0]).div_(world.size)
             world.sum_(self.usage).div_(world.size)
 
@@ -141,18 +148,21 @@ class Telemetry:
         self.restart_clock()
         window = self.window[: self.filled].clone()
         usage, skipped = self.usage * world.size, self.skipped[: self.filled].clone()
+        rates = self.rates / max(self.filled, 1)
         arrived = None
         if self.device.type == "cuda":
+            rates = rates.to("cpu", non_blocking=True)
             window = window.to("cpu", non_blocking=True)
             usage = usage.to("cpu", non_blocking=True)
             skipped = skipped.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.queue.append(Snapshot(window, usage, skipped, line, times, images, arrived))
+        self.queue.append(Snapshot(window, usage, skipped, rates, line, times, images, arrived))
         self.filled = 0
         self.window.fill_(torch.nan)
         self.usage.zero_()
         self.skipped.zero_()
+        self.rates.zero_()
 
     def lines(self, wait: bool = False) -> Iterator[dict[str, Any]]:
         """Log lines of the windows that have arrived (all of them with `wait`)."""
@@ -183,7 +193,8 @@ class Telemetry:
             # Fewer vectors than codes would leave codes unused in any case.
             if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
                 self.used = codebook["codebook_usage"]
-            yield line | {f"train/{k}": v for k, v in codebook.items()}
+            rates = rate_metrics(snapshot.rates, self.groups)
+            yield line | {f"train/{k}": v for k, v in (codebook | rates).items()}
 
     def peak_memory(self) -> float:
         """Return the peak memory in MiB: the device's peak allocation, or the process's peak resident
@@ -211,6 +222,7 @@ class Telemetry:
             "window": self.window[: self.filled].clone(),
             "usage": self.usage.clone(),
             "skipped": self.skipped[: self.filled].clone(),
+            "rates": self.rates.clone(),
             "filled": self.filled,
         }
 
@@ -220,6 +232,8 @@ class Telemetry:
         self.usage.copy_(state["usage"])
         if "skipped" in state:  # not in the first checkpoints
             self.skipped[: self.filled] = state["skipped"]
+        if "rates" in state:  # not in older checkpoints
+            self.rates.copy_(state["rates"])
         self.restart_clock()
 
 
@@ -269,3 +283,12 @@ def codebook_metrics(usage: Tensor) -> dict[str, float]:
     entropy = -torch.special.xlogy(p, p).sum()
     metrics = torch.stack([(usage > 0).double().mean(), entropy.exp()]).tolist()
     return {"codebook_usage": metrics[0], "perplexity": metrics[1]}
+
+
+def rate_metrics(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:
+    """Return by name the rates [G] of a hierarchy's groups and those of its scales, in the decoder's order."""
+    if not rates.numel():
+        return {}
+    of_scales = [float(part.sum()) for part in rates.split(list(groups))]
+    named = {f"rate_scale_{i}": value for i, value in enumerate(of_scales, 1)}
+    return named | {f"rate_group_{i:02d}": value for i, value in enumerate(rates.tolist(), 1)}

@@ -49,6 +49,7 @@ class StepMetrics(NamedTuple):
     step_cosines: Tensor  # of the applied change of the parameters with each objective's gradient
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
     skipped: Tensor  # [] 1 for a step that was left out
+    rates: Tensor  # [G] mean KL of each group of a hierarchy, nats; [0] without one
 
 
 class Gradient(Enum):
@@ -85,11 +86,12 @@ class TrainStep:
     log are the true ones.
 
     `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
-    before they are aggregated, so the update is that of the whole batch. The gradient is clipped to
+    before they are aggregated, so the update is that of the whole batch. The gradient of the model's penalty,
+    where the losses' schedule has a weight for one, is added to the update; all of it is clipped to
     `max_grad_norm` (0: not at all), and a step whose gradient is longer than `skip_grad_norm` (0: none) is left
     out (`guarded_step`). With a `step_metric` the optimizer's step is projected (`projected_step`). With
     `ema_decay` an average of the weights is kept (0: none). With a `recorder` each kind of step becomes one
-    graph, the exchanges between processes and fp16's loss scale included; a replay's record is overwritten by
+    graph, the exchanges between processes and fp16's loss scale included; a replay's metrics are overwritten by
     the next.
 
     Raises ValueError for a `gramian_at` that the model or the aggregator does not have.
@@ -147,6 +149,8 @@ class TrainStep:
         self.guard = None
         if optimizer is not None and (skip_grad_norm or (ema_decay and self.precision.scaler is not None)):
             self.guard = StepGuard(optimizer, model, skip_grad_norm, self.world)
+        # Behind whatever aggregates: a penalty that an aggregator weighs could have the step for itself.
+        self.penalised = None if losses.schedule.penalty is None else model.penalised()
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
         self.prepare_optimizer()
@@ -178,7 +182,9 @@ class TrainStep:
         noise = self.model.draw_noise(len(images)) if noise is None else noise
         batch = Batch(images, noise, sample_weight)
         self.losses.set_step(step)
-        return self.differentiate(self.kind(step, log), batch, self.scale_at(step))
+        metrics = self.differentiate(self.kind(step, log), batch, self.scale_at(step))
+        self.add_penalty(self.precision.loss_scale())
+        return metrics
 
     def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepMetrics:
         """Call `update` with the batch given as tensors, which is the form that a recording needs."""
@@ -192,6 +198,7 @@ class TrainStep:
         metrics = self.differentiate(kind, batch, scale)
         with record_function("optimizer"):
             self.precision.unscale_gradients(self.optimizer)
+            self.add_penalty()
             if self.max_grad_norm or self.guard is not None:
                 norm = torch.linalg.vector_norm(self.flat.grad)
                 if self.guard is not None:
@@ -238,6 +245,15 @@ class TrainStep:
             results, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None)
         )
 
+    def add_penalty(self, scale: Tensor | None = None) -> None:
+        """Add the gradient of the model's penalty, the same in every process, to `.grad`, times `scale` []."""
+        if self.penalised is None:
+            return
+        weight, parameters = self.losses.penalty_weight, self.penalised.parameters()
+        weight = weight if scale is None else weight * scale
+        results = self.by_penalty(self.model, self.penalised, parameters, weight)
+        write([self.flat.view(self.flat.grad, p) for p in parameters], results, add=True)
+
     # What a step does, and by which functions.
 
     @property
@@ -269,6 +285,7 @@ class TrainStep:
         self.by_rows = Compiled(gradients.exact_rows, mode, limits)
         self.by_weights = Compiled(gradients.of_weighted, mode, limits)
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
+        self.by_penalty = Compiled(gradients.of_penalty, mode)
         # One graph from the losses to the weighted gradient, where no other process and no host has to be
         # asked.
         one_graph = is_fused(self.aggregator) and self.world.size == 1
@@ -429,8 +446,8 @@ class TrainStep:
         A copy: a graph that --compile reduce-overhead replays writes its outputs where they were before.
         """
         if self.accumulate == 1:
-            return Differentiated(result.losses, result.usage)
-        return Differentiated(result.losses.clone(), result.usage.clone())
+            return Differentiated(result.losses, result.usage, result.rates)
+        return Differentiated(result.losses.clone(), result.usage.clone(), result.rates.clone())
 
     def metrics(
         self,
@@ -442,8 +459,9 @@ class TrainStep:
         """Put what a step computed in the order of all objectives."""
         losses = results[0].losses if len(results) == 1 else torch.stack([r.losses for r in results]).mean(0)
         usage = results[0].usage if len(results) == 1 else torch.stack([r.usage for r in results]).sum(0)
+        rates = results[0].rates if len(results) == 1 else torch.stack([r.rates for r in results]).mean(0)
         weights, cosines, norms = (self.of_all(values) for values in (weights, cosines, norms))
-        return StepMetrics(losses, weights, cosines, norms, self.unknown, usage, self.never)
+        return StepMetrics(losses, weights, cosines, norms, self.unknown, usage, self.never, rates)
 
     def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
         """Return the cosine of the applied change of the shared parameters with each row."""

@@ -30,7 +30,9 @@ class SampleConfig:
         n_interpolate: Images of a strip from one draw to the other, both included.
         n_traverse: Images of a strip along the latent.
         traverse_range: A strip spans [-range, range], in prior standard deviations.
-        traverse_dim: The latent to traverse; -1 traverses every latent of one draw, a strip each.
+        traverse_dim: The latent (scale, group) to traverse; -1 is every one of one draw, a strip each.
+        traverse_by: What a strip changes: one latent, or of nvae one scale (its default) or group, which goes
+            from one draw to another; they are numbered from 0 at the smallest resolution.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         n_betas: Betas of beta_sweep, evenly spaced in their logarithm.
         single_files: Also write every image, strip or pair to a PNG of its own.
@@ -50,6 +52,7 @@ class SampleConfig:
     n_traverse: int = 15
     traverse_range: float = 3.0
     traverse_dim: int = 0
+    traverse_by: Literal["latent", "scale", "group"] | None = None
     beta: float | None = None
     n_betas: int = 24
     single_files: bool = False

@@ -1,0 +1,95 @@
+"""Measure a hierarchy on images: rate, distortion, bounds on log p(x), as `likelihood` does for other models.
+
+Nats per image, in evaluation mode. The posterior of a group depends on the latents drawn before it, so
+inference is one pass through the decoder, and K draws are K rows of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from movae_fast.choices import ReconsDist
+from movae_fast.evaluation.likelihood import bits_per_dimension, log_likelihood
+from movae_fast.models import NVAE, Noise
+from movae_fast.training.telemetry import rate_metrics
+
+ACTIVE_RATE = 0.1  # nats: a channel of a group is active if its KL, summed over the map, is more on average
+
+
+def channel_rates(kl: tuple[Tensor, ...], batch: int) -> Tensor:  # [N / batch, G * z] float64
+    """Return the rate of each channel of each group, summed over images."""
+    return torch.cat(kl, dim=1).double().unflatten(0, (-1, batch)).sum(1)
+
+
+def group_noise(model: NVAE, n: int, generator: torch.Generator) -> Noise:
+    """Draw the noise of n images one after the other, so that an image's does not depend on the batches."""
+    drawn = [torch.randn(model.latent_dim, generator=generator) for _ in range(n)]
+    return Noise(torch.stack(drawn).to(model.decoder.constant))
+
+
+@torch.no_grad()
+def elbo(
+    model: NVAE, batches: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, seed: int
+) -> tuple[dict[str, float], Tensor]:
+    """Return rate, distortion, ELBO, active channels, the rates of scales and groups; and the latter as
+    [G]."""
+    likelihood = model.likelihood_as(dist)
+    generator = torch.Generator().manual_seed(seed)
+    distortion, count = 0.0, 0
+    total: Tensor | None = None
+    for x, _ in batches:
+        out = model.forward_features(model.encode(x), group_noise(model, len(x), generator))
+        distortion -= float(log_likelihood(out.preactivation, x, likelihood).sum())
+        part = channel_rates(out.kl, len(x))[0]
+        total = part if total is None else total + part
+        count += len(x)
+    assert total is not None
+    channels = (total / count).cpu()
+    groups = channels.view(len(model.group_sizes), -1).sum(1)
+    rate, distortion = float(channels.sum()), distortion / count
+    metrics = {
+        "rate": rate,
+        "distortion": distortion,
+        "elbo": -rate - distortion,
+        "active_units": int((channels > ACTIVE_RATE).sum()),
+    }
+    if likelihood.proper:
+        nats = rate + distortion
+        metrics |= {"nats": nats, "bits_per_dim": bits_per_dimension(nats, math.prod(model.image_shape))}
+    return metrics | rate_metrics(groups, model.groups), groups
+
+
+@torch.no_grad()
+def importance_weighted_bound(
+    model: NVAE,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    dist: ReconsDist,
+    draws: int,
+    seed: int,
+    at_once: int = 256,
+) -> float:
+    """Return the mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws`, in nats.
+
+    At most `at_once` draws are decoded at a time.
+    """
+    likelihood = model.likelihood_as(dist)
+    generator = torch.Generator().manual_seed(seed)
+    total, count = 0.0, 0
+    for images, _ in batches:
+        for x in images.split(1):
+            features = model.encode(x)
+            weights = []
+            for at in range(0, draws, at_once):
+                k = min(at_once, draws - at)
+                rows = tuple(f.expand(k, -1, -1, -1) for f in features)
+                out = model.forward_features(rows, group_noise(model, k, generator))
+                assert out.log_ratio is not None
+                log_p = log_likelihood(out.preactivation, x.expand(k, -1, -1, -1), likelihood)
+                weights.append(log_p - out.log_ratio)
+            total += float(torch.cat(weights).logsumexp(0)) - math.log(draws)
+            count += 1
+    return total / count

@@ -1,0 +1,98 @@
+"""Residual cells: skip(x) + 0.1 SE(branch(x)), one kind for the encoder and one for the decoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from movae_fast.models.nvae.convs import NormedConv2d
+
+RESIDUAL = 0.1  # what a branch is multiplied by
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Make the BatchNorm of every cell."""
+    return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
+
+
+class SqueezeExcite(nn.Module):
+    """Multiply each channel by a factor from 0 to 1 that depends on the spatial means of all channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 4)
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        means = x.mean((2, 3))
+        return x * torch.sigmoid(self.excite(F.relu(self.squeeze(means))))[:, :, None, None]
+
+
+class DownSkip(nn.Module):
+    """Halve the side: swish, then four 1x1 convolutions of stride 2, each on its own quarter of the pixels."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(NormedConv2d(inputs, outputs // 4, 1, stride=2) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, inputs, h, w] -> [B, outputs, h / 2, w / 2]
+        x = F.silu(x)
+        shifts = ((0, 0), (1, 1), (0, 1), (1, 0))
+        parts = [conv(x[:, :, i:, j:]) for conv, (i, j) in zip(self.convs, shifts, strict=True)]
+        return torch.cat(parts, dim=1)
+
+
+class UpSkip(nn.Module):
+    """Double the side, bilinear with aligned corners, then a 1x1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = NormedConv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True))
+
+
+class Cell(nn.Module):
+    """Compute skip(x) + 0.1 SE(branch(x))."""
+
+    def __init__(self, skip: nn.Module, branch: nn.Sequential, outputs: int) -> None:
+        super().__init__()
+        self.skip, self.branch = skip, branch
+        self.attention = SqueezeExcite(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + RESIDUAL * self.attention(self.branch(x))
+
+
+def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
+    """Make a cell of the encoder: two times BatchNorm, swish, 3x3 convolution."""
+    branch = nn.Sequential(
+        batch_norm(inputs),
+        nn.SiLU(),
+        NormedConv2d(inputs, outputs, 3, stride=2 if down else 1),
+        batch_norm(outputs),
+        nn.SiLU(),
+        NormedConv2d(outputs, outputs, 3),
+    )
+    return Cell(DownSkip(inputs, outputs) if down else nn.Identity(), branch, outputs)
+
+
+def decoder_cell(inputs: int, outputs: int, expand: int, up: bool = False) -> Cell:
+    """Make a cell of the decoder: 1x1 to `expand` times the width, depthwise 5x5, 1x1 back; no biases."""
+    wide = expand * inputs
+    branch = nn.Sequential(
+        *([nn.Upsample(scale_factor=2, mode="nearest")] if up else []),
+        batch_norm(inputs),
+        nn.Conv2d(inputs, wide, 1, bias=False),
+        batch_norm(wide),
+        nn.SiLU(),
+        nn.Conv2d(wide, wide, 5, padding=2, groups=wide, bias=False),
+        batch_norm(wide),
+        nn.SiLU(),
+        nn.Conv2d(wide, outputs, 1, bias=False),
+        batch_norm(outputs),
+    )
+    return Cell(UpSkip(inputs, outputs) if up else nn.Identity(), branch, outputs)
