@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from movae_fast.models import NVAE, Noise, build_model, make_multirate
+from movae_fast.models import NVAE, Noise, build_model, make_likelihood, make_multirate
 from movae_fast.models.multirate import gated_layers
 from movae_fast.models.nvae.cells import Cell, decoder_cell, encoder_cell
 from movae_fast.models.nvae.convs import MaskedConv2d, NormedConv2d
@@ -32,7 +32,9 @@ def count(model):
 @pytest.mark.parametrize(("options", "shape", "outputs", "plain", "gated"), PAPER)
 def test_the_published_numbers_of_parameters(options, shape, outputs, plain, gated):
     with torch.device("meta"):
-        model = NVAE(shape, "sigmoid", output_channels=outputs, **options)
+        likelihood = None if outputs is None else make_likelihood("dmol", 3)
+        model = NVAE(shape, "sigmoid", **options, likelihood=likelihood)
+        assert model.head.weight.shape[0] == (outputs or 1)
         assert count(model) == plain
         make_multirate(model, gate_encoder="sigmoid", gate_decoder="sigmoid")
     assert count(model) == gated

@@ -196,13 +196,15 @@ def test_what_is_known_of_a_model_is_what_its_class_says(arch):
     assert model_info(arch) is info
     known = inspect.signature(model.__init__).parameters
     assert model_options(arch) == [n for n in known if n not in NO_OPTIONS]
-    for name in ("beta_objective", "recons_reduction", "default_activation", "has_features"):
+    told = ("beta_objective", "recons_reduction", "default_activation", "has_features")
+    for name in (*told, "latents", "default_decoder_gate", "warms_up"):
         assert getattr(model, name) == getattr(info, name), name
     assert getattr(model, "progressive", None) == info.progressive
     assert info.rungs or model.objectives == info.objectives
     for shape in ((1, 28, 28), (3, 64, 64)):
         for options in ({}, {"num_ladders": 5}, {"num_ladders": None}):
             assert model.weighted_objectives(options, shape) == info.weighted_objectives(options, shape)
+            assert model.default_penalty(options) == info.default_penalty(options)
 
 
 def test_a_model_of_ones_own_says_it_itself():

@@ -41,6 +41,7 @@ class NVAE(VAE):
     `preset` names the published settings of a dataset; the other options replace its values one by one.
     """
 
+    objectives = ("reconstruction", "kl_1", "kl_2")  # of the default preset
     has_features = False
     latents = "hierarchy"
     recons_reduction = "sum"
@@ -152,7 +153,7 @@ class NVAE(VAE):
         """Return the part of latents [B, D] that is a group's."""
         return latents.split(self.group_sizes, dim=1)[group].unflatten(1, self.map_shapes[group])
 
-    def finish(self, state: Tensor) -> Tensor:  # [B, output_channels, S, S]
+    def finish(self, state: Tensor) -> Tensor:  # [B, P, S, S]
         """Return the preactivation of the last state, without the border."""
         out = self.head(F.elu(self.decoder.outer(state)))
         border = self.border
