@@ -202,11 +202,12 @@ def backward(
         raise ValueError(
             "the processes of the group found other parameters in their graphs: give shared= and task="
         )
+    weights: Tensor | None
     if at is not None:
-        few_weights, row, sums = _weighted_at(parts, at, aggregator, ranks, retain_graph)
+        weights, row, sums = _weighted_at(parts, at, aggregator, ranks, retain_graph)
         _accumulate_all(parts.shared, ranks.means(_dense(row, parts.shared)))
         _accumulate_all(parts.task, _means_of_task(sums, parts.task, ranks))
-        return few_weights
+        return weights
     rows, sums = _rows_and_sums(parts, retain_graph)
     ranks.mean_(rows)
     update, weights = aggregate(aggregator, rows, ops.gramian(rows))

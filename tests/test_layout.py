@@ -256,3 +256,18 @@ def is_method_call(node):
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
     )
+
+
+LONGEST = 60  # lines of a function, which is a screen
+# `backward` is a public function: two thirds of its lines are the docstring.
+LONGER = {"jacobian.backward"}
+
+
+def test_a_function_fits_a_screen():
+    long = set()
+    for path in FILES:
+        if layer(path) != "kernels":
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= LONGEST:
+                    long.add(f"{path.stem}.{node.name}")
+    assert long == LONGER

@@ -113,8 +113,8 @@ def importance_weighted_nll(
             x = x[:, : int((x != PAD).sum())]  # nothing of the batch's padding is decoded
             mu, logvar = (v.double() for v in model.encode(x))
             weights = []
-            for at in range(0, draws, at_once):
-                noise = normal((min(at_once, draws - at), mu.shape[1]), generator).to(mu)
+            # Drawn at once: a draw in parts gives other numbers.
+            for noise in normal((draws, mu.shape[1]), generator).to(mu).split(at_once):
                 z = mu + torch.exp(0.5 * logvar) * noise
                 posterior = gaussian_log_density(z, mu.expand_as(z), logvar.expand_as(z)).sum(1)
                 losses = model.sentence_losses(z.to(dtype_of(model)), x.expand(len(z), -1)).double()

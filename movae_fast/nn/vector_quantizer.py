@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from movae_fast import ops
 from movae_fast.nn.codebook import Codebook, snapshot, unit
+from movae_fast.nn.options import refuse
 from movae_fast.ops.quantize import Gradient
 
 # Options of vector-quantize-pytorch that this layer has not, with the value that leaves them off.
@@ -53,6 +54,28 @@ UNSUPPORTED_IN_FORWARD: dict[str, Any] = {
     "accum_ema_update": False,
     "ema_update": None,
 }
+
+
+def _check_ranges(
+    codebook_dim: int,
+    decay: float,
+    eps: float,
+    kmeans_iters: int,
+    threshold_ema_dead_code: float,
+    commitment_weight: float,
+) -> None:
+    """Raise ValueError for an option of `VectorQuantizer` that is out of its range."""
+    # Written so that a NaN is refused, too.
+    for name, value, holds, range_ in (
+        ("codebook_dim", codebook_dim, codebook_dim >= 1, "at least 1"),
+        ("decay", decay, 0 <= decay <= 1, "between 0 and 1"),
+        ("eps", eps, 0 < eps < math.inf, "positive"),
+        ("kmeans_iters", kmeans_iters, kmeans_iters >= 0, "at least 0"),
+        ("threshold_ema_dead_code", threshold_ema_dead_code, threshold_ema_dead_code >= 0, "at least 0"),
+        ("commitment_weight", commitment_weight, 0 <= commitment_weight < math.inf, "at least 0"),
+    ):
+        if not holds:
+            raise ValueError(f"{name} must be {range_}: got {value}")
 
 
 class VectorQuantizer(nn.Module):
@@ -100,24 +123,14 @@ class VectorQuantizer(nn.Module):
         **unsupported: Any,
     ) -> None:
         super().__init__()
-        _refuse("VectorQuantizer", unsupported, UNSUPPORTED)
+        refuse("VectorQuantizer", unsupported, UNSUPPORTED)
         ema_update, learnable_codebook = ema_update is not False, bool(learnable_codebook)
         if min(dim, codebook_size) < 1:
             raise ValueError(f"dim and codebook_size must be positive: got {dim} and {codebook_size}")
         if learnable_codebook and (ema_update or use_cosine_sim):
             raise ValueError("learnable_codebook=True needs ema_update=False and use_cosine_sim=False")
         codebook_dim = dim if codebook_dim is None else codebook_dim
-        # Written so that a NaN is refused, too.
-        for name, value, holds, range_ in (
-            ("codebook_dim", codebook_dim, codebook_dim >= 1, "at least 1"),
-            ("decay", decay, 0 <= decay <= 1, "between 0 and 1"),
-            ("eps", eps, 0 < eps < math.inf, "positive"),
-            ("kmeans_iters", kmeans_iters, kmeans_iters >= 0, "at least 0"),
-            ("threshold_ema_dead_code", threshold_ema_dead_code, threshold_ema_dead_code >= 0, "at least 0"),
-            ("commitment_weight", commitment_weight, 0 <= commitment_weight < math.inf, "at least 0"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {range_}: got {value}")
+        _check_ranges(codebook_dim, decay, eps, kmeans_iters, threshold_ema_dead_code, commitment_weight)
         self.dim, self.codebook_size = dim, codebook_size
         self.channel_first = accept_image_fmap or not channel_last
         self.accept_image_fmap = accept_image_fmap
@@ -177,7 +190,7 @@ class VectorQuantizer(nn.Module):
         freeze_codebook: bool | None = None,
         **unsupported: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _refuse("VectorQuantizer.forward", unsupported, UNSUPPORTED_IN_FORWARD)
+        refuse("VectorQuantizer.forward", unsupported, UNSUPPORTED_IN_FORWARD)
         channel_first = self.channel_first and x.ndim > 2
         self._check(x, mask, lens, channel_first)
         if lens is not None:
@@ -248,18 +261,6 @@ class VectorQuantizer(nn.Module):
             raise ValueError(
                 f"mask {tuple(mask.shape)} {mask.dtype} must be bool {tuple(shape)} for x {tuple(x.shape)}"
             )
-
-
-def _refuse(place: str, given: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raise for an option that is not at the value which leaves it off, or that nobody has."""
-    for name, value in given.items():
-        if name not in known:
-            raise TypeError(f"{place} has no option {name!r}")
-        default = known[name]
-        plain = value is None or isinstance(value, bool | int | float | str)
-        if not plain or value != default:
-            shown = repr(value) if plain else f"a {type(value).__name__}"
-            raise ValueError(f"{place} does not support {name}={shown}: leave it at {default!r}")
 
 
 def _masked(indices: Tensor) -> Tensor:
