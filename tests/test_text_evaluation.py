@@ -138,7 +138,7 @@ def test_the_bound_meets_the_oracle_on_the_networks_own_weights(network):
         bounds[draws] = -nll - math.log(CENTRED)
         assert tokens == 20 * 5
     means = [float(b.mean()) for b in bounds.values()]
-    assert all(less < more + 0.02 for less, more in itertools.pairwise(means))
+    assert all(less < more + 0.1 for less, more in itertools.pairwise(means))
     assert all(mean < float(true.mean()) + 0.01 for mean in means)
     assert (bounds[2000] - true).abs().max() < 0.15
     assert abs(float((bounds[2000] - true).mean())) < 0.02

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from movae_fast.models.base import VAE, Activation, GaussianOutput, GaussianVAE, Noise, VQOutput
 from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
 from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
+from movae_fast.models.lstm_vae import LSTMVAE, TextOutput, make_text_multirate
 from movae_fast.models.multirate import Gated, gated_layers, make_multirate
 from movae_fast.models.provlae import VLAE, ProVLAE
 from movae_fast.models.rates import Rates
@@ -35,11 +36,15 @@ MODELS: dict[str, type[VAE]] = {
     "resnet_vae_32": SizedResNetVAE,
     "resnet_vae_64": SizedResNetVAE,
 }
+# Models of sentences: their batches are tokens [B, T].
+TEXT_MODELS: dict[str, type[LSTMVAE]] = {"lstm_vae": LSTMVAE}
 # Names that stand for a class at one side of the images.
 SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
 
 __all__ = [
+    "LSTMVAE",
     "MODELS",
+    "TEXT_MODELS",
     "VAE",
     "Gated",
     "GaussianOutput",
@@ -47,17 +52,25 @@ __all__ = [
     "Noise",
     "ProVLAE",
     "Rates",
+    "TextOutput",
     "VQOutput",
     "build_model",
     "gated_layers",
     "make_multirate",
+    "make_text_multirate",
+    "model_class",
     "model_options",
 ]
 
 
+def model_class(arch: str) -> type[VAE]:
+    """Return the class of this name, of images or of sentences."""
+    return TEXT_MODELS[arch] if arch in TEXT_MODELS else MODELS[arch]
+
+
 def model_options(arch: str) -> list[str]:
     """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
-    parameters = inspect.signature(MODELS[arch].__init__).parameters
+    parameters = inspect.signature(model_class(arch).__init__).parameters
     return [name for name in parameters if name not in ("self", "image_shape", "activation")]
 
 
@@ -87,7 +100,7 @@ def build_model(
             f"--recons_activation {activation} is unknown; valid: {', '.join(get_args(Activation))}"
         )
     check_side(arch, image_shape[1])
-    return MODELS[arch](image_shape, activation, **given)
+    return model_class(arch)(image_shape, activation, **given)
 
 
 def check_side(arch: str, size: int) -> None:

@@ -14,7 +14,16 @@ from movae_fast import data as datasets
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.aggregation.weightings import Sum
 from movae_fast.data import Binarizer, Loader, ReadOptions
-from movae_fast.models import VAE, GaussianVAE, ProVLAE, build_model, make_multirate
+from movae_fast.data.text import TextLoader, limited_text, read_text
+from movae_fast.models import (
+    LSTMVAE,
+    VAE,
+    GaussianVAE,
+    ProVLAE,
+    build_model,
+    make_multirate,
+    make_text_multirate,
+)
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import Capacity, Cycles, Factor, LossSchedule, Stages, annealing_by_epoch, restarted
@@ -61,6 +70,8 @@ def new_model(config: TrainConfig) -> VAE:
     rate = config.multirate
     if rate.multirate:
         assert isinstance(model, GaussianVAE)
+        if isinstance(model, LSTMVAE):
+            return make_text_multirate(model, rate.beta_min, rate.beta_max, config.beta_per)
         gates = (rate.gate_encoder, rate.gate_decoder, rate.gate_position)
         start = (rate.gate_bias, rate.gate_slope)
         make_multirate(model, rate.beta_min, rate.beta_max, *gates, config.beta_per, *start)
@@ -219,6 +230,11 @@ def make_loader(
     """Build the loader of one split by the configuration; `in_order` reads the training split in order,
     like a test split."""
     world = world or World()
+    if config.is_text:
+        raise ValueError(
+            f"--dataset {config.data.dataset} is text, and this needs images; `movae sample RUN` prints the "
+            "sentences of a run"
+        )
     data, info = config.data, config.info
     train = split == "train"
     source = datasets.open_split(
@@ -254,3 +270,22 @@ def make_loader(
     loader = datasets.make_loader(kind, source, size, device, **options)
     loader.why = why
     return loader
+
+
+def make_text_loader(
+    config: TrainConfig, device: torch.device, split: str, world: World | None = None
+) -> TextLoader:
+    """Build the loader of a corpus's split (train, valid or test)."""
+    data, train, world = config.data, split == "train", world or World()
+    source = read_text(data.dataset, config.text_options).split(split)
+    return TextLoader(
+        limited_text(source, data.limit_train if train else data.limit_test),
+        data.batch_size if train else data.eval_batch_size or data.batch_size,
+        device,
+        train=train,
+        seed=config.run.seed or 0,
+        multiple=data.pad_multiple,
+        pad=data.last_batch == "pad",
+        rank=world.rank,
+        world=world.size,
+    )

@@ -27,10 +27,12 @@ from movae_fast.data import DATASETS
 from movae_fast.data.datasets.celeba import CELEBA_CROPS
 from movae_fast.data.loaders.dali import require as require_dali
 from movae_fast.data.memory import all_memory
-from movae_fast.models import MODELS, Rates, build_model
+from movae_fast.data.text import TEXTS, read_text
+from movae_fast.models import MODELS, TEXT_MODELS, Rates, build_model
 from movae_fast.names import first_line, pick
 from movae_fast.training.config import (
     FROM_EXTRA,
+    DataConfig,
     MultiRateConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -48,6 +50,7 @@ def validate(config: TrainConfig) -> None:
     for section in vars(config).values():
         check_values(section)
     check_names(config)
+    check_text(config)
     check_data(config)
     check_aggregation(config)
     check_optimizer(config.optimizer)
@@ -63,15 +66,63 @@ def validate(config: TrainConfig) -> None:
 def check_names(config: TrainConfig) -> None:
     """Replace dataset, arch and aggregator by their exact names, and set the image size."""
     data, objective = config.data, config.objective
-    data.dataset = pick("dataset", data.dataset, DATASETS)
-    config.model.arch = pick("arch", config.model.arch, MODELS)
+    data.dataset = pick("dataset", data.dataset, [*DATASETS, *TEXTS])
+    config.model.arch = pick("arch", config.model.arch, [*MODELS, *TEXT_MODELS])
     if objective.agg in NEED_TWO_BATCHES:
         raise ValueError(
             f"--agg {objective.agg} needs two independent batches per step; this trainer draws one"
         )
     objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
-    if data.image_size is None:
+    if data.image_size is None and not config.is_text:
         data.image_size = config.info.default_size
+
+
+OF_TEXT = ("max_length", "too_long", "label_column", "pad_multiple")
+# What a sentence does not have; --recons_* choose a likelihood of pixels.
+OF_IMAGES = {
+    "data": ("image_size", "resize", "crop", "normalize", "binarize", "flip", "antialias", "chn_num", "loader"),
+    "objective": ("recons_dist", "recons_reduction", "recons_activation"),
+}
+
+
+def check_text(config: TrainConfig) -> None:
+    """Refuse a model of sentences on images, the reverse, and flags of the other kind; read a corpus's size."""
+    data, arch, dataset = config.data, config.model.arch, config.data.dataset
+    if config.is_text != (arch in TEXT_MODELS):
+        kind, able = ("text", TEXT_MODELS) if config.is_text else ("images", MODELS)
+        sets = ", ".join(TEXTS)
+        raise ValueError(
+            f"--arch {arch} does not model {kind}, which --dataset {dataset} has; these do: "
+            f"{', '.join(able)}" + ("" if config.is_text else f". Corpora for {arch} are {sets}")
+        )
+    if not config.is_text:
+        if given := [name for name in OF_TEXT if getattr(data, name) != getattr(DataConfig(), name)]:
+            raise ValueError(f"--{given[0]} is a setting of text; --dataset {dataset} has images: leave it out")
+        return
+    for section, names in OF_IMAGES.items():
+        part = getattr(config, section)
+        if given := [name for name in names if getattr(part, name) != getattr(type(part)(), name)]:
+            raise ValueError(f"--{given[0]} is a setting of images; --dataset {dataset} is text: leave it out")
+    if config.objective.gramian_batch < 1:
+        raise ValueError("--gramian_batch does not apply to text; leave it out, or use --gramian_every")
+    if config.run.compile not in ("auto", "off"):
+        raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
+    config.run.compile = "off"
+    read_size(config)
+
+
+def read_size(config: TrainConfig) -> None:
+    """Fill in a corpus's size, and see that a run which goes on has the corpus that it began with."""
+    data = config.data
+    corpus = read_text(data.dataset, config.text_options)
+    digest = corpus.digest
+    if data.corpus_digest not in (None, digest):
+        raise ValueError(
+            f"--dataset {data.dataset}: the run began on another corpus (SHA-256 {data.corpus_digest[:16]}, "
+            f"now {digest[:16]}): give it the same files, the same Python for python_topics, or start a new run"
+        )
+    data.corpus_digest, data.vocabulary_size = digest, len(corpus.vocabulary)
+    data.longest = 2 + max(int(s.lengths.max()) for s in (corpus.train, corpus.valid, corpus.test))
 
 
 def check_data(config: TrainConfig) -> None:
@@ -80,7 +131,7 @@ def check_data(config: TrainConfig) -> None:
     assert data.crop in CELEBA_CROPS
     if data.loader == "dali":
         require_dali()
-    if data.chn_num not in (None, config.info.channels):
+    if not config.is_text and data.chn_num not in (None, config.info.channels):
         raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
     check_device(run.device)
     if data.batch_size % run.accumulate:
@@ -142,7 +193,8 @@ def check_fits(config: TrainConfig) -> None:
     """
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
-    image = 3 * 4 * math.prod(config.image_shape)
+    # Of a sentence its logits exist in part only; its tokens are what is sure to be there.
+    image = 8 * (data.longest or 0) if config.is_text else 3 * 4 * math.prod(config.image_shape)
     at_once = data.batch_size // config.run.accumulate
     for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
         flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"

@@ -2,7 +2,8 @@
 
 from movae_fast.data.text.batches import TextBatching, TextLoader, pad_length
 from movae_fast.data.text.catalog import TEXTS, TextInfo, read_text
-from movae_fast.data.text.source import TextOptions, TextSource
+from movae_fast.data.text.corpus import Corpus
+from movae_fast.data.text.source import TextOptions, TextSource, TooLong, limited_text
 from movae_fast.data.text.vocabulary import BEGIN, END, PAD, SPECIALS, UNKNOWN, Vocabulary
 
 __all__ = [
@@ -12,12 +13,15 @@ __all__ = [
     "SPECIALS",
     "TEXTS",
     "UNKNOWN",
+    "Corpus",
     "TextBatching",
     "TextInfo",
     "TextLoader",
     "TextOptions",
     "TextSource",
+    "TooLong",
     "Vocabulary",
+    "limited_text",
     "pad_length",
     "read_text",
 ]

@@ -134,6 +134,8 @@ class TextLoader:
         world: int = 1,
     ) -> None:
         self.source, self.batch_size, self.device = source, batch_size, device
+        self.why, self.left_out, self.normalize = "", list[str](), False  # what loaders of images say
+        self._planned: list[TextBatch] = []  # of the epoch that was begun last
         self.train, self.seed = train, seed
         self.batching = TextBatching(
             source.lengths,
@@ -149,6 +151,11 @@ class TextLoader:
     def __len__(self) -> int:
         """Return the number of this process's batches per epoch."""
         return len(self.batching)
+
+    @property
+    def note(self) -> str:
+        """Return one line on the split: its words, what was cut, skipped or unknown."""
+        return self.source.summary
 
     @property
     def global_batch(self) -> int:
@@ -167,11 +174,16 @@ class TextLoader:
 
         None is once for each.
         """
-        for place, batch in enumerate(self.batching.epoch(self.seed, number)):
-            if place >= start:
-                tokens, labels = self.source.gather(batch.rows, batch.length)
-                weights = None if batch.weights is None else batch.weights.to(self.device)
-                yield tokens.to(self.device), labels.to(self.device), weights
+        self._planned = list(self.batching.epoch(self.seed, number))
+        for batch in self._planned[start:]:
+            tokens, labels = self.source.gather(batch.rows, batch.length)
+            weights = None if batch.weights is None else batch.weights.to(self.device)
+            yield tokens.to(self.device), labels.to(self.device), weights
+
+    def sample_weight_of(self, batch: int) -> Tensor | None:  # [B] float32
+        """Return how often each sentence counts of a batch of the epoch that was begun last; None is once."""
+        weights = self._planned[batch].weights
+        return None if weights is None else weights.to(self.device)
 
     def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of the given rows [N] of the source, in order, padded to the longest."""

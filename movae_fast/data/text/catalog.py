@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from movae_fast.data.text.corpus import Corpus, read_corpus
 from movae_fast.data.text.lstm_text import read_lstm_text
@@ -59,6 +59,10 @@ TEXTS: dict[str, TextInfo] = {
 }
 
 
+@lru_cache(maxsize=1)
 def read_text(name: str, options: TextOptions) -> Corpus:
-    """Return the corpus of this name. Raises a one-line ValueError for a name that is none."""
+    """Return the corpus of this name; the last one that was read is remembered.
+
+    Raises a one-line ValueError for a name that is none.
+    """
     return TEXTS[pick("dataset", name, TEXTS)].read(options)
