@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.cli import parsing
+from movae_fast.cli import parsing, sentences
 from movae_fast.cli.trained import choose_beta
 from movae_fast.data import to_unit
 from movae_fast.evaluation.rate_distortion import log_spaced
@@ -24,9 +24,10 @@ from movae_fast.evaluation.sampling import (
     sample_images,
     traverse,
 )
+from movae_fast.evaluation.text_decoding import Decoding, Method
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
 from movae_fast.files import free_path
-from movae_fast.models import VAE, GaussianVAE
+from movae_fast.models import LSTMVAE, VAE, GaussianVAE
 from movae_fast.pictures import back_and_forth, captioned, grid, pairs, write_gif, write_png
 from movae_fast.plots import latent_scatter
 from movae_fast.training.build import load_model
@@ -61,6 +62,13 @@ class SampleConfig:
         single_files: Also write every image, strip or pair to a PNG of its own.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         data_dir: Folder of the original files, for modes that need test images, if not where training had it.
+        decoding: How a model of text chooses words: the most probable (greedy), drawn from all (ancestral),
+            from the top_k most probable, from the fewest with probability top_p (nucleus), or by beam search.
+        max_words: Most words of a sentence.
+        top_k: Words that top_k draws from.
+        top_p: Probability of the words that nucleus draws from.
+        temperature: What the logits of drawn words are divided by.
+        beam: Width of the beam.
     """
 
     weights: str
@@ -80,6 +88,12 @@ class SampleConfig:
     single_files: bool = False
     device: str = "auto"
     data_dir: str | None = None
+    decoding: Method = "greedy"
+    max_words: int = 100
+    top_k: int = 40
+    top_p: float = 0.9
+    temperature: float = 1.0
+    beam: int = 5
 
 
 @dataclass
@@ -123,9 +137,21 @@ def run(argv: Sequence[str]) -> int:
     job = load(config, name)
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "figures"
     with torch.no_grad():
-        for path in MODES[config.mode](job, folder):
-            print(path)
+        made = MODES[config.mode](job, folder) if not job.trained.is_text else print_sentences(job, folder)
+    for path in made:
+        print(path)
     return 0
+
+
+def print_sentences(job: Job, folder: Path) -> list[Path]:
+    """Print the sentences of a model of text, and return the paths of the files that hold them."""
+    c, model = job.config, job.model
+    assert isinstance(model, LSTMVAE)
+    how = Decoding(c.decoding, c.max_words, c.top_k, c.top_p, c.temperature, c.beam)
+    work = sentences.Sentences(
+        model, job.trained, Path(c.weights), how, job.generator, c.n_samples, c.n_interpolate
+    )
+    return sentences.write(work, c.mode, folder)
 
 
 def load(config: SampleConfig, expected: str | None) -> Job:
@@ -137,7 +163,8 @@ def load(config: SampleConfig, expected: str | None) -> Job:
         kinds = parsing.flag_types([TrainConfig, *map(type, vars(trained).values())])
         agree(parsing.read_config(expected, kinds), trained, model, expected)
     adapt_config(trained, config.device, config.data_dir)
-    validate(trained)
+    if not trained.is_text:  # whose corpus is read for the modes that need it
+        validate(trained)
     steps = {"interpolate": "n_interpolate", "traverse": "n_traverse", "beta_sweep": "n_betas"}.get(config.mode)
     count, flags = config.n_samples, f"--n_samples {config.n_samples}"
     if steps is not None:

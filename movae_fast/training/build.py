@@ -230,11 +230,6 @@ def make_loader(
     """Build the loader of one split by the configuration; `in_order` reads the training split in order,
     like a test split."""
     world = world or World()
-    if config.is_text:
-        raise ValueError(
-            f"--dataset {config.data.dataset} is text, and this needs images; `movae sample RUN` prints the "
-            "sentences of a run"
-        )
     data, info = config.data, config.info
     train = split == "train"
     source = datasets.open_split(

@@ -439,6 +439,11 @@ class TrainConfig:
 
     @property
     def info(self) -> DatasetInfo:
+        if self.is_text:
+            raise ValueError(
+                f"--dataset {self.data.dataset} is text, and this needs images; `movae sample RUN` prints the "
+                "sentences of a run"
+            )
         return DATASETS[self.data.dataset]
 
     @property

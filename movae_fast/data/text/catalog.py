@@ -59,10 +59,18 @@ TEXTS: dict[str, TextInfo] = {
 }
 
 
-@lru_cache(maxsize=1)
 def read_text(name: str, options: TextOptions) -> Corpus:
-    """Return the corpus of this name; the last one that was read is remembered.
+    """Return the corpus of this name; the last one that was read is remembered while its files do not change.
 
     Raises a one-line ValueError for a name that is none.
     """
-    return TEXTS[pick("dataset", name, TEXTS)].read(options)
+    name = pick("dataset", name, TEXTS)
+    folders = [options.root, options.root / name, options.root / f"{name}_data"]
+    files = sorted(file for folder in folders for file in folder.glob("*.txt")) if TEXTS[name].files else []
+    stats = [file.stat() for file in files]
+    return _read(name, options, tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+
+
+@lru_cache(maxsize=1)
+def _read(name: str, options: TextOptions, files: tuple[tuple[int, int, int], ...]) -> Corpus:
+    return TEXTS[name].read(options)
