@@ -168,6 +168,8 @@ def test_a_run_does_not_go_on_with_another_corpus(text_run, corpus, capsys):
         ("--dataset digits --arch vae --pad_multiple 4", "--pad_multiple is a setting of text"),
         ("--compile default", "does not take an LSTM"),
         ("--gramian_batch 0.5 --agg upgrad", "--gramian_batch does not apply to text"),
+        ("--accumulate 2", "add --last_batch pad"),
+        ("--multirate --gate_decoder sigmoid", "--gate_decoder: the gates of lstm_vae"),
         ("--label_column true", "line 1 of"),
         ("--max_length 3", "max_length 3: sentence 1 of"),
         ("--dropout_in 1", "--dropout_in 1"),

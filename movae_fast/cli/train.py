@@ -375,9 +375,13 @@ def rate_line(config: TrainConfig) -> list[str]:
     rate = config.multirate
     if not rate.multirate:
         return []
+    if config.is_text:
+        gates = "twice a sigmoid on embeddings, states and heads"
+    else:
+        gates = f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {rate.gate_decoder} in the decoder"
     return [
         f"multi-rate: beta from {rate.beta_min:g} to {rate.beta_max:g}, one per {config.beta_per}; gates "
-        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {rate.gate_decoder} in the decoder"
+        f"{gates}"
     ]
 
 

@@ -108,6 +108,11 @@ def check_text(config: TrainConfig) -> None:
     if config.run.compile not in ("auto", "off"):
         raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
     config.run.compile = "off"
+    if config.run.accumulate > 1 and data.last_batch != "pad":
+        raise ValueError("--accumulate on text needs batches of one size: add --last_batch pad")
+    gates = ("gate_encoder", "gate_decoder", "gate_position", "gate_bias", "gate_slope")
+    if given := [n for n in gates if getattr(config.multirate, n) != getattr(MultiRateConfig(), n)]:
+        raise ValueError(f"--{given[0]}: the gates of {arch} are twice a sigmoid, as published; leave it out")
     read_size(config)
 
 
