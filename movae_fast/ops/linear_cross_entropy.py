@@ -12,9 +12,9 @@ from torch import Tensor
 
 from movae_fast.ops.registration import library, refuse_vmap
 
-# Logits that exist at once. Larger chunks add to the weight's gradient less often, smaller ones take less
-# memory.
-CHUNK = 3 << 21
+# Logits that exist at once, 64 MB in float32. Larger chunks add to the weight's gradient less often; so much is
+# free besides, as a vocabulary's gradient and its scaled copy, at the backward, take more.
+CHUNK = 1 << 24
 LEAST_ROWS = 128  # of a chunk: below, a product no longer fills the machine
 
 
@@ -101,7 +101,7 @@ library.define(
 @torch.library.impl(library, "token_losses", "CompositeExplicitAutograd")
 def _token_losses(hidden: Tensor, weight: Tensor, target: Tensor, ignored: int) -> Tensor:
     losses = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
-    step = rows_of_chunk(len(weight))
+    step = rows_of_chunk(len(hidden), len(weight))
     for at in range(0, len(hidden), step):
         here = slice(at, at + step)
         scores = (hidden[here] @ weight.T).to(losses.dtype)
@@ -122,9 +122,9 @@ def _with_gradients(
     losses = hidden.new_empty(len(hidden), dtype=wide)
     of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     of_weight = weight.new_zeros(weight.shape, dtype=wide)
-    step = min(rows_of_chunk(len(weight)), len(hidden))
+    step = rows_of_chunk(len(hidden), len(weight))
     buffer = hidden.new_empty(step, len(weight)) if hidden.dtype == wide else None
-    for at in range(0, len(hidden), max(step, 1)):
+    for at in range(0, len(hidden), step):
         here = slice(at, at + step)
         rows, places = hidden[here], _places(target[here], ignored)
         if buffer is None:
@@ -147,9 +147,10 @@ def _with_gradients(
     return (losses * counts).sum(), losses, of_hidden, of_weight.to(weight.dtype)
 
 
-def rows_of_chunk(words: int) -> int:
-    """Return how many tokens' logits over so many words exist at once."""
-    return max(CHUNK // words, LEAST_ROWS)
+def rows_of_chunk(tokens: int, words: int) -> int:
+    """Return how many tokens' logits over so many words exist at once; chunks are of nearly one size."""
+    most = max(CHUNK // words, LEAST_ROWS)
+    return max(-(-tokens // max(-(-tokens // most), 1)), 1)
 
 
 def _places(target: Tensor, ignored: int) -> Tensor:  # [n, 1]
