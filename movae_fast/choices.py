@@ -9,9 +9,14 @@ BetaPer = Literal["example", "batch"]
 LadderNet = Literal["authors", "port"]
 LatentKind = Literal["vector", "codebook", "hierarchy"]
 KLRows = Literal["scale", "group", "total"]
-PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]
+PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]  # of nvae
+TextPreset = Literal["lagging", "texar", "multirate", "synthetic"]  # of lstm_vae
+Preset = Literal[PresetName, TextPreset]
 Gate = Literal["sqrt", "sigmoid"]
 # Data.
+TEXT_SETS = ("lstm_text", "python_topics", "text", "yahoo", "yelp", "ptb")  # datasets of sentences
+DecodingMethod = Literal["greedy", "ancestral", "top_k", "nucleus", "beam"]
+TooLong = Literal["error", "cut", "skip"]
 Binarization = Literal["none", "threshold", "static", "dynamic"]
 # Objectives and their gradients.
 ReconsDist = Literal["bernoulli", "gaussian", "laplacian", "gaussian_optimal", "logistic", "dmol"]

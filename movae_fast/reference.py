@@ -309,3 +309,23 @@ def rotation_trick(
     r = torch.nn.functional.normalize(e + q, dim=1)
     turned = z - 2 * (z * r).sum(1, keepdim=True) * r + 2 * (z * e).sum(1, keepdim=True) * q
     return length_q / length_z * turned
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [B, T] int64
+    sample_weight: Tensor | None = None,  # [B]
+    ignored: int = 0,
+) -> tuple[Tensor, Tensor]:  # [], [B]
+    """Return the cross-entropy of softmax(hidden weight') summed over the batch, and each sentence's, in nats.
+
+    A sentence's is the sum over its tokens whose target is not `ignored`; the batch's sum counts sentence b
+    `sample_weight[b]` times.
+    """
+    log_p = torch.log_softmax(hidden @ weight.T, dim=2)  # [B, T, V]
+    kept = target != ignored
+    right = log_p.gather(2, torch.where(kept, target, 0)[:, :, None])[:, :, 0]
+    losses = -torch.where(kept, right, 0.0).sum(1)
+    counted = losses if sample_weight is None else losses * sample_weight.to(losses)
+    return counted.sum(), losses.detach()

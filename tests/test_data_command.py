@@ -12,6 +12,7 @@ from movae_fast.cli import main
 from movae_fast.data import DATASETS, Prepared, ReadOptions, make_loader, open_split, prepared_format
 from movae_fast.data.datasets.factor_grids import GRIDS
 from movae_fast.data.decode import decode
+from movae_fast.data.text import TEXTS
 from tests import datafiles
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -56,7 +57,9 @@ def test_the_list_shows_every_set_and_what_is_there(tmp_path, monkeypatch, movae
     datafiles.celeba(tmp_path, monkeypatch)
     lines = movae("list", "--data_dir", tmp_path).splitlines()
     rows = {line.split("│")[1].strip(): line.split("│")[-2].strip() for line in lines if line.startswith("│")}
-    assert set(rows) == set(DATASETS)
+    assert set(rows) == {*DATASETS, *TEXTS}
+    assert rows["lstm_text"] == rows["python_topics"] == "built in"
+    assert rows["yahoo"] == rows["text"] == ""
     assert rows["svhn"] == rows["celeba"] == "files"
     assert rows["sprites"] == rows["digits"] == "built in"
     assert rows["imagenet"] == rows["mnist"] == rows["shapes3d"] == ""
@@ -266,3 +269,16 @@ def test_what_is_asked_wrongly_is_one_line(movae, tmp_path):
     assert "takes no name" in movae("list", "mnist", status=2)
     assert "--dataset celeb: unknown (did you mean celeba?" in movae("verify", "celeb", status=2)
     assert "usage: movae data" in movae("--help")
+
+
+def test_a_corpus_is_listed_and_verified(tmp_path, movae):
+    (tmp_path / "yahoo").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "yahoo" / f"yahoo.{split}.txt").write_text(f"a dog\n{split} it\n")
+    lines = movae("list", "--data_dir", tmp_path).splitlines()
+    assert any("yahoo" in line and "files" in line for line in lines)
+    train, _, test, digest = movae("verify", "yahoo", "--data_dir", tmp_path).splitlines()
+    assert train == "yahoo train: 2 sentences, 4 words, vocabulary 8"
+    assert test == "yahoo test: 2 sentences, 4 words, vocabulary 8; 1 words unknown"
+    assert len(digest.split()[-1]) == 64
+    assert "nothing to prepare" in movae("prepare", "yahoo", "--data_dir", tmp_path, status=2)

@@ -93,6 +93,7 @@ NOTICED = {
     "code_error": "code_error",
     "gramian": "gramian, combine float32",
     "combine": "gramian, combine float32",
+    "linear_cross_entropy": "linear_cross_entropy float32",
     "tc_terms": "tc_terms mss float32",
     "project_weights": "project diagonal, Triton",
     "project_rows": "project diagonal, Triton",

@@ -24,6 +24,7 @@ from movae_fast.data.loaders import dali
 from movae_fast.data.prepare import prepare
 from movae_fast.data.prepared_format import OLD_FORMAT, damage, prepared_files, read_header
 from movae_fast.data.synthetic_jpegs import synthetic_jpeg
+from movae_fast.data.text import TEXTS, TextInfo, TextOptions, read_text
 from movae_fast.data.unreadable import unreadable
 from movae_fast.names import pick, shown
 
@@ -78,7 +79,28 @@ def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
             ", ".join(factors),
             escape(shown(there(info, config))),
         )
+    for text in TEXTS.values():
+        table.add_row(text.name, "text", "", "", "", escape(shown(text_there(text, config))))
     console.print(table)
+    return 0
+
+
+def text_there(text: TextInfo, config: DataCommand) -> str:
+    """Return whether a corpus's training split is in data_dir."""
+    if not text.files:
+        return "built in"
+    root = Path(config.data_dir).expanduser()
+    named = [root / folder / f"{text.name}.train.txt" for folder in (text.name, f"{text.name}_data", ".")]
+    plain = root / ("." if text.name == "text" else text.name) / "train.txt"
+    return "files" if any(path.is_file() for path in (*named, plain)) else ""
+
+
+def verify_text(name: str, config: DataCommand, console: Console) -> int:
+    """Read every line of a corpus, and print each split's size, its unknown words, and the corpus's digest."""
+    corpus = read_text(name, TextOptions(Path(config.data_dir).expanduser(), config.label_column))
+    for split in ("train", "valid", "test"):
+        say(console, f"{name} {split}: {corpus.split(split).summary}")
+    say(console, f"{name}: SHA-256 {corpus.digest}")
     return 0
 
 
@@ -100,6 +122,8 @@ def there(info: DatasetInfo, config: DataCommand) -> str:
 
 def verify(target: str | None, config: DataCommand, console: Console) -> int:
     """Read every split's originals, decode every image file, compare every prepared file with its checksums."""
+    if str(target) in TEXTS:
+        return verify_text(str(target), config, console)
     info, options = chosen(str(target), config)
     status = 0
     for split in splits(config):
@@ -157,6 +181,8 @@ def verify_prepared(path: Path) -> tuple[str, bool]:
 
 
 def prepare_splits(target: str | None, config: DataCommand, console: Console) -> int:
+    if str(target) in TEXTS:
+        raise ValueError(f"data prepare {target}: text is read as it is; there is nothing to prepare")
     info, options = chosen(str(target), config)
     if config.decoder == "dali":
         dali.require()

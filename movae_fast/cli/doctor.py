@@ -29,6 +29,7 @@ EXTRAS = {
 SEARCHES = {"quantize": "nearest_code"}
 # Ops that are CUDA C++ on CUDA where the extension was built with nvcc.
 BY_NVCC = ("gramian_weights", "project_rows", "project_weights", "step_multipliers", "upgrad_weights")
+BY_TORCH = ("linear_cross_entropy",)  # nothing to gain by a kernel of its own
 # Op -> the file of kernels/ that it is computed by on CUDA.
 TRITON = {
     "code_error": "quantize",
@@ -104,6 +105,8 @@ def _paths(op: str) -> str:
     if module == "movae_fast.reference":
         return f"plain torch ({module})"
     stem = module.removeprefix("movae_fast.ops.")
+    if op in BY_TORCH:
+        return "torch's products in chunks, on a CPU and on CUDA"
     if extension.csrc is None:
         on_cpu = "plain torch, because the extension is missing"
     else:

@@ -94,6 +94,7 @@ def op_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
     yield "code_error", partial(code_error, device)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         yield f"gramian, combine {name_of(dtype)}", partial(gramian_combine, device, dtype)
+        yield f"linear_cross_entropy {name_of(dtype)}", partial(linear_cross_entropy, device, dtype)
     for estimator in get_args(reference.TCEstimator):
         for dtype in (torch.float32, torch.float64):
             name = f"tc_terms {estimator} {name_of(dtype)}"
@@ -197,6 +198,21 @@ def gramian_combine(device: torch.device, dtype: torch.dtype) -> str:
         milliseconds(call, device) for call in (lambda: ops.gramian(rows), lambda: ops.combine(rows, weights))
     ]
     return f"error {worst:.1e}; 4 x 4194304: {times[0]}, {times[1]}"
+
+
+def linear_cross_entropy(device: torch.device, dtype: torch.dtype) -> str:
+    leaves = [(random(4, 30, 64, seed=k) if k == 0 else random(3000, 64, seed=k)).to(dtype) for k in range(2)]
+    target = torch.randint(0, 3000, (4, 30), generator=torch.Generator().manual_seed(0))
+
+    def results(where: torch.device, kind: torch.dtype, op: Callable[..., Any]) -> list[Tensor]:
+        moved = [t.to(where, kind).requires_grad_() for t in leaves]
+        total, losses = op(*moved, target.to(where))
+        return [losses, *torch.autograd.grad(total, moved)]
+
+    expected = results(CPU, torch.float64, reference.linear_cross_entropy)
+    got = results(device, dtype, ops.linear_cross_entropy)
+    error = close(zip(got, expected, strict=True), 64 * ROUNDING[dtype])
+    return f"error {error:.0e}"
 
 
 def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torch.dtype) -> str:

@@ -27,6 +27,8 @@ def draw_run(run: Run, tag: str) -> None:
     folder, n = run.folder / "figures", run.config.run.num_samples
     lines = read_lines(run.folder / "metrics.jsonl")
     loss_curves(folder / "loss_curves.png", lines, run.losses.names)
+    if run.config.is_text:
+        return
     was_training = run.model.training
     run.model.eval()
     noise = torch.Generator().manual_seed(run.config.run.seed or 0)
@@ -51,6 +53,8 @@ def draw_run(run: Run, tag: str) -> None:
 
 def pictures(run: Run, tag: str) -> dict[str, Path]:
     """Return the files of the pictures that belong to a tag."""
+    if run.config.is_text:  # its sentences are printed by `movae sample`
+        return {"curves": run.folder / "figures" / "loss_curves.png"}
     names = {"samples": f"samples_{tag}.png", "reconstructions": f"reconstructions_{tag}.png"}
     if isinstance(run.model, ProVLAE):
         names |= {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from movae_fast.cli import sentences
 from movae_fast.cli.flags.sample import SampleConfig
 from movae_fast.cli.trained import choose_beta
 from movae_fast.data import to_unit
@@ -25,9 +26,10 @@ from movae_fast.evaluation.sampling import (
     traverse,
     traverse_part,
 )
+from movae_fast.evaluation.text_decoding import Decoding
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
 from movae_fast.files import free_path
-from movae_fast.models import LATENT_WORDS, NVAE, VAE, GaussianVAE
+from movae_fast.models import LATENT_WORDS, LSTMVAE, NVAE, VAE, GaussianVAE
 from movae_fast.pictures import back_and_forth, captioned, grid, labelled_grid, pairs, write_gif, write_png
 from movae_fast.plots import latent_scatter
 from movae_fast.training.build import load_model
@@ -72,9 +74,21 @@ def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
     job = load(config, name, expected)
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "figures"
     with torch.no_grad():
-        for path in MODES[config.mode](job, folder):
-            print(path)
+        made = MODES[config.mode](job, folder) if not job.trained.is_text else print_sentences(job, folder)
+    for path in made:
+        print(path)
     return 0
+
+
+def print_sentences(job: Job, folder: Path) -> list[Path]:
+    """Print the sentences of a model of text, and return the paths of the files that hold them."""
+    c, model = job.config, job.model
+    assert isinstance(model, LSTMVAE)
+    how = Decoding(c.decoding, c.max_words, c.top_k, c.top_p, c.temperature, c.beam)
+    work = sentences.Sentences(
+        model, job.trained, Path(c.weights), how, job.generator, c.n_samples, c.n_interpolate
+    )
+    return sentences.write(work, c.mode, folder)
 
 
 def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Job:
@@ -84,7 +98,8 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
     if name is not None:
         agree(expected, trained, model, name)
     adapt_config(trained, config.device, config.data_dir)
-    validate(trained)
+    if not trained.is_text:  # whose corpus is read for the modes that need it
+        validate(trained)
     steps = {"interpolate": "n_interpolate", "traverse": "n_traverse", "beta_sweep": "n_betas"}.get(config.mode)
     count, flags = config.n_samples, f"--n_samples {config.n_samples}"
     if steps is not None:

@@ -211,7 +211,8 @@ def describe(work: Run, console: Console) -> None:
     why = f" ({work.train_loader.why})" if work.train_loader.why else ""
     for line in (
         f"{config.model.arch} ({size:,} parameters) on {config.data.dataset} {shape}, "
-        f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test images",
+        f"{len(work.train_loader.source):,} training and {len(work.test_loader.source):,} test "
+        + ("sentences" if config.is_text else "images"),
         f"objectives: {weights}; {aggregation(config, eager)}",
         *rate_line(config),
         *stage_line(work),
@@ -247,9 +248,10 @@ def notes(work: Run) -> list[str]:
         lines.append(
             "--distributed: this is one process; torchrun --nproc_per_node=N -m movae_fast train … has N"
         )
+    kind = "sentences" if work.config.is_text else "images"
     for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
         if loader.note:
-            lines.append(f"{split} images: {loader.note}")
+            lines.append(f"{split} {kind}: {loader.note}")
         if left := loader.left_out:
             shown = "; ".join(left[:3]) + ("; …" if len(left) > 3 else "")
             lines.append(f"--on_bad_image skip: {len(left)} {split} images left out: {shown}")
@@ -278,9 +280,15 @@ def rate_line(config: TrainConfig) -> list[str]:
     rate = config.multirate
     if not rate.multirate:
         return []
+    if config.is_text:
+        gates = "twice a sigmoid on embeddings, states and heads"
+    else:
+        gates = (
+            f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {config.gate_decoder} in the decoder"
+        )
     return [
         f"multi-rate: beta from {rate.beta_min:g} to {rate.beta_max:g}, one per {config.beta_per}; gates "
-        f"{rate.gate_position}, {rate.gate_encoder} in the encoder, {config.gate_decoder} in the decoder"
+        f"{gates}"
     ]
 
 
@@ -316,8 +324,14 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
     for name, weight in zip(work.losses.names, work.losses.weights.tolist(), strict=True):
         table.add_row(name, f"{metrics[f'test/{name}']:.6g}", f"{weight:g}")
     table.add_row("weighted sum", f"{metrics['test/loss']:.6g}", "")
-    table.add_row("MSE of reconstruction, images in [0, 1]", f"{metrics['test/mse']:.6g}", "")
-    table.add_row("MSE of the mean training image", f"{metrics['test/mse_mean_image']:.6g}", "")
+    for key, text in (
+        ("mse", "MSE of reconstruction, images in [0, 1]"),
+        ("mse_mean_image", "MSE of the mean training image"),
+        ("token_perplexity", "exp of the bound per token"),
+        ("active_units", "active latents"),
+    ):
+        if f"test/{key}" in metrics:
+            table.add_row(text, f"{metrics[f'test/{key}']:.6g}", "")
     for key in ("nats", "bits_per_dim", "codebook_usage", "perplexity"):
         if f"test/{key}" in metrics:
             table.add_row(key.replace("_", " "), f"{metrics[f'test/{key}']:.4g}", "")
@@ -333,7 +347,7 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
 
 def against_mean_image(metrics: Mapping[str, float]) -> str:
     """Return the reconstruction's error beside the mean image's, in words; "" where all images are alike."""
-    mean = metrics["test/mse_mean_image"]
+    mean = metrics.get("test/mse_mean_image")
     if not mean:
         return ""
     less = 1 - metrics["test/mse"] / mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from movae_fast.models import MODELS, VAE, model_options
+from movae_fast.models import VAE, model_class, model_options
 from movae_fast.models.multirate import Rates
 from movae_fast.names import ArgumentError
 from movae_fast.training.config import TrainConfig
@@ -29,7 +29,7 @@ def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:
         return None
     if (given := getattr(trained.model, name)) is not None:
         return given
-    default = inspect.signature(MODELS[arch].__init__).parameters[name].default
+    default = inspect.signature(model_class(arch).__init__).parameters[name].default
     # Where the default depends on the size of the images, the model knows what became of it.
     return getattr(model, name, None) if default is None else default
 

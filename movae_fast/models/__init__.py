@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from movae_fast import lazy
 from movae_fast.choices import Activation
-from movae_fast.models.catalog import INFO, LATENT_WORDS, SIDES, ModelInfo
+from movae_fast.models.catalog import INFO, LATENT_WORDS, SIDES, TEXT_INFO, ModelInfo
 
 if TYPE_CHECKING:
     from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, HierarchyOutput, Noise, VQOutput
     from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
     from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
     from movae_fast.models.likelihoods import Likelihood, make_likelihood
+    from movae_fast.models.lstm_vae import LSTMVAE, TextOutput, make_text_multirate
     from movae_fast.models.multirate import Gated, gated_layers, make_multirate
     from movae_fast.models.nvae import NVAE
     from movae_fast.models.provlae import VLAE, ProVLAE
@@ -31,6 +32,7 @@ __getattr__, __dir__ = lazy.exports(
         "base": ("VAE", "GaussianOutput", "GaussianVAE", "HierarchyOutput", "Noise", "VQOutput"),
         "cnn_vae": ("CNNVAE", "MMDVAE"),
         "dense_vae": ("MLPVAE", "BetaTCMLPVAE", "LinearVAE"),
+        "lstm_vae": ("LSTMVAE", "TextOutput", "make_text_multirate"),
         "likelihoods": ("Likelihood", "make_likelihood"),
         "multirate": ("Gated", "gated_layers", "make_multirate"),
         "nvae": ("NVAE",),
@@ -47,6 +49,11 @@ MODELS: lazy.Registry["type[VAE]"] = lazy.Registry(
     {arch: f"movae_fast.models.{info.place}" for arch, info in INFO.items()}
 )
 
+# Models of sentences: their batches are tokens [B, T].
+TEXT_MODELS: lazy.Registry["type[LSTMVAE]"] = lazy.Registry(
+    {arch: f"movae_fast.models.{info.place}" for arch, info in TEXT_INFO.items()}
+)
+
 # Arguments of every model that are no options of its own.
 NO_OPTIONS = ("self", "image_shape", "activation", "likelihood")
 
@@ -54,10 +61,12 @@ __all__ = [
     "CNNVAE",
     "DCGANVAE",
     "LATENT_WORDS",
+    "LSTMVAE",
     "MLPVAE",
     "MMDVAE",
     "MODELS",
     "NVAE",
+    "TEXT_MODELS",
     "VAE",
     "VLAE",
     "VQVAE",
@@ -76,6 +85,7 @@ __all__ = [
     "Rates",
     "SizedCNNVAE",
     "SizedResNetVAE",
+    "TextOutput",
     "TorchVAE",
     "VQOutput",
     "build_model",
@@ -83,6 +93,8 @@ __all__ = [
     "gated_layers",
     "make_likelihood",
     "make_multirate",
+    "make_text_multirate",
+    "model_class",
     "model_info",
     "model_options",
 ]
@@ -91,8 +103,15 @@ __all__ = [
 NONE_IS_FINE = ("num_residual_layers", "num_flows", "outer_blocks")  # options that may be 0
 
 
+def model_class(arch: str) -> "type[VAE]":
+    """Return the class of this name, of images or of sentences."""
+    return TEXT_MODELS[arch] if arch in TEXT_MODELS else MODELS[arch]
+
+
 def model_info(arch: str) -> "ModelInfo | type[VAE]":
     """Return what is known of the model `arch`: an entry, or the class itself where somebody added it."""
+    if arch in TEXT_MODELS:
+        return TEXT_INFO[arch]
     return INFO[arch] if MODELS.built_in(arch) else MODELS[arch]
 
 
@@ -123,7 +142,7 @@ def build_model(
     given = {name: value for name, value in options.items() if value is not None}
     check_options(arch, image_shape, activation, given)
     if likelihood is None:
-        return MODELS[arch](image_shape, activation, **given)
+        return model_class(arch)(image_shape, activation, **given)
     if "likelihood" in inspect.signature(MODELS[arch].__init__).parameters:
         return MODELS[arch](image_shape, activation, **given, likelihood=likelihood)
     if likelihood.channels != image_shape[0]:

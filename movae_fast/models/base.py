@@ -29,6 +29,7 @@ class Noise(NamedTuple):
     latent: Tensor  # [B, D] standard normal, the posterior's; [B, 0] of a model that draws nothing
     log_beta: Tensor | None = None  # [B] of a multi-rate model: the log beta of each image
     prior: Tensor | None = None  # [B, D] standard normal, where an objective compares with the prior
+    dropout: Tensor | None = None  # [B] int64, the seed of each example's dropout masks
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Noise:
         """Apply a function to each draw that is there."""

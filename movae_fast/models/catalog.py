@@ -145,6 +145,17 @@ INFO: dict[str, ModelInfo] = {
         **SUM,
     ),
 }
+TEXT_INFO: dict[str, ModelInfo] = {
+    "lstm_vae": ModelInfo(
+        "lstm_vae:LSTMVAE",
+        (
+            *("preset", "latent_dim", "hidden_dim", "embedding_dim", "dropout_in", "dropout_out"),
+            *("word_dropout", "free_bits", "skip_latent"),
+        ),
+        recons_reduction="sum",
+        default_activation="none",
+    )
+}
 # Names that stand for a class at one side of the images.
 SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for side in (28, 32, 64)}
 

@@ -39,14 +39,30 @@ def reconstruction(
     return 255 * error.sum()
 
 
+def text_reconstruction(
+    hidden: Tensor,  # [B, T, H]
+    projection: Tensor,  # [V, H]
+    target: Tensor,  # [B, T] int64, 0 is padding
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return -log p(x|z) in nats per sentence: summed over its tokens, mean over the batch."""
+    total, _ = ops.linear_cross_entropy(hidden, projection, target, sample_weight)
+    return total / len(target)
+
+
 def kl_standard_normal(
     mu: Tensor,  # [B, D]
     logvar: Tensor,  # [B, D]
     sample_weight: Tensor | None = None,  # [B]
     beta: Tensor | None = None,  # [B] or [1]
+    free_bits: float = 0.0,
 ) -> Tensor:  # []
-    """Return KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch."""
-    return batch_mean(kl_of_latents(mu, logvar).sum(1), sample_weight, beta)
+    """Return KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch.
+
+    A latent's KL below `free_bits` nats counts as that many, and has no gradient (Kingma et al. 2016).
+    """
+    kl = kl_of_latents(mu, logvar)
+    return batch_mean((kl.clamp_min(free_bits) if free_bits else kl).sum(1), sample_weight, beta)
 
 
 def kl_of_latents(

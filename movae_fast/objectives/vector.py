@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.choices import ReconsDist
-from movae_fast.models import VAE, GaussianOutput, HierarchyOutput, Likelihood, VQOutput
+from movae_fast.models import VAE, GaussianOutput, HierarchyOutput, Likelihood, TextOutput, VQOutput
 from movae_fast.names import nearest
 from movae_fast.objectives import terms
 from movae_fast.objectives.terms import LogDensities, ReconsReduction
@@ -54,7 +54,7 @@ class Outcome:
 
     def __init__(
         self,
-        out: Any,  # a GaussianOutput, a HierarchyOutput or a VQOutput
+        out: Any,  # a GaussianOutput, a HierarchyOutput, a VQOutput or a TextOutput
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None,  # [B] how often each image counts
         settings: TermSettings,
@@ -104,13 +104,16 @@ Objective = Callable[[Outcome], Tensor]  # -> a scalar, unweighted
 
 def _reconstruction(b: Outcome) -> Tensor:
     s = b.settings
+    if isinstance(b.out, TextOutput):
+        return terms.text_reconstruction(b.out.hidden, b.out.projection, b.out.target, b.sample_weight)
     return terms.reconstruction(b.out.preactivation, b.images, s.likelihood, s.reduction, b.sample_weight)
 
 
 def _kl(b: Outcome) -> Tensor:
     if b.settings.kl_spans:
         return b.kl_of_groups(0)
-    return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta)
+    free = b.out.free_bits if isinstance(b.out, TextOutput) else 0.0
+    return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta, free)
 
 
 def _rung_kl(b: Outcome, rung: int) -> Tensor:
@@ -235,7 +238,7 @@ class LossVector:
 
     def __call__(
         self,
-        out: GaussianOutput | HierarchyOutput | VQOutput,
+        out: GaussianOutput | HierarchyOutput | VQOutput | TextOutput,
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, ...]:  # m scalars

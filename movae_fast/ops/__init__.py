@@ -7,6 +7,7 @@ index = ops.nearest_code(z, codebook)
 from movae_fast.ops.combine import combine
 from movae_fast.ops.gramian import gramian
 from movae_fast.ops.gramian_weights import gramian_weights
+from movae_fast.ops.linear_cross_entropy import linear_cross_entropy
 from movae_fast.ops.nearest_code import nearest_code
 from movae_fast.ops.project_weights import project_rows, project_weights, step_multipliers
 from movae_fast.ops.quantize import code_error, quantize
@@ -18,6 +19,7 @@ __all__ = [
     "combine",
     "gramian",
     "gramian_weights",
+    "linear_cross_entropy",
     "nearest_code",
     "project_rows",
     "project_weights",

@@ -13,7 +13,16 @@ from torch import nn
 from movae_fast import data as datasets
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.data import Binarizer, Loader, ReadOptions
-from movae_fast.models import NVAE, VAE, ProVLAE, build_model, make_multirate
+from movae_fast.data.text import TextLoader, limited_text, read_text
+from movae_fast.models import (
+    LSTMVAE,
+    NVAE,
+    VAE,
+    ProVLAE,
+    build_model,
+    make_multirate,
+    make_text_multirate,
+)
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import (
@@ -66,9 +75,12 @@ def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, in
 def new_model(config: TrainConfig) -> VAE:
     """Build the configuration's model with fresh weights, on the CPU."""
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
-    model = build_model(config.model.arch, config.image_shape, config.activation, options, config.likelihood)
+    likelihood = None if config.is_text else config.likelihood  # a model of sentences has its own
+    model = build_model(config.model.arch, config.image_shape, config.activation, options, likelihood)
     rate = config.multirate
     if rate.multirate:
+        if isinstance(model, LSTMVAE):
+            return make_text_multirate(model, rate.beta_min, rate.beta_max, config.beta_per)
         gates = (rate.gate_encoder, config.gate_decoder, rate.gate_position)
         start = (rate.gate_bias, rate.gate_slope)
         make_multirate(model, rate.beta_min, rate.beta_max, *gates, config.beta_per, *start)
@@ -286,3 +298,22 @@ def make_loader(
     loader = datasets.make_loader(kind, source, size, device, **options)
     loader.why = why
     return loader
+
+
+def make_text_loader(
+    config: TrainConfig, device: torch.device, split: str, world: World | None = None
+) -> TextLoader:
+    """Build the loader of a corpus's split (train, valid or test)."""
+    data, train, world = config.data, split == "train", world or World()
+    source = read_text(data.dataset, config.text_options).split(split)
+    return TextLoader(
+        limited_text(source, data.limit_train if train else data.limit_test),
+        data.batch_size if train else data.eval_batch_size or data.batch_size,
+        device,
+        train=train,
+        seed=config.run.seed or 0,
+        multiple=data.pad_multiple,
+        pad=data.last_batch == "pad",
+        rank=world.rank,
+        world=world.size,
+    )

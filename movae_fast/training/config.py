@@ -7,6 +7,7 @@ there is no block for TYPE_CHECKING here: jsonargparse would run it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from movae_fast import models
@@ -14,17 +15,20 @@ from movae_fast.choices import (
     COMPONENTS,
     DISCRETE,
     STRICT_REG_EPS,
+    TEXT_SETS,
     Binarization,
     CompileMode,
     KLRows,
     LadderNet,
     PrecisionName,
-    PresetName,
+    Preset,
     ReconsDist,
     ReconsReduction,
     Regularizer,
     StepMetric,
+    TooLong,
 )
+from movae_fast.data import text
 from movae_fast.data.datasets import DATASETS, DatasetInfo
 from movae_fast.objectives.weights import resolve_weights
 
@@ -67,6 +71,14 @@ class DataConfig:
         limit_train: Use this many evenly spaced training images; 0 means all.
         limit_test: Use this many evenly spaced test images; 0 means all.
         chn_num: If given, the channels that the dataset's images must have (1 grey, 3 RGB).
+        max_length: Most words of a sentence (text); 0 for any number.
+        too_long: What becomes of a longer one: an error, cut to that length, or left out; counted.
+        label_column: Whether lines are label<TAB>text (text); the default is the corpus's own.
+        pad_multiple: Sentences of one batch have one length (1), or lengths that are padded to the next
+            multiple of this, for fewer shapes.
+        vocabulary_size: Filled in: the words of the corpus, the special ones among them.
+        longest: Filled in: the tokens of its longest sentence.
+        corpus_digest: Filled in: SHA-256 of the corpus as the model sees it, by which a resumed run knows it.
     """
 
     dataset: str = "cifar10"
@@ -92,6 +104,13 @@ class DataConfig:
     limit_train: int = 0
     limit_test: int = 0
     chn_num: int | None = None
+    max_length: int = 0
+    too_long: TooLong = "error"
+    label_column: bool | None = None
+    pad_multiple: int = 1
+    vocabulary_size: int | None = None
+    longest: int | None = None
+    corpus_digest: str | None = None
 
 
 @dataclass
@@ -119,9 +138,16 @@ class ModelConfig:
         ladder_net: The ladder's network and order of stages (provlae, vlae): the authors', from the most
             abstract rung down, or the PyTorch port's, from the least abstract rung up.
         posterior_cov: linear_vae's posterior covariance, one for all images (shared) or predicted from each.
+        dropout_in: Dropout of the words that lstm_vae's decoder reads (0.5).
+        dropout_out: Dropout of its outputs (0.5).
+        word_dropout: Fraction of those words that are replaced by <unk> (0).
+        free_bits: Nats per latent and sentence below which lstm_vae's KL costs the same (0).
+        skip_latent: Whether lstm_vae's logits are linear in z as well (false).
         residual_block: Two 3x3 convolutions (author), or pythae's bottleneck (resnet_vae_28/32/64: author).
-        preset: nvae's numbers for a dataset (mnist); the options below replace them one by one. `tiny` is for
-            a CPU.
+        preset: nvae's numbers for a dataset: mnist (the default), omniglot, celeba64, cifar10, or tiny for a
+            CPU; the options below replace them one by one. Or lstm_vae's sizes and initial values: lagging
+            (512/1024/32, He et al. 2019; the default), texar (512/550/32), multirate (256/256/32), synthetic
+            (50/50/2), for embedding, LSTM and latents.
         num_scales: Resolutions that have latents (nvae).
         groups_per_scale: Groups of latents at the largest resolution (nvae).
         ada_groups: Half as many groups at each smaller resolution as at the next larger one (nvae).
@@ -151,7 +177,7 @@ class ModelConfig:
     ladder_net: LadderNet | None = None
     posterior_cov: Literal["shared", "predicted"] | None = None
     residual_block: Literal["author", "pythae"] | None = None
-    preset: PresetName | None = None
+    preset: Preset | None = None
     num_scales: int | None = None
     groups_per_scale: int | None = None
     ada_groups: bool | None = None
@@ -162,6 +188,11 @@ class ModelConfig:
     cells_per_group: int | None = None
     num_flows: int | None = None
     kl_rows: KLRows | None = None
+    dropout_in: float | None = None
+    dropout_out: float | None = None
+    word_dropout: float | None = None
+    free_bits: float | None = None
+    skip_latent: bool | None = None
 
 
 @dataclass
@@ -470,11 +501,16 @@ class TrainConfig:
 
     @property
     def info(self) -> DatasetInfo:
+        if self.is_text:
+            raise ValueError(
+                f"--dataset {self.data.dataset} is text, and this needs images; `movae sample RUN` prints the "
+                "sentences of a run"
+            )
         return DATASETS[self.data.dataset]
 
     @property
     def model_class(self) -> type[models.VAE]:
-        return models.MODELS[self.model.arch]
+        return models.model_class(self.model.arch)
 
     @property
     def model_info(self) -> models.ModelInfo | type[models.VAE]:
@@ -482,7 +518,22 @@ class TrainConfig:
         return models.model_info(self.model.arch)
 
     @property
+    def is_text(self) -> bool:
+        """Return whether the data are sentences."""
+        return self.data.dataset in TEXT_SETS
+
+    @property
+    def text_options(self) -> text.TextOptions:
+        """Return how the corpus is read."""
+        data = self.data
+        root = Path(data.data_dir).expanduser()
+        return text.TextOptions(root, data.label_column, data.max_length, data.too_long)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
+        """Return [C, S, S] of an image; [V, 1, T] of sentences, as one-hot words, once the corpus is known."""
+        if self.is_text:
+            return self.data.vocabulary_size or 5, 1, self.data.longest or 2
         size = self.data.image_size or self.info.default_size
         return self.info.channels, size, size
 

@@ -20,14 +20,15 @@ from movae_fast.aggregation.catalog import (
     weights_by_gramian,
     weights_rows,
 )
-from movae_fast.choices import COMPONENTS, DISCRETE
+from movae_fast.choices import COMPONENTS, DISCRETE, TEXT_SETS
 from movae_fast.data.datasets import DATASETS
 from movae_fast.data.datasets.facts import CELEBA_CROPS
-from movae_fast.models import MODELS, check_options, model_info
+from movae_fast.models import MODELS, TEXT_MODELS, check_options, model_info
 from movae_fast.models.catalog import check_beta_range
 from movae_fast.names import pick
 from movae_fast.training.config import (
     FROM_EXTRA,
+    DataConfig,
     MultiRateConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -55,6 +56,7 @@ def check_settings(config: TrainConfig) -> None:
     for section in vars(config).values():
         check_values(section)
     check_names(config)
+    check_text(config)
     check_data(config)
     check_aggregation(config)
     check_optimizer(config.optimizer)
@@ -72,12 +74,12 @@ def check_settings(config: TrainConfig) -> None:
 def check_names(config: TrainConfig) -> None:
     """Replace dataset, arch and aggregator by their exact names, and set the image size."""
     data, objective = config.data, config.objective
-    data.dataset = pick("dataset", data.dataset, DATASETS)
-    config.model.arch = pick("arch", config.model.arch, MODELS)
+    data.dataset = pick("dataset", data.dataset, [*DATASETS, *TEXT_SETS])
+    config.model.arch = pick("arch", config.model.arch, [*MODELS, *TEXT_MODELS])
     if objective.agg in NEED_TWO_BATCHES:
         raise ValueError(f"--agg {objective.agg} needs two independent batches a step; this trainer draws one")
     objective.agg = pick("agg", objective.agg, ["sum", *AGGREGATORS]) if objective.agg else "sum"
-    if data.image_size is None:
+    if data.image_size is None and not config.is_text:
         data.image_size = config.info.default_size
 
 
@@ -87,11 +89,49 @@ def check_model(config: TrainConfig) -> None:
     check_options(config.model.arch, config.image_shape, config.activation, given)
 
 
+OF_TEXT = ("max_length", "too_long", "label_column", "pad_multiple")
+# What a sentence does not have; --recons_* choose a likelihood of pixels.
+OF_IMAGES = {
+    "data": ("image_size", "resize", "crop", "normalize", "binarize", "flip", "antialias", "chn_num", "loader"),
+    "objective": ("recons_dist", "recons_reduction", "recons_activation"),
+}
+
+
+def check_text(config: TrainConfig) -> None:
+    """Refuse a model of sentences on images, the reverse, and flags of the other kind."""
+    data, arch, dataset = config.data, config.model.arch, config.data.dataset
+    if config.is_text != (arch in TEXT_MODELS):
+        kind, able = ("text", TEXT_MODELS) if config.is_text else ("images", MODELS)
+        sets = ", ".join(TEXT_SETS)
+        raise ValueError(
+            f"--arch {arch} does not model {kind}, which --dataset {dataset} has; these do: "
+            f"{', '.join(able)}" + ("" if config.is_text else f". Corpora for {arch} are {sets}")
+        )
+    if not config.is_text:
+        if given := [name for name in OF_TEXT if getattr(data, name) != getattr(DataConfig(), name)]:
+            raise ValueError(f"--{given[0]} is a setting of text; --dataset {dataset} has images: leave it out")
+        return
+    for section, names in OF_IMAGES.items():
+        part = getattr(config, section)
+        if given := [name for name in names if getattr(part, name) != getattr(type(part)(), name)]:
+            raise ValueError(f"--{given[0]} is a setting of images; --dataset {dataset} is text: leave it out")
+    if config.objective.gramian_batch < 1:
+        raise ValueError("--gramian_batch does not apply to text; leave it out, or use --gramian_every")
+    if config.run.compile not in ("auto", "off"):
+        raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
+    config.run.compile = "off"
+    if config.run.accumulate > 1 and data.last_batch != "pad":
+        raise ValueError("--accumulate on text needs batches of one size: add --last_batch pad")
+    gates = ("gate_encoder", "gate_decoder", "gate_position", "gate_bias", "gate_slope")
+    if given := [n for n in gates if getattr(config.multirate, n) != getattr(MultiRateConfig(), n)]:
+        raise ValueError(f"--{given[0]}: the gates of {arch} are twice a sigmoid, as published; leave it out")
+
+
 def check_data(config: TrainConfig) -> None:
     """Check the channels, and how a batch is divided on its device."""
     data, run = config.data, config.run
     assert data.crop in CELEBA_CROPS
-    if data.chn_num not in (None, config.info.channels):
+    if not config.is_text and data.chn_num not in (None, config.info.channels):
         raise ValueError(f"--chn_num {data.chn_num}: {data.dataset} has {config.info.channels}")
     if data.batch_size % run.accumulate:
         raise ValueError(f"--accumulate {run.accumulate} must divide --batch_size {data.batch_size}")

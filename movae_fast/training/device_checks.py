@@ -13,6 +13,7 @@ import torch
 from movae_fast.aggregation.registry import check_runs
 from movae_fast.data.loaders.dali import require as require_dali
 from movae_fast.data.memory import all_memory
+from movae_fast.data.text import read_text
 from movae_fast.models import build_model
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
@@ -22,11 +23,27 @@ from movae_fast.training.device import check_device, resolve_device
 def check_machine(config: TrainConfig) -> None:
     """Raise ValueError for a device that no machine has, a loader that is not installed, and an aggregator
     that does not take the objectives' rows. To be called after `config_checks.check_settings`."""
+    if config.is_text:
+        read_size(config)
     if config.data.loader == "dali":
         require_dali()
     check_device(config.run.device)
     if config.needs_jacobian:
         check_runs(config.objective.agg, **config.aggregator_options())
+
+
+def read_size(config: TrainConfig) -> None:
+    """Fill in a corpus's size, and see that a run which goes on has the corpus that it began with."""
+    data = config.data
+    corpus = read_text(data.dataset, config.text_options)
+    digest = corpus.digest
+    if data.corpus_digest not in (None, digest):
+        raise ValueError(
+            f"--dataset {data.dataset}: the run began on another corpus (SHA-256 {data.corpus_digest[:16]}, "
+            f"now {digest[:16]}): give it the same files, the same Python for python_topics, or start a new run"
+        )
+    data.corpus_digest, data.vocabulary_size = digest, len(corpus.vocabulary)
+    data.longest = 2 + max(int(s.lengths.max()) for s in (corpus.train, corpus.valid, corpus.test))
 
 
 def check_fits(config: TrainConfig) -> None:
@@ -37,19 +54,21 @@ def check_fits(config: TrainConfig) -> None:
     """
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
-    channels, *sides = config.image_shape
-    image = 4 * math.prod(sides) * (channels + 2 * config.likelihood.channels)
+    if config.is_text:
+        image = 8 * (data.longest or 0)  # the tokens; of the logits only a part exists at once
+    else:
+        channels, *sides = config.image_shape
+        image = 4 * math.prod(sides) * (channels + 2 * config.likelihood.channels)
     at_once = data.batch_size // config.run.accumulate
     for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
         flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
         _refuse_above(has, device, image * count, flag, "the images of a batch take")
     given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    likelihood = None if config.is_text else config.likelihood
     flag = largest_option(given) or f"--arch {config.model.arch}"
     try:
         with torch.device("meta"):
-            model = build_model(
-                config.model.arch, config.image_shape, config.activation, given, config.likelihood
-            )
+            model = build_model(config.model.arch, config.image_shape, config.activation, given, likelihood)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
     count = sum(p.numel() for p in model.parameters())

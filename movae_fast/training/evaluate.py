@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
-from movae_fast.models import VAE, HierarchyOutput, Likelihood, VQOutput
+from movae_fast.data.text import PAD, TextLoader
+from movae_fast.models import VAE, HierarchyOutput, Likelihood, TextOutput, VQOutput
 from movae_fast.models.base import Output
 from movae_fast.objectives import LossVector, rate
 from movae_fast.training.gradients import group_rates
@@ -20,7 +21,7 @@ MEAN_IMAGE_LIMIT = 65_536
 
 @torch.no_grad()
 def evaluate(
-    model: VAE, losses: LossVector, loader: Loader, seed: int, world: World | None = None
+    model: VAE, losses: LossVector, loader: Loader | TextLoader, seed: int, world: World | None = None
 ) -> dict[str, float]:
     """Return every objective (unweighted, averaged over images), their weighted sum, and the
     reconstruction's MSE.
@@ -33,6 +34,8 @@ def evaluate(
     the batches each find the values of one process.
     """
     world = world or World()
+    if isinstance(loader, TextLoader):
+        return evaluate_text(model, losses, loader, seed, world)
     was_training = model.training
     model.eval()
     devices = [loader.device] if loader.device.type == "cuda" else []
@@ -81,6 +84,44 @@ def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # 
     if nats is None or not likelihood.proper:
         return torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
     return likelihood.errors(out.preactivation, x).flatten(1).sum(1, dtype=torch.float64) + nats
+
+
+ACTIVE_VARIANCE = 0.01  # of a latent's posterior mean over the data, from which on it counts as active
+
+
+@torch.no_grad()
+def evaluate_text(
+    model: VAE, losses: LossVector, loader: TextLoader, seed: int, world: World
+) -> dict[str, float]:
+    """Return every objective (unweighted, nats per sentence) and their weighted sum; exp of -ELBO per token,
+    and the number of active latents.
+
+    Noise and random state are as in `evaluate`.
+    """
+    was_training = model.training
+    model.eval()
+    width = model.latent_dim
+    assert isinstance(width, int)
+    devices = [loader.device] if loader.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        # Sums of the objectives, of the means and their squares; sentences and tokens.
+        sums = torch.zeros(len(losses.names) + 2 * width + 2, dtype=torch.float64, device=loader.device)
+        for batch, (x, _) in enumerate(loader.epoch()):
+            torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
+            out = model(x)
+            assert isinstance(out, TextOutput)
+            mu = out.mu.double()
+            objectives = torch.stack(losses(out, x)).double() * len(x)
+            sizes = torch.stack([x.new_tensor(len(x)), (out.target != PAD).sum()]).double()
+            sums += torch.cat([objectives, mu.sum(0), mu.square().sum(0), sizes])
+    model.train(was_training)
+    totals, means, squares, (count, tokens) = world.sum_(sums).cpu().split([len(losses.names), width, width, 2])
+    values = totals / count
+    line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
+    line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
+    line["test/token_perplexity"] = float((totals.sum() / tokens).exp())
+    variance = squares / count - (means / count).square()
+    return line | {"test/active_units": int((variance >= ACTIVE_VARIANCE).sum())}
 
 
 def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64

@@ -100,7 +100,9 @@ class Forward(NamedTuple):
 
 def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
     """Run the model on a batch and compute its losses; the active ones are multiplied by `scale` [a]."""
-    images = batch.images.contiguous(memory_format=torch.channels_last)
+    images = batch.images  # [B, C, S, S], or tokens [B, T]
+    if images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
     network.model.condition(batch.noise)
     with network.precision.autocast():
         features = network.model.encode(images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from movae_fast.data import Loader
 from movae_fast.training.evaluate import MeanImage, evaluate, mean_image, reconstruction_mse
 from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
@@ -168,6 +169,13 @@ def pictures_due(run: Run) -> str:
     return f"epoch_{run.epoch + (run.batch > 0):04d}" if kept or run.ended else ""
 
 
+def _besides(metrics: dict[str, float]) -> str:
+    """Return the metrics that an epoch's line has besides the objectives."""
+    names = ("mse", "token_perplexity", "active_units")
+    shown = [(name, metrics.get(f"test/{name}")) for name in names]
+    return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in shown if value is not None)
+
+
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     """Evaluate, save and draw where it is due; the test metrics if there are any."""
     log(run, bar, wait=True)
@@ -185,7 +193,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         run.world.average_buffers(run.model)
         with run.averaged():
             metrics = evaluate(run.model, run.losses, run.test_loader, every.seed or 0, run.world)
-        if run.finished:
+        if run.finished and isinstance(run.train_loader, Loader) and isinstance(run.test_loader, Loader):
             baseline = MeanImage(mean_image(run.train_loader), run.test_loader.normalize)
             metrics["test/mse_mean_image"] = reconstruction_mse(baseline, run.test_loader, run.world)
         write(run, {"step": run.step, "epoch": run.epoch, **metrics})
@@ -193,7 +201,7 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         bar.say(
             f"epoch {number}/{run.epochs}, step {run.step:,}: test "
             + "  ".join(f"{name} {metrics[f'test/{name}']:.4g}" for name in names)
-            + f"  mse {metrics['test/mse']:.4g}"
+            + _besides(metrics)
             + (f"  ({bar.metrics.split('  ')[-1]})" if "images/s" in bar.metrics else "")
         )
         run.ended = run.finished

@@ -13,6 +13,7 @@ import torch
 
 from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state
 from movae_fast.data import Loader
+from movae_fast.data.text import TextLoader
 from movae_fast.files import give_name
 from movae_fast.models import VAE, Noise, ProVLAE
 from movae_fast.objectives import LossVector
@@ -35,8 +36,8 @@ class Run:
     folder: Path
     device: torch.device
     model: VAE
-    train_loader: Loader
-    test_loader: Loader
+    train_loader: Loader | TextLoader
+    test_loader: Loader | TextLoader
     losses: LossVector
     optimizer: torch.optim.Optimizer
     train_step: TrainStep

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from movae_fast.data.text import TextLoader
 from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
 from movae_fast.training.build import (
@@ -21,6 +22,7 @@ from movae_fast.training.build import (
     build_optimizer,
     build_step,
     make_loader,
+    make_text_loader,
     plan_lengths,
 )
 from movae_fast.training.config import TrainConfig
@@ -58,6 +60,8 @@ def begin(run: Run, take: bool) -> Path:
     run.folder = make_folder(run.config, take)
     checkpoint.save(run.path_of("last"), run.state())
     write_config(run.folder, run.config)
+    if isinstance(run.train_loader, TextLoader):
+        run.train_loader.source.vocabulary.write(run.folder / "vocab.txt")
     open_logs(run, None, None)
     return run.folder
 
@@ -137,8 +141,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     model = build_network(config, device, world)
     weights = config.weights()
     aggregator = build_aggregator(config.objective, weights, config.needs_jacobian, device)
-    train_loader = make_loader(config, device, "train", world)
-    test_loader = make_loader(config, device, "test", world)
+    loader_of = make_text_loader if config.is_text else make_loader
+    train_loader, test_loader = (loader_of(config, device, split, world) for split in ("train", "test"))
     lengths, progression = plan_lengths(config, model, len(train_loader))
     losses = build_losses(config, model, weights, len(train_loader.source), lengths, world)
     optimizer, scheduler = build_optimizer(config.optimizer, model, lengths)

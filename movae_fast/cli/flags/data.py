@@ -35,6 +35,7 @@ class DataCommand:
         decoder: Who decodes; `auto` is DALI where it is installed.
         download: Fetch missing files, where this program can.
         n: Number of images that synthetic_jpeg writes.
+        label_column: Whether the lines of a corpus are label<TAB>text; the default is the corpus's own.
     """
 
     data_dir: str = "data"
@@ -46,6 +47,7 @@ class DataCommand:
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     download: bool = False
     n: int = 1000
+    label_column: bool | None = None
 
 
 def parse(argv: Sequence[str]) -> tuple[str, str | None, DataCommand] | int:

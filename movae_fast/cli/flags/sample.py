@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from movae_fast.choices import DecodingMethod
 from movae_fast.cli import parsing
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.limits import Bounds, check_values
@@ -38,6 +39,13 @@ class SampleConfig:
         single_files: Also write every image, strip or pair to a PNG of its own.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         data_dir: Folder of the original files, for modes that need test images, if not where training had it.
+        decoding: How a model of text chooses words: the most probable (greedy), drawn from all (ancestral),
+            from the top_k most probable, from the fewest with probability top_p (nucleus), or by beam search.
+        max_words: Most words of a sentence.
+        top_k: Words that top_k draws from.
+        top_p: Probability of the words that nucleus draws from.
+        temperature: What the logits of drawn words are divided by.
+        beam: Width of the beam.
     """
 
     weights: str
@@ -58,6 +66,12 @@ class SampleConfig:
     single_files: bool = False
     device: str = "auto"
     data_dir: str | None = None
+    decoding: DecodingMethod = "greedy"
+    max_words: int = 100
+    top_k: int = 40
+    top_p: float = 0.9
+    temperature: float = 1.0
+    beam: int = 5
 
 
 def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]]:

@@ -77,7 +77,10 @@ PRESETS: dict[str, Layout] = {
 
 def layout_of(options: Mapping[str, Any]) -> Layout:
     """Return the preset of the options (mnist where none is given) with the options that are not None."""
-    base = PRESETS[options.get("preset") or "mnist"]
+    preset = options.get("preset") or "mnist"
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset} is unknown to nvae; valid: {', '.join(PRESETS)}")
+    base = PRESETS[preset]
     names = [f.name for f in fields(Layout)]
     given = {name: options[name] for name in names if options.get(name) is not None}
     return replace(base, **given)

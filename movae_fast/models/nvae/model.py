@@ -41,7 +41,7 @@ class NVAE(VAE):
     `preset` names the published settings of a dataset; the other options replace its values one by one.
     """
 
-    objectives = ("reconstruction", "kl_1", "kl_2")  # of the default preset
+    objectives: tuple[str, ...] = ("reconstruction", "kl_1", "kl_2")  # of the default preset
     has_features = False
     latents = "hierarchy"
     recons_reduction = "sum"

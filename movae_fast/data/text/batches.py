@@ -1,0 +1,192 @@
+"""Divide sentences into batches of one length, or of one rounded length, and give them on the device.
+
+With a multiple of 1 all sentences of a batch have the same length and nothing is padded, as in published
+training. A larger multiple rounds the lengths up: fewer shapes, which compiled graphs want, and fuller batches;
+the rest is padding, which a model masks. As with images, an epoch is a function of the seed and its number, so
+that a position is two integers and several processes give together what one gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from movae_fast.data.loaders.epoch_plan import plan_epoch
+from movae_fast.data.text.source import TextSource
+from movae_fast.names import ArgumentError
+
+
+def pad_length(lengths: Tensor, multiple: int) -> Tensor:
+    """Return the tokens of sentences of so many words: with <s> and </s>, rounded up to the multiple."""
+    return (lengths + 2 + multiple - 1) // multiple * multiple
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Name the sentences of one process's batch, and the tokens of each."""
+
+    rows: Tensor  # [B] int64 of the source
+    length: int  # T
+    weights: Tensor | None  # [B] float32 how often each counts, 1 on average over all processes; None: once
+
+
+class TextBatching:
+    """Divide the sentences of given lengths [N] into batches, and those among processes.
+
+    A bucket holds the sentences of one padded length in the order of the corpus; its global batches have
+    batch_size x world of them, the last one the rest. In training every process has as many of a global batch
+    as the others: where they do not come out even, sentences of the bucket's beginning stand in and count 0.
+    With `pad` a rest is filled up to a whole batch in the same way. Evaluation has each sentence once, a
+    process every world-th batch.
+    """
+
+    def __init__(
+        self,
+        lengths: Tensor,  # [N] words
+        batch_size: int,  # of one process
+        *,
+        rank: int = 0,
+        world: int = 1,
+        train: bool = True,
+        multiple: int = 1,
+        pad: bool = False,
+        reshuffle: bool = False,
+    ) -> None:
+        if batch_size < 1 or multiple < 1:
+            raise ArgumentError(f"batch_size {batch_size}, pad_multiple {multiple}: both must be at least 1")
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.train, self.pad, self.reshuffle = train, pad, reshuffle
+        padded = pad_length(lengths, multiple)
+        order = padded.argsort(stable=True)
+        sizes = padded[order].unique_consecutive(return_counts=True)
+        self.buckets = list(zip(order.split(sizes[1].tolist()), sizes[0].tolist(), strict=True))
+        step = batch_size * (world if train else 1)
+        # Each global batch by its bucket and its first place there.
+        self.places = [(k, at) for k, (rows, _) in enumerate(self.buckets) for at in range(0, len(rows), step)]
+
+    def __len__(self) -> int:
+        """Return the number of this process's batches per epoch."""
+        return len(self.places) if self.train else len(range(self.rank, len(self.places), self.world))
+
+    @property
+    def shapes(self) -> list[int]:
+        """Return the lengths that batches have, ascending."""
+        return [length for _, length in self.buckets]
+
+    def epoch(self, seed: int, number: int) -> Iterator[TextBatch]:
+        """Yield this process's batches of an epoch."""
+        if not self.train:
+            for k, at in self.places[self.rank :: self.world]:
+                rows, length = self.buckets[k]
+                yield TextBatch(rows[at : at + self.batch_size], length, None)
+            return
+        buckets = self.buckets
+        if self.reshuffle:
+            mixed = torch.Generator().manual_seed(seed * 1_000_003 + number + 1)
+            buckets = [(rows[torch.randperm(len(rows), generator=mixed)], t) for rows, t in buckets]
+        for place in plan_epoch(len(self.places), seed, number, flip=False).rows.tolist():
+            k, at = self.places[place]
+            rows, length = buckets[k]
+            yield self._part(rows, length, at)
+
+    def _part(self, rows: Tensor, length: int, at: int) -> TextBatch:
+        """Return this process's part of the bucket's global batch that begins at `at`."""
+        whole = self.batch_size * self.world
+        real = min(whole, len(rows) - at)
+        size = self.batch_size if self.pad else -(-real // self.world)  # of each process
+        places = at + self.rank * size + torch.arange(size)
+        counted = places < at + real
+        weights = None if real == size * self.world else counted * (size * self.world / real)
+        return TextBatch(rows[torch.where(counted, places, places % len(rows))], length, weights)
+
+
+class TextLoader:
+    """Give batches of a source on the device: tokens int64 [B, T] with <s>, </s> and padding, and labels [B].
+
+    Args:
+        source: The sentences of one split.
+        batch_size: Sentences per batch of this process.
+        device: Where the batches are wanted.
+        train: Permute the batches; otherwise each sentence once, the shortest first.
+        seed: Seed of the orders.
+        multiple: What lengths are rounded up to a multiple of; 1 for batches of equal length.
+        pad: Fill up a bucket's last batch with sentences that count 0, so that all batches have one size.
+        reshuffle: Divide the buckets anew at each epoch, instead of permuting the same batches.
+        rank: This process's number, of `world`.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self,
+        source: TextSource,
+        batch_size: int,
+        device: torch.device,
+        *,
+        train: bool,
+        seed: int = 0,
+        multiple: int = 1,
+        pad: bool = False,
+        reshuffle: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.source, self.batch_size, self.device = source, batch_size, device
+        self.why, self.left_out, self.normalize = "", list[str](), False  # what loaders of images say
+        self._planned: list[TextBatch] = []  # of the epoch that was begun last
+        self.train, self.seed = train, seed
+        self.batching = TextBatching(
+            source.lengths,
+            batch_size,
+            rank=rank,
+            world=world,
+            train=train,
+            multiple=multiple,
+            pad=pad and train,
+            reshuffle=reshuffle,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of this process's batches per epoch."""
+        return len(self.batching)
+
+    @property
+    def note(self) -> str:
+        """Return one line on the split: its words, what was cut, skipped or unknown."""
+        return self.source.summary
+
+    @property
+    def global_batch(self) -> int:
+        """Return the most sentences per step, over all processes."""
+        return self.batching.batch_size * self.batching.world
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's batches of epoch `number` from batch `start` on."""
+        for tokens, labels, _ in self.weighted_epoch(number, start):
+            yield tokens, labels
+
+    def weighted_epoch(
+        self, number: int = 0, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:  # [B, T], [B], [B] float32 or None
+        """Yield the batches with how often each sentence counts, 1 on average over all processes.
+
+        None is once for each.
+        """
+        self._planned = list(self.batching.epoch(self.seed, number))
+        for batch in self._planned[start:]:
+            tokens, labels = self.source.gather(batch.rows, batch.length)
+            weights = None if batch.weights is None else batch.weights.to(self.device)
+            yield tokens.to(self.device), labels.to(self.device), weights
+
+    def sample_weight_of(self, batch: int) -> Tensor | None:  # [B] float32
+        """Return how often each sentence counts of a batch of the epoch that was begun last; None is once."""
+        weights = self._planned[batch].weights
+        return None if weights is None else weights.to(self.device)
+
+    def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of the given rows [N] of the source, in order, padded to the longest."""
+        for some in rows.split(self.batch_size):
+            tokens, labels = self.source.gather(some)
+            yield tokens.to(self.device), labels.to(self.device)
