@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from movae_fast.evaluation.sampling import estimate_statistics, sample_images
 from movae_fast.models import NVAE, Noise, build_model, make_likelihood, make_multirate
 from movae_fast.models.multirate import gated_layers
 from movae_fast.models.nvae.cells import Cell, decoder_cell, encoder_cell
@@ -13,6 +14,7 @@ from movae_fast.models.nvae.convs import MaskedConv2d, NormedConv2d
 from movae_fast.models.nvae.flows import ShiftFlow, flow_pairs
 from movae_fast.models.nvae.group import Group
 from movae_fast.models.nvae.normals import kl_between, normal_of
+from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
 from tests.nvae_models import SMALL, images, small
 
@@ -445,3 +447,49 @@ def test_each_image_weighs_its_rate_by_its_own_beta():
     losses = LossVector(model, [1.0] * 3, "bernoulli", "sum", 10)(out, images(5))
     per_image = (out.kl[1].sum(1) + out.kl[2].sum(1)) * noise.log_beta.exp()
     torch.testing.assert_close(losses[2], per_image.mean())
+
+
+def test_statistics_of_samples_are_those_of_a_pass_in_training() -> None:
+    """After re-estimation each BatchNorm of the decoder standardises the samples that it was estimated on."""
+    model = small().eval()
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(2, 5)
+    encoder_before = {k: v.clone() for k, v in model.encoder.state_dict().items()}
+    outputs = []
+    norm = next(m for m in model.decoder.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    estimate_statistics(model, 3, 64, torch.Generator().manual_seed(0), 0.7)
+    assert not any(m.training for m in model.modules())
+    hook = norm.register_forward_hook(lambda module, given, out: outputs.append(given[0]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(3):
+            model.sample(64, generator, 0.7)
+    hook.remove()
+    seen = torch.stack([x.mean((0, 2, 3)) for x in outputs]).mean(0)
+    # Not exactly: while estimating, the layers before it standardise each batch by itself.
+    assert torch.allclose(norm.running_mean, seen, atol=2e-3)
+    assert float((norm.running_mean - seen).abs().max()) < 0.01 * float(seen.abs().max())
+    assert all(torch.equal(v, encoder_before[k]) for k, v in model.encoder.state_dict().items())
+    assert norm.momentum == pytest.approx(0.05)
+
+
+def test_temperature_narrows_the_priors() -> None:
+    model = small().eval()
+    with torch.no_grad():
+        wide, narrow = (
+            model.sample(64, torch.Generator().manual_seed(0), temperature) for temperature in (1.0, 0.0)
+        )
+    assert float(narrow.std(0).max()) < 1e-6  # every draw is the same
+    assert float(wide.std(0).max()) > 1e-4
+
+
+def test_a_codebook_has_no_temperature() -> None:
+    model = build_model("vq_vae", (1, 16, 16), "sigmoid", {"hidden_dims": [8, 8], "num_embeddings": 8})
+    generator = torch.Generator()
+    with pytest.raises(ArgumentError, match=r"temperature 0\.5"):
+        sample_images(model, 2, 2, generator, False, 0.5)
+    with pytest.raises(ArgumentError, match="no BatchNorm"):
+        estimate_statistics(build_model("linear_vae", (1, 8, 8), "none", {}), 1, 2, generator)

@@ -19,6 +19,7 @@ from movae_fast.evaluation.rate_distortion import log_spaced
 from movae_fast.evaluation.sampling import (
     decode_images,
     draw_test_images,
+    estimate_statistics,
     images_at_betas,
     interpolate,
     reconstruct_images,
@@ -136,7 +137,12 @@ def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> li
 
 def sample(job: Job, folder: Path) -> list[Path]:
     config = job.config
-    images = sample_images(job.model, config.n_samples, config.batch_size, job.generator, job.normalize)
+    if config.bn_passes:
+        size = min(config.batch_size, 100)
+        estimate_statistics(job.model, config.bn_passes, size, job.generator, config.temperature)
+    images = sample_images(
+        job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
+    )
     made = [write_png(free_path(folder / "sample", ".png"), grid(images))]
     return made + singles(job, folder, "sample", images.split(1))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from movae_fast.data import to_unit
 from movae_fast.models import NVAE, VAE, GaussianVAE, ProVLAE
@@ -24,11 +24,56 @@ def decode_images(model: VAE, z: Tensor, batch_size: int, normalize: bool) -> Te
 
 
 def sample_images(
-    model: VAE, n: int, batch_size: int, generator: torch.Generator, normalize: bool
+    model: VAE,
+    n: int,
+    batch_size: int,
+    generator: torch.Generator,
+    normalize: bool,
+    temperature: float = 1.0,
 ) -> Tensor:  # [n, C, S, S] in [0, 1]
-    """Return n images from the model's prior, drawn batch_size at a time."""
+    """Return n images from the model's prior, drawn batch_size at a time.
+
+    temperature: what the standard deviation of the prior, of a hierarchy that of each group's prior, is
+        multiplied by. Raises ArgumentError for one that is not 1 with a codebook, which has none.
+    """
+    if temperature != 1 and model.latents == "codebook":
+        raise ArgumentError(f"temperature {temperature:g}: a codebook has no standard deviation; leave it out")
     sizes = [min(batch_size, n - first) for first in range(0, n, batch_size)]
-    return torch.cat([to_unit(model.sample(size, generator), normalize) for size in sizes])
+    return torch.cat([to_unit(_drawn(model, size, generator, temperature), normalize) for size in sizes])
+
+
+def _drawn(model: VAE, n: int, generator: torch.Generator, temperature: float) -> Tensor:
+    if isinstance(model, NVAE):
+        return model.sample(n, generator, temperature)
+    if temperature == 1:
+        return model.sample(n, generator)
+    return model.to_image(model.decode(temperature * model.sample_latents(n, generator)))
+
+
+@torch.no_grad()
+def estimate_statistics(
+    model: VAE, passes: int, batch_size: int, generator: torch.Generator, temperature: float = 1.0
+) -> None:
+    """Replace the running statistics of the decoder's BatchNorms by means over `passes` batches of samples.
+
+    Those of training are of posterior draws; samples from the prior, above all at another temperature, have
+    others (Vahdat & Kautz 2020, appendix). For samples only: likelihoods need the statistics of training.
+    Raises ArgumentError for a model without BatchNorm behind its latents.
+    """
+    parts = model.decoder_parts()
+    norms = [m for part in parts for m in part.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not norms:
+        raise ArgumentError(f"bn_passes {passes}: the model's decoder has no BatchNorm; leave it out")
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+        norm.train()
+    for _ in range(passes):
+        _drawn(model, batch_size, generator, temperature)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 def reconstruct_images(model: VAE, x: Tensor, batch_size: int, normalize: bool) -> Tensor:

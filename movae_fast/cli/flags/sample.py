@@ -44,7 +44,10 @@ class SampleConfig:
         max_words: Most words of a sentence.
         top_k: Words that top_k draws from.
         top_p: Probability of the words that nucleus draws from.
-        temperature: What the logits of drawn words are divided by.
+        temperature: What the standard deviation of the prior is multiplied by, of nvae that of each group's; of
+            text, what the logits of drawn words are divided by.
+        bn_passes: Before sampling, estimate BatchNorm's statistics anew over this many batches of samples (500
+            in NVAE's published pictures); 0 keeps those of training.
         beam: Width of the beam.
     """
 
@@ -71,6 +74,7 @@ class SampleConfig:
     top_k: int = 40
     top_p: float = 0.9
     temperature: float = 1.0
+    bn_passes: int = 0
     beam: int = 5
 
 
@@ -84,7 +88,7 @@ def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]
         raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
     parser = parsing.build_parser("sample", [SampleConfig], DESCRIPTION)
     config = SampleConfig(**parsing.parse(parser, words, {}))
-    check_values(config, traverse_dim=Bounds(-1))
+    check_values(config, traverse_dim=Bounds(-1), bn_passes=Bounds(0, 100_000))
     kinds = parsing.flag_types([TrainConfig, *SECTIONS.values()])
     config.weights = str(find_run(config.weights))
     return config, name, {} if name is None else parsing.read_config(name, kinds)
