@@ -2,8 +2,8 @@
 
 A model splits at its *features*: `encode` is the shared part before them (its parameters receive the
 aggregated gradient), `forward_features` everything after them, whose parameters belong to one objective each
-(`task_parameters`). The split is what makes a Jacobian cheap: an objective is differentiated as far as the
-features, and only from there on does each one cost a backward pass of its own.
+(`task_parameters`). The split is what makes a Jacobian cheap: each objective has a short backward
+to the features, and those that reach the features cost one more each through the shared part.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ class VAE(nn.Module):
     """Map images [B, C, S, S] to features, and features to a reconstruction: the base of all models.
 
     Subclasses set `objectives` (the loss vector's entries in their documented order), `default_weights` where
-    they are not 1, and the reconstruction's defaults; they implement `encode`, `decode` and `forward_features`.
+    they are not 1, and the reconstruction's defaults; they implement `encode`, `decode`, `forward_features`,
+    `task_parameters`, `reconstruct` and `sample`.
     """
 
     objectives: tuple[str, ...] = ("reconstruction", "kl")
-    # The objective whose weight `beta` is.
+    # The objective whose loss weight `--beta` sets.
     beta_objective: ClassVar[str] = "kl"
     recons_reduction: ClassVar[str] = "mean"
     has_features: ClassVar[bool] = True  # whether `encode`'s output cuts the network in two
@@ -325,7 +326,8 @@ class GaussianVAE(VAE):
     def draw_noise(self, n: int) -> Noise:
         if self.rates is None:
             return Noise(self.standard_normal(n, self.latent_dim))
-        # One draw, whose last column is drawn once more: in this order a seed has always meant these numbers.
+        # One normal draw, whose last column the log betas then overwrite. Another order would change
+        # what a seed gives.
         drawn = self.standard_normal(n, self.latent_dim + 1)
         self.rates.draw(drawn[:, -1])
         # Contiguous, as every copy of a draw is: a compiled step would compile anew for other strides.

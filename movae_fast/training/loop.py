@@ -17,7 +17,7 @@ from movae_fast.training.run import Run
 from movae_fast.training.signals import Interrupted, Signals
 from movae_fast.training.telemetry import COLLAPSED, NonFiniteError
 
-NOT_FINITE = 1 << 16  # among the signal numbers that processes agree on, and above all of them
+NOT_FINITE = 1 << 16  # sent in place of a signal number, and larger than any of them
 
 
 def fit(run: Run, bar: Bar) -> dict[str, float]:
@@ -58,7 +58,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                     save(run, bar)
                 if run.finished:
                     break
-            if failed:  # the others wait for the same window here, and find the same
+            if failed:  # every process reads the same window here, so all of them raise
                 raise failed
             final = end_epoch(run, bar) or final
     return final
@@ -98,6 +98,8 @@ def log_due(run: Run, ahead: int = 0) -> bool:
 
 
 def position(run: Run) -> dict[str, Any]:
+    """Return the part of a log line that says where the run is: step, epoch, learning rate, and on a ladder the
+    stage and alpha."""
     line = {"step": run.step, "epoch": run.epoch, "train/lr": run.lr}
     if run.progression is not None:
         last = run.step - 1

@@ -211,7 +211,7 @@ class TrainStep:
             before = self.flat.shared_data.clone() if looked_at else None
             if self.precision.scaler is None:
                 self.optimizer.step()
-            else:  # which leaves out a step whose gradients overflowed
+            else:  # the scaler leaves out a step whose gradients overflowed
                 self.precision.scaler.step(self.optimizer)
                 self.precision.scaler.update()
             left_out = None if self.guard is None else self.guard.end()
@@ -230,7 +230,7 @@ class TrainStep:
         if kind.gradient is Gradient.ROWS:
             results = self.fill_rows(parts, scale)
             return self.metrics(results, *self.aggregate_rows(self.gramian()))
-        if kind.rows:  # once more, for the log alone; what they leave in `.grad` is overwritten below
+        if kind.rows:  # exact rows for the log alone; `.grad` is overwritten below
             with keeping_buffers(self.model):
                 self.fill_rows(parts, scale)
         if kind.gradient is Gradient.SUM:
