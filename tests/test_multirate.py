@@ -278,7 +278,7 @@ def test_evaluation_ignores_drawn_betas_and_starts_at_beta_one():
     for beta in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="must be positive and finite"):
             model.set_beta(beta)
-    with pytest.raises(ValueError, match="one rate; train it with --multirate"):
+    with pytest.raises(ValueError, match="for one beta; train it with --multirate"):
         build_model("vae", SHAPE, "sigmoid", SMALL["vae"]).set_beta(1.0)
 
 
