@@ -1,0 +1,102 @@
+"""NVAE's training step: the sum, UPGrad over scales and multi-rate, beside the usual eager loop.
+
+pytest benchmarks/bench_nvae.py --benchmark-only -s
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import Call, extra_memory, interleaved
+from movae_fast.aggregation import UPGrad
+from movae_fast.models import NVAE, make_multirate
+from movae_fast.objectives import LossVector, reconstruction
+from movae_fast.schedules import LossSchedule
+from movae_fast.training.optim import Adamax
+from movae_fast.training.train_step import TrainStep
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = (1, 28, 28)
+PRESET, BATCH = ("mnist", 128) if DEVICE.type == "cuda" else ("tiny", 64)
+PENALTY = 1e-2
+
+
+def network(multirate: bool = False) -> NVAE:
+    torch.manual_seed(0)
+    model = NVAE(SHAPE, "sigmoid", preset=PRESET)
+    if multirate:
+        make_multirate(model, gate_encoder="sigmoid", gate_decoder="sigmoid")
+    return model.to(DEVICE).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+
+def ours(x: torch.Tensor, agg: str = "sum", multirate: bool = False, mode: str = "off") -> Call:
+    """One training step as `movae train` runs it."""
+    model = network(multirate)
+    schedule = LossSchedule(penalty=lambda step: PENALTY)
+    weights = [1.0] * len(model.objectives)
+    losses = LossVector(model, weights, "bernoulli", "sum", n_data=50_000, schedule=schedule)
+    optimizer = Adamax(model.parameters(), lr=1e-3, eps=1e-3)
+    aggregator = UPGrad.strict() if agg == "upgrad" else None
+    train_step = TrainStep(model, losses, aggregator, optimizer, jacobian="all", compile_mode=mode)
+    number = 0
+
+    def run() -> None:
+        nonlocal number
+        train_step(x, number, model.draw_noise(len(x)))
+        number += 1
+
+    return run
+
+
+def usual(x: torch.Tensor) -> Call:
+    """One step of the usual loop: the summed loss with its penalty, one backward, torch's Adamax."""
+    model = network()
+    optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3, eps=1e-3)
+    penalised = model.penalised()
+
+    def run() -> None:
+        optimizer.zero_grad()
+        out = model(x)
+        loss = reconstruction(out.preactivation, x, model.likelihood_as("bernoulli"), "sum")
+        loss = loss + torch.cat([kl.sum(1) for kl in out.kl]).sum() / len(x)
+        (loss + PENALTY * model.penalty(penalised)).backward()
+        optimizer.step()
+
+    return run
+
+
+def test_steps(benchmark: Any) -> None:
+    """Time and peak extra memory of a step, each in turn; the ratios to the sum's step."""
+    x = torch.rand(BATCH, *SHAPE, device=DEVICE).round()
+    compiled = {"compiled": ours(x, mode="default")} if DEVICE.type == "cuda" else {}
+    peers: dict[str, Call] = {
+        "sum": ours(x),
+        "UPGrad over scales": ours(x, "upgrad"),
+        "multi-rate": ours(x, multirate=True),
+        "usual loop": usual(x),
+        **compiled,
+    }
+    medians = interleaved(peers, 5)
+    memory = {name: extra_memory(call) for name, call in peers.items()}
+    info = benchmark.extra_info
+    benchmark.group = f"NVAE step, preset {PRESET}, batch {BATCH}"
+    info["median_ms"], info["extra_memory_mib"] = medians, memory
+    info["time over the sum"] = {name: ms / medians["sum"] for name, ms in medians.items()}
+    for name, ms in medians.items():
+        ratio, of_memory = ms / medians["sum"], memory[name] / max(memory["sum"], 1e-9)
+        print(f"{name:20s} {ms:9.1f} ms x{ratio:.3f}  {memory[name]:8.1f} MiB x{of_memory:.3f}")
+    benchmark.pedantic(peers["sum"], rounds=1)
+
+
+@pytest.mark.parametrize("multirate", [False, True])
+def test_memory_by_itself(benchmark: Any, multirate: bool) -> None:
+    """Peak extra memory of the plain and of the multi-rate step, before other steps have left memory behind."""
+    x = torch.rand(BATCH, *SHAPE, device=DEVICE).round()
+    call = ours(x, multirate=multirate)
+    benchmark.group = f"NVAE memory, preset {PRESET}, batch {BATCH}"
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
+    print(f"multi-rate {multirate}: {benchmark.extra_info['extra_memory_mib']:.1f} MiB")
+    benchmark.pedantic(call, rounds=1)
