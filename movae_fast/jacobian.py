@@ -152,8 +152,8 @@ def backward(
     retain_graph: bool = False,
     return_rows: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor] | None:  # [m]; with return_rows [m] and [m, P]
-    """Compute the gradient of a vector of losses without conflict: `.grad` of every parameter, shared ones
-    aggregated.
+    """Add to every parameter's `.grad`: to shared ones the aggregator's update of the losses' rows, to task
+    ones the gradient of the sum.
 
     With `features`, parameters before them are shared: the losses' gradients there form the Jacobian [m, P],
     and `.grad` receives its aggregation; parameters after them are `task` and receive the gradient of the sum.
@@ -363,8 +363,8 @@ def _check_gramian_at(
     shared: Sequence[Tensor],
     return_rows: bool,
 ) -> Sequence[Tensor] | None:
-    """Return the parameters that `gramian_at` names: none of them for the features, None for the exact
-    Gramian."""
+    """Check `gramian_at` and return the shared parameters that it names: an empty sequence for "features",
+    None for "shared". Raises ValueError."""
     if isinstance(gramian_at, str):
         if gramian_at not in ("shared", "features"):
             raise ValueError(f"gramian_at must be shared, features or shared parameters; got {gramian_at!r}")

@@ -90,7 +90,8 @@ def _write(path: Path, data: Any) -> Path:
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> np.ndarray:
-    """Arrange originals in rows, each with the row of their reconstructions directly below it."""
+    """Return a picture uint8 [h, w, 3]: originals in rows of `columns`, each above the row of their
+    reconstructions."""
     rows = []
     for at in range(0, len(originals), columns):
         rows += [originals[at : at + columns], reconstructions[at : at + columns]]

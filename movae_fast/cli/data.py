@@ -86,7 +86,7 @@ def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
 
 
 def text_there(text: TextInfo, config: DataCommand) -> str:
-    """Return whether a corpus's training split is in data_dir."""
+    """Return "built in" for a corpus without files, "files" if its training split is in data_dir, else ""."""
     if not text.files:
         return "built in"
     root = Path(config.data_dir).expanduser()

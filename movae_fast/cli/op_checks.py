@@ -303,7 +303,8 @@ def upgrad_weights(device: torch.device, regularizer: reference.Regularizer, pat
 
 
 def gramian_weights(device: torch.device) -> str:
-    """Compare every method with the same op on the CPU."""
+    """Compare every method on `device` with the CPU's and return the largest error as a note. Raises
+    AssertionError above 1e-7."""
     worst = 0.0
     for m in (1, 3, 8, 20):
         G = ops.gramian(conflicting(m))

@@ -338,7 +338,8 @@ class UnfitError(Exception):
 
 
 def as_type(value: Any, kind: Any) -> Any:
-    """Return the value as that one type has it. Raises UnfitError."""
+    """Return the value converted to `kind`, a single type and no union. Raises UnfitError for a value that
+    does not fit."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or (kind is types.NoneType and value is None):
         return value

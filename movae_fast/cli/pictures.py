@@ -66,7 +66,7 @@ def pictures(run: Run, tag: str) -> dict[str, Path]:
 
 
 def draw_missing(run: Run) -> None:
-    """Draw what a run that was killed between a checkpoint and its metrics lacks of them."""
+    """Draw what a run that was killed between a checkpoint and its pictures lacks of them."""
     tag = pictures_due(run)
     if run.world.main and tag and not all(path.exists() for path in pictures(run, tag).values()):
         draw_run(run, tag)

@@ -89,7 +89,8 @@ def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
-    """Make the study, with everything checked that can be checked before a trial runs."""
+    """Build the study called `stem` from flags and file. Raises ValueError for what can be found wrong
+    before a trial runs."""
     fixed = check_sweep(flags, spec)
     check_trials(spec.search, spec.objectives, fixed, check_runs)
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20

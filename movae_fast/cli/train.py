@@ -268,7 +268,7 @@ def stage_line(work: Run) -> list[str]:
 
 
 def graph_note(work: Run) -> str:
-    """Return a line on whether a step on CUDA is one graph."""
+    """Return the end of a line: that a step is one CUDA graph, or why not; "" if none was asked for."""
     reason = work.why_not_captured
     if reason == NOT_ASKED:
         return ""

@@ -78,7 +78,8 @@ class Prepared(ImageSource):
         return self._factors
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images of `rows` and their labels, and check their blocks at the first reading."""
+        """Return the images of `rows` and their labels. Raises ValueError where a block that is read
+        for the first time differs from its checksum."""
         if isinstance(self.images, Tensor):
             return pick(self.images, rows), self.labels[rows]
         self.check(rows)

@@ -157,7 +157,8 @@ def damaged_blocks(
     sums: np.ndarray,  # [blocks] uint32
     blocks: Iterable[int],
 ) -> list[tuple[int, int]]:
-    """Return the (first, last) image of those of `blocks` that differ from their checksums."""
+    """Return, for each of `blocks` that differs from its checksum, the numbers of its first and last image,
+    both included."""
     size = header["block"]
     bad = (b for b in blocks if zlib.crc32(images[b * size : (b + 1) * size].data) != sums[b])
     return [(b * size, min((b + 1) * size, len(images)) - 1) for b in bad]

@@ -52,8 +52,8 @@ class ImageSource(Protocol):
         self,
         rows: Tensor,  # [B] int64
     ) -> tuple[Tensor, Tensor] | None:  # [N, C, S, S] uint8, [N] int64
-        """Return all images and labels, for `rows` to index, if the images of `rows` are on the device,
-        else None."""
+        """Return the tables of all images and labels, for the caller to index by `rows`, if the images
+        of `rows` need no reading or decoding; else None."""
         return None
 
     @property

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 def resize(images: Tensor, size: int, mode: str = "auto") -> Tensor:
-    """Return uint8 images [..., H, W] as [..., size, size].
+    """Return uint8 images [..., H, W] as [..., size, size]. Raises ValueError where "pad" would shrink.
 
     "pad" adds zeros around (28 to 32 without touching a value), "bilinear" and "bicubic" resample with
-    antialiasing, "auto" pads where the difference is at most 4 pixels and resamples (bilinear) elsewhere.
+    antialiasing, "auto" pads where an image lacks at most 4 pixels and resamples (bilinear) elsewhere.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):

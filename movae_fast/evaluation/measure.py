@@ -96,7 +96,8 @@ def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, s
 def bound_of(
     model: VAE, images: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, draws: int, seed: int
 ) -> float:
-    """Return the importance-weighted bound of images, in nats."""
+    """Return the mean over images of the importance-weighted bound with `draws` draws each, in nats, of a
+    Gaussian model or a hierarchy."""
     if isinstance(model, NVAE):
         return hierarchy.importance_weighted_bound(model, images, dist, draws, seed)
     assert isinstance(model, GaussianVAE)

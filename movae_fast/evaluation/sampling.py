@@ -77,7 +77,8 @@ def estimate_statistics(
 
 
 def reconstruct_images(model: VAE, x: Tensor, batch_size: int, normalize: bool) -> Tensor:
-    """Return reconstructions [N, C, S, S] in [0, 1] of images x, by posterior means, batch_size at a time."""
+    """Return reconstructions [N, C, S, S] in [0, 1], without noise, of images x in the model's range ([-1,
+    1] with `normalize`)."""
     return to_unit(torch.cat([model.reconstruct(part) for part in x.split(batch_size)]), normalize)
 
 

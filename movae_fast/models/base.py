@@ -272,7 +272,8 @@ class VAE(nn.Module):
         return None
 
     def penalty(self, penalised: Any) -> Tensor:
-        """Return a scalar that training keeps small besides the objectives: no aggregator sees its gradient."""
+        """Return the penalty [] of the weights in `penalised`, which `penalised()` returned; its
+        gradient is added behind the aggregator. A model that has one overrides this."""
         raise NotImplementedError
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:

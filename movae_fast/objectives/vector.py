@@ -242,7 +242,8 @@ class LossVector:
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, ...]:  # m scalars
-        """Return the m unweighted objectives of a batch, each image counted `sample_weight` times.
+        """Return the m unweighted objectives of a batch, each image counted `sample_weight` times; with
+        a capacity, a KL is replaced by its distance to it.
 
         They are not stacked: a stack's backward would send zeros through every other objective's graph.
         """

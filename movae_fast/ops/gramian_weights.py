@@ -118,7 +118,8 @@ library.define(
 def _as_taken(
     gramian: Tensor, pref: Tensor | None, order: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the tensors as C++ and CUDA read them; the caller keeps them until the call is over."""
+    """Return Gramian and preference as contiguous float64, and `order` contiguous, as C++ and CUDA read
+    them by address; the caller keeps them until the call is over."""
     pref = None if pref is None else pref.double().contiguous()
     return gramian.double().contiguous(), pref, None if order is None else order.contiguous()
 

@@ -224,7 +224,8 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device | None = None) 
 
 
 def _cuda_index(device: torch.device | None) -> int | None:
-    """Return the number of the GPU that is meant; None for a CPU."""
+    """Return the number of the GPU that `device` names, the current one where it names none; None for a CPU
+    or without CUDA."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
     if device is None or device.index is None:

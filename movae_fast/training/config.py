@@ -40,7 +40,7 @@ class DataConfig:
     """Data.
 
     Args:
-        dataset: Name of the dataset; dashes and case do not matter (`movae doctor` lists them).
+        dataset: Name of the dataset; dashes and case do not matter (`movae data list` has them).
         data_dir: Folder that holds (or receives) the original files; for `folder` also a tar of images (.cls
             files beside them are their classes), or a text file that lists images or tars.
         image_size: Side of the square images in pixels; the default is the dataset's own.
@@ -56,7 +56,7 @@ class DataConfig:
             are read once before the first run to find out).
         verify_prepared: Compare the images of a prepared file with its checksums as each is first read; a
             difference stops the run.
-        batch_size: Images a step and process.
+        batch_size: Images per step and process.
         last_batch: What becomes of an epoch's last images where they fill no batch: left out (drop), or filled
             up with others that count for nothing (pad); only BatchNorm, the counts of codes and the estimate of
             q(z) in total correlation see those. Either way all steps have one shape.
@@ -120,7 +120,7 @@ class ModelConfig:
     Args:
         arch: Name of the model.
         latent_dim: Number of latents (vae, betatc_vae, cnn_vae, mmd_vae, torch_vae, dcgan_vae: 128), or of
-            latents a rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
+            latents per rung (provlae, vlae: 3); linear_vae 32, mlp_vae and betatc_mlp_vae 10, cnn_vae_28 and
             resnet_vae_28 32, those of 32 pixels 256, of 64 pixels 64.
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
@@ -130,7 +130,7 @@ class ModelConfig:
         num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
         max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
         dim: Base channels (cnn_vae, mmd_vae: 64).
-        dim_mults: Multiples of dim, one a stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
+        dim_mults: Multiples of dim, one per stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
         hidden_dim: Channels of the convolutions (provlae, vlae: 32).
@@ -210,7 +210,8 @@ class ObjectiveConfig:
             whose outputs are parameters, else the model's or tanh.
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
-        beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, commitment for vq_vae.
+        beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, mmd for mmd_vae,
+            commitment for vq_vae.
         coef_kl: Multiplies the model's default weight of kl (the collection's beta).
         anneal_steps: Steps over which the dimension-wise KL (of models with a tc) reaches its weight.
         kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
@@ -228,7 +229,7 @@ class ObjectiveConfig:
         mmd_lambda: mmd_vae's lambda.
         agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
-        pref_weights: Preference of the aggregator, one weight an objective (default 1/m each).
+        pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all); the
             default is shared, and all for nvae, which has no features.
         upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
@@ -326,7 +327,7 @@ class LadderConfig:
         pre_kl: Whether those have a KL at all.
         use_kl_annealing: Anneal the KL's weight in cycles.
         kl_annealing_mode: How the weight rises in a cycle.
-        cycle_period: Cycles a stage.
+        cycle_period: Cycles per stage.
         max_kl_weight: Factor on the KL's weight at the end of a cycle's rise.
         min_kl_weight: Factor at its start.
         ratio: The part of a cycle in which the factor rises.
@@ -373,7 +374,7 @@ class OptimizerConfig:
             sampled and exported in their place; 0 keeps none.
         scheduler: Learning-rate schedule after the warm-up; epoch_cosine warms up by steps, then changes with
             the epoch and reaches scheduler_lr_min in the last one.
-        scheduler_per: Whether the rate, warm-up included, changes every step or every epoch.
+        scheduler_per: Whether the learning rate, warm-up included, changes every step or every epoch.
         scheduler_lr_min: Learning rate at the end of cosine and epoch_cosine.
         scheduler_gamma: Factor at each milestone of multi_step.
         scheduler_milestones: Epochs of multi_step's drops.
@@ -418,9 +419,9 @@ class RunConfig:
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
-        save_freq: Epochs between kept checkpoints and metrics; 0 keeps `last` and `best` only.
+        save_freq: Epochs between kept checkpoints and pictures; 0 keeps `last` and `best` only.
         checkpoint_every: Steps between writes of the `last` checkpoint, besides each epoch's end; 0 for none.
-        num_samples: Images of each kind in a figure.
+        num_samples: Images of each kind in a picture.
         max_fid_samples: Accepted for compatibility; training computes no FID.
         save_path: Folder under which a run gets dataset/arch/agg/time.
         exp_dir: The run's folder itself, instead of one under save_path; must be new or empty.

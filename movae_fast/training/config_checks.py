@@ -243,7 +243,7 @@ def check_cut(config: TrainConfig) -> None:
 
 
 def check_approximations(config: TrainConfig) -> None:
-    """Check the approximations of the aggregator's weights against what they cut and reuse."""
+    """Raise ValueError for a `--gramian_*` approximation with settings that it does not go with."""
     o, agg = config.objective, config.objective.agg
     approximate = o.gramian_every > 1 or o.gramian_batch < 1 or o.gramian_at != "shared"
     if o.conflict_free == "step" and approximate:

@@ -51,11 +51,11 @@ class Run:
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
     step: int = 0  # optimizer steps that are done
-    ended: bool = False  # the last step is done and its metrics are written
+    ended: bool = False  # the last step is done and its pictures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
-    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes metrics
+    draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
 
     @property
     def epochs(self) -> int:

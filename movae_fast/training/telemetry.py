@@ -286,7 +286,8 @@ def codebook_metrics(usage: Tensor) -> dict[str, float]:
 
 
 def rate_metrics(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:
-    """Return by name the rates [G] of a hierarchy's groups and those of its scales, in the decoder's order."""
+    """Return a hierarchy's rates [G] as `rate_group_01`, … and their sums as `rate_scale_1`, …; `groups`
+    has the number of groups per scale, scale 1 first. Empty without rates."""
     if not rates.numel():
         return {}
     of_scales = [float(part.sum()) for part in rates.split(list(groups))]

@@ -29,7 +29,7 @@ class SweepFlags:
 
     Args:
         config: Sweep by name, or a YAML file: `search` (flag -> {low, high, log, step} or {choices}; choices
-            that are mappings each set the flags in them, under any name), `objectives` (figure -> minimize or
+            that are mappings each set the flags in them, under any name), `objectives` (metric -> minimize or
             maximize), and any of `config` (a recipe), `flags` (fixed ones), `sampler` (tpe, or grid: every
             combination of the choices), `curve` (flags of `movae curve`, which draws the trials at the end, and
             `select`: names of the search of whose values only the best is drawn), `trials`, `workers`,

@@ -30,7 +30,8 @@ from movae_fast.lazy import Later
 
 
 def reader(place: str, *made_from: str) -> Later:
-    """Return the function at a place in this folder, or the one that it makes; imported when it is called."""
+    """Return a stand-in for the function at `place`, "module:name" in this folder, imported at its first
+    call; with `made_from`, for what that function returns for these arguments."""
     return Later(f"movae_fast.data.datasets.{place}", made_from)
 
 

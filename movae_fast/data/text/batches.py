@@ -26,7 +26,8 @@ def pad_length(lengths: Tensor, multiple: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Name the sentences of one process's batch, and the tokens of each."""
+    """Hold which sentences one process's batch has, the number of tokens of each, and how often each
+    counts."""
 
     rows: Tensor  # [B] int64 of the source
     length: int  # T

@@ -24,7 +24,8 @@ class NormedConv2d(nn.Conv2d):
         return self.weight
 
     def effective_weight(self) -> Tensor:
-        """Return the weight that multiplies the input, of the parameters' dtype under autocast as well."""
+        """Return the normalised weight that the input is convolved with, in the parameters' dtype,
+        under autocast too."""
         w = self.raw_weight()
         return w * (self.log_norm.exp() / (norm_per_output(w) + 1e-5))
 
