@@ -12,6 +12,7 @@ import time
 import pytest
 import yaml
 
+from movae_fast.choices import TEXT_SETS
 from movae_fast.cli import main, parsing
 from movae_fast.cli.sweep import SweepFlags, make_study, read_sweep, sweep_names
 from movae_fast.data import DATASETS
@@ -20,7 +21,7 @@ from movae_fast.plots import sweep_plot
 from movae_fast.sweeps.search import check_space
 from movae_fast.sweeps.study import Report, Study
 from movae_fast.training.config import SECTIONS, TrainConfig
-from movae_fast.training.config_checks import validate
+from movae_fast.training.config_checks import check_settings, validate
 from movae_fast.training.signals import Interrupted
 
 optuna = pytest.importorskip("optuna")
@@ -375,10 +376,13 @@ def test_the_sweeps_and_the_recipes_beside_them_are_valid():
     for name in sweep_names():
         spec, stem = read_sweep(name)
         make_study(SweepFlags(name), spec, stem)
-    names = [n for n in parsing.recipe_names() if n.startswith(("provlae/", "mrvae/"))]
+    names = [n for n in parsing.recipe_names() if n.startswith(("provlae/", "mrvae/", "nvae/", "text/"))]
     assert len([n for n in names if n.startswith("provlae/")]) == 9
     for name in names:
         values = parsing.read_config(name, kinds)
+        if values["dataset"] in TEXT_SETS:
+            check_settings(TrainConfig.from_flat(values))  # without the corpus, which is the user's to bring
+            continue
         if values["dataset"] not in DATASETS:
             values["dataset"] = "celeba"  # another of its shape: the reader may come with a plug-in
         validate(TrainConfig.from_flat(values))
