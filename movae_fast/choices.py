@@ -13,6 +13,8 @@ PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]  # of n
 TextPreset = Literal["lagging", "texar", "multirate", "synthetic"]  # of lstm_vae
 Preset = Literal[PresetName, TextPreset]
 Gate = Literal["sqrt", "sigmoid"]
+# Ids of a sentence that are no words: padding, its begin and end, a word that the vocabulary lacks.
+PAD, BEGIN, END, UNKNOWN = range(4)
 # Data.
 TEXT_SETS = ("lstm_text", "python_topics", "text", "yahoo", "yelp", "ptb")  # datasets of sentences
 DecodingMethod = Literal["greedy", "ancestral", "top_k", "nucleus", "beam"]

@@ -7,13 +7,13 @@ inference is one pass through the decoder, and K draws are K rows of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from movae_fast.choices import ReconsDist
-from movae_fast.evaluation.likelihood import bits_per_dimension, log_likelihood
+from movae_fast.evaluation.likelihood import elbo_metrics, log_likelihood, mean_bound
 from movae_fast.models import NVAE, Noise
 from movae_fast.training.telemetry import rate_metrics
 
@@ -51,15 +51,8 @@ def elbo(
     channels = (total / count).cpu()
     groups = channels.view(len(model.group_sizes), -1).sum(1)
     rate, distortion = float(channels.sum()), distortion / count
-    metrics = {
-        "rate": rate,
-        "distortion": distortion,
-        "elbo": -rate - distortion,
-        "active_units": int((channels > ACTIVE_RATE).sum()),
-    }
-    if likelihood.proper:
-        nats = rate + distortion
-        metrics |= {"nats": nats, "bits_per_dim": bits_per_dimension(nats, math.prod(model.image_shape))}
+    active = int((channels > ACTIVE_RATE).sum())
+    metrics = elbo_metrics(rate, distortion, active, likelihood, math.prod(model.image_shape))
     return metrics | rate_metrics(groups, model.groups), groups
 
 
@@ -78,18 +71,16 @@ def importance_weighted_bound(
     """
     likelihood = model.likelihood_as(dist)
     generator = torch.Generator().manual_seed(seed)
-    total, count = 0.0, 0
-    for images, _ in batches:
-        for x in images.split(1):
-            features = model.encode(x)
-            weights = []
-            for at in range(0, draws, at_once):
-                k = min(at_once, draws - at)
-                rows = tuple(f.expand(k, -1, -1, -1) for f in features)
-                out = model.forward_features(rows, group_noise(model, k, generator))
-                assert out.log_ratio is not None
-                log_p = log_likelihood(out.preactivation, x.expand(k, -1, -1, -1), likelihood)
-                weights.append(log_p - out.log_ratio)
-            total += float(torch.cat(weights).logsumexp(0)) - math.log(draws)
-            count += 1
-    return total / count
+
+    def log_weights(x: Tensor) -> Callable[[int], Tensor]:
+        features = model.encode(x)
+
+        def draw(k: int) -> Tensor:
+            rows = tuple(f.expand(k, -1, -1, -1) for f in features)
+            out = model.forward_features(rows, group_noise(model, k, generator))
+            assert out.log_ratio is not None
+            return log_likelihood(out.preactivation, x.expand(k, -1, -1, -1), likelihood) - out.log_ratio
+
+        return draw
+
+    return mean_bound(batches, draws, at_once, log_weights)

@@ -8,17 +8,17 @@ Bits per dimension are given of proper likelihoods alone: of densities of pixels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from movae_fast.choices import ReconsDist
 from movae_fast.models import GaussianVAE, Likelihood
+from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.objectives import kl_of_latents
 from movae_fast.reference import gaussian_log_density
-
-ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: a unit is active if the variance of its mean over data exceeds it
+from movae_fast.training.evaluate import ACTIVE_VARIANCE
 
 
 def log_likelihood(
@@ -39,9 +39,18 @@ def summed_error(
     return likelihood.errors(preactivation.double(), x.double()).flatten(1).sum(1)
 
 
-def bits_per_dimension(nats: float, values: int) -> float:
-    """Return nats per image as bits per value."""
-    return nats / (math.log(2) * values)
+def elbo_metrics(
+    rate: float, distortion: float, active_units: int, likelihood: Likelihood, values: int
+) -> dict[str, float]:
+    """Return the metrics of an ELBO in nats per image of `values` values.
+
+    Of a proper likelihood also `nats` (the negative ELBO) and `bits_per_dim`.
+    """
+    nats = rate + distortion
+    metrics = {"rate": rate, "distortion": distortion, "elbo": -rate - distortion, "active_units": active_units}
+    if likelihood.proper:
+        metrics |= {"nats": nats, "bits_per_dim": bits_per_dimension(nats, values)}
+    return metrics
 
 
 @torch.no_grad()
@@ -70,16 +79,8 @@ def elbo(
     rates = (rates / count).cpu()
     rate, distortion = float(rates.sum()), distortion / count
     spread = torch.cat(means).var(0, unbiased=False)
-    metrics = {
-        "rate": rate,
-        "distortion": distortion,
-        "elbo": -rate - distortion,
-        "active_units": int((spread > ACTIVE_VARIANCE).sum()),
-    }
-    if likelihood.proper:
-        nats = rate + distortion
-        metrics |= {"nats": nats, "bits_per_dim": bits_per_dimension(nats, math.prod(model.image_shape))}
-    return metrics, rates
+    active = int((spread > ACTIVE_VARIANCE).sum())
+    return elbo_metrics(rate, distortion, active, likelihood, math.prod(model.image_shape)), rates
 
 
 @torch.no_grad()
@@ -99,22 +100,45 @@ def importance_weighted_bound(
     """
     if dist == "gaussian_optimal":
         raise ValueError("the importance-weighted bound is of a likelihood; gaussian_optimal fits its variance")
-    own = model.likelihood_as(dist)
+    likelihood = model.likelihood_as(dist)
     generator = torch.Generator().manual_seed(seed)
+
+    def log_weights(x: Tensor) -> Callable[[int], Tensor]:
+        mu, logvar = (v.double() for v in model.encode(x))
+
+        def draw(k: int) -> Tensor:
+            noise = torch.randn(k, mu.shape[1], generator=generator, dtype=torch.float64).to(mu)
+            z = mu + torch.exp(0.5 * logvar) * noise
+            posterior = gaussian_log_density(z, mu.expand_as(z), logvar.expand_as(z)).sum(1)
+            log_p = log_likelihood(model.decode(z.to(x)), x.expand(k, -1, -1, -1), likelihood)
+            return log_p + log_standard_normal(z) - posterior
+
+        return draw
+
+    return mean_bound(batches, draws, at_once, log_weights)
+
+
+def mean_bound(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    draws: int,
+    at_once: int,
+    log_weights: Callable[[Tensor], Callable[[int], Tensor]],
+) -> float:
+    """Return the mean over images of log 1/K sum_k w_k with K `draws`, at most `at_once` at a time.
+
+    log_weights: from an image x [1, C, S, S] to a function that draws k latents of it and returns their
+        log p(x, z) - log q(z|x) [k].
+    """
     total, count = 0.0, 0
     for images, _ in batches:
         for x in images.split(1):
-            mu, logvar = (v.double() for v in model.encode(x))
-            weights = []
-            for at in range(0, draws, at_once):
-                k = min(at_once, draws - at)
-                noise = torch.randn(k, mu.shape[1], generator=generator, dtype=torch.float64).to(mu)
-                z = mu + torch.exp(0.5 * logvar) * noise
-                prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
-                posterior = gaussian_log_density(z, mu.expand_as(z), logvar.expand_as(z)).sum(1)
-                decoded = model.decode(z.to(x))
-                likelihood = log_likelihood(decoded, x.expand(k, -1, -1, -1), own)
-                weights.append(likelihood + prior - posterior)
+            draw = log_weights(x)
+            weights = [draw(min(at_once, draws - at)) for at in range(0, draws, at_once)]
             total += float(torch.cat(weights).logsumexp(0)) - math.log(draws)
             count += 1
     return total / count
+
+
+def log_standard_normal(z: Tensor) -> Tensor:  # [K, D] -> [K]
+    """Return the log density of N(0, I) at z, in nats."""
+    return gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)

@@ -17,6 +17,7 @@ from movae_fast.evaluation import hierarchy, image_quality, likelihood
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
 from movae_fast.evaluation.inception import distances, features_of
 from movae_fast.models import NVAE, VAE, GaussianVAE
+from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
 from movae_fast.training.build import make_loader
@@ -75,7 +76,7 @@ def measure(
         bound = bound_of(model, images, dist, iw, seed)
         report.metrics[f"iw_bound_{iw}"] = bound
         if trained.likelihood.proper:
-            bits = likelihood.bits_per_dimension(-bound, math.prod(model.image_shape))
+            bits = bits_per_dimension(-bound, math.prod(model.image_shape))
             report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)

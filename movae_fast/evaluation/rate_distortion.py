@@ -18,10 +18,11 @@ from torch import Tensor
 from movae_fast.choices import ReconsDist
 from movae_fast.data import Loader
 from movae_fast.evaluation.hierarchy import ACTIVE_RATE, channel_rates, group_noise
-from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE, summed_error
+from movae_fast.evaluation.likelihood import summed_error
 from movae_fast.models import NVAE, VAE, GaussianVAE, Noise, ProVLAE
 from movae_fast.objectives import kl_of_latents
 from movae_fast.training.config import TrainConfig
+from movae_fast.training.evaluate import ACTIVE_VARIANCE
 
 
 @dataclass

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from movae_fast.evaluation.likelihood import ACTIVE_VARIANCE
+from movae_fast.evaluation.likelihood import log_standard_normal
 from movae_fast.models.lstm_vae import LSTMVAE, PAD
 from movae_fast.objectives import kl_of_latents
 from movae_fast.reference import gaussian_log_density
+from movae_fast.training.evaluate import ACTIVE_VARIANCE
 
 LogPrior = Callable[[Tensor], Tensor]  # z [K, D] -> log p(z) [K] in nats
 
@@ -105,7 +106,7 @@ def importance_weighted_nll(
     perplexity is `perplexity(nll.sum(), tokens)`.
     """
     generator = torch.Generator().manual_seed(seed)
-    log_prior = log_prior or standard_normal
+    log_prior = log_prior or log_standard_normal
     bounds, tokens = [], 0
     for batch, _ in batches:
         tokens += predicted(batch)
@@ -131,11 +132,6 @@ def perplexity(nats: float | Tensor, tokens: int) -> float:
 def predicted(tokens: Tensor) -> int:  # [B, T]
     """Return the number of tokens that are predicted: all but <s> and padding."""
     return int((tokens[:, 1:] != PAD).sum())
-
-
-def standard_normal(z: Tensor) -> Tensor:  # [K, D] -> [K]
-    """Return the log density of N(0, I) at z, in nats."""
-    return gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
 
 
 def normal(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:

@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from movae_fast.choices import DecodingMethod
+from movae_fast.choices import BEGIN, END, PAD, DecodingMethod
 from movae_fast.models.lstm_vae import LSTMVAE
-
-PAD, BEGIN, END = 0, 1, 2
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ class Likelihood:
     proper: bool = False  # whether p sums to one over the data's levels: then nats can be compared
 
 
+def bits_per_dimension(nats: float, values: int) -> float:
+    """Return nats per image as bits per value."""
+    return nats / (math.log(2) * values)
+
+
 def make_likelihood(
     name: ReconsDist,
     channels: int,

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from movae_fast import ops
-from movae_fast.choices import Activation, BetaPer, TextPreset
+from movae_fast.choices import END, PAD, UNKNOWN, Activation, BetaPer, TextPreset
 from movae_fast.models.base import GaussianVAE, Noise
 from movae_fast.models.likelihoods import at_least_float32
 from movae_fast.models.multirate import Gated
 from movae_fast.models.rates import Rates
 
-PAD, END, UNKNOWN = 0, 2, 3
 State = tuple[Tensor, Tensor]  # an LSTM's output and cell, [1, B, H] each
 
 

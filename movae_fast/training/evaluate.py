@@ -11,12 +11,14 @@ from movae_fast.data import Loader, ResidentLoader, Subset, to_unit
 from movae_fast.data.text import PAD, TextLoader
 from movae_fast.models import VAE, HierarchyOutput, Likelihood, TextOutput, VQOutput
 from movae_fast.models.base import Output
+from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.objectives import LossVector, rate
 from movae_fast.training.gradients import group_rates
 from movae_fast.training.telemetry import codebook_metrics, rate_metrics
 from movae_fast.training.world import World
 
 MEAN_IMAGE_LIMIT = 65_536
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: of a latent's mean over the data; an active one varies more
 
 
 @torch.no_grad()
@@ -70,7 +72,8 @@ def evaluate(
     line["test/mse"] = float(totals[-3] / totals[-1])
     nats = float(totals[m] / totals[-2].clamp_min(1))
     if not math.isnan(nats):
-        line |= {"test/nats": nats, "test/bits_per_dim": nats / (math.log(2) * math.prod(model.image_shape))}
+        size = math.prod(model.image_shape)
+        line |= {"test/nats": nats, "test/bits_per_dim": bits_per_dimension(nats, size)}
     of_groups = rate_metrics((rates / totals[-2].to(rates)).cpu(), model.groups)
     return line | {f"test/{k}": v for k, v in (codebook_metrics(usage) | of_groups).items()}
 
@@ -84,9 +87,6 @@ def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # 
     if nats is None or not likelihood.proper:
         return torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
     return likelihood.errors(out.preactivation, x).flatten(1).sum(1, dtype=torch.float64) + nats
-
-
-ACTIVE_VARIANCE = 0.01  # of a latent's posterior mean over the data, from which on it counts as active
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from movae_fast.choices import BEGIN, END, PAD, UNKNOWN
 from movae_fast.files import replacing
 from movae_fast.names import ArgumentError, shown
 
-PAD, BEGIN, END, UNKNOWN = range(4)
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
