@@ -82,6 +82,9 @@ VALUES = {
 RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
 
 
+Flags = typing.TypeVar("Flags")
+
+
 class OneLineParser(ArgumentParser):
     """Parse flags, with errors of one line that names the flag."""
 
@@ -258,6 +261,29 @@ def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, An
     values = parsed.as_dict()
     values.pop("config", None)
     return values
+
+
+def read_flags(
+    kind: type[Flags],
+    command: str,
+    description: str,
+    argv: Sequence[str],
+    needed: str = "",
+    question: str = "",
+) -> Flags:
+    """Return the flags of a command that the dataclass `kind` describes.
+
+    needed: a flag that has to be given; `question` is the error where it is not. Raises ValueError.
+    """
+    words = normalise(argv, flag_types([kind]))
+    if needed and not any(w.startswith((f"--{needed}=", "--help", "--print_config")) for w in words):
+        raise ValueError(question)
+    return kind(**parse(build_parser(command, [kind], description), words, {}))
+
+
+def first_word_as(flag: str, argv: Sequence[str]) -> list[str]:
+    """Return the arguments with the first one, if that is no flag, as the value of `flag`."""
+    return [f"--{flag}={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
 
 
 def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -141,16 +141,17 @@ def build_model(
     """
     given = {name: value for name, value in options.items() if value is not None}
     check_options(arch, image_shape, activation, given)
+    kind = model_class(arch)
     if likelihood is None:
-        return model_class(arch)(image_shape, activation, **given)
-    if "likelihood" in inspect.signature(MODELS[arch].__init__).parameters:
-        return MODELS[arch](image_shape, activation, **given, likelihood=likelihood)
+        return kind(image_shape, activation, **given)
+    if "likelihood" in inspect.signature(kind.__init__).parameters:
+        return kind(image_shape, activation, **given, likelihood=likelihood)
     if likelihood.channels != image_shape[0]:
         raise ValueError(
             f"--recons_dist {likelihood.name} needs {likelihood.channels} output channels, and {arch} has "
             f"{image_shape[0]}: it takes no likelihood"
         )
-    model = MODELS[arch](image_shape, activation, **given)
+    model = kind(image_shape, activation, **given)
     model.likelihood = likelihood
     return model
 

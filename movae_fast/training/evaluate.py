@@ -83,8 +83,8 @@ def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # 
 
     NaN without a proper likelihood, whose values could not be compared, and without a rate.
     """
-    nats = rate(out)
-    if nats is None or not likelihood.proper:
+    nats = rate(out) if likelihood.proper else None
+    if nats is None:
         return torch.full((len(x),), torch.nan, dtype=torch.float64, device=x.device)
     return likelihood.errors(out.preactivation, x).flatten(1).sum(1, dtype=torch.float64) + nats
 

@@ -14,6 +14,7 @@ from typing import Any
 from movae_fast.files import CHUNK, naming, replacing, set_aside, sync
 from movae_fast.training.config import WandbConfig
 from movae_fast.training.events import Events
+from movae_fast.training.log_lines import parsed, read_lines
 
 # Not a function of the training state: a resumed run repeats every other metric exactly.
 TIMING_KEYS = (
@@ -129,34 +130,6 @@ def hash_of(path: Path, length: int | None = None) -> tuple[Any, int]:
                 sha.update(part)
                 read += len(part)
     return sha, read
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl without those that are damaged or that a crash cut short.
-
-    Raises ValueError for a file that is not text.
-    """
-    with naming(path):
-        data = path.read_bytes() if path.exists() else b""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: line {number} is damaged: byte {error.start:,} is not UTF-8; remove that line"
-        ) from None
-    lines = (parsed(text) for text in data.split(b"\n"))
-    return [line for line in lines if line is not None]
-
-
-def parsed(text: bytes) -> dict[str, Any] | None:
-    """Return the metrics of one line; None if it is damaged."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    good = isinstance(line, dict) and isinstance(line.get("step"), int)
-    return line if good else None
 
 
 def take_back(path: Path, step: int, saved: Mapping[str, Any] | None) -> str:

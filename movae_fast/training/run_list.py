@@ -5,7 +5,6 @@ Nothing here imports torch: listing hundreds of runs reads two files of each and
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from movae_fast.training.log_lines import parsed
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 TAIL = 1 << 16  # bytes at the end of a metrics.jsonl in which its last lines are looked for
@@ -68,8 +69,7 @@ def summary(path: Path) -> RunSummary:
         config = None
     run = RunSummary(path, started, config if isinstance(config, dict) else {})
     for line in last_lines(path / "metrics.jsonl"):
-        step = line.get("step")
-        run.step = step if isinstance(step, int) else run.step
+        run.step = line["step"]
         run.scores |= {key: line[key] for key in SCORES if isinstance(line.get(key), int | float)}
     return run
 
@@ -82,15 +82,7 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
             texts = file.read().split(b"\n")
     except OSError:
         return []
-    lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    return [line for line in map(parsed, texts) if line is not None]
 
 
 def list_runs(root: Path) -> list[RunSummary]:

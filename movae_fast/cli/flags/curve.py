@@ -66,11 +66,8 @@ def parse(argv: Sequence[str]) -> CurveConfig:
     """Return the flags, checked by themselves. Raises ValueError."""
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words = [*(["--runs", *argv[:count]] if count else []), *argv[count:]]
-    words = parsing.normalise(words, parsing.flag_types([CurveConfig]))
-    if not any(w.startswith(("--runs=", "--help", "--print_config")) for w in words):
-        raise ValueError("which runs? movae curve RUN [RUN …], folders of runs or of a sweep")
-    parser = parsing.build_parser("curve", [CurveConfig], DESCRIPTION)
-    config = CurveConfig(**parsing.parse(parser, words, {}))
+    which = "which runs? movae curve RUN [RUN …], folders of runs or of a sweep"
+    config = parsing.read_flags(CurveConfig, "curve", DESCRIPTION, words, "runs", which)
     check_curve(config)
     config.runs = [str(find_run(name)) for name in config.runs]
     return config

@@ -59,9 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, DataCommand] | int:
     if command not in COMMANDS:
         raise ValueError(f"{command}: unknown{nearest(command, COMMANDS)}; valid: {', '.join(COMMANDS)}")
     target = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    words = parsing.normalise(rest, parsing.flag_types([DataCommand]))
-    parser = parsing.build_parser(f"data {command}", [DataCommand], USAGE.splitlines()[0])
-    config = DataCommand(**parsing.parse(parser, words, {}))
+    config = parsing.read_flags(DataCommand, f"data {command}", USAGE.splitlines()[0], rest)
     check_values(config)
     if target is not None and not target.strip():
         raise ValueError("NAME or FOLDER is empty")

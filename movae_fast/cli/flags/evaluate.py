@@ -57,12 +57,9 @@ class EvaluateConfig:
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
     """Return the flags, checked by themselves. Raises ValueError."""
-    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
-    words = parsing.normalise(words, parsing.flag_types([EvaluateConfig]))
-    if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
-        raise ValueError("which model? give the run's folder: movae evaluate RUN, or --weights FILE")
-    parser = parsing.build_parser("evaluate", [EvaluateConfig], DESCRIPTION)
-    config = EvaluateConfig(**parsing.parse(parser, words, {}))
+    words = parsing.first_word_as("weights", argv)
+    which = "which model? give the run's folder: movae evaluate RUN, or --weights FILE"
+    config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)
     check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     check_metrics(config.metrics)
     config.weights = str(find_run(config.weights))

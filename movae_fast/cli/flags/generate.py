@@ -39,9 +39,7 @@ class GenerateConfig:
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
     """Return the flags, checked by themselves. Raises ValueError."""
-    words = parsing.normalise(argv, parsing.flag_types([GenerateConfig]))
-    parser = parsing.build_parser("generate", [GenerateConfig], DESCRIPTION)
-    config = GenerateConfig(**parsing.parse(parser, words, {}))
+    config = parsing.read_flags(GenerateConfig, "generate", DESCRIPTION, argv)
     check_values(config)
     config.model = str(find_run(config.model))
     return config

@@ -49,9 +49,7 @@ class ReconstructConfig:
 
 def parse(argv: Sequence[str]) -> ReconstructConfig:
     """Return the flags, checked by themselves. Raises ValueError."""
-    words = parsing.normalise(argv, parsing.flag_types([ReconstructConfig]))
-    parser = parsing.build_parser("reconstruct", [ReconstructConfig], DESCRIPTION)
-    config = ReconstructConfig(**parsing.parse(parser, words, {}))
+    config = parsing.read_flags(ReconstructConfig, "reconstruct", DESCRIPTION, argv)
     check_values(config)
     if config.rec_testdata and config.split != "test":
         raise ValueError(f"--rec_testdata asks for the test split and --split {config.split} for another")

@@ -32,9 +32,6 @@ class RunsConfig:
 
 def parse(argv: Sequence[str]) -> RunsConfig:
     """Return the flags, checked by themselves. Raises ValueError."""
-    words = [f"--folder={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
-    words = parsing.normalise(words, parsing.flag_types([RunsConfig]))
-    parser = parsing.build_parser("runs", [RunsConfig], DESCRIPTION)
-    config = RunsConfig(**parsing.parse(parser, words, {}))
+    config = parsing.read_flags(RunsConfig, "runs", DESCRIPTION, parsing.first_word_as("folder", argv))
     check_values(config, limit=Bounds(0))
     return config

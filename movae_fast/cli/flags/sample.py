@@ -81,8 +81,7 @@ class SampleConfig:
 def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]]:
     """Return the flags, checked by themselves; the training configuration that --config names, which the model
     must agree with; and its flags. Raises ValueError."""
-    words = [f"--weights={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
-    words = parsing.normalise(words, parsing.flag_types([SampleConfig]))
+    words = parsing.normalise(parsing.first_word_as("weights", argv), parsing.flag_types([SampleConfig]))
     name, words = parsing.take(words, "config")
     if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):
         raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")

@@ -1,0 +1,37 @@
+"""Read the lines of a metrics.jsonl; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from movae_fast.files import naming
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl without those that are damaged or that a crash cut short.
+
+    Raises ValueError for a file that is not text.
+    """
+    with naming(path):
+        data = path.read_bytes() if path.exists() else b""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}: line {number} is damaged: byte {error.start:,} is not UTF-8; remove that line"
+        ) from None
+    lines = (parsed(text) for text in data.split(b"\n"))
+    return [line for line in lines if line is not None]
+
+
+def parsed(text: bytes) -> dict[str, Any] | None:
+    """Return the metrics of one line; None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(line, dict) and isinstance(line.get("step"), int)
+    return line if good else None
