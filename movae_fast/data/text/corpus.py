@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from movae_fast.data.text.source import TextOptions, TextSource, source_of
@@ -145,8 +145,3 @@ def read_lines(path: Path, labelled: bool) -> Lines:
         labels.append(before.strip())
         sentences.append(after.split())
     return Lines(sentences, labels, blank, shown(path))
-
-
-def with_vocabulary(options: TextOptions, vocabulary: Vocabulary) -> TextOptions:
-    """Return the options with the vocabulary of a run."""
-    return replace(options, vocabulary=vocabulary)

@@ -122,11 +122,6 @@ def draw(
     return words, component, z
 
 
-def network_of_seed(seed: int) -> TextNetwork:
-    """Return the network that generates the corpus of a seed."""
-    return random_network(torch.Generator().manual_seed(seed))
-
-
 def read_lstm_text(options: TextOptions) -> Corpus:
     """Return 16,000 + 2,000 + 2,000 generated sequences of 10 words, of 1,000; labels are the components."""
     if options.max_length and options.max_length < LENGTH:
