@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
+    "export": "a trained model for other programs: safetensors with a model card, torch.export, ONNX",
     "runs": "list the runs below a folder, with their scores",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",

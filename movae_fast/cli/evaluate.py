@@ -15,11 +15,10 @@ from rich.table import Table
 from movae_fast.cli.flags.evaluate import EvaluateConfig
 from movae_fast.cli.trained import choose_beta
 from movae_fast.evaluation.inception import load_inception
-from movae_fast.evaluation.measure import Report, applies, inception_distances, measure
-from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, QUICK, named
+from movae_fast.evaluation.measure import Report, inception_distances, measure
+from movae_fast.evaluation.metric_choice import chosen_metrics
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
-from movae_fast.models import LATENT_WORDS, VAE
 from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
@@ -37,7 +36,7 @@ def run(config: EvaluateConfig) -> int:
     validate(trained)
     if config.beta is not None:
         choose_beta("evaluate", config.beta, trained, model)
-    names = chosen(config, trained, model)
+    names = chosen_metrics(config.metrics, trained, model, config.iw)
     inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
     console = Console(width=None if sys.stdout.isatty() else 200)
     report = measure(trained, model, names, device, config.samples, config.seed, config.iw, config.iw_images)
@@ -52,35 +51,6 @@ def run(config: EvaluateConfig) -> int:
     for path in write(folder, config, trained, report):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
-
-
-def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str]:
-    """Return the metrics to compute, in order. Raises ValueError for one that the model or the data do not
-    have."""
-    info, arch = trained.info, trained.model.arch
-    # Continuous factors have names and no sizes.
-    factors, has = bool(info.factor_sizes), LATENT_WORDS[model.latents]
-    if config.iw and model.latents == "codebook":
-        raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has {has}")
-    if config.iw and trained.objective.recons_dist == "gaussian_optimal":
-        raise ValueError(
-            "--iw weights draws by their likelihood; gaussian_optimal fits its variance to each image and "
-            "draw: leave it out"
-        )
-    if config.metrics in ("auto", "all"):
-        wanted = ON_FACTORS if config.metrics == "all" else QUICK
-        return [n for n in (*ON_IMAGES, *wanted) if applies(n, model.latents, factors)]
-    names = named(config.metrics)
-    for name in names:
-        if name in ON_FACTORS and not factors:
-            known = "continuous ones" if info.factor_names else "none"
-            raise ValueError(
-                f"--metrics {name} needs data with known discrete factors; {info.name} has {known}"
-            )
-        if not applies(name, model.latents, factors):
-            needs = LATENT_WORDS["vector"] if name in ON_FACTORS else "latents"
-            raise ValueError(f"--metrics {name} needs a model with {needs}; {arch} has {has}")
-    return names
 
 
 def table(trained: TrainConfig, report: Report) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from movae_fast.files import naming, replacing
 from movae_fast.names import first_line
+from movae_fast.training.weights_file import NAME as WEIGHTS
+from movae_fast.training.weights_file import load_weights
 
 FORMAT = "movae-fast checkpoint 1"
 NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
@@ -90,7 +93,7 @@ def save(path: Path, sections: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the sections of a checkpoint.
+    """Return the sections of a checkpoint; of a file of weights alone (safetensors) those that it has.
 
     Raises CheckpointError for one that is missing, truncated or altered, OSError for one that may not be read
     and MemoryError for one that is larger than the memory.
@@ -98,6 +101,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     with naming(path):
         if not path.is_file():
             raise CheckpointError(f"no checkpoint at {path}")
+        if path.suffix == ".safetensors":
+            return load_weights(path)
         try:
             content = torch.load(path, map_location=device, weights_only=True)
         except MemoryError:
@@ -108,7 +113,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is truncated, damaged or not a checkpoint ({first_line(error)[:160]})"
             ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    written = content.get("format") if isinstance(content, dict) else None
+    if written != FORMAT:
+        if isinstance(written, str) and re.fullmatch(r"movae-fast checkpoint \d{1,9}", written):
+            raise CheckpointError(
+                f"{path} is a checkpoint of a newer movae-fast ({written.split()[-1]}, this one reads "
+                f"{FORMAT.split()[-1]}): install it (pip install -U movae-fast)"
+            )
         raise CheckpointError(f"{path} is not a checkpoint of movae-fast")
     digests = content.pop("digests", {})
     if not isinstance(digests, dict):
@@ -243,12 +254,15 @@ def _drawn_from(states: list[Tensor]) -> Tensor:
 
 
 def find(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or a run folder's `last`, or its `best`."""
+    """Return the checkpoint that `path` means: itself, a run folder's `last` or its `best`, or the weights in a
+    folder of exported ones."""
     if path.is_dir():
         for name in ("last.pt", "best.pt"):
             candidate = path / "checkpoints" / name
             if candidate.is_file():
                 return candidate
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
         raise CheckpointError(f"{path} holds no run: no checkpoints/last.pt in it")
     if not path.exists():
         raise CheckpointError(f"no checkpoint or run at {path}")

@@ -19,6 +19,7 @@ from movae_fast.models import VAE, Noise, ProVLAE
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
+from movae_fast.training.callbacks import Callbacks
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
 from movae_fast.training.optim import forget_state
@@ -56,6 +57,7 @@ class Run:
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
+    callbacks: Callbacks = field(default_factory=Callbacks, repr=False)
 
     @property
     def epochs(self) -> int:
@@ -147,6 +149,7 @@ class Run:
         if self.world.main:
             checkpoint.save(path, self.state())
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
         return path
 
     def name_again(self, name: str, another: str) -> None:
@@ -155,6 +158,7 @@ class Run:
         if self.world.main:
             give_name(self.path_of(name), path)
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
 
     def path_of(self, name: str) -> Path:
         """Return the path of the checkpoint of that name."""
