@@ -1,5 +1,7 @@
 """Provide the fused ops, each a function with the same signature on every device.
 
+For example:
+
     from movae_fast import ops
 
     index = ops.nearest_code(z, codebook)

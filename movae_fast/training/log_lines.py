@@ -1,4 +1,4 @@
-"""Read the lines of a metrics.jsonl; nothing heavy is imported."""
+"""Read the lines of a run's metrics.jsonl; this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from movae_fast.files import naming
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl without those that are damaged or that a crash cut short.
+    """Return the log lines of a metrics.jsonl, without lines that are damaged or incomplete; empty if there is
+    no file.
 
     Raises ValueError for a file that is not text.
     """
@@ -28,7 +29,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
-    """Return the metrics of one line; None if it is damaged."""
+    """Return the content of one log line, or None if it is damaged."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
