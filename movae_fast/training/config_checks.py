@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def validate(config: TrainConfig) -> None:
     from movae_fast.training.device_checks import check_machine
 
     check_machine(config)
+
+
+def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
+    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
+    export, config.run.export = config.run.export, None
+    try:
+        check(config)
+    finally:
+        config.run.export = export
 
 
 def check_settings(config: TrainConfig) -> None:
