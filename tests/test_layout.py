@@ -48,8 +48,9 @@ ALLOWED = {
     "objectives": {"ops", "nn", "models", "schedules", *LEAVES},
     "data": {*LEAVES},
     "training": {*IN_TRAINING, *LEAVES},
-    "evaluation": {"training", *IN_TRAINING, *LEAVES},
-    "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
+    "priors": {"training", *IN_TRAINING, *LEAVES},
+    "evaluation": {"priors", "training", *IN_TRAINING, *LEAVES},
+    "sweeps": {"evaluation", "priors", "training", *IN_TRAINING, *LEAVES},
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
 }
