@@ -18,6 +18,13 @@ from torch import Tensor
 
 from movae_fast.files import replacing
 
+# Ten colours that people with any colour vision tell apart (Petroff 2021, "Accessible color sequences").
+PALETTE = (
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
+DASHES = ("-", "--", ":", "-.")
+
 
 def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
     """Plot a run's log lines: one panel per objective with its training and test loss over steps, then the
@@ -55,6 +62,41 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
         axis.set(title="fraction of steps in conflict", xlabel="step", ylim=(-0.05, 1.05))
         axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def compared_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Plot runs over each other, one colour per run and one panel per objective; then the fraction of steps
+    in conflict. Training values are lines, test values circles. `logs` has each run's lines by its name."""
+    plt = pyplot()
+    keys = list(dict.fromkeys(k for lines in logs.values() for line in lines for k in line))
+    names = [k.removeprefix("train/weight_") for k in keys if k.startswith("train/weight_")]
+    panels: dict[str, tuple[str, ...]] = {name: (f"train/{name}", f"test/{name}") for name in names}
+    panels |= {
+        title: (key,)
+        for title, key in (
+            ("MSE of reconstruction (test)", "test/mse"),
+            ("update in conflict", "train/conflict"),
+            ("applied step in conflict", "train/step_conflict"),
+        )
+        if key in keys
+    }
+    columns = min(3, max(len(panels), 1))
+    rows = math.ceil(max(len(panels), 1) / columns)
+    size = (4 * columns, 2.8 * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, wanted) in zip(axes.flat, panels.items(), strict=False):
+        for k, lines in enumerate(logs.values()):
+            for key in wanted:
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                style = "o" if key.startswith("test/") else DASHES[k // len(PALETTE) % len(DASHES)]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=colour(k), markersize=4, linewidth=1.2)
+        axis.set(title=title, xlabel="step")
+    handles = [plt.Line2D([], [], color=colour(k), label=name) for k, name in enumerate(logs)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(logs)), frameon=False)
     return _save(figure, path)
 
 
@@ -255,13 +297,19 @@ def response_plot(
     return _save(figure, path)
 
 
+def colour(k: int) -> str:
+    """Return the colour of the k-th of several things; they begin anew after ten."""
+    return PALETTE[k % len(PALETTE)]
+
+
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, set to draw without a screen."""
+    """Return matplotlib's pyplot, set to draw without a screen and in `PALETTE`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)
     return plt
 
 

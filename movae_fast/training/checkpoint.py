@@ -20,6 +20,7 @@ from torch import Tensor
 
 from movae_fast.files import naming, replacing
 from movae_fast.names import first_line
+from movae_fast.training.run_list import listed
 
 FORMAT = "movae-fast checkpoint 1"
 NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
@@ -260,7 +261,10 @@ def find(path: Path) -> Path:
             candidate = path / "checkpoints" / name
             if candidate.is_file():
                 return candidate
-        raise CheckpointError(f"{path} holds no run: no checkpoints/last.pt in it")
+        inside = listed(path)
+        raise CheckpointError(
+            f"{path} is no run: no checkpoints/last.pt in it" + (f"; {inside}" if inside else "")
+        )
     if not path.exists():
         raise CheckpointError(f"no checkpoint or run at {path}")
     return path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from movae_fast.files import naming
 
@@ -36,3 +37,24 @@ def parsed(text: bytes) -> dict[str, Any] | None:
         return None
     good = isinstance(line, dict) and isinstance(line.get("step"), int)
     return line if good else None
+
+
+class Conflict(NamedTuple):
+    """Hold how often a run's measured steps conflicted with an objective."""
+
+    fraction: float  # of the measured steps
+    steps: int  # that were measured
+    least: float  # the smallest cosine of all
+
+
+def conflict_of(lines: Sequence[Mapping[str, Any]], kind: str = "") -> Conflict | None:
+    """Return the conflict over a whole log, None where nothing was measured.
+
+    kind: "" for the update, the aggregated gradient; "step_" for the applied step.
+    """
+    seen = [line for line in lines if line.get(f"train/{kind}conflict_steps")]
+    steps = sum(line[f"train/{kind}conflict_steps"] for line in seen)
+    if not steps:
+        return None
+    count = sum(line[f"train/{kind}conflict"] * line[f"train/{kind}conflict_steps"] for line in seen)
+    return Conflict(count / steps, steps, min(line[f"train/{kind}min_cosine"] for line in seen))

@@ -6,7 +6,7 @@ Nothing here imports torch: listing hundreds of runs reads two files of each and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -58,6 +58,26 @@ def run_folders(root: Path) -> Iterator[Path]:
             inside.clear()  # a run holds no other run
             yield Path(folder)
         inside.sort()
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of the run that `path` names: its folder, or a checkpoint of it.
+
+    Raises ValueError for a path that is no run's.
+    """
+    for folder in (path, path.parent.parent):
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    there = "it is no run, without config.yaml beside checkpoints/" if path.exists() else "there is no such run"
+    others = listed(path if path.is_dir() else RUNS)
+    raise ValueError(f"{path}: {there}" + (f"; {others}" if others else ""))
+
+
+def listed(root: Path) -> str:
+    """Return the runs below `root` as the end of a message, those that were started last first; "" if there
+    is none."""
+    folders = sorted(run_folders(root), key=lambda p: (p / "config.yaml").stat().st_mtime)
+    return f"below {root} are {_shown(folders, root)}" if folders else ""
 
 
 def summary(path: Path) -> RunSummary:
@@ -118,6 +138,15 @@ def find_run(name: str, root: Path = RUNS) -> Path:
     raise ValueError(
         f"{name}: there is no such file, and no run of that name; below {root} are {_shown(folders, root)}"
     )
+
+
+def unlike_names(folders: Sequence[Path]) -> list[str]:
+    """Return a name per folder: its own, with as many folders above it as tell it from the others."""
+    parts = [folder.absolute().parts for folder in folders]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
 
 
 def _shown(folders: list[Path], root: Path, most: int = 5) -> str:
