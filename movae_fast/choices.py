@@ -1,5 +1,5 @@
-"""Define the words that settings are chosen from, where several modules use the same; nothing heavy is
-imported."""
+"""Define the allowed words of settings that several modules share, as types and constants; this module imports
+nothing heavy."""
 
 from typing import Literal
 

@@ -28,9 +28,10 @@ IN_TRAINING = {
     "data",
 }
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"api", "version"},
     "__main__": {"cli", *LEAVES},
     "choices": set(),
+    "version": set(),
     "exchange": set(),
     "files": set(),
     "lazy": set(),
@@ -48,10 +49,13 @@ ALLOWED = {
     "objectives": {"ops", "nn", "models", "schedules", *LEAVES},
     "data": {*LEAVES},
     "training": {*IN_TRAINING, *LEAVES},
-    "evaluation": {"training", *IN_TRAINING, *LEAVES},
-    "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
+    "priors": {"training", *IN_TRAINING, *LEAVES},
+    "evaluation": {"priors", "training", *IN_TRAINING, *LEAVES},
+    "sweeps": {"evaluation", "priors", "training", *IN_TRAINING, *LEAVES},
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
+    "run_pictures": {"evaluation", "training", *IN_TRAINING, "pictures", "plots", *LEAVES},
+    "api": {"run_pictures", "evaluation", "training", *IN_TRAINING, "pictures", "plots", "version", *LEAVES},
 }
 # A search does not follow the link to the kernels.
 FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")})

@@ -1,7 +1,7 @@
 """Define every setting of a run: one dataclass per subject, each field a flag of the same name.
 
-`config_checks.validate` says what may be asked for together. Torch is not imported for either, so
-there is no block for TYPE_CHECKING here: jsonargparse would run it.
+`config_checks.validate` checks which settings go together. Neither module imports torch. There is no
+TYPE_CHECKING block here, since jsonargparse would execute it.
 """
 
 from __future__ import annotations
@@ -492,7 +492,7 @@ class WandbConfig:
 
 @dataclass
 class TrainConfig:
-    """Hold all settings of `movae train`."""
+    """Hold all settings of `movae train`, by subject."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -505,7 +505,7 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build the configuration from flags by name, as on a command line or in a config.yaml; unknown
+        """Build the configuration from flags by name, as a command line or a config.yaml has them; unknown
         names are ignored."""
         parts = {}
         for part in fields(cls):
@@ -515,7 +515,7 @@ class TrainConfig:
         return cls(**parts)
 
     def flat(self) -> dict[str, Any]:
-        """Return flags by name; the inverse of `from_flat`."""
+        """Return all flags by name; the inverse of `from_flat`."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
 
     @property
@@ -533,24 +533,25 @@ class TrainConfig:
 
     @property
     def model_info(self) -> models.ModelInfo | type[models.VAE]:
-        """Return what is known of the model without importing it."""
+        """Return the facts about the model's class that are known without importing it."""
         return models.model_info(self.model.arch)
 
     @property
     def is_text(self) -> bool:
-        """Return whether the data are sentences."""
+        """Return whether the dataset consists of sentences rather than images."""
         return self.data.dataset in TEXT_SETS
 
     @property
     def text_options(self) -> text.TextOptions:
-        """Return how the corpus is read."""
+        """Return the options for reading the corpus of sentences."""
         data = self.data
         root = Path(data.data_dir).expanduser()
         return text.TextOptions(root, data.label_column, data.max_length, data.too_long)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return [C, S, S] of an image; [V, 1, T] of sentences, as one-hot words, once the corpus is known."""
+        """Return the shape [C, S, S] of an image; for sentences [V, 1, T], as one-hot words, once the corpus is
+        known."""
         if self.is_text:
             return self.data.vocabulary_size or 5, 1, self.data.longest or 2
         size = self.data.image_size or self.info.default_size
@@ -562,8 +563,8 @@ class TrainConfig:
 
     @property
     def needs_jacobian(self) -> bool:
-        """Return False where the rows' weights are ones whatever the rows are, so that one backward of
-        the sum is enough."""
+        """Return whether the aggregator needs Jacobian rows; plain sums need only one backward pass of the
+        summed loss."""
         return self.objective.agg not in ("sum", "jd_sum")
 
     @property
@@ -578,7 +579,8 @@ class TrainConfig:
 
     @property
     def likelihood(self) -> models.Likelihood:
-        """Return the likelihood of the images' values, which decides how wide the model's output is."""
+        """Return the likelihood of the images' values, which determines the number of the model's output
+        channels."""
         return models.make_likelihood(
             self.objective.recons_dist,
             self.info.channels,
@@ -597,13 +599,14 @@ class TrainConfig:
 
     @property
     def jacobian(self) -> Literal["shared", "all"]:
-        """Return which gradients are aggregated: without features all parameters are shared."""
+        """Return which gradients are aggregated: those of the shared parameters ("shared") or of all ("all"); a
+        model without features has only shared parameters, "all"."""
         return self.objective.jacobian or ("shared" if self.model_info.has_features else "all")
 
     @property
     def kl_warmup(self) -> float:
-        """Return the part of the steps in which the KL's weight rises; 0 where an aggregator or beta
-        weighs it."""
+        """Return the fraction of the steps over which the KL's weight rises to 1; by default 0 if an aggregator
+        or the drawn beta weighs the KL."""
         o = self.objective
         if o.kl_warmup is not None:
             return o.kl_warmup
@@ -621,19 +624,19 @@ class TrainConfig:
 
     @property
     def norm_penalty(self) -> float:
-        """Return the weight of the model's penalty."""
+        """Return the weight of the model's penalty on its weights' norms."""
         given = self.objective.norm_penalty
         return self.model_info.default_penalty(vars(self.model)) if given is None else given
 
     @property
     def gate_decoder(self) -> Literal["sqrt", "sigmoid"]:
-        """Return the gates of a multi-rate model's decoder."""
+        """Return the kind of gates in a multi-rate model's decoder."""
         return self.multirate.gate_decoder or self.model_info.default_decoder_gate
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:
-        """Return whether a multi-rate model draws a beta per example or per batch: tc compares the
-        posteriors of a batch."""
+        """Return whether a multi-rate model draws one beta per example or one per batch; by default per batch
+        with a total correlation, which compares the posteriors of a batch."""
         return self.multirate.beta_per or ("batch" if self.model_info.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:
@@ -654,7 +657,7 @@ class TrainConfig:
         return resolve_weights(self.model_info, self.image_shape, o.loss_weights, o.beta, defaults)
 
     def aggregator_options(self) -> dict[str, Any]:
-        """Return the arguments of `make_aggregator`, besides its name."""
+        """Return the keyword arguments of `make_aggregator`, without the aggregator's name."""
         o = self.objective
         return {
             "m": sum(weight != 0 for weight in self.weights()),

@@ -1,4 +1,4 @@
-"""Evaluate a model on the test split."""
+"""Evaluate a model on the test split during and after training."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ ACTIVE_VARIANCE = 0.01  # Burda et al. 2016: of a latent's mean over the data; a
 def evaluate(
     model: VAE, losses: LossVector, loader: Loader | TextLoader, seed: int, world: World | None = None
 ) -> dict[str, float]:
-    """Return every objective (unweighted, averaged over images), their weighted sum, and the
-    reconstruction's MSE.
+    """Return the test metrics of a model of images: every objective (unweighted, averaged over images), their
+    weighted sum and the reconstruction's mean squared error.
 
-    Keys `test/<objective>`, `test/loss`, `test/mse` (squared error a value, images in [0, 1], posterior means
-    decoded); for a codebook `test/codebook_usage` and `test/perplexity`; for a hierarchy the rate of each scale
-    and group; for a proper likelihood and a model with a rate `test/nats` (the negative ELBO per image, by one
-    draw of z) and `test/bits_per_dim`. Noise comes from `seed` and the batch's number alone and training's
-    random state is put back, so evaluating more often changes nothing else, and several ranks with a part of
-    the batches each find the values of one process.
+    Keys: `test/<objective>`; `test/loss`, the weighted sum; `test/mse`, the squared error per value of images
+    in [0, 1], reconstructed from posterior means; for a codebook `test/codebook_usage` and `test/perplexity`;
+    for a hierarchy the rate of each scale and group; for a proper likelihood and a model with a rate
+    `test/nats` (the negative ELBO per image, by one draw of z) and `test/bits_per_dim`.
+
+    Noise depends only on `seed` and the batch's number, and the random state of training is restored, so that
+    evaluating does not change training. Several processes, each evaluating a part of the batches, all return
+    the values that one process would.
     """
     world = world or World()
     if isinstance(loader, TextLoader):
@@ -79,9 +81,9 @@ def evaluate(
 
 
 def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64
-    """Return each image's distortion and rate in nats by the draw of z in `out`.
+    """Return each image's negative ELBO in nats, distortion plus rate, for the draw of z in `out`.
 
-    NaN without a proper likelihood, whose values could not be compared, and without a rate.
+    NaN if the likelihood is not proper, so that values could not be compared, or if the model has no rate.
     """
     nats = rate(out) if likelihood.proper else None
     if nats is None:
@@ -93,10 +95,11 @@ def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # 
 def evaluate_text(
     model: VAE, losses: LossVector, loader: TextLoader, seed: int, world: World
 ) -> dict[str, float]:
-    """Return every objective (unweighted, nats per sentence) and their weighted sum; exp of -ELBO per token,
-    and the number of active latents.
+    """Return the test metrics of a model of sentences.
 
-    Noise and random state are as in `evaluate`.
+    Keys: `test/<objective>`, unweighted, in nats per sentence; `test/loss`, their weighted sum;
+    `test/token_perplexity`, exp of the negative ELBO per token; `test/active_units`, the number of active
+    latents. Noise and random state are handled as in `evaluate`.
     """
     was_training = model.training
     model.eval()
@@ -125,14 +128,14 @@ def evaluate_text(
 
 
 def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64
-    """Return the squared error per value between images and their reconstruction, both in [0, 1]."""
+    """Return the squared error per value between images x and their reconstructions, both mapped to [0, 1]."""
     error = to_unit(model.reconstruct(x), normalize) - to_unit(x, normalize)
     return error.square().mean(dtype=torch.float64)
 
 
 @torch.no_grad()
 def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
-    """Return the mean training image (over at most 65,536 evenly spaced ones)."""
+    """Return the mean of the training images, over at most 65,536 evenly spaced ones."""
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
     # Drawn pixels have the grey level for their mean; a threshold's have another.
     shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
@@ -143,7 +146,7 @@ def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
 
 
 class MeanImage(torch.nn.Module):
-    """Reconstruct every image as the same one: the baseline of `test/mse`."""
+    """Reconstruct every image as the same mean image: a baseline for `test/mse`."""
 
     def __init__(self, image: Tensor, normalize: bool) -> None:
         super().__init__()
@@ -155,7 +158,7 @@ class MeanImage(torch.nn.Module):
 
 @torch.no_grad()
 def reconstruction_mse(model: VAE | MeanImage, loader: Loader, world: World | None = None) -> float:
-    """Return the squared error per value of `model.reconstruct` on a loader's images in [0, 1]."""
+    """Return the squared error per value of `model.reconstruct` on all images of a loader, in [0, 1]."""
     totals = torch.zeros(2, dtype=torch.float64, device=loader.device)
     for x, _ in loader.epoch():
         totals[0] += squared_error(model, x, loader.normalize) * len(x)

@@ -1,4 +1,4 @@
-"""Define the values that a flag may have, whatever command it belongs to."""
+"""Define the range of values that each flag may have, for all commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 
 class Bounds(NamedTuple):
-    """Hold the range of a number: from `least` (or above it) to `most` (or below it)."""
+    """Describe the range of a number: from `least` to `most`, each included unless `above` or `below` excludes
+    it."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -16,7 +17,8 @@ class Bounds(NamedTuple):
     below: bool = False  # most itself is refused
 
     def refusal(self, value: float) -> str:
-        """Return what `value` must be instead, or "" where it is right."""
+        """Return "" if the value is in the range, else a phrase that says what it must be, such as "must be
+        positive"."""
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
         if low and high and math.isfinite(value):
@@ -92,10 +94,10 @@ PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is
 
 
 def check_values(flags: Any, **own: Bounds) -> None:
-    """Raise ValueError if a flag of the dataclass is an empty text or a number outside its bounds: those in
-    `own`, else those in `BOUNDS`.
+    """Raise ValueError if a flag in the dataclass `flags` is an empty text or a number outside its bounds.
 
-    Every number must be finite, and a whole one at most MOST in magnitude.
+    The bounds are those in `own`, else those in `BOUNDS`. Every number must be finite, and a whole number at
+    most MOST in magnitude.
     """
     for entry in fields(flags):
         if entry.name in PAIRS:
@@ -126,6 +128,6 @@ def _check_value(name: str, value: Any, bounds: Bounds) -> None:
 
 
 def shortened(value: int) -> str:
-    """Return a whole number in digits, or how many digits it has."""
+    """Return a whole number as text; one of more than 20 digits as "of N digits"."""
     digits = math.floor(math.log10(abs(value))) + 1 if value else 1
     return str(value) if digits <= 20 else f"of {digits} digits"
