@@ -39,6 +39,12 @@ def test_codes_give_back_the_codewords_and_the_decoders_gradient_passes_once(nam
     places = out.codes.numel()
     assert float(out.usage.sum()) == places
     assert model.sample(2, torch.Generator().manual_seed(0)).shape == (2, 1, 16, 16)
+    sequence = model.to_sequence(out.codes)
+    assert sequence.shape == (3, sum(side**2 for side, _ in model.code_maps))
+    assert torch.equal(model.from_sequence(sequence), out.codes)
+    at = model.map_sides[0] ** 2  # behind the first map: the second codebook's, or the lower level's
+    first = out.codes if name not in LEVELS else out.codes[..., 0]
+    assert torch.equal(sequence[:, :at], first.flatten(1)[:, :at])
     model.eval()
     z = model.encode(x)[0].detach().requires_grad_()
     coded = model.quantize(z)

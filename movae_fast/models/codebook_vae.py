@@ -58,6 +58,31 @@ class CodebookVAE(VAE):
         """Return the parameters that the embedding objective trains."""
         raise NotImplementedError
 
+    @property
+    def map_sides(self) -> tuple[int, ...]:
+        """Return the side of each map of vectors that an image has."""
+        raise NotImplementedError
+
+    @property
+    def code_maps(self) -> tuple[tuple[int, int], ...]:
+        """Return the side and K of each map of codes, in the order of `to_sequence`: a map of vectors has one for
+        each codebook."""
+        each = len(self.settings.code_sizes)
+        return tuple((side, k) for side in self.map_sides for k in self.code_sizes[:each])
+
+    def to_sequence(self, codes: Tensor) -> Tensor:  # [B, T] int64
+        """Return codes [B, *code_shape] map after map, each row by row."""
+        spans = [side * side for side in self.map_sides]
+        parts = codes.reshape(len(codes), sum(spans), -1).split(spans, 1)
+        return torch.cat([part.transpose(1, 2).flatten(1) for part in parts], 1)
+
+    def from_sequence(self, sequence: Tensor) -> Tensor:  # [B, *code_shape]
+        """Return the codes of a sequence [B, T] of `to_sequence`."""
+        each = len(self.settings.code_sizes)
+        parts = sequence.split([side * side * each for side in self.map_sides], 1)
+        vectors = torch.cat([part.unflatten(1, (each, -1)).transpose(1, 2) for part in parts], 1)
+        return vectors.reshape(len(sequence), *self.code_shape)
+
     def quantize(self, z: Tensor) -> Coded:
         """Quantize the encoder's output; the first two of the result are the codewords and the codes."""
         return self.code(z)

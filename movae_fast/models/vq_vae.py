@@ -128,6 +128,10 @@ class VQVAE(CodebookVAE):
             return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
         return self.quantizer.lookup(index)
 
+    @property
+    def map_sides(self) -> tuple[int, ...]:
+        return (self.side,)
+
     def codebook_parameters(self) -> list[nn.Parameter]:
         return [self.codebook] if self.quantizer is None else self.quantizer.codebook_parameters()
 

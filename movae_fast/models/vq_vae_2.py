@@ -159,6 +159,10 @@ class VQVAE2(CodebookVAE):
         top, bottom = index.split(list(self.spans), 1)
         return torch.cat([self.top.lookup(top), self.bottom.lookup(bottom)], 2)
 
+    @property
+    def map_sides(self) -> tuple[int, ...]:
+        return self.sides
+
     def decode(self, z: Tensor) -> Tensor:
         top, bottom = (
             part.unflatten(2, (side, side))
