@@ -16,8 +16,7 @@ from movae_fast.api.sentence_model import SentenceModel
 from movae_fast.api.trained_model import LoadedModel, TrainedModel
 from movae_fast.choices import BEGIN, END, PAD
 from movae_fast.data import to_unit
-from movae_fast.models import LSTMVAE, NVAE, VAE
-from movae_fast.models.vq_vae import VQVAE
+from movae_fast.models import LSTMVAE, NVAE, VAE, CodebookVAE
 from movae_fast.names import ArgumentError
 
 EXAMPLES = 2  # images of the example inputs; the batch is dynamic
@@ -68,29 +67,21 @@ class Decoder(Part):
         return to_unit(self.network.to_image(self.network.decode(latents)), self.normalize)
 
 
-class Quantizer(nn.Module):
-    """Turn an encoder's output [N, D, h, w] into the nearest codewords, and their indices [N, h, w].
-
-    The search of `ops.nearest_code` in plain torch: scores in float64, the lowest index on a tie.
-    """
-
-    def __init__(self, codebook: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("codebook", codebook.detach().clone())
-        self.codebook: Tensor
+class Quantizer(Part):
+    """Turn an encoder's output into its codewords and their codes [N, *code_shape]."""
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        rows, codes = latents.permute(0, 2, 3, 1).double(), self.codebook.double()
-        scores = codes.square().sum(1) - 2 * (rows @ codes.T)
-        indices = scores.argmin(-1)
-        return nn.functional.embedding(indices, self.codebook).permute(0, 3, 1, 2), indices
+        assert isinstance(self.network, CodebookVAE)
+        coded = self.network.quantize(latents)
+        return coded.codewords, coded.codes
 
 
-class Lookup(Quantizer):
-    """Turn indices [N, h, w] into codewords [N, D, h, w]."""
+class Lookup(Part):
+    """Turn codes [N, *code_shape] into codewords, which the decoder reads."""
 
-    def forward(self, indices: Tensor) -> Tensor:  # type: ignore[override]
-        return nn.functional.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+    def forward(self, codes: Tensor) -> Tensor:
+        assert isinstance(self.network, CodebookVAE)
+        return self.network.lookup(codes)
 
 
 class SentenceEncoder(nn.Module):
@@ -135,11 +126,11 @@ def programs_of(model: LoadedModel) -> list[Program]:
         program("encoder", Encoder(network, normalize), {"images": images, **rate}, of_encoder),
         program("decoder", Decoder(network, normalize), {"latents": latents, **rate}, ("images",)),
     ]
-    if isinstance(network, VQVAE):
-        indices = torch.zeros(EXAMPLES, network.side, network.side, dtype=torch.int64, device=model.device)
-        quantizer, lookup = Quantizer(network.codebook), Lookup(network.codebook)
-        made.append(program("quantizer", quantizer, {"latents": latents}, ("codewords", "indices")))
-        made.append(program("lookup", lookup, {"indices": indices}, ("codewords",)))
+    if isinstance(network, CodebookVAE):
+        codes = torch.zeros(EXAMPLES, *network.code_shape, dtype=torch.int64, device=model.device)
+        outputs = ("codewords", "codes")
+        made.append(program("quantizer", Quantizer(network), {"latents": latents}, outputs))
+        made.append(program("lookup", Lookup(network), {"codes": codes}, ("codewords",)))
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -15,8 +16,7 @@ from torch import Tensor
 from movae_fast.data import to_unit
 from movae_fast.evaluation.sampling import sample_images
 from movae_fast.evaluation.trained import rates_of
-from movae_fast.models import LATENT_WORDS, NVAE, VAE, GaussianVAE
-from movae_fast.models.vq_vae import VQVAE
+from movae_fast.models import LATENT_WORDS, NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.names import ArgumentError
 from movae_fast.training.config import TrainConfig
 
@@ -31,8 +31,8 @@ TOLERANCE = 1e-3  # by which an image may leave [0, 1]: what resampling adds
 class Quantized(NamedTuple):
     """Hold the codes nearest to an encoder's output."""
 
-    codewords: Tensor  # [N, D, h, w] what the decoder reads
-    indices: Tensor  # [N, h, w] int64, which codes they are
+    codewords: Tensor  # [N, *latent_shape] what the decoder reads
+    indices: Tensor  # [N, *code_shape] int64, which codes they are
 
 
 @dataclass
@@ -105,7 +105,7 @@ class TrainedModel(LoadedModel):
     Latents are what `encode` returns, and `decode(encode(x))` equals `reconstruct(x)` for every model:
 
     - of a Gaussian posterior its means [N, D];
-    - of a codebook the encoder's output [N, D, h, w], which `decode` quantizes;
+    - of a codebook the encoder's output, [N, D, h, w] or of two maps [N, D, vectors], which `decode` quantizes;
     - of a hierarchy [N, D], all groups' posterior means in units of their priors, standard normal under the
       prior.
     """
@@ -115,12 +115,20 @@ class TrainedModel(LoadedModel):
         """Return [C, S, S] of an image."""
         return self.network.image_shape
 
-    @property
+    @cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """Return the shape of one image's latents: [D], or [D, h, w] with a codebook."""
-        if isinstance(self.network, VQVAE):
-            return self.network.embedding_dim, self.network.side, self.network.side
-        return (self.network.latent_dim,)
+        """Return the shape of one image's latents: [D], or with a codebook [D, h, w] or [D, vectors]."""
+        if not isinstance(self.network, CodebookVAE):
+            return (self.network.latent_dim,)
+        with torch.no_grad():
+            (z,) = self.network.encode(torch.zeros(1, *self.image_shape, device=self.device))
+        return tuple(z.shape[1:])
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Return the shape of one image's codes: [h, w], with several codebooks behind it; of two maps their
+        vectors in a row. Raises ArgumentError for a model without a codebook."""
+        return self._codebook("code_shape").code_shape
 
     def encode(self, images: Tensor | NDArray[np.generic]) -> Tensor:
         """Return the latents of images [N, C, S, S]: [N, *latent_shape], float32, on the model's device."""
@@ -162,25 +170,27 @@ class TrainedModel(LoadedModel):
             generator.manual_seed(seed)
         return sample_images(self.network, n, BATCH, generator, self.config.data.normalize, temperature)
 
+    @torch.no_grad()
     def quantize(self, latents: Tensor | NDArray[np.generic]) -> Quantized:
-        """Return the codes nearest to latents [N, D, h, w], and their indices [N, h, w].
+        """Return the codewords of latents [N, *latent_shape], and their indices [N, *code_shape].
 
         Raises ArgumentError for a model without a codebook.
         """
         network = self._codebook("quantize")
         parts = [network.quantize(z) for z in self._latents(latents).split(BATCH)]
-        return Quantized(*(torch.cat([part[i] for part in parts]) for i in (0, 1)))
+        return Quantized(torch.cat([p.codewords for p in parts]), torch.cat([p.codes for p in parts]))
 
     def indices_to_image(self, indices: Tensor | NDArray[np.generic]) -> Tensor:
-        """Return the images [N, C, S, S] in [0, 1] of codes [N, h, w], by their indices.
+        """Return the images [N, C, S, S] in [0, 1] of codes [N, *code_shape], by their indices.
 
         Raises ArgumentError for a model without a codebook, and for an index that it does not have.
         """
         network = self._codebook("indices_to_image")
         index = torch.as_tensor(indices).to(self.device, torch.int64)
-        side, codes = network.side, network.num_embeddings
-        if index.dim() != 3 or tuple(index.shape[1:]) != (side, side):
-            raise ArgumentError(f"indices {list(index.shape)}: expected [N, {side}, {side}]")
+        codes = network.num_embeddings
+        if index.dim() != 1 + len(network.code_shape) or tuple(index.shape[1:]) != network.code_shape:
+            shape = ", ".join(map(str, network.code_shape))
+            raise ArgumentError(f"indices {list(index.shape)}: expected [N, {shape}]")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < codes:
             raise ArgumentError(
                 f"indices from {int(index.min())} to {int(index.max())}: the codebook has 0 to {codes - 1}"
@@ -191,8 +201,8 @@ class TrainedModel(LoadedModel):
     def _arch(self) -> str:
         return self.config.model.arch
 
-    def _codebook(self, name: str) -> VQVAE:
-        if not isinstance(self.network, VQVAE):
+    def _codebook(self, name: str) -> CodebookVAE:
+        if not isinstance(self.network, CodebookVAE):
             has = LATENT_WORDS[self.network.latents]
             raise ArgumentError(f"{name} needs a model with a codebook; {self._arch} has {has}")
         return self.network
@@ -203,7 +213,7 @@ class TrainedModel(LoadedModel):
         return self.network.encode(x)[0]
 
     def _decoded(self, z: Tensor) -> Tensor:
-        if isinstance(self.network, VQVAE):
+        if isinstance(self.network, CodebookVAE):
             z = self.network.quantize(z)[0]
         return self._unit(self.network.to_image(self.network.decode(z)))
 

@@ -1,4 +1,4 @@
-"""Run the command line: `movae train|sweep|evaluate|curve|sample|reconstruct|generate|data|doctor`."""
+"""Run the command line: `movae train|sweep|evaluate|curve|encode|sample|runs|compare|…`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ COMMANDS = {
     "sweep": "search over flags of train with Optuna; --config NAME or a YAML file",
     "evaluate": "objectives, bounds, image quality and disentanglement of a trained model",
     "curve": "rate and distortion over beta: multi-rate runs as curves, plain runs as points",
+    "encode": "codes or posteriors of a split, once, into one file that later commands map",
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
     "export": "a trained model for other programs: safetensors with a model card, torch.export, ONNX",
     "runs": "list the runs below a folder, with their scores",
+    "compare": "runs beside each other: flags that differ, scores, curves in one plot",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
 }

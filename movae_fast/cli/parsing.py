@@ -279,6 +279,12 @@ def first_word_as(flag: str, argv: Sequence[str]) -> list[str]:
     return [f"--{flag}={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
 
 
+def first_words_as(flag: str, argv: Sequence[str]) -> list[str]:
+    """Return the arguments with all that stand before the first flag as the values of `flag`."""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return [*([f"--{flag}", *argv[:count]] if count else []), *argv[count:]]
+
+
 def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
     """Return the last value of `--flag=value` among normalised words, and the words without it."""
     prefix = f"--{flag}="

@@ -25,6 +25,7 @@ from movae_fast.training.config_checks import validate, without_export
 from movae_fast.training.continuing import continued as continued_config
 from movae_fast.training.continuing import settings_of
 from movae_fast.training.device_checks import check_fits
+from movae_fast.training.log_lines import conflict_of
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
@@ -89,8 +90,11 @@ def train(work: Run, console: Console) -> int:
         describe(work, console)
         draw_missing(work)
         if work.ended:
+            over = work.plateau is not None and work.plateau.over
+            why = ": its learning rate has decayed --plateau_decays times" if over else ""
             console.print(
-                f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
+                f"{work.folder} is finished at step {work.step:,}"
+                + (why or "; raise --epochs or --steps to go on")
             )
             export(work, console)
             return 0
@@ -262,16 +266,10 @@ def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
     """Return rows of the final table: how many of the measured steps conflicted with an objective, and the
     worst cosine."""
     rows = []
-    for key, text in (("", "update (gradient)"), ("step_", "applied step")):
-        seen = [line for line in lines if f"train/{key}conflict" in line]
-        steps = sum(line[f"train/{key}conflict_steps"] for line in seen)
-        if steps:
-            fraction = (
-                sum(line[f"train/{key}conflict"] * line[f"train/{key}conflict_steps"] for line in seen) / steps
-            )
-            least = min(line[f"train/{key}min_cosine"] for line in seen)
-            label = f"{text} in conflict, of {steps:,.0f} steps"
-            rows.append((label, f"{fraction:.1%}", f"cosine {least:+.2g}"))
+    for kind, text in (("", "update (gradient)"), ("step_", "applied step")):
+        if conflict := conflict_of(lines, kind):
+            label = f"{text} in conflict, of {conflict.steps:,.0f} steps"
+            rows.append((label, f"{conflict.fraction:.1%}", f"cosine {conflict.least:+.2g}"))
     return rows
 
 
@@ -294,6 +292,7 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
         ("mse", "MSE of reconstruction, images in [0, 1]"),
         ("mse_mean_image", "MSE of the mean training image"),
         ("token_perplexity", "exp of the bound per token"),
+        ("mutual_information", "mutual information within a batch, nats"),
         ("active_units", "active latents"),
     ):
         if f"test/{key}" in metrics:

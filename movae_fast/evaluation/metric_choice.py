@@ -38,5 +38,6 @@ def chosen_metrics(metrics: str, trained: TrainConfig, model: VAE, iw: int) -> l
             )
         if not applies(name, model.latents, factors):
             needs = LATENT_WORDS["vector"] if name in ON_FACTORS else "latents"
+            needs = "codes" if name == "depth" else needs
             raise ArgumentError(f"metrics {name} needs a model with {needs}; {arch} has {has}")
     return names

@@ -74,6 +74,8 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     values = parsing.parse(build_parser(), words, recipe)
     notes = completed(values, system)
     config = TrainConfig.from_flat(values)
+    if config.ladder.init_from is not None:
+        config.ladder.init_from = str(find_run(config.ladder.init_from))
     if resumed is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_settings(config)
     else:
