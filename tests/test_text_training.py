@@ -150,6 +150,19 @@ def test_two_processes_train_as_one(text_run, corpus, tmp_path, agg):
     assert mine[-1]["test/reconstruction"] < mine[0]["test/reconstruction"]
 
 
+def test_what_a_run_finds_of_its_corpus_is_no_flag(text_run, tmp_path, capsys):
+    """It stands in config.yaml, of which a new run can be made, on another corpus too."""
+    folder = text_run("--steps 2")
+    written = (folder / "config.yaml").read_text()
+    assert "vocabulary_size: 23" in written
+    assert "corpus_digest: " in written
+    again = f"train --config {folder}/config.yaml --limit_train 20 --exp_dir {tmp_path / 'again'}".split()
+    assert main(again) == 0
+    capsys.readouterr()
+    assert main(["train", "--vocabulary_size", "30"]) == 2
+    assert "no such flag" in capsys.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_another_corpus(text_run, corpus, capsys):
     folder = text_run("--steps 3")
     (corpus / "train.txt").write_text("another dog\n" * 30)
