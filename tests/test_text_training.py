@@ -150,6 +150,19 @@ def test_two_processes_train_as_one(text_run, corpus, tmp_path, agg):
     assert mine[-1]["test/reconstruction"] < mine[0]["test/reconstruction"]
 
 
+def test_what_a_run_finds_of_its_corpus_is_no_flag(text_run, tmp_path, capsys):
+    """It stands in config.yaml, of which a new run can be made, on another corpus too."""
+    folder = text_run("--steps 2")
+    written = (folder / "config.yaml").read_text()
+    assert "vocabulary_size: 23" in written
+    assert "corpus_digest: " in written
+    again = f"train --config {folder}/config.yaml --limit_train 20 --exp_dir {tmp_path / 'again'}".split()
+    assert main(again) == 0
+    capsys.readouterr()
+    assert main(["train", "--vocabulary_size", "30"]) == 2
+    assert "no such flag" in capsys.readouterr().err
+
+
 def test_a_run_does_not_go_on_with_another_corpus(text_run, corpus, capsys):
     folder = text_run("--steps 3")
     (corpus / "train.txt").write_text("another dog\n" * 30)
@@ -217,11 +230,58 @@ def test_sentences_are_printed_and_kept(text_run, capsys):
     assert "vocab.txt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate {}", "curve {}"])
-def test_commands_for_images_refuse_a_run_on_text(text_run, tmp_path, capsys, command):
-    folder = text_run("--steps 2", "--preset multirate --hidden_dim 8 --multirate")
+# --- movae evaluate and movae curve ---------------------------------------------------------------------------
+
+
+def test_evaluate_measures_a_run_on_text(text_run, capsys):
+    folder = text_run("--steps 12 --dropout_in 0 --dropout_out 0")
     capsys.readouterr()
-    assert main([*command.format(folder).split(), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "is text" in error
-    assert error.count("\n") == 1
+    command = f"evaluate {folder} --iw 20 --iw_images 5 --batch_size 4 --seed 1 --device cpu".split()
+    assert main(command) == 0
+    assert "iw perplexity 20" in capsys.readouterr().out
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())["figures"]
+    last = lines_of(folder)[-1]
+    assert metrics["loss"] == pytest.approx(last["test/loss"], rel=1e-5)  # the same draws, in the same batches
+    assert metrics["distortion"] + metrics["rate"] == pytest.approx(metrics["negative_elbo"])
+    assert metrics["rate"] == pytest.approx(metrics["kl"], rel=1e-4)  # not an estimate
+    # 27 sentences of three lengths in batches of 4: three batches each.
+    assert (metrics["sentences"], metrics["mi_batch"]) == (27, 3)
+    assert 0 < metrics["iw_nll_20"] < metrics["negative_elbo"] + 20
+    assert main([*command, "--metrics", "images"]) == 2
+    assert main([*command, "--oracle"]) == 2
+    assert "a run on lstm_text" in capsys.readouterr().err
+
+
+def test_a_curve_on_text_has_at_one_beta_what_evaluate_finds_there(text_run, tmp_path, capsys):
+    flags = "--preset multirate --hidden_dim 8 --embedding_dim 8 --latent_dim 3 --epochs 4"
+    multirate, plain = text_run(flags, "--multirate", name="m"), text_run(flags, "--beta 0.5", name="p")
+    capsys.readouterr()
+    out = tmp_path / "curve"
+    command = f"curve {multirate} {plain} --betas 3 --batch_size 20 --device cpu --out {out}".split()
+    assert main(command) == 0
+    content = json.loads((out / "curve.json").read_text())
+    assert content["likelihood"] == "categorical"
+    curve, point = (run["points"] for run in content["runs"])
+    assert [p["beta"] for p in curve] == pytest.approx([0.01, 10**-0.5, 0.5, 10])
+    assert [p["beta"] for p in point] == [0.5]
+    assert main(f"evaluate {multirate} --beta 0.5 --metrics elbo --device cpu".split()) == 0
+    metrics = json.loads((multirate / "evaluation" / "metrics.json").read_text())["figures"]
+    assert curve[2]["rate"] == pytest.approx(metrics["rate"], rel=1e-5)
+    assert curve[2]["distortion"] == pytest.approx(metrics["distortion"], rel=0.03)  # other draws of z
+    assert curve[0]["rate"] != pytest.approx(curve[3]["rate"], rel=1e-3)
+    assert (out / "curve.png").exists()
+    # All rows at once, or a few: the same draws, and no sentence sees another.
+    again = [*command[:-1], str(tmp_path / "again")]
+    again[again.index("20")] = "500"
+    assert main(again) == 0
+    other = json.loads((tmp_path / "again" / "curve.json").read_text())["runs"][0]["points"]
+    for one, two in zip(curve, other, strict=True):
+        assert one["distortion"] == pytest.approx(two["distortion"], rel=1e-5)
+
+
+def test_runs_on_other_corpora_share_no_axes(text_run, corpus, tmp_path, capsys):
+    one = text_run("--steps 1", name="one")
+    (corpus / "train.txt").write_text("another dog\n" * 30)
+    two = text_run("--steps 1", name="two")
+    assert main(["curve", str(one), str(two), "--device", "cpu"]) == 2
+    assert "the run began on another corpus" in capsys.readouterr().err

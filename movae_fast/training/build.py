@@ -344,13 +344,18 @@ def make_loader(
 
 
 def make_text_loader(
-    config: TrainConfig, device: torch.device, split: str, world: World | None = None
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    world: World | None = None,
+    in_order: bool = False,
 ) -> TextLoader:
-    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences."""
-    data, train, world = config.data, split == "train", world or World()
+    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences; `in_order` gives
+    each training sentence once, as of a test split."""
+    data, train, world = config.data, split == "train" and not in_order, world or World()
     source = read_text(data.dataset, config.text_options).split(split)
     return TextLoader(
-        limited_text(source, data.limit_train if train else data.limit_test),
+        limited_text(source, data.limit_train if split == "train" else data.limit_test),
         data.batch_size if train else data.eval_batch_size or data.batch_size,
         device,
         train=train,

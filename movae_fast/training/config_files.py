@@ -14,6 +14,7 @@ from typing import Any
 
 from movae_fast.aggregation.catalog import CONES
 from movae_fast.names import nearest
+from movae_fast.training.config import FILLED_IN
 from movae_fast.training.yaml_file import read_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -45,6 +46,7 @@ def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(values.get("encoder"), dict) and isinstance(values.get("train"), dict):
         values = from_collection(values)
+    values = {key: value for key, value in values.items() if key not in FILLED_IN}  # of a run's config.yaml
     for key in values:
         if key not in kinds:
             raise ValueError(f"--config {path}: {key} is no flag{nearest(str(key), kinds)}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from movae_fast.training.config import RunConfig, TrainConfig
+from movae_fast.training.config import FILLED_IN, RunConfig, TrainConfig
 from movae_fast.training.config_checks import validate, without_export
 from movae_fast.training.config_files import with_its_regularizer
 from movae_fast.training.device_checks import check_fits
@@ -32,7 +32,8 @@ RESUMABLE = {
 
 def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a saved run, by name, under what is given for its continuation."""
-    return with_its_regularizer({k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")})
+    left_out = ("resume", "exp_dir", "export", *FILLED_IN)
+    return with_its_regularizer({k: v for k, v in saved.items() if k not in left_out})
 
 
 def continued(values: dict[str, Any], saved: Mapping[str, Any], resumed: str) -> TrainConfig:
@@ -54,7 +55,7 @@ def continued(values: dict[str, Any], saved: Mapping[str, Any], resumed: str) ->
         )
     if values["export"] is None and (export := saved.get("export")) and not Path(export).exists():
         values["export"] = export  # it was to be written at the end
-    config = TrainConfig.from_flat(values)
+    config = TrainConfig.from_flat(values | {name: saved[name] for name in FILLED_IN if name in saved})
     without_export(config, validate)
     check_fits(config)
     return config

@@ -100,7 +100,8 @@ def evaluate_text(
 
     Keys: `test/<objective>`, unweighted, in nats per sentence; `test/loss`, their weighted sum;
     `test/token_perplexity`, exp of the negative ELBO per token; `test/active_units`, the number of active
-    latents; `test/mutual_information`, that of sentences and latents within a batch, in nats. Noise and random state are handled as in `evaluate`.
+    latents; `test/mutual_information`, that of sentences and latents within a batch, in nats. Noise and random
+    state are handled as in `evaluate`.
     """
     was_training = model.training
     model.eval()
