@@ -1,5 +1,5 @@
-"""Define the words that settings are chosen from, where several modules use the same; nothing heavy is
-imported."""
+"""Define the allowed words of settings that several modules share, as types and constants; this module imports
+nothing heavy."""
 
 from typing import Literal
 
@@ -8,6 +8,7 @@ Activation = Literal["tanh", "sigmoid", "none"]
 BetaPer = Literal["example", "batch"]
 LadderNet = Literal["authors", "port"]
 LatentKind = Literal["vector", "codebook", "hierarchy"]
+Quantizer = Literal["vq", "ema", "fsq", "rvq", "grouped_rvq", "lfq", "bsq", "simvq"]
 KLRows = Literal["scale", "group", "total"]
 PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]  # of nvae
 TextPreset = Literal["lagging", "texar", "multirate", "synthetic"]  # of lstm_vae

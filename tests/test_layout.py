@@ -28,9 +28,10 @@ IN_TRAINING = {
     "data",
 }
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"api", "version"},
     "__main__": {"cli", *LEAVES},
     "choices": set(),
+    "version": set(),
     "exchange": set(),
     "files": set(),
     "lazy": set(),
@@ -53,6 +54,8 @@ ALLOWED = {
     "sweeps": {"evaluation", "priors", "training", *IN_TRAINING, *LEAVES},
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
+    "run_pictures": {"evaluation", "training", *IN_TRAINING, "pictures", "plots", *LEAVES},
+    "api": {"run_pictures", "evaluation", "training", *IN_TRAINING, "pictures", "plots", "version", *LEAVES},
 }
 # A search does not follow the link to the kernels.
 FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")})

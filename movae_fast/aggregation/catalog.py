@@ -1,9 +1,9 @@
-"""Aggregators by name, with their parameters by keyword: every one that TorchJD offers.
+"""List the aggregators by name, with their parameters: every one that TorchJD offers.
 
 A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, …), plus `jd_sum` for its Sum and
-`sum` (or None) for the ordinary backward of the summed loss, which needs no Jacobian.
+`sum` (or None) for an ordinary backward pass of the summed loss, which needs no Jacobian.
 
-Neither torch nor TorchJD is imported before an aggregator is made: names and parameters are checked without.
+Neither torch nor TorchJD is imported before an aggregator is made, so names and parameters are checked fast.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ _NOT_FLAGS = ("pref_vector", "cone", "n_tasks")
 
 
 def aggregator_args(name: str) -> list[str]:
-    """Return the names that `--agg_args.<name>` accepts for this aggregator."""
+    """Return the parameters of the aggregator `name` that a user can set as `--agg_args.<parameter>`."""
     parameters = inspect.signature(AGGREGATORS[name]).parameters
     return [p for p in parameters if p not in _NOT_FLAGS]
 
@@ -203,10 +203,10 @@ def checked_options(
     reg_eps: float = STRICT_REG_EPS,
     regularizer: Regularizer | None = None,
 ) -> dict[str, Any]:
-    """Return what makes the aggregator `name` for m objectives, its preference as numbers.
+    """Check the settings of the aggregator `name` for m objectives; return the keyword arguments that make it.
 
-    The arguments are those of `registry.make_aggregator`. Raises ValueError for a parameter or a preference
-    that the aggregator does not have.
+    The arguments are those of `registry.make_aggregator`; a preference is returned as a list of numbers. Raises
+    ValueError for a parameter or a preference that the aggregator does not have, or a value out of range.
     """
     known = inspect.signature(AGGREGATORS[name]).parameters
     kinds = argument_kinds(name)
@@ -237,7 +237,7 @@ def checked_options(
 
 
 def argument_kinds(name: str) -> dict[str, Any]:
-    """Return the type of each argument that `aggregator_args` lists."""
+    """Return the annotated type of each parameter that `aggregator_args` lists."""
     factory = AGGREGATORS[name]
     parameters = inspect.signature(factory).parameters
     # The types of these arguments alone: those of others name classes of torch, which is not imported.
@@ -246,7 +246,8 @@ def argument_kinds(name: str) -> dict[str, Any]:
 
 
 def checked_argument(name: str, key: str, value: Any, kind: Any) -> Any:
-    """Return an aggregator's argument if it is of its kind; all their numbers are finite and not negative."""
+    """Return the value of an aggregator's parameter `key`, if it has the type `kind`; numbers must be finite
+    and not negative. Raises ValueError."""
     options = typing.get_args(kind) or (kind,)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if typing.get_origin(kind) is typing.Literal:

@@ -25,6 +25,7 @@ COMMANDS = {
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
     "runs": "list the runs below a folder, with their scores",
+    "compare": "runs beside each other: flags that differ, scores, curves in one plot",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
 }

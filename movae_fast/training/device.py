@@ -1,4 +1,4 @@
-"""Find the device that a flag names."""
+"""Turn the name of a device into a torch.device, and check it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`. Asking for CUDA where there is none is an error, never a silent CPU
-    run.
+    """Return the device called `name`, "auto" being CUDA where there is a GPU.
 
-    A GPU that is named by its number becomes the current one: streams and kernels are its own then.
+    Raises ValueError for a device that this machine does not have; CUDA never silently becomes a CPU. A GPU
+    that is named by number becomes torch's current device, so that streams and kernels are its own.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,14 +24,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError for a device that no machine has; whether this one has it, `resolve_device` says."""
+    """Raise ValueError if `name` is not the name of a device; `resolve_device` checks whether this machine has
+    it."""
     if name != "auto":
         parsed_device(name)
 
 
 def parsed_device(name: str) -> torch.device:
-    """Return the device called `name`, whether this machine has it or not. Raises ValueError for a name
-    that is not a device's."""
+    """Return the device called `name`, whether or not this machine has it. Raises ValueError for any other
+    text."""
     try:
         device = torch.device(name)
     except RuntimeError:

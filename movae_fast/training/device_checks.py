@@ -1,4 +1,4 @@
-"""Ask torch what a configuration needs of it: a device, an aggregator that runs, memory that is there.
+"""Check a configuration against this machine: the device, the aggregator, the loader, the memory.
 
 Nothing is allocated, and a message names the flag and the remedy.
 """
@@ -21,8 +21,9 @@ from movae_fast.training.device import check_device, resolve_device
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raise ValueError for a device that no machine has, a loader that is not installed, and an aggregator
-    that does not take the objectives' rows. To be called after `config_checks.check_settings`."""
+    """Raise ValueError for an invalid device, a loader that is not installed, or an aggregator that cannot
+    handle this number of objectives; read the size of a corpus of sentences. Called after
+    `config_checks.check_settings`."""
     if config.is_text:
         read_size(config)
     if config.data.loader == "dali":
@@ -33,7 +34,10 @@ def check_machine(config: TrainConfig) -> None:
 
 
 def read_size(config: TrainConfig) -> None:
-    """Fill in a corpus's size, and see that a run which goes on has the corpus that it began with."""
+    """Fill in the vocabulary size, longest sentence and digest of the corpus in `config`.
+
+    Raises ValueError if a resumed run started with a different corpus.
+    """
     data = config.data
     corpus = read_text(data.dataset, config.text_options)
     digest = corpus.digest
@@ -47,10 +51,10 @@ def read_size(config: TrainConfig) -> None:
 
 
 def check_fits(config: TrainConfig) -> None:
-    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
+    """Raise ValueError for a batch or a model that the device's memory cannot hold; nothing is allocated.
 
-    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
-    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
+    Called after `validate`. The estimate is a lower bound: for a batch its images, their reconstruction and its
+    gradient; for the model its weights, their gradient and two moments.
     """
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
@@ -76,7 +80,10 @@ def check_fits(config: TrainConfig) -> None:
 
 
 def largest_option(given: dict[str, Any]) -> str:
-    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
+    """Return the model option with the largest number, as a flag with its value; "" if there is none.
+
+    It is named in the error for a model that is too large.
+    """
     numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
     largest = {name: max(values, default=0) for name, values in numbers.items()}
     if not largest:
@@ -86,9 +93,9 @@ def largest_option(given: dict[str, Any]) -> str:
 
 
 def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
+    """Raise ValueError, which names `flag`, if a picture of `count` images does not fit this machine's memory.
 
-    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
+    Small images are drawn enlarged, in three colours, and exist both as numbers and as the picture.
     """
     device = torch.device("cpu")
     needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)

@@ -1,4 +1,4 @@
-"""Define the values that a flag may have, whatever command it belongs to."""
+"""Define the range of values that each flag may have, for all commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 
 class Bounds(NamedTuple):
-    """Hold the range of a number: from `least` (or above it) to `most` (or below it)."""
+    """Describe the range of a number: from `least` to `most`, each included unless `above` or `below` excludes
+    it."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -16,7 +17,8 @@ class Bounds(NamedTuple):
     below: bool = False  # most itself is refused
 
     def refusal(self, value: float) -> str:
-        """Return what `value` must be instead, or "" where it is right."""
+        """Return "" if the value is in the range, else a phrase that says what it must be, such as "must be
+        positive"."""
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
         if low and high and math.isfinite(value):
@@ -44,6 +46,9 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("max_fid_samples", "max_images", "max_length", "free_bits"), ZERO),
     **dict.fromkeys(("dropout_in", "dropout_out", "word_dropout"), Bounds(0, 1, below=True)),
     **dict.fromkeys(("pad_multiple", "max_words", "top_k", "beam"), ONE),
+    "plateau_patience": ONE,
+    **dict.fromkeys(("plateau_after", "plateau_decays"), ZERO),
+    **dict.fromkeys(("aggressive_steps", "aggressive_window"), Bounds(1, 1_000_000)),
     "top_p": Bounds(0, 1, above=True),
     "temperature": POSITIVE,
     "iw": Bounds(0, 1_000_000),
@@ -72,6 +77,8 @@ BOUNDS: dict[str, Bounds] = {
     "bits": Bounds(2, 8),
     "recons_components": Bounds(1, 1000),
     "num_residual_layers": Bounds(0, 1000),
+    **dict.fromkeys(("num_quantizers", "num_groups"), Bounds(1, 64)),
+    "codebook_decay": Bounds(0, 1, below=True),
     "num_ladders": Bounds(1, 32),
     "num_scales": Bounds(1, 8),
     "groups_per_scale": Bounds(1, 64),
@@ -90,10 +97,10 @@ PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is
 
 
 def check_values(flags: Any, **own: Bounds) -> None:
-    """Raise ValueError if a flag of the dataclass is an empty text or a number outside its bounds: those in
-    `own`, else those in `BOUNDS`.
+    """Raise ValueError if a flag in the dataclass `flags` is an empty text or a number outside its bounds.
 
-    Every number must be finite, and a whole one at most MOST in magnitude.
+    The bounds are those in `own`, else those in `BOUNDS`. Every number must be finite, and a whole number at
+    most MOST in magnitude.
     """
     for entry in fields(flags):
         if entry.name in PAIRS:
@@ -124,6 +131,6 @@ def _check_value(name: str, value: Any, bounds: Bounds) -> None:
 
 
 def shortened(value: int) -> str:
-    """Return a whole number in digits, or how many digits it has."""
+    """Return a whole number as text; one of more than 20 digits as "of N digits"."""
     digits = math.floor(math.log10(abs(value))) + 1 if value else 1
     return str(value) if digits <= 20 else f"of {digits} digits"

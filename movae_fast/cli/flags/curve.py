@@ -64,8 +64,7 @@ def check_curve(config: CurveConfig) -> None:
 
 def parse(argv: Sequence[str]) -> CurveConfig:
     """Return the flags, checked by themselves. Raises ValueError."""
-    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    words = [*(["--runs", *argv[:count]] if count else []), *argv[count:]]
+    words = parsing.first_words_as("runs", argv)
     which = "which runs? movae curve RUN [RUN …], folders of runs or of a sweep"
     config = parsing.read_flags(CurveConfig, "curve", DESCRIPTION, words, "runs", which)
     check_curve(config)

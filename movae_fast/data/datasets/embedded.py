@@ -12,12 +12,13 @@ DIGITS_TEST = 297  # images
 
 
 def read_sprites(options: ReadOptions) -> Sprites:
-    """Return a split of the sprites; they are rendered on the options' device."""
+    """Return a split of the sprites, which are rendered on the options' device."""
     return Sprites(split_index(options.split), options.image_size, options.device, options.antialias)
 
 
 def read_digits(options: ReadOptions) -> Images:
-    """Return a split of scikit-learn's 1,797 digits: one fixed shuffle, its last 297 for testing."""
+    """Return a split of scikit-learn's 1,797 digits, shuffled once in a fixed order; the last 297 are the test
+    split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

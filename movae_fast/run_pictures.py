@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from movae_fast.cli.ladder import draw_traversals
 from movae_fast.data import to_unit
+from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
 from movae_fast.files import give_name
 from movae_fast.models import ProVLAE
-from movae_fast.pictures import grid, pairs, write_png
+from movae_fast.pictures import grid, labelled_grid, pairs, write_gif, write_png
 from movae_fast.plots import ladder_curves, loss_curves
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import pictures_due
 from movae_fast.training.run import Run
+
+SECONDS = 0.2  # per picture: 5 a second
 
 
 @torch.no_grad()
@@ -49,6 +52,24 @@ def draw_run(run: Run, tag: str) -> None:
         for kind, path in pictures(run, f"stage_{run.progression.stage(run.step - 1)}").items():
             give_name(paths[kind], path)
     run.model.train(was_training)
+
+
+def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet: Path) -> list[Path]:
+    """Draw the traversals of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns,
+    and a contact sheet."""
+    values, images = ladder_traversals(model, x, normalize)
+    rungs = range(model.num_ladders, 0, -1)
+    names = [f"L{rung} z{dim + 1}" for rung in rungs for dim in range(model.z_dim)]
+    cells = images.flatten(0, 1)  # [L * latent_dim, FRAMES, C, S, S]
+    frames = [
+        labelled_grid(cells[:, k], [f"{name} {value:+.1f}" for name in names], model.z_dim)
+        for k, value in enumerate(values.tolist())
+    ]
+    labels = [f"{name} {value:+.1f}" for name in names for value in values.tolist()]
+    return [
+        write_gif(gif, frames, SECONDS),
+        write_png(sheet, labelled_grid(cells.flatten(0, 1), labels, FRAMES)),
+    ]
 
 
 def pictures(run: Run, tag: str) -> dict[str, Path]:
