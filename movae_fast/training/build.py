@@ -195,7 +195,7 @@ def compile_mode(
     captured: whether the step is recorded as a CUDA graph. part_of_batch: whether the Gramian is computed on a
     part of the batch, which is not compiled.
     """
-    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
+    # Layers that communicate with other processes cannot be compiled, nor can a batch that is divided.
     if part_of_batch or (run.sync_batchnorm and world.size > 1):
         return "off"
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)

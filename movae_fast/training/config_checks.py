@@ -103,7 +103,7 @@ def check_model(config: TrainConfig) -> None:
 
 
 OF_TEXT = ("max_length", "too_long", "label_column", "pad_multiple")
-# What a sentence does not have; --recons_* choose a likelihood of pixels.
+# Flags that do not apply to text; --recons_* choose a likelihood of pixels.
 OF_IMAGES = {
     "data": ("image_size", "resize", "crop", "normalize", "binarize", "flip", "antialias", "chn_num", "loader"),
     "objective": ("recons_dist", "recons_reduction", "recons_activation"),
@@ -392,7 +392,7 @@ def check_multirate(config: TrainConfig) -> None:
     """Check the settings of multi-rate training, or that none was given without `--multirate`."""
     rate, arch, o = config.multirate, config.model.arch, config.objective
     if not rate.multirate:
-        # Older runs have in their configuration what was the default of all models.
+        # Configurations of older runs hold the default that all models then shared.
         default = MultiRateConfig(gate_decoder="sqrt" if rate.gate_decoder == "sqrt" else None)
         given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
         if given:

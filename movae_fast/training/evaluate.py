@@ -44,7 +44,7 @@ def evaluate(
     model.eval()
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives, of the negative ELBO, of the squared error; images with objectives, and all.
+        # Sums: m objectives, negative ELBO, squared error, images that have objectives, all images.
         m = len(losses.names)
         sums = torch.zeros(m + 4, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
@@ -107,7 +107,7 @@ def evaluate_text(
     assert isinstance(width, int)
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives, of the means and their squares; sentences and tokens.
+        # Sums: objectives, latent means [width], their squares [width], sentences, tokens.
         sums = torch.zeros(len(losses.names) + 2 * width + 2, dtype=torch.float64, device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
@@ -137,7 +137,7 @@ def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:
 def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
     """Return the mean of the training images, over at most 65,536 evenly spaced ones."""
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
-    # Drawn pixels have the grey level for their mean; a threshold's have another.
+    # The mean of randomly binarized pixels is their grey level; that of thresholded ones is not.
     shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
     plain = ResidentLoader(
         Subset(loader.source, n), 256, loader.device, train=False, binarizer=shown, bits=loader.bits

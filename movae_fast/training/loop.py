@@ -27,7 +27,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     NaN or infinite.
     """
     final: dict[str, float] = {}
-    failed: NonFiniteError | None = None  # until all processes know of it
+    failed: NonFiniteError | None = None  # kept until all processes know of it
     with Signals() as signals, Profiler(run) as profiler:
         while not run.ended:
             run.model.train()

@@ -54,7 +54,7 @@ class Run:
     ended: bool = False  # the last step is done and its pictures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
-    notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
+    notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
 
     @property

@@ -62,7 +62,7 @@ class Telemetry:
     arrived. On CUDA the copy runs while the next steps are computed.
     """
 
-    # Of a StepMetrics, with the prefix that each has in a log line.
+    # Fields of StepMetrics, with the prefix that each has in a log line.
     FIELDS: ClassVar = {
         "losses": "",
         "weights": "weight_",
@@ -88,7 +88,7 @@ class Telemetry:
         self.skipped = torch.zeros(size, device=device)
         self.filled = 0
         self.seen = self.left_out = 0  # steps whose log lines have been written, and those of them left out
-        self.used: float | None = None  # the share of codes in use in the last window that could tell
+        self.used: float | None = None  # fraction of codes in use in the last window with enough vectors
         self.queue: list[Snapshot] = []
         self.restart_clock()
 
@@ -181,7 +181,7 @@ class Telemetry:
                 snapshot.arrived.synchronize()
             self.queue.pop(0)
             self._check(snapshot.window, snapshot.skipped, snapshot.line["step"])
-            # Of a step that was left out, what is not finite says nothing of the others.
+            # In a skipped step, values that are not finite do not count as a failure.
             useless = ~snapshot.window.isfinite() & (snapshot.skipped > 0)[:, None, None]
             window = torch.where(useless, torch.nan, snapshot.window)
             means = window.nanmean(0).tolist()
@@ -237,7 +237,8 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.filled = state["filled"]
-        self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
+        # Older checkpoints have fewer fields.
+        self.window[: self.filled, : state["window"].shape[1]] = state["window"]
         self.usage.copy_(state["usage"])
         if "skipped" in state:  # not in the first checkpoints
             self.skipped[: self.filled] = state["skipped"]

@@ -149,7 +149,7 @@ class TrainStep:
         self.guard = None
         if optimizer is not None and (skip_grad_norm or (ema_decay and self.precision.scaler is not None)):
             self.guard = StepGuard(optimizer, model, skip_grad_norm, self.world)
-        # Behind whatever aggregates: a penalty that an aggregator weighs could have the step for itself.
+        # Add the penalty after aggregation: as an objective it could dominate an aggregator's step.
         self.penalised = None if losses.schedule.penalty is None else model.penalised()
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
@@ -211,7 +211,7 @@ class TrainStep:
                     self.guard.judge(norm, metrics.losses)
                 if self.max_grad_norm:
                     factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-                    # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
+                    # A factor of NaN would make the padding between parameters NaN for ever, and so every norm.
                     self.flat.grad.mul_(torch.where(norm.isfinite(), factor, 1.0))
             looked_at = kind.rows and len(self.rows.nonzero) > 0 and (kind.log or self.projection is not None)
             before = self.flat.shared_data.clone() if looked_at else None
@@ -299,8 +299,7 @@ class TrainStep:
         self.by_weights = Compiled(gradients.of_weighted, mode, limits)
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
         self.by_penalty = Compiled(gradients.of_penalty, mode)
-        # One graph from the losses to the weighted gradient, where no other process and no host has to be
-        # asked.
+        # One graph from the losses to the weighted gradient, if that needs no other process and no host.
         one_graph = is_fused(self.aggregator) and self.world.size == 1
         self.by_cheap_gramian = Compiled(gradients.of_cheaply_weighted, mode if one_graph else "off", limits)
 
@@ -340,7 +339,7 @@ class TrainStep:
             self.rows.resize(result.nonzero)
             for row, views, gradient in zip(self.rows.rows, self.rows.views, result.shared, strict=True):
                 write(views, gradient, add=k > 0)
-                if last:  # at once: the exchange goes on behind the next row's backward
+                if last:  # now, so that the exchange overlaps with the next row's backward
                     pending.append(self.world.start_scatter(row))
             results.append(self.kept(result))
         for exchange in pending:
@@ -387,7 +386,7 @@ class TrainStep:
         assert self.aggregator is not None
         rows = self.rows.rows
         if self.hides(gramian):
-            self.flat.shared_grad[:1].fill_(torch.nan)  # of a parameter, not between two: the step is left out
+            self.flat.shared_grad[:1].fill_(torch.nan)  # an element of a parameter, not padding: skips the step
             unknown = self.unknown[self.active]
             return None, unknown, unknown
         if is_weighting(self.aggregator):
@@ -430,7 +429,7 @@ class TrainStep:
             self.weights.copy_(weights)
             done = [self.write(result, 0)]
         elif gradient is Gradient.CHEAP_GRAMIAN:
-            # The weights are the whole batch's, so all parts go forward once before any goes back.
+            # The weights depend on the whole batch, so all parts go forward before any goes backward.
             with keeping_buffers(self.model):
                 rows = [gradients.cheap_rows_of(self.network, part, scale, self.last) for part in parts]
             self.weights.copy_(self.weigh_cheap_rows(*rows))
@@ -520,7 +519,8 @@ def why_not_captured(
     if aggregator is not None and not is_fused(aggregator):
         return f"TorchJD's {type(aggregator).__name__}"
     if aggregator is not None and (missing := extension.cuda_missing()):
-        from movae_fast.aggregation.weightings import MethodAggregator  # with TorchJD, which is there by now
+        # Imports TorchJD, which is loaded by now.
+        from movae_fast.aggregation.weightings import MethodAggregator
 
         if isinstance(aggregator, MethodAggregator):
             return f"weights on the host: {missing}"
