@@ -90,8 +90,11 @@ def train(work: Run, console: Console) -> int:
         describe(work, console)
         draw_missing(work)
         if work.ended:
+            over = work.plateau is not None and work.plateau.over
+            why = ": its learning rate has decayed --plateau_decays times" if over else ""
             console.print(
-                f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
+                f"{work.folder} is finished at step {work.step:,}"
+                + (why or "; raise --epochs or --steps to go on")
             )
             export(work, console)
             return 0
@@ -289,6 +292,7 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
         ("mse", "MSE of reconstruction, images in [0, 1]"),
         ("mse_mean_image", "MSE of the mean training image"),
         ("token_perplexity", "exp of the bound per token"),
+        ("mutual_information", "mutual information within a batch, nats"),
         ("active_units", "active latents"),
     ):
         if f"test/{key}" in metrics:

@@ -37,10 +37,12 @@ from movae_fast.schedules import (
     restarted,
 )
 from movae_fast.training import checkpoint
+from movae_fast.training.aggressive import Aggressive
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.plateau import Plateau
 from movae_fast.training.precision import Precision
 from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World
@@ -124,6 +126,13 @@ def build_aggregator(
     return Sum()
 
 
+def build_aggressive(optimizer: OptimizerConfig) -> Aggressive | None:
+    """Return the phase in which the encoder is trained alone, where the configuration asks for one."""
+    if not optimizer.aggressive:
+        return None
+    return Aggressive(optimizer.aggressive_steps, optimizer.aggressive_window)
+
+
 def build_losses(
     config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths, world: World
 ) -> LossVector:
@@ -142,14 +151,30 @@ def build_losses(
     )
 
 
+def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
+    """Return what lowers the learning rate by the validation loss, where the configuration asks for it."""
+    if optimizer.scheduler != "plateau":
+        return None
+    return Plateau(
+        optimizer.plateau_patience,
+        optimizer.plateau_after,
+        optimizer.scheduler_gamma,
+        optimizer.plateau_decays,
+        optimizer.plateau_reload,
+    )
+
+
 def build_optimizer(
-    optimizer: OptimizerConfig, model: VAE, lengths: Lengths
+    optimizer: OptimizerConfig, model: VAE, lengths: Lengths, plateau: Plateau | None = None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return the optimizer and its learning-rate scheduler, which starts anew with each stage."""
     built = make_optimizer(optimizer, model.parameters())
     factor: Factor = lr_factor(optimizer, lengths.stage, lengths.epoch)
     if lengths.total != lengths.stage:
         factor = restarted(factor, lengths.stage)
+    if plateau is not None:
+        base = factor
+        return built, torch.optim.lr_scheduler.LambdaLR(built, lambda step: base(step) * plateau.factor)
     return built, torch.optim.lr_scheduler.LambdaLR(built, factor)
 
 
@@ -172,6 +197,7 @@ def build_step(
         optimizer,
         jacobian=config.jacobian,
         max_grad_norm=config.optimizer.max_grad_norm,
+        clip_apart=config.optimizer.clip_per == "part",
         skip_grad_norm=config.optimizer.skip_grad_norm,
         ema_decay=config.optimizer.ema_decay,
         step_metric=objective.step_metric if objective.conflict_free == "step" else None,

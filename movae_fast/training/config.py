@@ -22,6 +22,7 @@ from movae_fast.choices import (
     LadderNet,
     PrecisionName,
     Preset,
+    Quantizer,
     ReconsDist,
     ReconsReduction,
     Regularizer,
@@ -125,15 +126,26 @@ class ModelConfig:
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
         layer_norm: Normalisation in vae (batch) and vq_vae (none).
-        embedding_dim: Dimension of a code (vq_vae: 64).
-        num_embeddings: Number of codes (vq_vae: 512).
-        num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
+        quantizer: What vq_vae and vq_vae_2 have between encoder and decoder: a codebook that is trained (vq) or
+            follows averages (ema), levels of each channel (fsq), codebooks that each quantize what is left over
+            (rvq), the same for groups of channels (grouped_rvq), signs (lfq; bsq on the sphere), or a frozen
+            codebook behind a learned layer (simvq).
+        embedding_dim: Dimension of a code (vq_vae, vq_vae_2: 64; fsq, lfq and bsq follow from their codes).
+        num_embeddings: Number of codes (vq_vae, vq_vae_2: 512), of each codebook; lfq, bsq: a power of two.
+        num_quantizers: Codebooks after each other (rvq, grouped_rvq: 4).
+        num_groups: Groups of channels (grouped_rvq: 2).
+        fsq_levels: Levels of each channel (fsq: 8 5 5 5, which are 1,000 codes).
+        quantize_dropout: Train each image with a random number of codebooks, so that the first few alone are a
+            code, too (rvq, grouped_rvq: false); `movae evaluate --metrics depth` has the curve.
+        codebook_decay: Decay per step of the averages that codes follow (ema: 0.99).
+        num_residual_layers: Residual blocks in vq_vae's and vq_vae_2's encoder and decoder (2; the published
+            vq_vae has 6).
         max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
         dim: Base channels (cnn_vae, mmd_vae: 64).
         dim_mults: Multiples of dim, one per stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
-        hidden_dim: Channels of the convolutions (provlae, vlae: 32).
+        hidden_dim: Channels of the convolutions (provlae, vlae: 32; vq_vae_2: 128).
         fc_dim: Width of the linear layers (provlae, vlae: 256).
         ladder_net: The ladder's network and order of stages (provlae, vlae): the authors', from the most
             abstract rung down, or the PyTorch port's, from the least abstract rung up.
@@ -164,8 +176,14 @@ class ModelConfig:
     latent_dim: int | None = None
     hidden_dims: list[int] | None = None
     layer_norm: Literal["batch", "layer", "none"] | None = None
+    quantizer: Quantizer | None = None
     embedding_dim: int | None = None
     num_embeddings: int | None = None
+    num_quantizers: int | None = None
+    num_groups: int | None = None
+    fsq_levels: list[int] | None = None
+    quantize_dropout: bool | None = None
+    codebook_decay: float | None = None
     num_residual_layers: int | None = None
     max_filters: int | None = None
     dim: int | None = None
@@ -211,7 +229,7 @@ class ObjectiveConfig:
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, mmd for mmd_vae,
-            commitment for vq_vae.
+            commitment for vq_vae and vq_vae_2 (entropy with lfq and bsq).
         coef_kl: Multiplies the model's default weight of kl (the collection's beta).
         anneal_steps: Steps over which the dimension-wise KL (of models with a tc) reaches its weight.
         kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
@@ -368,18 +386,30 @@ class OptimizerConfig:
         eps: What keeps a division from zero; the default is the optimizer's own (not sgd). In adamax it is
             added to the gradient's size before the maximum; hierarchies of latents take 1e-3.
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
+        clip_per: Whether that is the norm of the whole model's gradient, or that of each part's: the shared
+            parameters before the features, and the rest.
         skip_grad_norm: Leave out a step whose gradient is longer than this, or one of whose losses is not
             finite, as if it had not been (`train/skipped_steps` counts them); 0 leaves out none.
         ema_decay: Decay per step of an exponential moving average of the weights, which is then evaluated,
             sampled and exported in their place; 0 keeps none.
         scheduler: Learning-rate schedule after the warm-up; epoch_cosine warms up by steps, then changes with
-            the epoch and reaches scheduler_lr_min in the last one.
+            the epoch and reaches scheduler_lr_min in the last one; plateau decays where the loss on the
+            validation split (of text) stops falling.
         scheduler_per: Whether the learning rate, warm-up included, changes every step or every epoch.
         scheduler_lr_min: Learning rate at the end of cosine and epoch_cosine.
-        scheduler_gamma: Factor at each milestone of multi_step.
+        scheduler_gamma: Factor at each milestone of multi_step, and at each decay of plateau.
         scheduler_milestones: Epochs of multi_step's drops.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
         warmup_epochs: The same in epochs.
+        plateau_patience: Epochs with a worse validation loss than the one before, until a decay.
+        plateau_after: Epochs without a decay at the run's beginning.
+        plateau_decays: Decays after which training is over; 0 for any number.
+        plateau_reload: At a decay, go on from the weights of the best validation loss with a new optimizer.
+        aggressive: Train the encoder alone before each step of the decoder, until the loss stops falling, in
+            epochs that raise the mutual information on the validation split (text; He et al. 2019).
+        aggressive_steps: Most steps of the encoder before one of the decoder.
+        aggressive_window: Steps of the encoder whose mean loss per token is compared with that of as many
+            before.
     """
 
     optimizer: Literal["adam", "adamw", "adamax", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
@@ -391,13 +421,21 @@ class OptimizerConfig:
     max_grad_norm: float = 0.0
     skip_grad_norm: float = 0.0
     ema_decay: float = 0.0
-    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step"] = "none"
+    clip_per: Literal["model", "part"] = "model"
+    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step", "plateau"] = "none"
     scheduler_per: Literal["step", "epoch"] = "step"
     scheduler_lr_min: float = 0.0
     scheduler_gamma: float = 0.1
     scheduler_milestones: list[int] = field(default_factory=list)
     warmup_steps: int = 0
     warmup_epochs: int = 0
+    plateau_patience: int = 2
+    plateau_after: int = 15
+    plateau_decays: int = 5
+    plateau_reload: bool = True
+    aggressive: bool = False
+    aggressive_steps: int = 99
+    aggressive_window: int = 15
 
 
 @dataclass
@@ -522,6 +560,11 @@ class TrainConfig:
     def is_text(self) -> bool:
         """Return whether the dataset consists of sentences rather than images."""
         return self.data.dataset in TEXT_SETS
+
+    @property
+    def reads_valid(self) -> bool:
+        """Return whether training decides by the validation split."""
+        return self.optimizer.aggressive or self.optimizer.scheduler == "plateau"
 
     @property
     def text_options(self) -> text.TextOptions:

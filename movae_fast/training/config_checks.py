@@ -72,6 +72,8 @@ def check_settings(config: TrainConfig) -> None:
     check_data(config)
     check_aggregation(config)
     check_optimizer(config.optimizer)
+    check_validation(config)
+    check_aggressive(config)
     check_likelihood(config)
     if not config.aggregated and (config.objective.agg_args or config.objective.pref_weights):
         raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
@@ -312,6 +314,49 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
     if optimizer.scheduler == "multi_step" and not optimizer.scheduler_milestones:
         raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
+
+
+def check_validation(config: TrainConfig) -> None:
+    """Check that there is a validation split where training decides by it, and the plateau's settings."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    if config.reads_valid and not config.is_text:
+        flag = "--aggressive" if optimizer.aggressive else "--scheduler plateau"
+        raise ValueError(
+            f"{flag} decides by a validation split, which --dataset {config.data.dataset} does not have; "
+            f"corpora have one: {', '.join(TEXT_SETS)}"
+        )
+    if optimizer.clip_per == "part" and not optimizer.max_grad_norm:
+        raise ValueError("--clip_per part: there is no norm to clip to; add --max_grad_norm")
+    if optimizer.clip_per == "part" and config.jacobian == "all":
+        raise ValueError("--clip_per part: with --jacobian all the parameters are one part; leave it out")
+    if optimizer.scheduler != "plateau":
+        names = ("plateau_patience", "plateau_after", "plateau_decays", "plateau_reload")
+        if given := [name for name in names if getattr(optimizer, name) != getattr(default, name)]:
+            raise ValueError(f"--{given[0]} is a setting of another schedule: add --scheduler plateau")
+        return
+    if optimizer.scheduler_gamma == 1:
+        raise ValueError("--scheduler_gamma 1 leaves the learning rate as it is; give plateau 0.5")
+    if optimizer.ema_decay and optimizer.plateau_reload:
+        raise ValueError(
+            "--ema_decay: the average of the weights would go on where --scheduler plateau takes them back; "
+            "leave it out, or add --plateau_reload false"
+        )
+
+
+def check_aggressive(config: TrainConfig) -> None:
+    """Check that the encoder can step alone."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    if not optimizer.aggressive:
+        for name in ("aggressive_steps", "aggressive_window"):
+            if getattr(optimizer, name) != getattr(default, name):
+                raise ValueError(f"--{name} is a setting of the encoder's own steps: add --aggressive")
+        return
+    if config.jacobian == "all":
+        raise ValueError("--aggressive steps the part before the features alone: leave --jacobian at shared")
+    if config.objective.conflict_free == "step":
+        raise ValueError("--aggressive does not project half a step; leave out --conflict_free step")
+    if config.objective.gramian_every > 1:
+        raise ValueError("--aggressive takes several steps per batch, which --gramian_every counts as one")
 
 
 def check_ladder(config: TrainConfig) -> None:

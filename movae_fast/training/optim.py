@@ -129,6 +129,15 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device | Non
             group["capturable"] = device is not None
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters, where a recorded step reads it, too."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def forget_state(optimizer: torch.optim.Optimizer) -> None:
     """Reset an optimizer's moments and step counts to their initial values; parameter groups and learning rates
     stay.
@@ -150,7 +159,7 @@ def forget_state(optimizer: torch.optim.Optimizer) -> None:
 def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> LearningRate:
     """Return the learning-rate schedule that the configuration names, with its epochs converted to steps."""
     return LearningRate(
-        schedule=config.scheduler,
+        schedule="none" if config.scheduler == "plateau" else config.scheduler,
         steps=total_steps,
         warmup=config.warmup_steps or config.warmup_epochs * steps_per_epoch,
         unit=steps_per_epoch if config.scheduler_per == "epoch" else 1,

@@ -17,9 +17,11 @@ from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
 from movae_fast.training.build import (
     build_aggregator,
+    build_aggressive,
     build_losses,
     build_network,
     build_optimizer,
+    build_plateau,
     build_step,
     make_loader,
     make_text_loader,
@@ -154,9 +156,9 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     train_loader, test_loader = (loader_of(config, device, split, world) for split in ("train", "test"))
     lengths, progression = plan_lengths(config, model, len(train_loader))
     losses = build_losses(config, model, weights, len(train_loader.source), lengths, world)
-    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths)
+    plateau = build_plateau(config.optimizer)
+    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths, plateau)
     train_step, why_not = build_step(config, device, world, model, losses, aggregator, optimizer)
-    codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
         folder=Path(),
@@ -172,7 +174,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
             model.objectives,
             config.run.log_every,
             device,
-            codes,
+            model.code_sizes,
             count_skipped=config.optimizer.skip_grad_norm > 0,
             groups=model.groups,
         ),
@@ -180,6 +182,9 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         world=world,
         why_not_captured=why_not,
         progression=progression,
+        valid_loader=make_text_loader(config, device, "valid", world) if config.reads_valid else None,
+        plateau=plateau,
+        aggressive=build_aggressive(config.optimizer),
     )
 
 

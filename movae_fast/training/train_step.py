@@ -7,7 +7,8 @@ replayed as one graph (`cuda_graph`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -62,12 +63,22 @@ class Gradient(Enum):
     SUBSET = "one backward with the weights of the batch's first images"
 
 
+class Part(Enum):
+    """Name the parameters that a step updates; gradients, and the norm that is clipped, are always those of
+    all."""
+
+    ALL = "all parameters"
+    SHARED = "the shared parameters alone"
+    TASK = "the task parameters alone"
+
+
 class Kind(NamedTuple):
     """Describe what a step does; all batches of the same kind and shape run the same kernels."""
 
     gradient: Gradient
     rows: bool = False  # whether all rows of the whole batch are in `TrainStep.rows` afterwards
     log: bool = False  # whether the step is one that is logged
+    part: Part = Part.ALL
 
 
 class TrainStep:
@@ -89,6 +100,7 @@ class TrainStep:
     max_grad_norm, skip_grad_norm: the gradient (of the model's penalty too, if the losses' schedule gives it a
         weight) is clipped to the first (0: not at all), and a step whose gradient is longer than the second (0:
         none) is skipped (`guarded_step`).
+    clip_apart: clip the gradients of the shared and of the task parameters, each to `max_grad_norm`.
     step_metric: project the optimizer's step in this metric (`projected_step`); None does not.
     ema_decay: keep an average of the weights with this decay (0: none).
     recorder: record each kind of step as one CUDA graph, the exchanges between processes and fp16's loss
@@ -106,6 +118,7 @@ class TrainStep:
         *,
         jacobian: str = "shared",
         max_grad_norm: float = 0.0,
+        clip_apart: bool = False,
         skip_grad_norm: float = 0.0,
         ema_decay: float = 0.0,
         step_metric: StepMetric | None = None,
@@ -121,7 +134,7 @@ class TrainStep:
         self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
         self.precision = precision or Precision("fp32", model.device)
         self.world = world or World()
-        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.accumulate, self.max_grad_norm, self.clip_apart = accumulate, max_grad_norm, clip_apart
         self.gramian_every, self.gramian_batch, self.gramian_at = gramian_every, gramian_batch, gramian_at
         self.last = gradients.last_parameters(model, gramian_at)
         if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
@@ -156,16 +169,24 @@ class TrainStep:
         self.prepare_optimizer()
 
     def __call__(
-        self, images: Tensor, step: int, noise: Noise, log: bool = False, sample_weight: Tensor | None = None
+        self,
+        images: Tensor,
+        step: int,
+        noise: Noise,
+        log: bool = False,
+        sample_weight: Tensor | None = None,
+        part: Part = Part.ALL,
     ) -> StepMetrics:
-        """Run one step: update every parameter by this process's images [B, C, S, S] of the 0-based `step`.
+        """Run one step: update the parameters of `part` by this process's images [B, C, S, S] of the 0-based
+        `step`.
 
         noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the step is logged, so that
         rows and cosines are computed for its metrics. sample_weight: [B] how often each image counts, see
         `objectives`.
         """
         self.losses.set_step(step)
-        kind, batch, scale = self.kind(step, log), Batch(images, noise, sample_weight), self.scale_at(step)
+        batch, scale = Batch(images, noise, sample_weight), self.scale_at(step)
+        kind = self.kind(step, log)._replace(part=part)
         if self.recordings.recorder is None:
             return self.update(kind, batch, scale)
         inputs = (scale, *batch.tensors())
@@ -209,24 +230,22 @@ class TrainStep:
                 norm = torch.linalg.vector_norm(self.flat.grad)
                 if self.guard is not None:
                     self.guard.judge(norm, metrics.losses)
-                if self.max_grad_norm:
-                    factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-                    # A factor of NaN would make the padding between parameters NaN for ever, and so every norm.
-                    self.flat.grad.mul_(torch.where(norm.isfinite(), factor, 1.0))
+                self.clip(norm)
             looked_at = kind.rows and len(self.rows.nonzero) > 0 and (kind.log or self.projection is not None)
             before = self.flat.shared_data.clone() if looked_at else None
-            if self.precision.scaler is None:
-                self.optimizer.step()
-            else:  # the scaler leaves out a step whose gradients overflowed
-                self.precision.scaler.step(self.optimizer)
-                self.precision.scaler.update()
+            with without_gradients(self.left_alone(kind.part)):
+                if self.precision.scaler is None:
+                    self.optimizer.step()
+                else:  # the scaler leaves out a step whose gradients overflowed
+                    self.precision.scaler.step(self.optimizer)
+                    self.precision.scaler.update()
             left_out = None if self.guard is None else self.guard.end()
         if before is not None:
             if self.projection is not None:
                 self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
             if kind.log:
                 metrics = metrics._replace(step_cosines=self.step_cosines(before))
-        if self.average is not None:
+        if self.average is not None and kind.part is not Part.SHARED:  # once per batch
             self.average.update(left_out)
         return metrics if left_out is None else metrics._replace(skipped=left_out)
 
@@ -253,6 +272,18 @@ class TrainStep:
         return self.metrics(
             results, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None)
         )
+
+    def clip(self, norm: Tensor) -> None:
+        """Clip the whole gradient, whose norm [] is given, or that of each part to `max_grad_norm`."""
+        if not self.max_grad_norm:
+            return
+        clipped = [(self.flat.grad, norm)]
+        if self.clip_apart:
+            clipped = [(g, torch.linalg.vector_norm(g)) for g in (self.flat.shared_grad, self.flat.task_grad)]
+        for gradient, norm in clipped:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
+            gradient.mul_(torch.where(norm.isfinite(), factor, 1.0))
 
     def add_penalty(self, scale: Tensor | None = None) -> None:
         """Add the gradient of the model's penalty, times `scale` [], to `.grad`; it is the same in every
@@ -283,6 +314,10 @@ class TrainStep:
         if self.gramian_batch < 1:
             return Kind(Gradient.SUBSET, log, log)
         return Kind(Gradient.ROWS, True, log)
+
+    def left_alone(self, part: Part) -> list[nn.Parameter]:
+        """Return the parameters that a step of this part does not update."""
+        return {Part.ALL: [], Part.SHARED: self.flat.task, Part.TASK: self.flat.shared}[part]
 
     def scale_at(self, step: int) -> Tensor:  # [a]
         """Return the factors [a] on the active losses at the 0-based `step`: loss weights over parts and
@@ -501,6 +536,19 @@ class TrainStep:
             return self.unknown
         values = values.detach().to(self.unknown)
         return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let an optimizer, which passes over parameters without a gradient, leave these as they are."""
+    kept = [(p, p.grad) for p in parameters]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
 
 
 NOT_ASKED = "not asked for"

@@ -1,0 +1,56 @@
+"""Decide how long the encoder is trained alone, before each step of the decoder and over the epochs.
+
+He et al. 2019 (Lagging inference networks and posterior collapse) explain the collapse of a posterior by an
+encoder that lags behind its decoder. While their aggressive phase lasts, each step of the decoder is preceded
+by steps of the encoder alone, until the loss per token stops falling; the phase ends for good with the first
+epoch that lowers the mutual information of sentences and latents on the validation split.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Aggressive:
+    """Hold the phase's settings and what it has come to, which is part of a checkpoint."""
+
+    steps: int  # of the encoder before a step of the decoder, at most
+    window: int  # steps whose mean losses are compared
+    on: bool = True
+    information: float = 0.0  # at the end of the epoch before, in nats
+    taken: int = 0  # steps of the encoder alone, since the run began
+
+    def end_epoch(self, information: float) -> None:
+        """End the phase where the mutual information has fallen since the epoch before; 0 at first."""
+        self.on = self.on and information >= self.information
+        self.information = information
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"on": self.on, "information": self.information, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.on, self.information, self.taken = state["on"], state["information"], state["taken"]
+
+
+@dataclass
+class Falling:
+    """Say when losses stop falling: `window` losses in a row are compared with the `window` before them."""
+
+    window: int
+    before: float = math.inf
+    sums: list[torch.Tensor] = field(default_factory=list)  # [2] of each: nats and tokens
+
+    def goes_on(self, nats_and_tokens: torch.Tensor) -> bool:  # [2] of one more step
+        """Return False where a window has just been filled whose loss per token is above the last one's."""
+        self.sums.append(nats_and_tokens)
+        if len(self.sums) < self.window:
+            return True
+        nats, tokens = torch.stack(self.sums).sum(0).tolist()  # the one read on the host per window
+        now, before = nats / tokens, self.before
+        self.before, self.sums = now, []
+        return not now > before
