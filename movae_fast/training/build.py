@@ -127,7 +127,8 @@ def build_aggregator(
 
 
 def build_aggressive(optimizer: OptimizerConfig) -> Aggressive | None:
-    """Return the phase in which the encoder is trained alone, where the configuration asks for one."""
+    """Return the aggressive phase, in which the encoder is trained alone, or None if the configuration has
+    none."""
     if not optimizer.aggressive:
         return None
     return Aggressive(optimizer.aggressive_steps, optimizer.aggressive_window)
@@ -152,7 +153,7 @@ def build_losses(
 
 
 def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
-    """Return what lowers the learning rate by the validation loss, where the configuration asks for it."""
+    """Return the schedule that lowers the learning rate by the validation loss, or None for other schedules."""
     if optimizer.scheduler != "plateau":
         return None
     return Plateau(

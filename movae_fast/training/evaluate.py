@@ -100,7 +100,8 @@ def evaluate_text(
 
     Keys: `test/<objective>`, unweighted, in nats per sentence; `test/loss`, their weighted sum;
     `test/token_perplexity`, exp of the negative ELBO per token; `test/active_units`, the number of active
-    latents; `test/mutual_information`, that of sentences and latents within a batch, in nats. Noise and random state are handled as in `evaluate`.
+    latents; `test/mutual_information`, between sentences and latents, estimated within a batch, in nats. Noise
+    and random state are handled as in `evaluate`.
     """
     was_training = model.training
     model.eval()
@@ -137,11 +138,11 @@ def mutual_information(
     logvar: Tensor,  # [B, D]
     z: Tensor,  # [B, D] one draw of each posterior
 ) -> Tensor:  # []
-    """Return E[log q(z|x)] - E[log q(z)] in nats, with q(z) the mean of the batch's own posteriors (He et al.
-    2019).
+    """Return E[log q(z|x)] - E[log q(z)] in nats, where q(z) is the mean of the batch's own posteriors (He et
+    al. 2019).
 
-    The first term is the entropies' closed form, so the estimate may be a little below 0, and a little above
-    its expectation's bound, log B.
+    The first term uses the entropies' closed form, so the estimate may lie slightly below 0, or slightly above
+    log B, which bounds its expectation.
     """
     d = mu.shape[1]
     entropy = -0.5 * d * math.log(2 * math.pi) - 0.5 * (1 + logvar).sum(1)

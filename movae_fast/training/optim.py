@@ -130,7 +130,8 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device | Non
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters, where a recorded step reads it, too."""
+    """Set the learning rate of all parameters in place, so that a step recorded as a CUDA graph reads it
+    too."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)

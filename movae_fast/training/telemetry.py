@@ -289,11 +289,12 @@ def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
 
 
 def codebook_metrics(usage: Tensor, sizes: Sequence[int]) -> dict[str, float]:
-    """Return the fraction of codes in use and the perplexity exp(entropy), from the counts of codebooks of
-    `sizes`, one after the other.
+    """Return the fraction of codes in use and the perplexity exp(entropy), from the counts of how often each
+    was chosen.
 
-    Of several codebooks: the fraction of all codes, the geometric mean of the perplexities, and both of each
-    codebook, `codebook_usage_1`, `perplexity_1`, … Empty without codes.
+    usage: counts of all codebooks, one after the other; sizes: the number of codes of each. With several
+    codebooks the fraction is of all codes, the perplexity the geometric mean, and both are also given for each
+    codebook as `codebook_usage_1`, `perplexity_1`, … Returns {} without codes.
     """
     if not usage.numel():
         return {}

@@ -64,8 +64,8 @@ class Gradient(Enum):
 
 
 class Part(Enum):
-    """Name the parameters that a step updates; gradients, and the norm that is clipped, are always those of
-    all."""
+    """Name the parameters that a step updates. The gradients and the norm for clipping are of all parameters in
+    any case."""
 
     ALL = "all parameters"
     SHARED = "the shared parameters alone"
@@ -177,12 +177,11 @@ class TrainStep:
         sample_weight: Tensor | None = None,
         part: Part = Part.ALL,
     ) -> StepMetrics:
-        """Run one step: update the parameters of `part` by this process's images [B, C, S, S] of the 0-based
-        `step`.
+        """Run one step: update the parameters of `part` from this process's images [B, C, S, S].
 
-        noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the step is logged, so that
-        rows and cosines are computed for its metrics. sample_weight: [B] how often each image counts, see
-        `objectives`.
+        step: its 0-based number. noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the
+        step is logged, so that rows and cosines are computed for its metrics. sample_weight: [B] how often each
+        image counts, see `objectives`.
         """
         self.losses.set_step(step)
         batch, scale = Batch(images, noise, sample_weight), self.scale_at(step)
@@ -274,7 +273,10 @@ class TrainStep:
         )
 
     def clip(self, norm: Tensor) -> None:
-        """Clip the whole gradient, whose norm [] is given, or that of each part to `max_grad_norm`."""
+        """Clip the gradient to `max_grad_norm`; with `clip_apart` the shared and the task part each.
+
+        norm: that of the whole gradient, [].
+        """
         if not self.max_grad_norm:
             return
         clipped = [(self.flat.grad, norm)]
@@ -316,7 +318,7 @@ class TrainStep:
         return Kind(Gradient.ROWS, True, log)
 
     def left_alone(self, part: Part) -> list[nn.Parameter]:
-        """Return the parameters that a step of this part does not update."""
+        """Return the parameters that a step of this part must not update."""
         return {Part.ALL: [], Part.SHARED: self.flat.task, Part.TASK: self.flat.shared}[part]
 
     def scale_at(self, step: int) -> Tensor:  # [a]
@@ -540,7 +542,7 @@ class TrainStep:
 
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let an optimizer, which passes over parameters without a gradient, leave these as they are."""
+    """Hide the gradients of these parameters inside a `with` block, so that an optimizer skips them."""
     kept = [(p, p.grad) for p in parameters]
     for p, _ in kept:
         p.grad = None
