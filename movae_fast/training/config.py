@@ -536,7 +536,7 @@ class TrainConfig:
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
         """Build the configuration from flags by name, as a command line or a config.yaml has them; unknown
         names are ignored."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for part in fields(cls):
             section = CorpusFacts if part.name == "corpus" else SECTIONS[part.name]
             names = {f.name for f in fields(section)}
