@@ -17,18 +17,16 @@ from movae_fast.data.text import read_text
 from movae_fast.models import build_model
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.device import check_device, resolve_device
+from movae_fast.training.device import resolve_device
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raise ValueError for an invalid device, a loader that is not installed, or an aggregator that cannot
-    handle this number of objectives; read the size of a corpus of sentences. Called after
-    `config_checks.check_settings`."""
+    """Raise ValueError for a loader that is not installed, or an aggregator that cannot handle this number of
+    objectives; read the size of a corpus of sentences. Called after `config_checks.check_settings`."""
     if config.is_text:
         read_size(config)
     if config.data.loader == "dali":
         require_dali()
-    check_device(config.run.device)
     if config.needs_jacobian:
         check_runs(config.objective.agg, **config.aggregator_options())
 

@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Bounds(NamedTuple):
-    """Describe the range of a number: from `least` to `most`, each included unless `above` or `below` excludes
-    it."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False  # least itself is refused
-    below: bool = False  # most itself is refused
-
-    def refusal(self, value: float) -> str:
-        """Return "" if the value is in the range, else a phrase that says what it must be, such as "must be
-        positive"."""
-        low = value > self.least if self.above else value >= self.least
-        high = value < self.most if self.below else value <= self.most
-        if low and high and math.isfinite(value):
-            return ""
-        if math.isinf(self.most) and math.isinf(self.least):
-            return "must be finite"
-        first = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
-        if math.isinf(self.most) and isinstance(value, float):
-            words = ("zero or more", "positive")[self.above] if self.least == 0 else first
-            return f"must be {words} and finite"
-        if math.isinf(self.most):
-            return f"must be {first}"
-        last = f"below {self.most:,.15g}" if self.below else f"at most {self.most:,.15g}"
-        return f"must be {first} and {last}"
-
+from movae_fast.bounds import Bounds
 
 MOST = 10**12  # largest whole number; larger ones are typing errors
 ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
@@ -93,6 +67,7 @@ BOUNDS: dict[str, Bounds] = {
     "norm_penalty_init": POSITIVE,
 }
 FREE = Bounds()
+MOST_DEVICES = 127  # torch keeps a device's number in a signed byte
 PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is used
 
 
@@ -114,6 +89,8 @@ def _check_value(name: str, value: Any, bounds: Bounds) -> None:
             raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
         if "\0" in value:
             raise ValueError(f"--{name} holds a zero byte, which no name has")
+        if name == "device":
+            check_device(value)
     elif isinstance(value, list | tuple):
         for part in value:
             _check_value(name, part, bounds)
@@ -128,6 +105,22 @@ def _check_value(name: str, value: Any, bounds: Bounds) -> None:
             )
         if refusal := bounds.refusal(value):
             raise ValueError(f"--{name} {value} {refusal}")
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that no machine has; whether this one has it, `device.resolve_device` says.
+
+    This is how torch writes the devices that movae trains on; torch itself takes seconds to import.
+    """
+    if name == "auto":
+        return
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not re.fullmatch(r"|:(0|[1-9]\d*)", name[len(kind) :]):
+        raise ValueError(f"--device {name}: unknown or not supported; valid: auto, cpu, cuda, cuda:0, …")
+    if kind == "cpu" and int(index or 0):
+        raise ValueError(f"--device {name}: there is one CPU device, whatever its processors: cpu")
+    if int(index or 0) > MOST_DEVICES:
+        raise ValueError(f"--device {name}: a device's number is at most {MOST_DEVICES}")
 
 
 def shortened(value: int) -> str:
