@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 from movae_fast.cli import main
+from movae_fast.cli.flags.prior import parse
 from movae_fast.priors import base, catalog, fit
 from movae_fast.priors.config import PriorConfig, check_prior
 from movae_fast.priors.latents import open_latents
 from movae_fast.training import checkpoint
+from movae_fast.training.config_files import recipe_names
 from movae_fast.training.log_lines import read_lines
 from tests.test_distributed import finish, start
 
@@ -235,6 +238,12 @@ def test_every_kind_is_built_with_its_defaults():
         made = base.build_prior(config, (16,) if grids else (2, 3), grids, 10)
         assert made.exact == info.exact
         assert hasattr(made, "loss") == info.stepped
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if re.match(r"priors/(?!fashion_mnist)", n)])
+def test_a_recipe_of_priors_is_valid(name):
+    _, config = parse(["run", "--config", name])
+    assert config.kind in name
 
 
 def test_held_out_rows_are_not_fitted_to(trained):
