@@ -1,10 +1,7 @@
 """Training on text by the command line, and what it prints afterwards."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from movae_fast.cli import main
 from movae_fast.models.lstm_vae import make_text_multirate
 from movae_fast.objectives import LossVector, kl_standard_normal
 from movae_fast.training.train_step import TrainStep
+from tests import lives
 from tests.test_lstm_vae import PAD, model_of, sentences
 
 TINY = (
@@ -130,16 +128,17 @@ def test_two_processes_train_as_one(text_run, corpus, tmp_path, agg):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     words = f"--dataset text --data_dir {corpus} {TINY} {flags} --exp_dir {tmp_path / 'both'}".split()
-    meeting = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "movae_fast", "train", *words],
-            env={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
+        lives.start(
+            ["train", *words],
+            tmp_path / f"{rank}.log",
+            {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            before=lives.undrawn,
         )
         for rank in (0, 1)
     ]
-    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    assert lives.wait(processes, 180) == [0, 0], (tmp_path / "0.log").read_text()
     one, both = weights(alone), weights(tmp_path / "both")
     for name, value in one.items():
         assert (value - both[name]).norm() <= 1e-5 * value.norm(), name
