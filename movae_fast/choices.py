@@ -8,6 +8,7 @@ Activation = Literal["tanh", "sigmoid", "none"]
 BetaPer = Literal["example", "batch"]
 LadderNet = Literal["authors", "port"]
 LatentKind = Literal["vector", "codebook", "hierarchy"]
+Quantizer = Literal["vq", "ema", "fsq", "rvq", "grouped_rvq", "lfq", "bsq", "simvq"]
 KLRows = Literal["scale", "group", "total"]
 PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]  # of nvae
 TextPreset = Literal["lagging", "texar", "multirate", "synthetic"]  # of lstm_vae

@@ -113,6 +113,7 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
             )
         if not applies(name, model.latents, factors):
             needs = LATENT_WORDS["vector"] if name in ON_FACTORS else "latents"
+            needs = "codes" if name == "depth" else needs
             raise ValueError(f"--metrics {name} needs a model with {needs}; {arch} has {has}")
     return names
 

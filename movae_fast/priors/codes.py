@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from movae_fast.models import VAE
-from movae_fast.models.vq_vae import VQVAE
+from movae_fast.models import VAE, CodebookVAE
 from movae_fast.names import ArgumentError
 
 
@@ -37,24 +36,24 @@ def places(grids: Sequence[Grid]) -> int:
 
 def grids_of(model: VAE) -> Grids:
     """Return the maps of codes that a model makes of one image. Raises ArgumentError for one without codes."""
-    if not isinstance(model, VQVAE):
+    if not isinstance(model, CodebookVAE):
         raise ArgumentError("kind: the model has no codes; give a kind for its latents")
-    return (Grid(model.side, model.side, model.num_embeddings),)
+    return tuple(Grid(side, side, codes) for side, codes in model.code_maps)
 
 
 @torch.no_grad()
 def codes_of(model: VAE, x: Tensor) -> Tensor:  # [B, T] int64
     """Return the codes of images x [B, C, S, S], each map row by row, one map after the other."""
-    assert isinstance(model, VQVAE)
+    assert isinstance(model, CodebookVAE)
     (z,) = model.encode(x)
-    return model.quantize(z)[1].flatten(1)
+    return model.to_sequence(model.quantize(z).codes)
 
 
 @torch.no_grad()
 def images_of(model: VAE, codes: Tensor) -> Tensor:  # [B, C, S, S] in the model's range
     """Return the images of codes [B, T]."""
-    assert isinstance(model, VQVAE)
-    return model.to_image(model.decode(model.lookup(codes.view(-1, model.side, model.side))))
+    assert isinstance(model, CodebookVAE)
+    return model.to_image(model.decode(model.lookup(model.from_sequence(codes))))
 
 
 def unigram_bits(codes: Tensor, grids: Sequence[Grid], fitted_on: Tensor) -> float:

@@ -141,7 +141,7 @@ def measured_by(config: TrainConfig, check: Callable[[TrainConfig], None]) -> di
     check(config)
     names = list(config.model_info.weighted_objectives(vars(config.model), config.image_shape))
     names += ["loss", "mse", "mse_mean_image"]
-    if "commitment" in names:
+    if config.model_info.latents == "codebook":
         names += ["codebook_usage", "perplexity"]
     return dict.fromkeys(f"test/{name}" for name in names)
 

@@ -22,6 +22,7 @@ from movae_fast.choices import (
     LadderNet,
     PrecisionName,
     Preset,
+    Quantizer,
     ReconsDist,
     ReconsReduction,
     Regularizer,
@@ -119,15 +120,26 @@ class ModelConfig:
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
         layer_norm: Normalisation in vae (batch) and vq_vae (none).
-        embedding_dim: Dimension of a code (vq_vae: 64).
-        num_embeddings: Number of codes (vq_vae: 512).
-        num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
+        quantizer: What vq_vae and vq_vae_2 have between encoder and decoder: a codebook that is trained (vq) or
+            follows averages (ema), levels of each channel (fsq), codebooks that each quantize what is left over
+            (rvq), the same for groups of channels (grouped_rvq), signs (lfq; bsq on the sphere), or a frozen
+            codebook behind a learned layer (simvq).
+        embedding_dim: Dimension of a code (vq_vae, vq_vae_2: 64; fsq, lfq and bsq follow from their codes).
+        num_embeddings: Number of codes (vq_vae, vq_vae_2: 512), of each codebook; lfq, bsq: a power of two.
+        num_quantizers: Codebooks after each other (rvq, grouped_rvq: 4).
+        num_groups: Groups of channels (grouped_rvq: 2).
+        fsq_levels: Levels of each channel (fsq: 8 5 5 5, which are 1,000 codes).
+        quantize_dropout: Train each image with a random number of codebooks, so that the first few alone are a
+            code, too (rvq, grouped_rvq: false); `movae evaluate --metrics depth` has the curve.
+        codebook_decay: Decay per step of the averages that codes follow (ema: 0.99).
+        num_residual_layers: Residual blocks in vq_vae's and vq_vae_2's encoder and decoder (2; the published
+            vq_vae has 6).
         max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
         dim: Base channels (cnn_vae, mmd_vae: 64).
         dim_mults: Multiples of dim, one per stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
-        hidden_dim: Channels of the convolutions (provlae, vlae: 32).
+        hidden_dim: Channels of the convolutions (provlae, vlae: 32; vq_vae_2: 128).
         fc_dim: Width of the linear layers (provlae, vlae: 256).
         ladder_net: The ladder's network and order of stages (provlae, vlae): the authors', from the most
             abstract rung down, or the PyTorch port's, from the least abstract rung up.
@@ -158,8 +170,14 @@ class ModelConfig:
     latent_dim: int | None = None
     hidden_dims: list[int] | None = None
     layer_norm: Literal["batch", "layer", "none"] | None = None
+    quantizer: Quantizer | None = None
     embedding_dim: int | None = None
     num_embeddings: int | None = None
+    num_quantizers: int | None = None
+    num_groups: int | None = None
+    fsq_levels: list[int] | None = None
+    quantize_dropout: bool | None = None
+    codebook_decay: float | None = None
     num_residual_layers: int | None = None
     max_filters: int | None = None
     dim: int | None = None
@@ -205,7 +223,7 @@ class ObjectiveConfig:
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, mmd for mmd_vae,
-            commitment for vq_vae.
+            commitment for vq_vae and vq_vae_2 (entropy with lfq and bsq).
         coef_kl: Multiplies the model's default weight of kl (the collection's beta).
         anneal_steps: Steps over which the dimension-wise KL (of models with a tc) reaches its weight.
         kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
@@ -518,7 +536,7 @@ class TrainConfig:
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
         """Build the configuration from flags by name, as a command line or a config.yaml has them; unknown
         names are ignored."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for part in fields(cls):
             section = CorpusFacts if part.name == "corpus" else SECTIONS[part.name]
             names = {f.name for f in fields(section)}

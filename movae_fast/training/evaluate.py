@@ -48,7 +48,7 @@ def evaluate(
         # Sums of the objectives, of the negative ELBO, of the squared error; images with objectives, and all.
         m = len(losses.names)
         sums = torch.zeros(m + 4, dtype=torch.float64, device=loader.device)
-        usage = torch.zeros(getattr(model, "num_embeddings", 0), device=loader.device)
+        usage = torch.zeros(sum(model.code_sizes), device=loader.device)
         rates = torch.zeros(sum(model.groups), dtype=torch.float64, device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             n = len(x)
@@ -78,7 +78,7 @@ def evaluate(
         size = math.prod(model.image_shape)
         line |= {"test/nats": nats, "test/bits_per_dim": bits_per_dimension(nats, size)}
     of_groups = rate_metrics((rates / totals[-2].to(rates)).cpu(), model.groups)
-    return line | {f"test/{k}": v for k, v in (codebook_metrics(usage) | of_groups).items()}
+    return line | {f"test/{k}": v for k, v in (codebook_metrics(usage, model.code_sizes) | of_groups).items()}
 
 
 def negative_elbo(out: Output, x: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64

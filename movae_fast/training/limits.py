@@ -77,6 +77,8 @@ BOUNDS: dict[str, Bounds] = {
     "bits": Bounds(2, 8),
     "recons_components": Bounds(1, 1000),
     "num_residual_layers": Bounds(0, 1000),
+    **dict.fromkeys(("num_quantizers", "num_groups"), Bounds(1, 64)),
+    "codebook_decay": Bounds(0, 1, below=True),
     "num_ladders": Bounds(1, 32),
     "num_scales": Bounds(1, 8),
     "groups_per_scale": Bounds(1, 64),

@@ -159,7 +159,6 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     plateau = build_plateau(config.optimizer)
     optimizer, scheduler = build_optimizer(config.optimizer, model, lengths, plateau)
     train_step, why_not = build_step(config, device, world, model, losses, aggregator, optimizer)
-    codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
         folder=Path(),
@@ -175,7 +174,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
             model.objectives,
             config.run.log_every,
             device,
-            codes,
+            model.code_sizes,
             count_skipped=config.optimizer.skip_grad_norm > 0,
             groups=model.groups,
         ),

@@ -76,14 +76,15 @@ class Telemetry:
         names: tuple[str, ...],
         size: int,
         device: torch.device,
-        codes: int = 0,
+        codes: Sequence[int] = (),  # of each codebook
         count_skipped: bool = False,
         groups: Sequence[int] = (),  # of each scale
     ) -> None:
         self.count_skipped = count_skipped  # whether steps can be left out, and the log tells how many were
         self.names, self.size, self.device, self.groups = names, size, device, groups
+        self.codes = tuple(codes)
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
-        self.usage = torch.zeros(codes, device=device)
+        self.usage = torch.zeros(sum(codes), device=device)
         self.rates = torch.zeros(sum(groups), device=device)  # summed over the window
         self.skipped = torch.zeros(size, device=device)
         self.filled = 0
@@ -196,9 +197,9 @@ class Telemetry:
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
                 line |= conflict_metrics(window[:, list(self.FIELDS).index(field)], prefix)
-            codebook = codebook_metrics(snapshot.usage)
+            codebook = codebook_metrics(snapshot.usage, self.codes)
             # Fewer vectors than codes would leave codes unused in any case.
-            if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
+            if codebook and float(snapshot.usage[: self.codes[0]].sum()) >= self.codes[0]:
                 self.used = codebook["codebook_usage"]
             rates = rate_metrics(snapshot.rates, self.groups)
             yield line | {f"train/{k}": v for k, v in (codebook | rates).items()}
@@ -286,15 +287,27 @@ def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
     }
 
 
-def codebook_metrics(usage: Tensor) -> dict[str, float]:
-    """Return the fraction of codes in use and the perplexity exp(entropy), from the usage [K]; empty without
-    codes."""
+def codebook_metrics(usage: Tensor, sizes: Sequence[int]) -> dict[str, float]:
+    """Return the fraction of codes in use and the perplexity exp(entropy), from the counts of codebooks of
+    `sizes`, one after the other.
+
+    Of several codebooks: the fraction of all codes, the geometric mean of the perplexities, and both of each
+    codebook, `codebook_usage_1`, `perplexity_1`, … Empty without codes.
+    """
     if not usage.numel():
         return {}
-    p = usage.double() / usage.sum().clamp_min(1)
-    entropy = -torch.special.xlogy(p, p).sum()
-    metrics = torch.stack([(usage > 0).double().mean(), entropy.exp()]).tolist()
-    return {"codebook_usage": metrics[0], "perplexity": metrics[1]}
+    used, entropies = [], []
+    for counts in usage.double().split(list(sizes)):
+        p = counts / counts.sum().clamp_min(1)
+        entropies.append(-torch.special.xlogy(p, p).sum())
+        used.append((counts > 0).double().mean())
+    of_each = torch.stack(used).tolist(), torch.stack(entropies).exp().tolist()
+    mean = torch.stack(entropies).mean().exp()
+    metrics = {"codebook_usage": float((usage > 0).double().mean()), "perplexity": float(mean)}
+    if len(sizes) > 1:
+        for i, (part, perplexity) in enumerate(zip(*of_each, strict=True), 1):
+            metrics |= {f"codebook_usage_{i}": part, f"perplexity_{i}": perplexity}
+    return metrics
 
 
 def rate_metrics(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:

@@ -21,9 +21,10 @@ class EvaluateConfig:
     Args:
         weights: The run's folder or a checkpoint; may stand first without its flag.
         metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units; of text perplexity
-            and mutual information too), `images` (PSNR, SSIM, MS-SSIM) and, for data with factors, mig,
-            mig_sup, mig_sampled, mig_sup_sampled, modularity, jemmig, factor_vae, sap, dci; `all` is every one
-            that applies, `auto` leaves out the slow ones.
+            and mutual information too), `images` (PSNR, SSIM, MS-SSIM), `depth` (of codes: bits and error by
+            the number of codebooks used) and, for data with factors, mig, mig_sup, mig_sampled,
+            mig_sup_sampled, modularity, jemmig, factor_vae, sap, dci; `all` is every one that applies, `auto`
+            leaves out the slow ones.
         samples: Images whose codes the factor metrics are fitted on; half as many more test dci and sap.
         seed: Seed of the choice of images and of every draw.
         iw: Draws of the importance-weighted bound; 0 leaves it out.
