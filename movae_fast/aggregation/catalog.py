@@ -125,7 +125,7 @@ def _nash_mtl(
 ) -> Aggregator:
     import warnings
 
-    # cvxpy tells of the formulation at every solve; it is TorchJD's, and nothing a user can act on.
+    # cvxpy warns about the formulation at every solve; it is TorchJD's, and users cannot change it.
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
     return _torchjd("NashMTL", n_tasks, max_norm, update_weights_every, optim_niter)
 
@@ -173,16 +173,16 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "trimmed_mean": _trimmed_mean,
 }
 
-# Those that run where the rows are and read nothing on the host; the rest are TorchJD's.
+# Aggregators that run on the rows' device and read nothing on the host; the rest are TorchJD's.
 FUSED = ("upgrad", "dualproj", "aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad")
 
-# Those that project onto the dual cone, and so have a regularizer.
+# Aggregators that project onto the dual cone, and so have a regularizer.
 CONES = ("upgrad", "dualproj", "crmogm")
 
-# TorchJD's weightings that want two independent mini-batches a step: on one, they lose what they are for.
+# TorchJD's weightings that need two independent mini-batches per step; with one their guarantees are lost.
 NEED_TWO_BATCHES = ("modo", "sdmgrad")
 
-MOST_WHOLE = 1_000_000  # of an aggregator's whole numbers: rounds of a solver, rows, steps
+MOST_WHOLE = 1_000_000  # largest value of an aggregator's integer options, such as iterations of a solver
 
 # Set by the trainer rather than by a flag: the preference has its own flag, the rest follow from the run.
 _NOT_FLAGS = ("pref_vector", "cone", "n_tasks")
@@ -240,7 +240,7 @@ def argument_kinds(name: str) -> dict[str, Any]:
     """Return the annotated type of each parameter that `aggregator_args` lists."""
     factory = AGGREGATORS[name]
     parameters = inspect.signature(factory).parameters
-    # The types of these arguments alone: those of others name classes of torch, which is not imported.
+    # Resolve the types of these arguments only: others' types name classes of torch, which is not imported.
     wanted = SimpleNamespace(__annotations__={key: parameters[key].annotation for key in aggregator_args(name)})
     return typing.get_type_hints(wanted, getattr(factory, "__globals__", None))
 

@@ -1,4 +1,4 @@
-"""Run the command line: `movae train|sweep|evaluate|curve|encode|sample|runs|compare|…`."""
+"""Run the command line: `movae COMMAND`, where COMMAND is one of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "objectives, bounds, image quality and disentanglement of a trained model",
     "curve": "rate and distortion over beta: multi-rate runs as curves, plain runs as points",
     "encode": "codes or posteriors of a split, once, into one file that later commands map",
+    "prior": "fit a prior to what a model encodes; sample then draws from it",
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",

@@ -572,7 +572,7 @@ class TrainConfig:
 
     @property
     def reads_valid(self) -> bool:
-        """Return whether training decides by the validation split."""
+        """Return whether training uses the validation split, for its learning rate or its aggressive phase."""
         return self.optimizer.aggressive or self.optimizer.scheduler == "plateau"
 
     @property

@@ -35,9 +35,9 @@ class Bounds(NamedTuple):
         return f"must be {first} and {last}"
 
 
-MOST = 10**12  # of any whole number: beyond it lie slips of the hand
+MOST = 10**12  # largest whole number; larger ones are typing errors
 ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
-# Flags of all commands whose numbers are bounded by themselves; what depends on other flags is in `validate`.
+# Bounds on flags of all commands that do not depend on other flags; `validate` has those that do.
 BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
     **dict.fromkeys(("anneal_steps", "gramian_every", "cycle_period", "capacity_max_iter", "train_seq"), ONE),
@@ -58,7 +58,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("lr", "eps"), POSITIVE),
     **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
     **dict.fromkeys(("iw_images", "n", "trials"), ONE),
-    "log_every": Bounds(1, 1_000_000),  # as many steps' metrics wait on the device
+    "log_every": Bounds(1, 1_000_000),  # the metrics of so many steps are kept on the device
     "profile": Bounds(0, 10_000),
     "num_samples": Bounds(1, 10_000),
     "prefetch": Bounds(1, 1024),
