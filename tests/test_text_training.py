@@ -182,7 +182,7 @@ def test_a_run_does_not_go_on_with_another_corpus(text_run, corpus, capsys):
         ("--image_size 32", "--image_size is a setting of images"),
         ("--recons_dist bernoulli", "--recons_dist is a setting of images"),
         ("--dataset digits --arch vae --pad_multiple 4", "--pad_multiple is a setting of text"),
-        ("--compile default", "does not take an LSTM"),
+        ("--compile default", "would unroll an LSTM"),
         ("--gramian_batch 0.5 --agg upgrad", "--gramian_batch does not apply to text"),
         ("--accumulate 2", "add --last_batch pad"),
         ("--multirate --gate_decoder sigmoid", "--gate_decoder: the gates of lstm_vae"),
