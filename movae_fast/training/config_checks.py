@@ -138,7 +138,10 @@ def check_text(config: TrainConfig) -> None:
     if config.objective.gramian_batch < 1:
         raise ValueError("--gramian_batch does not apply to text; leave it out, or use --gramian_every")
     if config.run.compile not in ("auto", "off"):
-        raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
+        raise ValueError(
+            f"--compile {config.run.compile}: torch.compile would unroll an LSTM, once for each length of the "
+            "sentences; leave it out"
+        )
     config.run.compile = "off"
     if config.run.accumulate > 1 and data.last_batch != "pad":
         raise ValueError("--accumulate on text needs batches of one size: add --last_batch pad")
