@@ -25,9 +25,9 @@ def vocabulary_beside(folder: Path, config: TrainConfig) -> Vocabulary:
     if not path.is_file():
         raise ValueError(f"{shown(path)}, the words of the model's ids, is missing: put the run's file there")
     vocabulary = Vocabulary.read(path)
-    if len(vocabulary) != config.data.vocabulary_size:
+    if len(vocabulary) != config.corpus.vocabulary_size:
         raise ValueError(
-            f"{shown(path)} has {len(vocabulary):,} words, the model {config.data.vocabulary_size:,}: it is "
+            f"{shown(path)} has {len(vocabulary):,} words, the model {config.corpus.vocabulary_size:,}: it is "
             "another run's"
         )
     return vocabulary

@@ -26,7 +26,8 @@ from movae_fast.training.weights_file import NAME as WEIGHTS
 from movae_fast.training.weights_file import load_weights
 
 FORMAT = "movae-fast checkpoint 1"
-NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
+# Errno of OSErrors that torch's reader raises beyond a truncated file's end.
+NOT_READABLE = (None, errno.EINVAL)
 
 
 class CheckpointError(ValueError):
