@@ -36,12 +36,12 @@ def warm_up(call: Call) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(call: Call) -> float:
-    """Time one call to the end of its work."""
+def milliseconds(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time one call to the end of its work, on a CPU by `clock`."""
     if not on_gpu():
-        began = time.perf_counter()
+        began = clock()
         call()
-        return 1e3 * (time.perf_counter() - began)
+        return 1e3 * (clock() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -50,14 +50,19 @@ def milliseconds(call: Call) -> float:
     return start.elapsed_time(end)
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, one of each in turn: a busy moment of the machine meets them all."""
+def interleaved(
+    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median milliseconds of each call, one of each in turn: a busy moment of the machine meets them all.
+
+    On a CPU that others use too, `time.process_time` counts the work of this process alone.
+    """
     for call in calls.values():
         warm_up(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(milliseconds(call))
+            times[name].append(milliseconds(call, clock))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -101,6 +106,26 @@ def extra_memory(call: Call) -> float:
     before = resident("VmRSS")
     call()
     return (resident("VmHWM") - before) / 1024
+
+
+def allocated_memory(call: Call) -> float:
+    """MiB by which the peak of what torch's allocator has handed out during the call exceeds that before.
+
+    Unlike the resident set it does not depend on what the C library keeps of freed memory.
+    """
+    if on_gpu():
+        return extra_memory(call)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
 
 
 def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:

@@ -95,6 +95,8 @@ def build_network(config: TrainConfig, device: torch.device, world: World) -> VA
     start_from(config.ladder, model)
     if config.run.sync_batchnorm and world.size > 1:
         convert_sync_batchnorm(model)
+    if config.run.recompute and isinstance(model, NVAE):
+        model.recompute_cells()
     if config.norm_penalty and isinstance(model, NVAE):
         model.start_penalty()
     return model
@@ -161,7 +163,9 @@ def build_step(
 ) -> tuple[TrainStep, str]:
     """Return the step, and what keeps it from being one CUDA graph ("" where nothing does)."""
     objective, run = config.objective, config.run
-    why_not = why_not_captured(run.compile, device, config.optimizer.optimizer, aggregator)
+    why_not = why_not_captured(
+        "off" if run.recompute else run.compile, device, config.optimizer.optimizer, aggregator
+    )
     step = TrainStep(
         model,
         losses,
@@ -188,8 +192,9 @@ def compile_mode(
     run: RunConfig, device: torch.device, world: World, captured: bool, part_of_batch: bool
 ) -> str:
     """Return the mode of torch.compile for a step that is captured as a CUDA graph, or is not."""
-    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
-    if part_of_batch or (run.sync_batchnorm and world.size > 1):
+    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut, nor
+    # what a backward computes again.
+    if run.recompute or part_of_batch or (run.sync_batchnorm and world.size > 1):
         return "off"
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
 
