@@ -1,4 +1,4 @@
-"""NVAE's training step: the sum, UPGrad over scales and multi-rate, beside the usual eager loop.
+"""Time NVAE's training step (summed loss, UPGrad over scales, multi-rate) against a usual eager loop.
 
 pytest benchmarks/bench_nvae.py --benchmark-only -s
 """
@@ -35,7 +35,7 @@ def network(multirate: bool = False) -> NVAE:
 def ours(
     x: torch.Tensor, agg: str = "sum", multirate: bool = False, mode: str = "off", recompute: bool = False
 ) -> Call:
-    """One training step as `movae train` runs it."""
+    """Return a call that runs one training step on x as `movae train` does."""
     model = network(multirate)
     if recompute:
         model.recompute_cells()
@@ -56,7 +56,8 @@ def ours(
 
 
 def usual(x: torch.Tensor) -> Call:
-    """One step of the usual loop: the summed loss with its penalty, one backward, torch's Adamax."""
+    """Return a call that runs one step of a usual loop: summed loss with penalty, one backward, torch's
+    Adamax."""
     model = network()
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3, eps=1e-3)
     penalised = model.penalised()
@@ -73,7 +74,8 @@ def usual(x: torch.Tensor) -> Call:
 
 
 def test_steps(benchmark: Any) -> None:
-    """CPU time and peak memory of a step, each in turn; the ratios to the sum's step."""
+    """Record the CPU time and the peak memory of all kinds of steps in turn, and their ratios to the step on
+    the summed loss."""
     x = torch.rand(BATCH, *SHAPE, device=DEVICE).round()
     compiled = {"compiled": ours(x, mode="default")} if DEVICE.type == "cuda" else {}
     peers: dict[str, Call] = {

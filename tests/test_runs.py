@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from movae_fast.cli import main
-from movae_fast.cli.flags import curve, evaluate, sample, train
+from movae_fast.cli.flags import curve, evaluate, generate, reconstruct, sample, train
 from movae_fast.training.run_list import find_run, list_runs
 
 LINES = (
@@ -98,6 +98,12 @@ def test_a_run_by_the_beginning_of_its_name(runs: Path, name: str, found: str) -
     assert Path(sample.parse([name])[0].weights) == expected
     assert [Path(r) for r in curve.parse([name, "latest"]).runs] == [expected, find_run("latest")]
     assert Path(str(train.parse(["--resume", name]).resumed)) == expected
+    assert Path(generate.parse(["--model", name, "--outdir", "x"]).model) == expected
+    assert Path(reconstruct.parse(["--model", name]).model) == expected
+    ladder = ["--arch", "provlae", "--dataset", "sprites", "--mode", "visualize", "--init_from", name]
+    config = train.parse(ladder).config
+    assert config is not None
+    assert Path(str(config.ladder.init_from)) == expected
 
 
 def test_a_wrong_name_is_answered_with_the_runs_that_are_there(
@@ -112,6 +118,17 @@ def test_a_wrong_name_is_answered_with_the_runs_that_are_there(
     error = capsys.readouterr().err
     assert "beginning of 2 runs" in error
     assert "20260102" not in error
+
+
+@pytest.mark.parametrize(
+    "words", ["evaluate runs", "sample runs", "compare runs latest", "generate --outdir x --model runs"]
+)
+def test_a_folder_in_a_runs_place_is_answered_with_the_runs_in_it(runs: Path, capsys, words: str) -> None:
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert "no run" in error
+    assert all(r.name in error for r in list_runs(runs))
+    assert error.count("\n") == 1
 
 
 def test_a_folder_of_runs_is_no_run(runs: Path) -> None:

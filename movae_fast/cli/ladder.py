@@ -1,40 +1,18 @@
-"""Draw a ladder: how each latent of each rung changes an image, and the rungs' KLs over training."""
+"""Draw how each latent of each rung of a trained ladder changes an image."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
 
-from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
 from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
-from movae_fast.pictures import labelled_grid, write_gif, write_png
+from movae_fast.run_pictures import draw_traversals
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
 from movae_fast.training.run_folder import folder_of
-
-SECONDS = 0.2  # per picture: 5 a second
-
-
-def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet: Path) -> list[Path]:
-    """Draw the traversals of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns,
-    and a contact sheet."""
-    values, images = ladder_traversals(model, x, normalize)
-    rungs = range(model.num_ladders, 0, -1)
-    names = [f"L{rung} z{dim + 1}" for rung in rungs for dim in range(model.z_dim)]
-    cells = images.flatten(0, 1)  # [L * latent_dim, FRAMES, C, S, S]
-    frames = [
-        labelled_grid(cells[:, k], [f"{name} {value:+.1f}" for name in names], model.z_dim)
-        for k, value in enumerate(values.tolist())
-    ]
-    labels = [f"{name} {value:+.1f}" for name in names for value in values.tolist()]
-    return [
-        write_gif(gif, frames, SECONDS),
-        write_png(sheet, labelled_grid(cells.flatten(0, 1), labels, FRAMES)),
-    ]
 
 
 def visualize(config: TrainConfig, console: Console) -> int:

@@ -1,16 +1,18 @@
-"""Read the lines of a metrics.jsonl; nothing heavy is imported."""
+"""Read the lines of a run's metrics.jsonl; this module imports nothing heavy."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from movae_fast.files import naming
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl without those that are damaged or that a crash cut short.
+    """Return the log lines of a metrics.jsonl, without lines that are damaged or incomplete; empty if there is
+    no file.
 
     Raises ValueError for a file that is not text.
     """
@@ -28,10 +30,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
-    """Return the metrics of one line; None if it is damaged."""
+    """Return the content of one log line, or None if it is damaged."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
     good = isinstance(line, dict) and isinstance(line.get("step"), int)
     return line if good else None
+
+
+class Conflict(NamedTuple):
+    """Hold how often the measured steps of a run conflicted with an objective, and the smallest cosine."""
+
+    fraction: float  # of the measured steps
+    steps: int  # that were measured
+    least: float  # the smallest cosine of all
+
+
+def conflict_of(lines: Sequence[Mapping[str, Any]], kind: str = "") -> Conflict | None:
+    """Return the conflicts over a whole log, or None if no step was measured.
+
+    kind: "" for the aggregated gradient, "step_" for the applied step.
+    """
+    seen = [line for line in lines if line.get(f"train/{kind}conflict_steps")]
+    steps = sum(line[f"train/{kind}conflict_steps"] for line in seen)
+    if not steps:
+        return None
+    count = sum(line[f"train/{kind}conflict"] * line[f"train/{kind}conflict_steps"] for line in seen)
+    return Conflict(count / steps, steps, min(line[f"train/{kind}min_cosine"] for line in seen))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from movae_fast.cli import parsing
+from movae_fast.cli.train_help import short_help
 from movae_fast.training.config import SECTIONS, TrainConfig
-from movae_fast.training.config_checks import check_settings
+from movae_fast.training.config_checks import check_settings, without_export
 from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
@@ -60,9 +61,16 @@ def build_parser() -> parsing.OneLineParser:
     return parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
 
 
-def parse(argv: Sequence[str]) -> TrainFlags:
-    """Return the flags, checked as far as that goes without torch. Raises ValueError."""
+def parse(argv: Sequence[str]) -> TrainFlags | int:
+    """Return the flags, checked as far as that goes without torch, or the status where the help was printed.
+
+    Raises ValueError.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(short_help())
+        return 0
     kinds = parsing.flag_types(list(SECTIONS.values()))
+    argv = ["--help" if word in ("--help-all", "--help_all") else word for word in argv]
     words = parsing.normalise(argv, kinds)
     resumed, words = parsing.take(words, "resume")
     if resumed is not None and not resumed.strip():
@@ -74,6 +82,8 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     values = parsing.parse(build_parser(), words, recipe)
     notes = completed(values, system)
     config = TrainConfig.from_flat(values)
+    if config.ladder.init_from is not None:
+        config.ladder.init_from = str(find_run(config.ladder.init_from))
     if resumed is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         check_settings(config)
     else:
@@ -122,15 +132,6 @@ def completed(values: dict[str, Any], system: System) -> list[str]:
         flags = "  ".join(f"--{k} {values[k]}" for k in (*PORT, "image_size"))
         notes.append(f"proVLAE's flags, as its PyTorch port has them: {flags}")
     return notes
-
-
-def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
-    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
-    export, config.run.export = config.run.export, None
-    try:
-        check(config)
-    finally:
-        config.run.export = export
 
 
 def torch_vae_export(values: dict[str, Any]) -> Path:
