@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from movae_fast.models.nvae.branch import Branch
 from movae_fast.models.nvae.convs import NormedConv2d
@@ -59,7 +63,13 @@ class UpSkip(nn.Module):
 
 
 class Cell(nn.Module):
-    """Compute skip(x) + 0.1 SE(branch(x))."""
+    """Compute skip(x) + 0.1 SE(branch(x)).
+
+    With `recompute`, training keeps a cell's input alone and computes the rest once more in each backward
+    (gradient checkpointing, Chen et al. 2016), to the same bits on a CPU. Not for torch.compile.
+    """
+
+    recompute = False
 
     def __init__(self, skip: nn.Module, branch: Branch, outputs: int) -> None:
         super().__init__()
@@ -67,12 +77,45 @@ class Cell(nn.Module):
         self.attention = SqueezeExcite(outputs)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self.compute(x)
+
+        computed = False
+
+        def compute(x: Tensor) -> Tensor:
+            nonlocal computed
+            if not computed:
+                computed = True
+                return self.compute(x)
+            with statistics_kept(self):
+                return self.compute(x)
+
+        # A cell draws no random numbers.
+        out = checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(out, Tensor)
+        return out
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the cell's output."""
         y, gate = self.branch.without_last_gate(x)
         means = y.mean((2, 3))
         # The last layer's gate [B, C] needs no pass over the map: it is a factor of means and rest.
         factor = self.attention(means if gate is None else means * gate)
         factor = RESIDUAL * (factor if gate is None else factor * gate)
         return torch.addcmul(self.skip(x), y, factor[:, :, None, None].to(y.dtype))
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let a module in training move copies of its running statistics: they themselves moved once."""
+    kept = [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
+    for part, name, buffer in kept:
+        setattr(part, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for part, name, buffer in kept:
+            setattr(part, name, buffer)
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:

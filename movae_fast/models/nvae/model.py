@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from movae_fast.choices import Activation, KLRows, PresetName
 from movae_fast.models.base import VAE, HierarchyOutput, Noise, Part
 from movae_fast.models.likelihoods import Likelihood, at_least_float32
+from movae_fast.models.nvae.cells import Cell
 from movae_fast.models.nvae.convs import NormedConv2d
 from movae_fast.models.nvae.layout import check_layout, layout_of
 from movae_fast.models.nvae.normals import normal_of
@@ -125,6 +126,12 @@ class NVAE(VAE):
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         groups = [part for group in self.decoder.each() for part in group.generative_parts()]
         return *groups, self.decoder.ups, self.decoder.outer, self.head
+
+    def recompute_cells(self) -> None:
+        """Keep of each cell its input alone in training, and compute the rest again in the backward."""
+        for module in self.modules():
+            if isinstance(module, Cell):
+                module.recompute = True
 
     def draw_noise(self, n: int) -> Noise:
         latent = self.standard_normal(n, self.latent_dim)
