@@ -37,7 +37,7 @@ COMMANDS = {
 TASKS = {
     "Train": ("train", "sweep", "init"),
     "Look at runs": ("runs", "compare", "evaluate", "curve"),
-    "Use a trained model": ("sample", "reconstruct", "generate", "encode", "export"),
+    "Use a trained model": ("sample", "reconstruct", "generate", "encode", "prior", "export"),
     "Data and machine": ("data", "doctor", "completion"),
 }
 
@@ -49,7 +49,9 @@ def usage() -> str:
         "usage: movae COMMAND [flags]",
         "",
     ]
-    for task, names in TASKS.items():
+    others = tuple(name for name in COMMANDS if not any(name in names for names in TASKS.values()))
+    tasks = TASKS | ({"More": others} if others else {})
+    for task, names in tasks.items():
         lines += [task, *(f"  {name:<12} {COMMANDS[name]}" for name in names), ""]
     return "\n".join([*lines, "movae COMMAND --help lists a command's flags."])
 
