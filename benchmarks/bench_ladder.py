@@ -114,7 +114,7 @@ def test_a_fade_in_step_against_a_plain_one(benchmark: Any, size: int, batch: in
     """Time an eager plain step and one with a fade-in at stage 3, for our loop and the usual one."""
     x = torch.rand(batch, 1, size, size, device=DEVICE)
     mine, theirs = Ours(size, width, "off"), Usual(size, width, "off")
-    # Two networks of each kind would compare two networks; the steps alternate on one.
+    # Both kinds of steps alternate on one network: two networks would differ in more than the step.
     calls = {
         "plain": at(mine, x, 2 * STEPS + FADE),
         "fading": at(mine, x, 2 * STEPS),

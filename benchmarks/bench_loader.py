@@ -128,7 +128,7 @@ def filled(loader: Loader) -> Loader:
 def test_jpeg_178x218_to_64x64(benchmark: Any, scenes: Path, name: str) -> None:
     if name.startswith("dali"):
         pytest.importorskip("nvidia.dali")
-    # An epoch of what decodes takes seconds; of what does not, so little that one says nothing.
+    # An epoch of a loader that decodes takes seconds; other loaders need several epochs for a reliable time.
     measure(benchmark, f"JPEG 178x218 to 64x64, {N:,} images", JPEG[name](scenes), epochs=epochs(name))
 
 

@@ -73,7 +73,7 @@ def test_multirate_step(benchmark: Any, arch: str) -> None:
     info["median_ms"], info["extra_memory_mib"] = medians, memory
     info["time over plain"] = medians["multi-rate"] / medians["plain"]
     print(f"\n{arch}: time x{info['time over plain']:.3f}, memory {memory}")
-    if min(memory.values()) > 1:  # a step that fits into what the process already held shows none
+    if min(memory.values()) > 1:  # about 0 if the step fits into memory that the process held
         info["memory over plain"] = memory["multi-rate"] / memory["plain"]
     benchmark.pedantic(peers["multi-rate"], rounds=1)
 

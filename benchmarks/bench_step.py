@@ -55,7 +55,7 @@ if DEVICE.type == "cuda":
         for precision in ("fp32", "bf16")
         for agg in ("sum", "upgrad")
     }
-COLUMNS = {  # what a ratio is taken over
+COLUMNS = {  # name of a ratio -> the variant that it is relative to
     "over sum eager": "sum eager",
     "over sum compiled": "sum compiled",
     "over sum's graph": "sum, one CUDA graph, fp32",
@@ -88,7 +88,7 @@ def ours(arch: str, size: int, x: Tensor, agg: str, precision: Any, options: dic
         step(x, number, model.draw_noise(len(x)))
         number += 1
 
-    # A round is as many steps as make one turn of what the variant does only every so often.
+    # A call runs `gramian_every` steps, so that exactly one of them computes the Gramian.
     return repeated(run, options.get("gramian_every", 1))
 
 

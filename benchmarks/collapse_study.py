@@ -23,7 +23,7 @@ import torch
 
 from movae_fast.cli import main as movae
 from movae_fast.data.text import TextOptions, read_text
-from movae_fast.data.text.lstm_text import random_network
+from movae_fast.data.text.lstm_text import generating_network
 from movae_fast.data.text.vocabulary import SPECIALS
 from movae_fast.evaluation.text import importance_weighted_nll, measure_text
 from movae_fast.evaluation.text_oracle import true_log_likelihood
@@ -99,13 +99,12 @@ def oracle_of(out: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     for line in lines_of(out):
         if line.get("sentences") == count:
             return torch.tensor(line["rows"]), torch.tensor(line["oracle"], dtype=torch.float64)
-    network = random_network(torch.Generator().manual_seed(TextOptions(Path()).seed))  # as the corpus begins
     source = read_text("lstm_text", TextOptions(Path())).test
     rows = torch.linspace(0, len(source) - 1, count).round().long()
     tokens, _ = source.gather(rows)
     began = time.process_time()
     words = tokens[:, 1:-1] - len(SPECIALS)
-    nll = -true_log_likelihood(network, words, fine=SPACING).log_likelihood
+    nll = -true_log_likelihood(generating_network(), words, fine=SPACING).log_likelihood
     seconds = time.process_time() - began
     append(out, {"sentences": count, "rows": rows.tolist(), "oracle": nll.tolist(), "cpu_seconds": seconds})
     return rows, nll

@@ -40,7 +40,7 @@ from movae_fast.training.world import World
 ARCHS = ("vae", "betatc_vae", "vq_vae", "mmd_vae", "provlae")
 SETS = ("fashion_mnist", "sprites")
 TORCHJD = {"upgrad_regularizer": "trace", "upgrad_norm_eps": 1e-4, "upgrad_reg_eps": 1e-4}
-# What makes an update without conflict, or does not: name -> flags.
+# Ways to aggregate, with and without a guarantee against conflicts: name -> flags.
 WAYS: dict[str, dict[str, Any]] = {
     "sum": {"agg": "sum"},
     "TorchJD's UPGrad": {"agg": "upgrad", **TORCHJD},
@@ -258,7 +258,7 @@ def tables(paths: list[Path]) -> str:
 def cells_of(found: list[dict[str, Any]]) -> list[str]:
     """Return a group's cells of the table: runs, conflicts of gradients and of steps, test error, rate."""
     if not all(math.isfinite(loss) for f in found for loss in f["final_losses"]):
-        return [str(len(found)), "diverged", "diverged", "–", "–"]  # what was not computed is no conflict
+        return [str(len(found)), "diverged", "diverged", "–", "–"]  # NaN cosines would count as no conflict
     error = [f["test/mse"] for f in found]
     spread = f" ± {statistics.stdev(error):.5f}" if len(error) > 1 else ""
     return [

@@ -212,12 +212,15 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
 
 
 def notes(work: Run) -> list[str]:
-    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out."""
+    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out;
+    and why sentences are not compiled where images are."""
     lines = list(work.notes)
     if work.config.run.distributed and work.world.size == 1:
         lines.append(
             "--distributed: this is one process; torchrun --nproc_per_node=N -m movae_fast train … has N"
         )
+    if work.config.is_text and work.device.type == "cuda":
+        lines.append("not compiled: torch.compile would unroll an LSTM, once for each length of the sentences")
     kind = "sentences" if work.config.is_text else "images"
     for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
         if loader.note:

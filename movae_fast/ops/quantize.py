@@ -22,6 +22,7 @@ from movae_fast.ops.nearest_code import (
     flat,
     is_flat,
     rows_view,
+    search_for_export,
     search_in_torch,
 )
 from movae_fast.ops.registration import refuse_vmap, triton_kernels
@@ -63,6 +64,8 @@ def quantize(
     if gradient not in get_args(Gradient):
         raise ValueError(f"quantize: gradient must be one of {get_args(Gradient)}; got {gradient!r}")
     z, codebook = check_operands("quantize", z, codebook)
+    if torch.compiler.is_exporting():
+        return quantize_for_export(z, codebook)
     if extension.missing(z):
         return quantize_in_torch(z, codebook, gradient)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -92,6 +95,8 @@ def code_error(
         raise ValueError(
             f"code_error: index must be {list(index_shape(z))} for z {list(z.shape)}; got {list(index.shape)}"
         )
+    if torch.compiler.is_exporting():
+        return (z - torch.nn.functional.embedding(index, codebook).movedim(-1, 1)).square().sum(1)
     if extension.missing(z):
         return code_error_in_torch(z, codebook, index)
     return torch.ops.movae.code_error(z, codebook, index)
@@ -101,6 +106,17 @@ def accumulation_dtype(z: Tensor) -> torch.dtype:
     """Return the dtype in which errors, counts and sums are accumulated and returned: float64 for float64, else
     float32 (float16 cannot count beyond 2048)."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def quantize_for_export(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `quantize` does, without gradients, in operators that every runtime has."""
+    index = search_for_export(z, codebook)
+    words = torch.nn.functional.embedding(index, codebook)  # [B, *spatial, D]
+    rows, flat_index = z.movedim(1, -1).flatten(0, -2), index.flatten()
+    sums = torch.zeros_like(codebook).index_add(0, flat_index, rows)
+    counts = codebook.new_zeros(codebook.shape[0]).index_add(0, flat_index, torch.ones_like(rows[:, 0]))
+    z_q = words.movedim(-1, 1)
+    return z_q, index, (z - z_q).square().sum(1), counts, sums
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------
@@ -246,7 +262,7 @@ def _quantize_backward_cuda(
     index = index.flatten().clamp(0, len(codebook) - 1)
     rows, code = as_rows(z).to(dtype), codebook[index].to(dtype)
     through = torch.zeros_like(rows) if grad_z_q is None else as_rows(grad_z_q).to(dtype)
-    pull = torch.zeros_like(rows)  # half the gradient of sq_err in z
+    pull = torch.zeros_like(rows)  # half the gradient of sq_err with respect to z
     if grad_sq_err is not None:
         pull = grad_sq_err.to(dtype).reshape(-1, 1) * (rows - code)
     if want_z:
@@ -266,7 +282,7 @@ def _quantize_backward_cuda(
 def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient at z, given `grad` at the z_q that the rotation trick makes: the transposed rotation
     and the scale that take z to its code are applied to `grad`."""
-    # Where one of the two has no direction, grad passes as it is.
+    # If z or its code is zero there is no rotation, and grad passes unchanged.
     length_z, length_code = z.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
     e, q = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(code, dim=1)
     r = torch.nn.functional.normalize(e + q, dim=1)
@@ -344,7 +360,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     z, codebook, index = ctx.saved_tensors
     want_z, want_codebook = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    # Nothing but the codebook's own gradient reaches it through z_q, and it alone.
+    # Through z_q the gradient goes to the codebook alone if `gradient` is "codebook", and to z alone otherwise.
     want_z = want_z and (grad_sq_err is not None or (grad_z_q is not None and gradient != "codebook"))
     want_codebook = want_codebook and (
         grad_sq_err is not None or (grad_z_q is not None and gradient == "codebook")

@@ -1,9 +1,9 @@
-"""Decide how long the encoder is trained alone, before each step of the decoder and over the epochs.
+"""Decide how many steps the encoder is trained alone before each step of the decoder, and in which epochs.
 
-He et al. 2019 (Lagging inference networks and posterior collapse) explain the collapse of a posterior by an
-encoder that lags behind its decoder. While their aggressive phase lasts, each step of the decoder is preceded
-by steps of the encoder alone, until the loss per token stops falling; the phase ends for good with the first
-epoch that lowers the mutual information of sentences and latents on the validation split.
+He et al. 2019 (Lagging inference networks and posterior collapse) explain posterior collapse by an encoder that
+lags behind its decoder. In their aggressive phase each step of the decoder is preceded by steps of the encoder
+alone, until the loss per token stops falling. The phase ends after the first epoch that lowers the mutual
+information between sentences and latents on the validation split, and does not return.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 @dataclass
 class Aggressive:
-    """Hold the phase's settings and what it has come to, which is part of a checkpoint."""
+    """Hold the settings and the state of the aggressive phase; the state is part of a checkpoint."""
 
     steps: int  # of the encoder before a step of the decoder, at most
     window: int  # steps whose mean losses are compared
@@ -26,7 +26,8 @@ class Aggressive:
     taken: int = 0  # steps of the encoder alone, since the run began
 
     def end_epoch(self, information: float) -> None:
-        """End the phase where the mutual information has fallen since the epoch before; 0 at first."""
+        """End the phase if the mutual information, in nats, is lower than after the previous epoch (0 before
+        the first)."""
         self.on = self.on and information >= self.information
         self.information = information
 
@@ -39,14 +40,18 @@ class Aggressive:
 
 @dataclass
 class Falling:
-    """Say when losses stop falling: `window` losses in a row are compared with the `window` before them."""
+    """Detect that losses stop falling: the mean of each `window` losses is compared with the mean of those
+    before."""
 
     window: int
     before: float = math.inf
     sums: list[torch.Tensor] = field(default_factory=list)  # [2] of each: nats and tokens
 
     def goes_on(self, nats_and_tokens: torch.Tensor) -> bool:  # [2] of one more step
-        """Return False where a window has just been filled whose loss per token is above the last one's."""
+        """Add one step's summed loss and its number of tokens, [2]; return whether to go on.
+
+        It is False if this completes a window whose loss per token is above that of the previous window.
+        """
         self.sums.append(nats_and_tokens)
         if len(self.sums) < self.window:
             return True

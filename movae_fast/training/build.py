@@ -127,7 +127,8 @@ def build_aggregator(
 
 
 def build_aggressive(optimizer: OptimizerConfig) -> Aggressive | None:
-    """Return the phase in which the encoder is trained alone, where the configuration asks for one."""
+    """Return the aggressive phase, in which the encoder is trained alone, or None if the configuration has
+    none."""
     if not optimizer.aggressive:
         return None
     return Aggressive(optimizer.aggressive_steps, optimizer.aggressive_window)
@@ -152,7 +153,7 @@ def build_losses(
 
 
 def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
-    """Return what lowers the learning rate by the validation loss, where the configuration asks for it."""
+    """Return the schedule that lowers the learning rate by the validation loss, or None for other schedules."""
     if optimizer.scheduler != "plateau":
         return None
     return Plateau(
@@ -221,7 +222,7 @@ def compile_mode(
     captured: whether the step is recorded as a CUDA graph. part_of_batch: whether the Gramian is computed on a
     part of the batch, which is not compiled.
     """
-    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
+    # Layers that communicate with other processes cannot be compiled, nor can a batch that is divided.
     if part_of_batch or (run.sync_batchnorm and world.size > 1):
         return "off"
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
@@ -344,13 +345,18 @@ def make_loader(
 
 
 def make_text_loader(
-    config: TrainConfig, device: torch.device, split: str, world: World | None = None
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    world: World | None = None,
+    in_order: bool = False,
 ) -> TextLoader:
-    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences."""
-    data, train, world = config.data, split == "train", world or World()
+    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences; `in_order` gives
+    each training sentence once, as of a test split."""
+    data, train, world = config.data, split == "train" and not in_order, world or World()
     source = read_text(data.dataset, config.text_options).split(split)
     return TextLoader(
-        limited_text(source, data.limit_train if train else data.limit_test),
+        limited_text(source, data.limit_train if split == "train" else data.limit_test),
         data.batch_size if train else data.eval_batch_size or data.batch_size,
         device,
         train=train,

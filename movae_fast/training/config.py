@@ -77,9 +77,6 @@ class DataConfig:
         label_column: Whether lines are label<TAB>text (text); the default is the corpus's own.
         pad_multiple: Sentences of one batch have one length (1), or lengths that are padded to the next
             multiple of this, for fewer shapes.
-        vocabulary_size: Filled in: the words of the corpus, the special ones among them.
-        longest: Filled in: the tokens of its longest sentence.
-        corpus_digest: Filled in: SHA-256 of the corpus as the model sees it, by which a resumed run knows it.
     """
 
     dataset: str = "cifar10"
@@ -109,9 +106,6 @@ class DataConfig:
     too_long: TooLong = "error"
     label_column: bool | None = None
     pad_multiple: int = 1
-    vocabulary_size: int | None = None
-    longest: int | None = None
-    corpus_digest: str | None = None
 
 
 @dataclass
@@ -511,6 +505,20 @@ class WandbConfig:
 
 
 @dataclass
+class CorpusFacts:
+    """Hold what a run on text found its corpus to be: no flags, but part of its configuration."""
+
+    vocabulary_size: int | None = None  # with the special words
+    longest: int | None = None  # tokens of the longest sentence
+    corpus_digest: str | None = (
+        None  # SHA-256 of the corpus as the model sees it, by which a resumed run knows it
+    )
+
+
+FILLED_IN = tuple(f.name for f in fields(CorpusFacts))
+
+
+@dataclass
 class TrainConfig:
     """Hold all settings of `movae train`, by subject."""
 
@@ -522,14 +530,15 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    corpus: CorpusFacts = field(default_factory=CorpusFacts)
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
         """Build the configuration from flags by name, as a command line or a config.yaml has them; unknown
         names are ignored."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for part in fields(cls):
-            section = SECTIONS[part.name]
+            section = CorpusFacts if part.name == "corpus" else SECTIONS[part.name]
             names = {f.name for f in fields(section)}
             parts[part.name] = section(**{k: v for k, v in values.items() if k in names})
         return cls(**parts)
@@ -563,7 +572,7 @@ class TrainConfig:
 
     @property
     def reads_valid(self) -> bool:
-        """Return whether training decides by the validation split."""
+        """Return whether training uses the validation split, for its learning rate or its aggressive phase."""
         return self.optimizer.aggressive or self.optimizer.scheduler == "plateau"
 
     @property
@@ -578,7 +587,7 @@ class TrainConfig:
         """Return the shape [C, S, S] of an image; for sentences [V, 1, T], as one-hot words, once the corpus is
         known."""
         if self.is_text:
-            return self.data.vocabulary_size or 5, 1, self.data.longest or 2
+            return self.corpus.vocabulary_size or 5, 1, self.corpus.longest or 2
         size = self.data.image_size or self.info.default_size
         return self.info.channels, size, size
 

@@ -55,7 +55,11 @@ def validate(config: TrainConfig) -> None:
 
 
 def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
-    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
+    """Call `check` on a configuration with --export left out.
+
+    The path to export to is checked where a run is started or resumed, because a resumed run may keep or change
+    it.
+    """
     export, config.run.export = config.run.export, None
     try:
         check(config)
@@ -105,7 +109,7 @@ def check_model(config: TrainConfig) -> None:
 
 
 OF_TEXT = ("max_length", "too_long", "label_column", "pad_multiple")
-# What a sentence does not have; --recons_* choose a likelihood of pixels.
+# Flags that do not apply to text; --recons_* choose a likelihood of pixels.
 OF_IMAGES = {
     "data": ("image_size", "resize", "crop", "normalize", "binarize", "flip", "antialias", "chn_num", "loader"),
     "objective": ("recons_dist", "recons_reduction", "recons_activation"),
@@ -134,7 +138,10 @@ def check_text(config: TrainConfig) -> None:
     if config.objective.gramian_batch < 1:
         raise ValueError("--gramian_batch does not apply to text; leave it out, or use --gramian_every")
     if config.run.compile not in ("auto", "off"):
-        raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
+        raise ValueError(
+            f"--compile {config.run.compile}: torch.compile would unroll an LSTM, once for each length of the "
+            "sentences; leave it out"
+        )
     config.run.compile = "off"
     if config.run.accumulate > 1 and data.last_batch != "pad":
         raise ValueError("--accumulate on text needs batches of one size: add --last_batch pad")
@@ -317,7 +324,8 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def check_validation(config: TrainConfig) -> None:
-    """Check that there is a validation split where training decides by it, and the plateau's settings."""
+    """Raise ValueError for flags that need a validation split which the dataset lacks, or for wrong settings of
+    the plateau schedule and of --clip_per."""
     optimizer, default = config.optimizer, OptimizerConfig()
     if config.reads_valid and not config.is_text:
         flag = "--aggressive" if optimizer.aggressive else "--scheduler plateau"
@@ -344,7 +352,8 @@ def check_validation(config: TrainConfig) -> None:
 
 
 def check_aggressive(config: TrainConfig) -> None:
-    """Check that the encoder can step alone."""
+    """Raise ValueError if --aggressive is given with flags that rule out steps of the encoder alone, or its
+    settings without it."""
     optimizer, default = config.optimizer, OptimizerConfig()
     if not optimizer.aggressive:
         for name in ("aggressive_steps", "aggressive_window"):
@@ -437,7 +446,7 @@ def check_multirate(config: TrainConfig) -> None:
     """Check the settings of multi-rate training, or that none was given without `--multirate`."""
     rate, arch, o = config.multirate, config.model.arch, config.objective
     if not rate.multirate:
-        # Older runs have in their configuration what was the default of all models.
+        # Configurations of older runs hold the default that all models then shared.
         default = MultiRateConfig(gate_decoder="sqrt" if rate.gate_decoder == "sqrt" else None)
         given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
         if given:

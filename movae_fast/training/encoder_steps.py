@@ -1,4 +1,4 @@
-"""Take the steps of the encoder alone that precede a step of the decoder."""
+"""Run the training steps of the encoder alone that precede a step of the decoder."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from movae_fast.training.train_step import Part
 
 
 def train_encoder(run: Run) -> Part:
-    """Step the encoder by the batch to come, then by others, until their loss stops falling; return what the
-    step to come is to update.
+    """Train the encoder alone until its loss stops falling; return which parameters the next step has to
+    update.
 
-    The other batches are drawn from the epoch's with replacement, by the seed and the step alone. Outside the
-    aggressive phase nothing is done. The processes decide by the sum of their losses, so all stop together.
+    The first step uses the run's next batch, later ones batches that are drawn from the epoch's with
+    replacement, depending on seed and step only. Outside the aggressive phase nothing is done, and the next
+    step updates all parameters. The processes sum their losses, so all of them stop at the same step.
     """
     phase, loader = run.aggressive, run.train_loader
     if phase is None or not phase.on:

@@ -45,7 +45,7 @@ def evaluate(
     model.eval()
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives, of the negative ELBO, of the squared error; images with objectives, and all.
+        # Sums: m objectives, negative ELBO, squared error, images that have objectives, all images.
         m = len(losses.names)
         sums = torch.zeros(m + 4, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(sum(model.code_sizes), device=loader.device)
@@ -100,7 +100,8 @@ def evaluate_text(
 
     Keys: `test/<objective>`, unweighted, in nats per sentence; `test/loss`, their weighted sum;
     `test/token_perplexity`, exp of the negative ELBO per token; `test/active_units`, the number of active
-    latents; `test/mutual_information`, that of sentences and latents within a batch, in nats. Noise and random state are handled as in `evaluate`.
+    latents; `test/mutual_information`, between sentences and latents, estimated within a batch, in nats. Noise
+    and random state are handled as in `evaluate`.
     """
     was_training = model.training
     model.eval()
@@ -108,7 +109,7 @@ def evaluate_text(
     assert isinstance(width, int)
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives, of the means and their squares; sentences, tokens and mutual information.
+        # Sums: objectives, latent means [width], their squares [width], sentences, tokens, mutual information.
         sums = torch.zeros(len(losses.names) + 2 * width + 3, dtype=torch.float64, device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
@@ -137,11 +138,11 @@ def mutual_information(
     logvar: Tensor,  # [B, D]
     z: Tensor,  # [B, D] one draw of each posterior
 ) -> Tensor:  # []
-    """Return E[log q(z|x)] - E[log q(z)] in nats, with q(z) the mean of the batch's own posteriors (He et al.
-    2019).
+    """Return E[log q(z|x)] - E[log q(z)] in nats, where q(z) is the mean of the batch's own posteriors (He et
+    al. 2019).
 
-    The first term is the entropies' closed form, so the estimate may be a little below 0, and a little above
-    its expectation's bound, log B.
+    The first term uses the entropies' closed form, so the estimate may lie slightly below 0, or slightly above
+    log B, which bounds its expectation.
     """
     d = mu.shape[1]
     entropy = -0.5 * d * math.log(2 * math.pi) - 0.5 * (1 + logvar).sum(1)
@@ -159,7 +160,7 @@ def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:
 def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
     """Return the mean of the training images, over at most 65,536 evenly spaced ones."""
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
-    # Drawn pixels have the grey level for their mean; a threshold's have another.
+    # The mean of randomly binarized pixels is their grey level; that of thresholded ones is not.
     shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
     plain = ResidentLoader(
         Subset(loader.source, n), 256, loader.device, train=False, binarizer=shown, bits=loader.bits

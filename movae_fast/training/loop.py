@@ -29,7 +29,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     NaN or infinite.
     """
     final: dict[str, float] = {}
-    failed: NonFiniteError | None = None  # until all processes know of it
+    failed: NonFiniteError | None = None  # kept until all processes know of it
     with Signals() as signals, Profiler(run) as profiler:
         while not run.ended:
             run.model.train()
@@ -43,6 +43,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 run.scheduler.step()
                 run.telemetry.add(metrics, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
+                run.callbacks.on_step(run, metrics)
                 profiler.step()
                 if log_due(run) or stage_ends(run):
                     run.telemetry.close(position(run), run.world)
@@ -64,7 +65,9 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                     break
             if failed:  # every process reads the same window here, so all of them raise
                 raise failed
-            final = end_epoch(run, bar) or final
+            metrics_of_epoch = end_epoch(run, bar)
+            run.callbacks.on_epoch_end(run, metrics_of_epoch)
+            final = metrics_of_epoch or final
     return final
 
 
@@ -104,8 +107,10 @@ def log_due(run: Run, ahead: int = 0) -> bool:
 
 
 def position(run: Run) -> dict[str, Any]:
-    """Return the part of a log line that says where the run is: step, epoch, learning rate, steps of the
-    encoder alone, and for a ladder stage and alpha."""
+    """Return the fields of a log line that locate it: step, epoch, learning rate, and what applies of two more.
+
+    These are the number of steps of the encoder alone, and a ladder's stage and alpha.
+    """
     line = {"step": run.step, "epoch": run.epoch, "train/lr": run.lr}
     if run.aggressive is not None:
         line["train/encoder_steps"] = run.aggressive.taken
@@ -189,7 +194,8 @@ def _besides(metrics: dict[str, float]) -> str:
 
 
 def validate(run: Run, loader: TextLoader, bar: Bar) -> None:
-    """Evaluate on the validation split, and let decide by it what decides by it."""
+    """Evaluate on the validation split and log the metrics; then let the plateau schedule and the aggressive
+    phase react."""
     run.world.average_buffers(run.model)
     with run.averaged():
         metrics = evaluate(run.model, run.losses, loader, run.config.run.seed or 0, run.world)

@@ -1,10 +1,10 @@
-"""Lower the learning rate where the validation loss stops falling, from the best weights so far.
+"""Lower the learning rate when the validation loss stops falling, and return to the best weights so far.
 
-As He et al. 2019 train on text: the loss at an epoch's end is compared with that of the end before. Once it has
-been worse `patience` times, the weights become the best ones there were, the optimizer starts anew, and the
-learning rate is multiplied by gamma; after so many decays training is over. The loss is the one that the run
-ends with, so no annealing of the KL is in it. While the KL is annealed, the best weights may be early ones that
-have collapsed.
+This is how He et al. 2019 train on text. The loss at the end of an epoch is compared with the last one that was
+no worse. Once it has been worse `patience` times, the best weights are restored, the optimizer's state is
+reset, and the learning rate is multiplied by gamma; after a given number of such decays training ends. The loss
+has the KL's final weight, so it ignores annealing. During the annealing the best weights may therefore be early
+ones that have collapsed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Plateau:
-    """Hold the schedule's settings and what it has come to, which is part of a checkpoint."""
+    """Hold the settings and the state of the schedule; the state is part of a checkpoint."""
 
     patience: int  # ends of epochs with a worse loss before a decay
     after: int  # epochs without a decay at the run's beginning
@@ -33,17 +33,19 @@ class Plateau:
 
     @property
     def factor(self) -> float:
-        """Return the factor on the learning rate."""
+        """Return the factor on the learning rate: gamma to the power of the number of decays."""
         return self.gamma**self.decays
 
     @property
     def over(self) -> bool:
-        """Return whether training is over."""
+        """Return whether the number of decays after which training ends is reached."""
         return 0 < self.most <= self.decays
 
     def end_epoch(self, loss: float, epochs: int, model: nn.Module) -> bool:
-        """Take the validation loss after so many epochs; return True for a decay, and let the model have the
-        best weights there."""
+        """Take the validation loss after `epochs` epochs; return whether the learning rate decays now.
+
+        At a decay the best weights so far are loaded into the model, if `reload` is set.
+        """
         if loss < self.best:
             self.best = loss
             if self.reload:

@@ -20,6 +20,7 @@ from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.aggressive import Aggressive
+from movae_fast.training.callbacks import Callbacks
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
 from movae_fast.training.optim import forget_state, set_learning_rate
@@ -59,8 +60,9 @@ class Run:
     ended: bool = False  # the last step is done and its pictures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
-    notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
+    notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
+    callbacks: Callbacks = field(default_factory=Callbacks, repr=False)
 
     @property
     def epochs(self) -> int:
@@ -78,12 +80,12 @@ class Run:
 
     @property
     def next_lr(self) -> float:
-        """Return the learning rate of the step to come."""
+        """Return the learning rate of the next step."""
         return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
 
     def restart_optimizer(self) -> None:
-        """Go on at the learning rate that the plateau schedule has now, with a new optimizer's state where the
-        weights are others."""
+        """Set the plateau schedule's current learning rate, and reset the optimizer's state if the weights were
+        replaced."""
         assert self.plateau is not None
         if self.plateau.reload:
             forget_state(self.optimizer)
@@ -174,6 +176,7 @@ class Run:
         if self.world.main:
             checkpoint.save(path, self.state())
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
         return path
 
     def name_again(self, name: str, another: str) -> None:
@@ -183,6 +186,7 @@ class Run:
         if self.world.main:
             give_name(self.path_of(name), path)
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
 
     def path_of(self, name: str) -> Path:
         """Return the path of the checkpoint with this name."""

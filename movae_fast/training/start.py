@@ -148,7 +148,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         keep_freed_memory()
     set_seeds(config.run.seed or 0)
     torch.backends.cudnn.benchmark = config.run.on_cudnn_benchmark
-    # Built before any data is read: a size that does not fit is said at once.
+    # Build the model before reading any data, so that sizes that do not fit are reported at once.
     model = build_network(config, device, world)
     weights = config.weights()
     aggregator = build_aggregator(config.objective, weights, config.needs_jacobian, device)

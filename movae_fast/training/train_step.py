@@ -64,8 +64,8 @@ class Gradient(Enum):
 
 
 class Part(Enum):
-    """Name the parameters that a step updates; gradients, and the norm that is clipped, are always those of
-    all."""
+    """Name the parameters that a step updates. The gradients and the norm for clipping are of all parameters in
+    any case."""
 
     ALL = "all parameters"
     SHARED = "the shared parameters alone"
@@ -162,7 +162,7 @@ class TrainStep:
         self.guard = None
         if optimizer is not None and (skip_grad_norm or (ema_decay and self.precision.scaler is not None)):
             self.guard = StepGuard(optimizer, model, skip_grad_norm, self.world)
-        # Behind whatever aggregates: a penalty that an aggregator weighs could have the step for itself.
+        # Add the penalty after aggregation: as an objective it could dominate an aggregator's step.
         self.penalised = None if losses.schedule.penalty is None else model.penalised()
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
@@ -177,12 +177,11 @@ class TrainStep:
         sample_weight: Tensor | None = None,
         part: Part = Part.ALL,
     ) -> StepMetrics:
-        """Run one step: update the parameters of `part` by this process's images [B, C, S, S] of the 0-based
-        `step`.
+        """Run one step: update the parameters of `part` from this process's images [B, C, S, S].
 
-        noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the step is logged, so that
-        rows and cosines are computed for its metrics. sample_weight: [B] how often each image counts, see
-        `objectives`.
+        step: its 0-based number. noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the
+        step is logged, so that rows and cosines are computed for its metrics. sample_weight: [B] how often each
+        image counts, see `objectives`.
         """
         self.losses.set_step(step)
         batch, scale = Batch(images, noise, sample_weight), self.scale_at(step)
@@ -274,7 +273,10 @@ class TrainStep:
         )
 
     def clip(self, norm: Tensor) -> None:
-        """Clip the whole gradient, whose norm [] is given, or that of each part to `max_grad_norm`."""
+        """Clip the gradient to `max_grad_norm`; with `clip_apart` the shared and the task part each.
+
+        norm: that of the whole gradient, [].
+        """
         if not self.max_grad_norm:
             return
         clipped = [(self.flat.grad, norm)]
@@ -316,7 +318,7 @@ class TrainStep:
         return Kind(Gradient.ROWS, True, log)
 
     def left_alone(self, part: Part) -> list[nn.Parameter]:
-        """Return the parameters that a step of this part does not update."""
+        """Return the parameters that a step of this part must not update."""
         return {Part.ALL: [], Part.SHARED: self.flat.task, Part.TASK: self.flat.shared}[part]
 
     def scale_at(self, step: int) -> Tensor:  # [a]
@@ -334,8 +336,7 @@ class TrainStep:
         self.by_weights = Compiled(gradients.of_weighted, mode, limits)
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
         self.by_penalty = Compiled(gradients.of_penalty, mode)
-        # One graph from the losses to the weighted gradient, where no other process and no host has to be
-        # asked.
+        # One graph from the losses to the weighted gradient, if that needs no other process and no host.
         one_graph = is_fused(self.aggregator) and self.world.size == 1
         self.by_cheap_gramian = Compiled(gradients.of_cheaply_weighted, mode if one_graph else "off", limits)
 
@@ -375,7 +376,7 @@ class TrainStep:
             self.rows.resize(result.nonzero)
             for row, views, gradient in zip(self.rows.rows, self.rows.views, result.shared, strict=True):
                 write(views, gradient, add=k > 0)
-                if last:  # at once: the exchange goes on behind the next row's backward
+                if last:  # now, so that the exchange overlaps with the next row's backward
                     pending.append(self.world.start_scatter(row))
             results.append(self.kept(result))
         for exchange in pending:
@@ -422,7 +423,7 @@ class TrainStep:
         assert self.aggregator is not None
         rows = self.rows.rows
         if self.hides(gramian):
-            self.flat.shared_grad[:1].fill_(torch.nan)  # of a parameter, not between two: the step is left out
+            self.flat.shared_grad[:1].fill_(torch.nan)  # an element of a parameter, not padding: skips the step
             unknown = self.unknown[self.active]
             return None, unknown, unknown
         if is_weighting(self.aggregator):
@@ -465,7 +466,7 @@ class TrainStep:
             self.weights.copy_(weights)
             done = [self.write(result, 0)]
         elif gradient is Gradient.CHEAP_GRAMIAN:
-            # The weights are the whole batch's, so all parts go forward once before any goes back.
+            # The weights depend on the whole batch, so all parts go forward before any goes backward.
             with keeping_buffers(self.model):
                 rows = [gradients.cheap_rows_of(self.network, part, scale, self.last) for part in parts]
             self.weights.copy_(self.weigh_cheap_rows(*rows))
@@ -541,7 +542,7 @@ class TrainStep:
 
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let an optimizer, which passes over parameters without a gradient, leave these as they are."""
+    """Hide the gradients of these parameters inside a `with` block, so that an optimizer skips them."""
     kept = [(p, p.grad) for p in parameters]
     for p, _ in kept:
         p.grad = None
@@ -568,7 +569,8 @@ def why_not_captured(
     if aggregator is not None and not is_fused(aggregator):
         return f"TorchJD's {type(aggregator).__name__}"
     if aggregator is not None and (missing := extension.cuda_missing()):
-        from movae_fast.aggregation.weightings import MethodAggregator  # with TorchJD, which is there by now
+        # Imports TorchJD, which is loaded by now.
+        from movae_fast.aggregation.weightings import MethodAggregator
 
         if isinstance(aggregator, MethodAggregator):
             return f"weights on the host: {missing}"
