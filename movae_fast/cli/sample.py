@@ -194,7 +194,8 @@ def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> Fit
             say(f"codes are drawn without a prior (movae prior {run} --kind transformer fits one)")
         return None
     fitted, prior = load_prior(path, trained, model)
-    check_choice(fitted, trained.info.classes, config.label, choice_of(config))
+    assert isinstance(prior.classes, int)
+    check_choice(fitted, prior.classes, config.label, choice_of(config))
     if config.bn_passes:
         raise ValueError(f"--bn_passes {config.bn_passes} draws from N(0, I); give --prior none with it")
     return path, fitted.kind, prior

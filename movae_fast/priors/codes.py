@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Grid(NamedTuple):
         return self.height * self.width
 
 
+ROWS = 1 << 16  # of a mapped file, read at a time
 Grids = tuple[Grid, ...]  # the maps of one image, in the order of the sequence
 
 
@@ -56,15 +58,24 @@ def images_of(model: VAE, codes: Tensor) -> Tensor:  # [B, C, S, S] in the model
     return model.to_image(model.decode(model.lookup(model.from_sequence(codes))))
 
 
-def unigram_bits(codes: Tensor, grids: Sequence[Grid], fitted_on: Tensor) -> float:
-    """Return bits per code [N, T] under each map's own usage, with one added to every count, of `fitted_on`.
+def usage_bits(codes: np.ndarray, grids: Sequence[Grid], fitted_on: np.ndarray) -> float:
+    """Return bits per code [N, T] under each map's own usage in `fitted_on` [M, T], with one added to every
+    count.
 
     It is what codes cost that are drawn independently of each other, and of where they are.
     """
     nats, at = 0.0, 0
     for grid in grids:
         here = slice(at, at + grid.places)
-        counts = torch.bincount(fitted_on[:, here].reshape(-1).long(), minlength=grid.codes).double() + 1
-        nats -= float((counts / counts.sum()).log()[codes[:, here].long()].sum())
+        usage, counts = (usage_counts(rows[:, here], grid.codes) for rows in (fitted_on, codes))
+        nats -= float(counts @ np.log((usage + 1) / (usage + 1).sum()))
         at += grid.places
-    return nats / codes.numel() / math.log(2)
+    return nats / codes.size / math.log(2)
+
+
+def usage_counts(codes: np.ndarray, size: int) -> np.ndarray:  # [size] float64
+    """Return how often each of `size` codes occurs in mapped codes [N, t], which are read part by part."""
+    counts = np.zeros(size)
+    for first in range(0, len(codes), ROWS):
+        counts += np.bincount(codes[first : first + ROWS].reshape(-1), minlength=size)
+    return counts
