@@ -12,12 +12,12 @@ RESIDUAL = 0.1  # what a branch is multiplied by
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Make the BatchNorm of every cell."""
+    """Make a BatchNorm layer with the settings that all cells use."""
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
 
 
 class SqueezeExcite(nn.Module):
-    """Multiply each channel by a factor from 0 to 1 that depends on the spatial means of all channels."""
+    """Multiply each channel by a factor between 0 and 1 that depends on the spatial means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -31,7 +31,8 @@ class SqueezeExcite(nn.Module):
 
 
 class DownSkip(nn.Module):
-    """Halve the side: swish, then four 1x1 convolutions of stride 2, each on its own quarter of the pixels."""
+    """Halve the side of a map: swish, then four 1x1 convolutions of stride 2, each on another pixel of every
+    2x2 block."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class DownSkip(nn.Module):
 
 
 class UpSkip(nn.Module):
-    """Double the side, bilinear with aligned corners, then a 1x1 convolution."""
+    """Double the side of a map by bilinear interpolation with aligned corners, then apply a 1x1 convolution."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class UpSkip(nn.Module):
 
 
 class Cell(nn.Module):
-    """Compute skip(x) + 0.1 SE(branch(x))."""
+    """Compute skip(x) + 0.1 SE(branch(x)), with the squeeze-and-excitation layer SE."""
 
     def __init__(self, skip: nn.Module, branch: nn.Sequential, outputs: int) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Cell(nn.Module):
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
-    """Make a cell of the encoder: two times BatchNorm, swish, 3x3 convolution."""
+    """Make an encoder cell, whose branch is twice BatchNorm, swish, 3x3 convolution; `down` halves the side."""
     branch = nn.Sequential(
         batch_norm(inputs),
         nn.SiLU(),
@@ -81,7 +82,8 @@ def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
 
 
 def decoder_cell(inputs: int, outputs: int, expand: int, up: bool = False) -> Cell:
-    """Make a cell of the decoder: 1x1 to `expand` times the width, depthwise 5x5, 1x1 back; no biases."""
+    """Make a decoder cell, whose branch is a 1x1 convolution to `expand` times the width, a depthwise 5x5
+    convolution, and a 1x1 convolution back, without biases; `up` doubles the side."""
     wide = expand * inputs
     branch = nn.Sequential(
         *([nn.Upsample(scale_factor=2, mode="nearest")] if up else []),
