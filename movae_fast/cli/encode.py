@@ -1,4 +1,4 @@
-"""Run `movae encode`: write the codes or posteriors of a split to one file, unless it is there."""
+"""Run `movae encode`: write the codes or posteriors of a split to a file, unless that file exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from movae_fast.training.run_folder import folder_of
 
 
 def run(config: EncodeConfig) -> int:
-    """Encode the split that the command line names, or find its file, and return the exit status."""
+    """Encode the split that the flags name, or find its file; print a line on it and return the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     check_encodable(model, trained.model.arch)

@@ -35,7 +35,8 @@ class EncodeConfig:
 
 
 def parse(argv: Sequence[str]) -> EncodeConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae encode` with the run as a path. Raises ValueError for an invalid flag or
+    unknown run."""
     words = parsing.first_word_as("weights", argv)
     which = "which model? give the run's folder: movae encode RUN, or --weights FILE"
     config = parsing.read_flags(EncodeConfig, "encode", DESCRIPTION, words, "weights", which)

@@ -61,7 +61,8 @@ class EvaluateConfig:
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae evaluate` with the run as a path. Raises ValueError for an invalid flag or
+    unknown run."""
     words = parsing.first_word_as("weights", argv)
     which = "which model? give the run's folder: movae evaluate RUN, or --weights FILE"
     config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
 
 
 def check_metrics(metrics: str) -> None:
-    """Raise ValueError for a metric that there is not, and for none."""
+    """Raise ValueError if --metrics is empty or names an unknown metric."""
     if metrics in ("auto", "all"):
         return
     valid = [*ON_IMAGES, *ON_FACTORS]
