@@ -25,10 +25,20 @@ COMMANDS = {
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
+    "export": "a trained model for other programs: safetensors with a model card, torch.export, ONNX",
     "runs": "list the runs below a folder, with their scores",
     "compare": "runs beside each other: flags that differ, scores, curves in one plot",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
+    "init": "write every setting of train, with what it does, to a YAML file",
+    "completion": "a script that completes commands, flags and names in bash, zsh or tcsh",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
+}
+
+TASKS = {
+    "Train": ("train", "sweep", "init"),
+    "Look at runs": ("runs", "compare", "evaluate", "curve"),
+    "Use a trained model": ("sample", "reconstruct", "generate", "encode", "export"),
+    "Data and machine": ("data", "doctor", "completion"),
 }
 
 
@@ -39,8 +49,9 @@ def usage() -> str:
         "usage: movae COMMAND [flags]",
         "",
     ]
-    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "movae COMMAND --help lists a command's flags."])
+    for task, names in TASKS.items():
+        lines += [task, *(f"  {name:<12} {COMMANDS[name]}" for name in names), ""]
+    return "\n".join([*lines, "movae COMMAND --help lists a command's flags."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

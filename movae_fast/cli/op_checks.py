@@ -105,6 +105,8 @@ def op_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
         for dtype in (torch.float32, torch.float64):
             name = f"tc_terms {estimator} {name_of(dtype)}"
             yield name, partial(tc_terms, device, estimator, dtype)
+    for dtype in (torch.float32, torch.float64):
+        yield f"norm_swish {name_of(dtype)}", partial(norm_swish, device, dtype)
     for path in ("triton", *(() if extension.cuda_missing() else ("cuda",))):
         for regularizer in get_args(reference.Regularizer):
             label = f"{regularizer}, {'Triton' if path == 'triton' else 'CUDA C++'}"
@@ -241,6 +243,21 @@ def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torc
 
     expected = results(CPU, torch.float64, reference.tc_terms)
     pairs = zip(results(device, dtype, ops.tc_terms), expected, strict=True)
+    return f"error {close(pairs, 1e-4 if dtype == torch.float32 else 1e-11):.1e}"
+
+
+def norm_swish(device: torch.device, dtype: torch.dtype) -> str:
+    """Compare the map, its statistics and the gradients with float64 on the CPU."""
+
+    def results(where: torch.device, kind: torch.dtype, op: Callable[..., Any]) -> list[Tensor]:
+        shapes = ((8, 20, 9, 9), (20,), (20,), (8, 20))
+        leaves = [random(*shape, seed=k).to(where, kind).requires_grad_() for k, shape in enumerate(shapes)]
+        out, mean, var = op(*leaves)
+        upstream = random(*out.shape, seed=7).to(where, kind)
+        return [out, mean, var, *torch.autograd.grad(out, leaves, upstream)]
+
+    expected = results(CPU, torch.float64, reference.norm_swish)
+    pairs = zip(results(device, dtype, ops.norm_swish), expected, strict=True)
     return f"error {close(pairs, 1e-4 if dtype == torch.float32 else 1e-11):.1e}"
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from movae_fast.data.text import Vocabulary, limited_text
+from movae_fast.api.sentence_model import vocabulary_beside
+from movae_fast.data.text import limited_text
 from movae_fast.evaluation.text_decoding import (
     Decoded,
     Decoding,
@@ -44,7 +45,7 @@ class Sentences:
     ) -> None:
         self.model, self.trained, self.how, self.generator = model, trained, how, generator
         self.n, self.steps = n, steps
-        self.vocabulary = vocabulary_of(trained, weights)
+        self.vocabulary = vocabulary_beside(folder_of(weights), trained)
 
     def text(self, decoded: Decoded) -> str:
         """Return a decoded sentence as text."""
@@ -57,23 +58,6 @@ class Sentences:
         source = limited_text(loader.source, self.n)
         tokens, labels = source.gather(torch.arange(min(self.n, len(source))))
         return tokens.to(self.model.device), labels
-
-
-def vocabulary_of(trained: TrainConfig, weights: Path) -> Vocabulary:
-    """Read the vocabulary from the folder of the run that `weights` belongs to.
-
-    Raises ValueError if it is missing, or if its size is not the one that the model was trained with.
-    """
-    path = folder_of(weights) / "vocab.txt"
-    if not path.is_file():
-        raise ValueError(f"{shown(path)}, the words of the model's ids, is missing: put the run's file there")
-    vocabulary = Vocabulary.read(path)
-    if len(vocabulary) != trained.corpus.vocabulary_size:
-        raise ValueError(
-            f"{shown(path)} has {len(vocabulary):,} words, the model {trained.corpus.vocabulary_size:,}: it is "
-            "another run's"
-        )
-    return vocabulary
 
 
 def sample(job: Sentences) -> list[str]:

@@ -128,7 +128,7 @@ def code_residually(
     """
     left, total = z, torch.zeros_like(z)
     codes, counts, through = [], [], z
-    embedding = commitment = z.new_zeros(len(z))
+    embedding = commitment = z.new_zeros(z.shape[0])
     for level, codebook in enumerate(codebooks):
         through, index, error, count, _ = ops.quantize(left, codebook.detach())
         code, off = through.detach(), ops.code_error(left.detach(), codebook, index)

@@ -27,7 +27,7 @@ class SharedLogVariance(nn.Module):
         self.value = nn.Parameter(torch.full((latent_dim,), LOG_VARIANCE))
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.value.expand(len(h), -1)
+        return self.value.expand(h.shape[0], -1)  # len(h) would fix the batch of an exported program
 
 
 def _image_layer(inputs: int, channels: int, image_shape: tuple[int, int, int]) -> list[nn.Module]:

@@ -125,8 +125,16 @@ class Gated(nn.Module):
         return kind == "sqrt"
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.layer(x))
+
+    def multiply(self, y: Tensor) -> Tensor:  # [B, C, ...]
+        """Return the layer's output times the gates."""
         n = self.rates.standardise(self.rates.current(self.training, self.gate_weight))
-        return _Multiply.apply(self.layer(x), n, self.gate_weight, self.gate_bias, self.kind)
+        return _Multiply.apply(y, n, self.gate_weight, self.gate_bias, self.kind)
+
+    def current(self) -> Tensor:  # [B or 1, C]
+        """Return the gates' values at the betas of now."""
+        return self.gate_values(self.rates.current(self.training, self.gate_weight))
 
     def preactivation(self, log_beta: Tensor) -> Tensor:
         """Return the gates' arguments w n + c [N, C] at log betas [N]."""

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from movae_fast.cli import parsing
-from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, named
-from movae_fast.names import nearest
+from movae_fast.evaluation.metric_names import check_metrics
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_list import find_run
 
@@ -70,15 +69,3 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     check_metrics(config.metrics)
     config.weights = str(find_run(config.weights))
     return config
-
-
-def check_metrics(metrics: str) -> None:
-    """Raise ValueError if --metrics is empty or names an unknown metric."""
-    if metrics in ("auto", "all"):
-        return
-    valid = [*ON_IMAGES, *ON_FACTORS]
-    for name in named(metrics):
-        if name not in valid:
-            raise ValueError(f"--metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
-    if not named(metrics):
-        raise ValueError(f"--metrics is empty; valid: {', '.join(valid)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from movae_fast.cli import parsing
+from movae_fast.cli.train_help import short_help
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import check_settings, without_export
 from movae_fast.training.run_list import find_run
@@ -61,10 +62,16 @@ def build_parser() -> parsing.OneLineParser:
     return parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
 
 
-def parse(argv: Sequence[str]) -> TrainFlags:
-    """Return the flags of `movae train`, after all checks that do not need torch. Raises ValueError for an
-    invalid one."""
+def parse(argv: Sequence[str]) -> TrainFlags | int:
+    """Return the flags, checked as far as that goes without torch, or the status where the help was printed.
+
+    Raises ValueError.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(short_help())
+        return 0
     kinds = parsing.flag_types(list(SECTIONS.values()))
+    argv = ["--help" if word in ("--help-all", "--help_all") else word for word in argv]
     words = parsing.normalise(argv, kinds)
     resumed, words = parsing.take(words, "resume")
     if resumed is not None and not resumed.strip():

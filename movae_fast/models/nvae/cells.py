@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from movae_fast.models.nvae.branch import Branch
 from movae_fast.models.nvae.convs import NormedConv2d
 
 RESIDUAL = 0.1  # what a branch is multiplied by
@@ -17,7 +18,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 class SqueezeExcite(nn.Module):
-    """Multiply each channel by a factor between 0 and 1 that depends on the spatial means of all channels."""
+    """Find a factor from 0 to 1 for each channel, from the spatial means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,9 +26,8 @@ class SqueezeExcite(nn.Module):
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
-        means = x.mean((2, 3))
-        return x * torch.sigmoid(self.excite(F.relu(self.squeeze(means))))[:, :, None, None]
+    def forward(self, means: Tensor) -> Tensor:  # [B, C] -> [B, C]
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(means))))
 
 
 class DownSkip(nn.Module):
@@ -46,31 +46,39 @@ class DownSkip(nn.Module):
 
 
 class UpSkip(nn.Module):
-    """Double the side of a map by bilinear interpolation with aligned corners, then apply a 1x1 convolution."""
+    """Double the side, bilinear with aligned corners, and apply a 1x1 convolution.
+
+    The two commute, and so do interpolation and gates: the convolution goes first, on a quarter of the pixels.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = NormedConv2d(inputs, outputs, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True))
+    def forward(self, x: Tensor) -> Tensor:  # [B, inputs, h, w] -> [B, outputs, 2 h, 2 w]
+        return F.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear", align_corners=True)
 
 
 class Cell(nn.Module):
     """Compute skip(x) + 0.1 SE(branch(x)), with the squeeze-and-excitation layer SE."""
 
-    def __init__(self, skip: nn.Module, branch: nn.Sequential, outputs: int) -> None:
+    def __init__(self, skip: nn.Module, branch: Branch, outputs: int) -> None:
         super().__init__()
         self.skip, self.branch = skip, branch
         self.attention = SqueezeExcite(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + RESIDUAL * self.attention(self.branch(x))
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        y, gate = self.branch.without_last_gate(x)
+        means = y.mean((2, 3))
+        # The last layer's gate [B, C] needs no pass over the map: it is a factor of means and rest.
+        factor = self.attention(means if gate is None else means * gate)
+        factor = RESIDUAL * (factor if gate is None else factor * gate)
+        return torch.addcmul(self.skip(x), y, factor[:, :, None, None].to(y.dtype))
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
     """Make an encoder cell, whose branch is twice BatchNorm, swish, 3x3 convolution; `down` halves the side."""
-    branch = nn.Sequential(
+    branch = Branch(
         batch_norm(inputs),
         nn.SiLU(),
         NormedConv2d(inputs, outputs, 3, stride=2 if down else 1),
@@ -85,7 +93,7 @@ def decoder_cell(inputs: int, outputs: int, expand: int, up: bool = False) -> Ce
     """Make a decoder cell, whose branch is a 1x1 convolution to `expand` times the width, a depthwise 5x5
     convolution, and a 1x1 convolution back, without biases; `up` doubles the side."""
     wide = expand * inputs
-    branch = nn.Sequential(
+    branch = Branch(
         *([nn.Upsample(scale_factor=2, mode="nearest")] if up else []),
         batch_norm(inputs),
         nn.Conv2d(inputs, wide, 1, bias=False),

@@ -14,6 +14,7 @@ from movae_fast.models.base import VAE, HierarchyOutput, Noise, Part
 from movae_fast.models.likelihoods import Likelihood, at_least_float32
 from movae_fast.models.nvae.convs import NormedConv2d
 from movae_fast.models.nvae.layout import check_layout, layout_of
+from movae_fast.models.nvae.normals import normal_of
 from movae_fast.models.nvae.norms import (
     FIRST_STEPS,
     Penalised,
@@ -152,6 +153,20 @@ class NVAE(VAE):
         log_ratio = torch.stack(ratios).sum(0) if ratios else None
         return HierarchyOutput(self.finish(state), tuple(kl), self.training, log_ratio, beta)
 
+    def latents_of(self, features: tuple[Tensor, ...]) -> Tensor:  # [B, D]
+        """Return the latents that `decode` turns into the reconstruction: each group's posterior mean, in units
+        of its prior's sigma from the prior's mean."""
+        batch, parts = features[0].shape[0], []  # len() would fix the batch of an exported program
+        state = self.decoder.start(batch)
+        for i, group in enumerate(self.decoder.each()):
+            state = group.cells(self.decoder.state_before(i, state))
+            still = features[i].new_zeros(batch, *self.map_shapes[i])
+            z = group.infer(state, features[i], still, with_ratio=False).z
+            prior = normal_of(group.prior_raw(state, still))
+            parts.append(((z - prior.mean) / prior.sigma).flatten(1))
+            state = group.joined(state, z)
+        return torch.cat(parts, 1)
+
     def noise_of(self, group: int, latents: Tensor) -> Tensor:  # [B, z, h, w]
         """Return the part of latents [B, D] that belongs to group number `group`, as a map."""
         return latents.split(self.group_sizes, dim=1)[group].unflatten(1, self.map_shapes[group])
@@ -166,7 +181,7 @@ class NVAE(VAE):
         """Map standard normal latents [N, D] to preactivations, sampling from the priors; `temperature`
         multiplies their sigma."""
         z = z.to(self.decoder.constant)
-        state = self.decoder.start(len(z))
+        state = self.decoder.start(z.shape[0])
         for i, group in enumerate(self.decoder.each()):
             state = group.cells(self.decoder.state_before(i, state))
             state = group.joined(state, group.generate(state, self.noise_of(i, z), temperature))
