@@ -34,7 +34,7 @@ IMAGES, SENTENCES = 500, 32  # at a time; published mutual informations are esti
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate the model that the command line names, write the report, and return the exit status."""
+    """Evaluate the model that the flags name, print and write the report, and return the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     size = config.batch_size or (SENTENCES if trained.is_text else IMAGES)
@@ -99,7 +99,8 @@ def table(trained: TrainConfig, report: Report) -> Table:
 
 
 def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Report) -> list[Path]:
-    """Write metrics.json and metrics.png, numbered where files of these names exist."""
+    """Write metrics.json and metrics.png and return their paths; existing files are kept, new ones then get a
+    number."""
     folder.mkdir(parents=True, exist_ok=True)
     factors = () if trained.is_text else trained.info.factor_names
     content: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Name the metrics of `movae evaluate`; none is computed or imported here."""
+"""List the names of the metrics of `movae evaluate`, without importing what computes them."""
 
 from movae_fast.names import ArgumentError, nearest
 
@@ -12,7 +12,7 @@ QUICK = ("mig", "mig_sup", "modularity", "jemmig")  # those of factors that `aut
 
 
 def named(metrics: str) -> list[str]:
-    """Return the names in a text with commas between them, as they are spelt here; unknown ones too."""
+    """Return the names in a comma-separated text, in the spelling used here; unknown names are kept."""
     return [name.strip().lower().replace("-", "_") for name in metrics.split(",") if name.strip()]
 
 

@@ -60,7 +60,8 @@ class EvaluateConfig:
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae evaluate` with the run as a path. Raises ValueError for an invalid flag or
+    unknown run."""
     words = parsing.first_word_as("weights", argv)
     which = "which model? give the run's folder: movae evaluate RUN, or --weights FILE"
     config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)

@@ -17,7 +17,7 @@ RESIDUAL = 0.1  # what a branch is multiplied by
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Make the BatchNorm of every cell."""
+    """Make a BatchNorm layer with the settings that all cells use."""
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
 
 
@@ -35,7 +35,8 @@ class SqueezeExcite(nn.Module):
 
 
 class DownSkip(nn.Module):
-    """Halve the side: swish, then four 1x1 convolutions of stride 2, each on its own quarter of the pixels."""
+    """Halve the side of a map: swish, then four 1x1 convolutions of stride 2, each on another pixel of every
+    2x2 block."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class UpSkip(nn.Module):
 
 
 class Cell(nn.Module):
-    """Compute skip(x) + 0.1 SE(branch(x)).
+    """Compute skip(x) + 0.1 SE(branch(x)), with the squeeze-and-excitation layer SE.
 
     With `recompute`, training keeps a cell's input alone and computes the rest once more in each backward
     (gradient checkpointing, Chen et al. 2016), to the same bits on a CPU. Not for torch.compile.
@@ -119,7 +120,7 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
-    """Make a cell of the encoder: two times BatchNorm, swish, 3x3 convolution."""
+    """Make an encoder cell, whose branch is twice BatchNorm, swish, 3x3 convolution; `down` halves the side."""
     branch = Branch(
         batch_norm(inputs),
         nn.SiLU(),
@@ -132,7 +133,8 @@ def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
 
 
 def decoder_cell(inputs: int, outputs: int, expand: int, up: bool = False) -> Cell:
-    """Make a cell of the decoder: 1x1 to `expand` times the width, depthwise 5x5, 1x1 back; no biases."""
+    """Make a decoder cell, whose branch is a 1x1 convolution to `expand` times the width, a depthwise 5x5
+    convolution, and a 1x1 convolution back, without biases; `up` doubles the side."""
     wide = expand * inputs
     branch = Branch(
         *([nn.Upsample(scale_factor=2, mode="nearest")] if up else []),
