@@ -37,7 +37,7 @@ COMMANDS = {
 TASKS = {
     "Train": ("train", "sweep", "init"),
     "Look at runs": ("runs", "compare", "evaluate", "curve"),
-    "Use a trained model": ("sample", "reconstruct", "generate", "encode", "export"),
+    "Use a trained model": ("sample", "reconstruct", "generate", "encode", "prior", "export"),
     "Data and machine": ("data", "doctor", "completion"),
 }
 
