@@ -142,6 +142,8 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
         trained.reduction,
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
+        mmd_kernel=objective.mmd_kernel,
+        dip_variances="dip_ii" in objective.extra_objectives,
     )
     metrics = evaluate(model, losses, loader, seed)
     return {name.removeprefix("test/"): value for name, value in metrics.items()}
