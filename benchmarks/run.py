@@ -1,9 +1,9 @@
-"""`make bench`: every benchmark, kept as results/<machine>.json with a Markdown table beside it.
+"""Run all benchmarks for `make bench`, and keep results/<machine>.json with a Markdown table beside it.
 
-Each file of benchmarks runs in a process of its own, and its rows are written as soon as it ends. A run that
-was interrupted goes on with the files that were not run at this commit (`--again` runs them all).
-Rows carry the machine, commit, versions and date, and the 20th, 50th and 80th percentile of the timings.
-Arguments go to pytest: `python -m benchmarks.run benchmarks/bench_gramian.py`.
+Each benchmark file runs in a process of its own, and its rows are written as soon as it ends. An interrupted
+run continues with the files that were not run at this commit (`--again` runs them all). Rows carry the machine,
+commit, versions and date, and the 20th, 50th and 80th percentile of the timings. Arguments go to pytest:
+`python -m benchmarks.run benchmarks/bench_gramian.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ RESULTS = HERE / "results"
 
 
 def machine() -> str:
-    """The file's name: the GPU if there is one, else the CPU and its cores; MOVAE_MACHINE overrides it."""
+    """Return the machine's name for its results file: the GPU, or else the CPU and its cores.
+
+    The environment's MOVAE_MACHINE overrides it.
+    """
     name = os.environ.get("MOVAE_MACHINE")
     if name is None and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -41,7 +44,7 @@ def machine() -> str:
 
 
 def measure(arguments: list[str]) -> dict[str, Any] | None:
-    """Return the JSON report of one pytest-benchmark run, or None where a benchmark failed."""
+    """Return the JSON report of one pytest-benchmark run, or None if a benchmark failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", f"--benchmark-json={report}"]
@@ -51,7 +54,8 @@ def measure(arguments: list[str]) -> dict[str, Any] | None:
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a benchmark: group, name, milliseconds at p20/p50/p80, rounds, and what it adds itself."""
+    """Return one row per benchmark: group, name, milliseconds at p20/p50/p80, rounds, and what the benchmark
+    adds."""
     found = []
     for benchmark in report["benchmarks"]:
         times = np.asarray(benchmark["stats"]["data"]) * 1e3
@@ -63,7 +67,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown, one table a group."""
+    """Return the results as Markdown, with one table per group."""
     lines = [f"# {result['machine']}", "", f"{result['versions']}, {result['threads']} threads"]
     if "note" in result:
         lines += ["", result["note"]]
@@ -85,7 +89,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def comparison(columns: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of peers that were interleaved in one test: one line a peer, one column a figure."""
+    """Return Markdown lines with a table of peers that one test ran in turn: a line per peer, a column per
+    figure."""
     flat: dict[str, dict[str, Any]] = {}
     for column, values in columns.items():
         for peer, value in values.items():
@@ -109,9 +114,9 @@ def _show(value: Any) -> str:
 
 
 def commit() -> str:
-    """Return the checkout's commit, with "+" where files differ from it.
+    """Return the checkout's commit, followed by "+" if files differ from it.
 
-    The environment's MOVAE_COMMIT names the commit of a copy that has no history.
+    The environment's MOVAE_COMMIT names the commit of a copy that has no git history.
     """
     if "MOVAE_COMMIT" in os.environ:
         return os.environ["MOVAE_COMMIT"]
@@ -152,7 +157,7 @@ def merge(report: dict[str, Any], suite: str | None) -> None:
 
 
 def results() -> dict[str, Any]:
-    """Return what the machine's file holds, an empty dictionary where there is none."""
+    """Return the content of the machine's results file, or {} if there is none."""
     path = RESULTS / f"{machine()}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

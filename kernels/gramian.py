@@ -70,8 +70,8 @@ def _gramian_kernel(
 
 @triton.jit
 def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, Q: tl.constexpr, B: tl.constexpr):
-    # One part after the other would wait for memory once a part. Q of them are loaded and added up at once,
-    # each in a lane of its own; the lanes are added by a tree that depends on nothing but Q.
+    # Loading one part after the other would wait for memory each time. So Q of them are loaded and added at
+    # once, each in its own lane; the lanes are then added in a tree whose order depends on Q alone.
     at = tl.program_id(0) * B + tl.arange(0, B)[None, :]
     part = tl.arange(0, Q)[:, None]
     lanes = tl.zeros([Q, B], tl.float64)

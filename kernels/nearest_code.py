@@ -216,7 +216,7 @@ def _nearest_code_kernel(
             upper = upper - (base[None, :] - norm[:, None] * slope[None, :])
         else:
             upper = upper - base[None, :]
-        # A thread holds every LANES-th column of its rows, in each generation's layout: no shuffle.
+        # In the layouts of all GPU generations a thread holds every LANES-th column of its rows: no shuffle.
         grouped = tl.max(tl.reshape(upper, [BN, PACK, LANES]), 1)
         rises = grouped > top
         if EXACT:
@@ -258,7 +258,7 @@ def _nearest_code_kernel(
         steps += 1
 
     left = tl.maximum(tl.max(top, 1), tl.max(second, 1))
-    # An unreadable codebook leaves every bound at -inf: index 0.
+    # If every code holds a NaN or an infinity, all bounds stay at -inf, and the index is 0.
     undecided = finite & ((~in_range) | ((left > float("-inf")) & (left.to(tl.float64) >= best_score)))
     tl.store(index_ptr + row, tl.where(finite & (index < K), index, 0).to(tl.int64), mask=valid)
     place = tl.atomic_add(count_ptr + tl.zeros([BN], tl.int32), 1, mask=undecided)

@@ -25,22 +25,22 @@ from .gramian import _load, tile  # noqa: TID251
 ULP = tl.constexpr(2.220446049250313e-16)
 LARGEST = tl.constexpr(1.7976931348623157e308)
 SMALLEST = tl.constexpr(2.2250738585072014e-308)  # of the normal numbers
-PATIENCE = tl.constexpr(3)  # exchanges a row before the tableau's word is no longer taken; twice as many: Murty
+PATIENCE = tl.constexpr(3)  # exchanges per row before answers are always refined; after twice as many: Murty
 SUM, ROWS, MULTIPLIERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MODES = {"sum": SUM.value, "rows": ROWS.value, "multipliers": MULTIPLIERS.value}
 
 MOST_ROWS = 64
-# Up to here `upgrad` solves in the program that finishes the Gramian, all problems side by side: they are 8 x
-# 8 x 8 numbers, a few in each thread. Already the 16 x 16 x 16 of 16 rows spill; four problems after four
-# others do not, and take four times as long as sixteen programs of a second launch, which costs less than one
-# such problem.
+# Up to this m `upgrad` solves in the program that finishes the Gramian, all problems side by side: they are 8 x
+# 8 x 8 numbers, a few per thread. The 16 x 16 x 16 numbers of 16 rows already spill registers. Four problems at
+# a time do not, but take four times as long as sixteen programs of a second launch, and that launch costs less
+# than one such problem.
 MOST_FUSED = 8
-# Registers a thread may take. Without a limit ptxas chooses a lower one and spills a few indices.
+# Limits on the registers per thread. Without one ptxas chooses fewer and spills a few indices.
 REGISTERS, ALL_REGISTERS = 168, 255
-# Shares of the columns in `upgrad`, at most: three of its programs fit one multiprocessor with 168 registers a
-# thread, so that on an H100 all of these run at once.
+# Most programs among which `upgrad` divides the columns: three of them fit one multiprocessor with 168
+# registers per thread, so that on an H100 all of these run at once.
 PROGRAMS = 384
-# As many shares are added up by the last program of each group; what the groups come to, by the last of all.
+# Programs of a group: its last program adds up their results, and the last program of all adds up the groups'.
 SPAN = 16
 
 
@@ -79,8 +79,8 @@ def _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL: tl.constexpr, M: t
         exponent = (diagonal.to(tl.int64, bitcast=True) >> 52) - 1023
         power = (((-1 - exponent) >> 1) + 1023) << 52
         scale = tl.where(zero, 1.0, power.to(tl.float64, bitcast=True))
-        # The larger scale first: |G_ij| <= sqrt(G_ii G_jj), so that no product overflows, and none underflows
-        # that does not end up as nothing.
+        # Multiply by the larger scale first: |G_ij| <= sqrt(G_ii G_jj), so no product overflows, and one
+        # underflows only if the final result does.
         down, across = scale[:, :, None], scale[:, None, :]
         A = (G * tl.maximum(down, across)) * tl.minimum(down, across)
         A = tl.where(i == j, A + reg_eps * A, A)
@@ -147,7 +147,7 @@ def _solve(A, u, b, allowed, active, m):
     index = tl.arange(0, M)[None, :]
     eye = tl.arange(0, M)[None, :, None] == tl.arange(0, M)[None, None, :]
     diagonal = tl.sum(tl.where(eye, A, 0.0), 2)
-    gain = 1 / tl.where(diagonal > 0, diagonal, 1.0)  # what a violation outside the support counts
+    gain = 1 / tl.where(diagonal > 0, diagonal, 1.0)  # the scale of a violation outside the support
     largest_b = tl.max(tl.abs(b), 1)
     limit = 10 * m + 64
 
@@ -163,9 +163,9 @@ def _solve(A, u, b, allowed, active, m):
     exchanges = tl.zeros([R], tl.int32)
     going = _any(running)
     while going > 0:
-        # The index to exchange, M for none. Of a refined v the signs are trusted to the last digits, each y
-        # against the sum that it comes from; of the tableau's to 1e-12. The largest violation is taken first
-        # and, should that take too long, the violation of least index, which cannot cycle (Murty 1974).
+        # The index to exchange, M for none. Signs of a refined v are trusted up to rounding (those of y
+        # relative to the terms of its sum), signs from the tableau up to 1e-12. The largest violation is taken
+        # first and, should that take too long, the violation of least index, which cannot cycle (Murty 1974).
         size = tl.max(tl.maximum(tl.abs(u), tl.where(inside, tl.abs(z + u), 0.0)), 1)
         least_w = tl.where(refined, size * (-16 * ULP), size * -1e-12)
         least_y = tl.where(
@@ -176,7 +176,7 @@ def _solve(A, u, b, allowed, active, m):
         first = (exchanges >= m * (2 * PATIENCE))[:, None] | (score == tl.max(score, 1)[:, None])
         worst = tl.min(tl.where(violated & first, index, M), 1)
         k = tl.where(rebuilding, tl.min(tl.where(todo, index, M), 1), worst)
-        # After many moves the tableau is not to be trusted: every answer is refined before it is judged.
+        # After many exchanges the tableau is inaccurate: every answer is refined before it is judged.
         late = (rebuilding == 0) & (exchanges >= m * PATIENCE)
         settling = running & (refined == 0) & (late | (k == M))
         done = running & refined & ((worst == M) | (exchanges >= limit))
@@ -185,7 +185,7 @@ def _solve(A, u, b, allowed, active, m):
         moving = running & (settling == 0)
 
         if _any(settling) > 0:
-            # v on the present support from the untouched A, to the last digits.
+            # Solve for v on the present support from the original A, by iterative refinement to full precision.
             v = tl.where(settling[:, None], tl.where(inside, z + u, u), v)
             y = z
             correcting = settling
@@ -205,7 +205,7 @@ def _solve(A, u, b, allowed, active, m):
                 y = tl.where(correcting[:, None], y_next, y)
                 sums = tl.where(correcting[:, None], sums_next, sums)
                 change_at_first = tl.where(rounds == 0, change, change_at_first)
-                # A correction's error is to it as it is to the one before (the first: as it is to v).
+                # The relative error of a correction is about its ratio to the one before (of the first: to v).
                 rounds += 1
                 correcting = correcting & (change < 0.5 * before) & (change * change > before * (0.5 * ULP))
                 correcting = correcting & (rounds < 12)
@@ -214,13 +214,13 @@ def _solve(A, u, b, allowed, active, m):
             poor = settling & (rebuilding == 0) & ((change_at_first <= 1e-8) == 0)
             good = settling & (poor == 0)
             z = tl.where(good[:, None], tl.where(inside, v - u, y), z)
-            # Solved means: y is zero on the support as far as v's own rounding lets it, and none that may not
-            # enter asks to (where A is singular and multipliers are wanted, there may be no solution).
+            # Solved means: y is zero on the support up to the rounding of v, and y >= 0 for the rows that may
+            # not enter (where A is singular and multipliers are wanted, there may be no solution).
             excess = tl.where(inside, tl.abs(y) - sums * (8 * ULP), tl.where(barred, -y - sums * 1e-6, 0.0))
             excess = tl.max(excess, 1)
             tight = tl.where(good, excess <= 0, tight)
             refined = refined | good
-            # A tableau that was not good to half its digits is made again from A, index by index.
+            # A tableau that was correct to fewer than half its digits is rebuilt from A, index by index.
             again = poor[:, None]
             todo = tl.where(again, inside, todo)
             T = tl.where(again[:, :, None], A, T)
@@ -291,7 +291,7 @@ def _answers(
         unit = scale + none
         if MODE == ROWS:
             u, b = x * _inverse_power(scale), none
-            asked = tl.max(x, 1) > 0  # else v = 0 is what is asked for
+            asked = tl.max(x, 1) > 0  # otherwise v = 0 is the solution
         else:
             u, b = none, x * scale
             asked = live
@@ -452,7 +452,7 @@ def _upgrad_kernel(
     total = _sum_of_parts(part_ptr + programs * m * m, m * m, groups, m, Q, M)
     tl.store(gramian_ptr + i * m + j, total, mask=inside)
     if SOLVE:
-        tl.debug_barrier()  # the threads read what others of them wrote
+        tl.debug_barrier()  # threads read what other threads of the program wrote
         A, scale, finite = _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL, M)
         r = tl.arange(0, R)
         result, unfinished = _answers(A, scale, finite, given_ptr, r, problems, m, MODE, M)

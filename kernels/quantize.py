@@ -113,8 +113,8 @@ def _code_error_kernel(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     valid = row < N
     index = tl.load(index_ptr + row, mask=valid, other=0)
-    # An index from elsewhere may lie outside the codebook. Its vector reads nothing and has the error NaN: a
-    # device cannot raise, and the loss says it.
+    # A given index may lie outside the codebook. Then nothing is read and the error is NaN, which shows in the
+    # loss: a kernel cannot raise an exception.
     known = (index >= 0) & (index < K)
     z_at = _offsets(row, z_row, z_position, inner, CHANNEL_FIRST)
     dtype: tl.constexpr = sq_err_ptr.dtype.element_ty
@@ -151,7 +151,7 @@ def quantize(
 
     sq_err, count and code_sum are float32, or float64 if z is. A vector that holds a NaN is counted for code 0.
     """
-    # Of the strides that torch.empty_like gives, which the op's fake promises, whatever z's own are.
+    # Give z_q the strides that torch.empty_like gives, as the op's fake implementation promises.
     z_q = torch.empty_like(z)
     z, codebook = walkable(z), codebook.contiguous()
     written = z_q if walkable(z_q) is z_q else torch.empty_like(z_q, memory_format=torch.contiguous_format)

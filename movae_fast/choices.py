@@ -14,7 +14,7 @@ PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]  # of n
 TextPreset = Literal["lagging", "texar", "multirate", "synthetic"]  # of lstm_vae
 Preset = Literal[PresetName, TextPreset]
 Gate = Literal["sqrt", "sigmoid"]
-# Ids of a sentence that are no words: padding, its begin and end, a word that the vocabulary lacks.
+# Token ids that are not words: padding, begin and end of a sentence, a word that the vocabulary lacks.
 PAD, BEGIN, END, UNKNOWN = range(4)
 # Data.
 TEXT_SETS = ("lstm_text", "python_topics", "text", "yahoo", "yelp", "ptb")  # datasets of sentences
@@ -26,12 +26,13 @@ Extra = Literal["dip_i", "dip_ii", "factor", "l1"]  # objectives that are added 
 MMDKernel = Literal["gaussian", "imq"]
 ImportanceGradient = Literal["iwae", "dreg"]
 ReconsDist = Literal["bernoulli", "gaussian", "laplacian", "gaussian_optimal", "logistic", "dmol"]
-DISCRETE = ("logistic", "dmol")  # likelihoods of the data's levels, whose output is its own scale
+# Likelihoods of the discrete grey levels; the network's output has no activation.
+DISCRETE = ("logistic", "dmol")
 COMPONENTS = 10  # of the mixture dmol
 ReconsReduction = Literal["mean", "sum", "scaled_sum"]
 Regularizer = Literal["trace", "diagonal"]
 StepMetric = Literal["identity", "optimizer"]
-# Of the strict projection: small enough that no cosine falls below -1e-3, large enough for float64.
+# reg_eps of the strict projection: small enough that no cosine falls below -1e-3, large enough for float64.
 STRICT_REG_EPS = 1e-6
 # The step.
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]

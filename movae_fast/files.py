@@ -64,7 +64,7 @@ def give_name(source: Path, path: Path) -> None:
             with suppress(FileNotFoundError):
                 temporary.unlink()
             os.link(source, temporary)
-        except OSError:  # no links here, or none to this file; whatever else is wrong, copying says
+        except OSError:  # it cannot be linked; copying raises any other error again
             with source.open("rb") as read, replacing(path, durable=True) as write:
                 shutil.copyfileobj(read, write, CHUNK)
             return
@@ -116,7 +116,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(lock, path, waiting)
-            if _is_at(lock, path):  # else whoever had it took the file with it: try for the next one
+            if _is_at(lock, path):  # otherwise the last holder has deleted this file: lock the new one
                 try:
                     yield
                 finally:

@@ -45,7 +45,7 @@ class AtFeatures(NamedTuple):
     """
 
     features: list[list[Tensor | None]]  # [m][features]
-    task: list[Tensor | None]  # of the losses' sum, a parameter each
+    task: list[Tensor | None]  # gradients of the summed losses, one per parameter
 
 
 def at_features(losses: Sequence[Tensor], features: Sequence[Tensor], task: Sequence[Tensor]) -> AtFeatures:
@@ -253,7 +253,7 @@ class Parts(NamedTuple):
     features: list[Tensor]
     shared: list[Tensor]
     task: list[Tensor]
-    whole: bool  # whether the features do not cut the graph in two, so that each loss is differentiated whole
+    whole: bool  # whether losses also bypass the features; each is then differentiated without a stop at them
 
     def sizes(self) -> tuple[int, int, int]:
         """Return three numbers by which processes compare their parameter lists: the count of shared
@@ -383,7 +383,7 @@ def _weighted_at(
         rows = cheap_rows(parts.features, at_cut.features, at)
     if at:
         gramian = ops.gramian(ranks.mean_(rows))
-    else:  # each process's images have features of their own: the union's rows stand side by side
+    else:  # the features of the processes' images differ, so the rows of all are concatenated
         gramian = ranks.mean_(ops.gramian(rows)) / ranks.size
     weights = ranks.first_(aggregator.gramian_weighting(gramian))  # type: ignore[operator]
     if parts.whole:

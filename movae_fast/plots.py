@@ -66,8 +66,11 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
 
 
 def compared_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Plot runs over each other, one colour per run and one panel per objective; then the fraction of steps
-    in conflict. Training values are lines, test values circles. `logs` has each run's lines by its name."""
+    """Plot the curves of several runs over each other, one colour per run; return `path`.
+
+    There is one panel per objective, and one for the fraction of steps in conflict. Training values are lines,
+    test values circles. logs: name of a run -> the lines of its log.
+    """
     plt = pyplot()
     keys = list(dict.fromkeys(k for lines in logs.values() for line in lines for k in line))
     names = [k.removeprefix("train/weight_") for k in keys if k.startswith("train/weight_")]
@@ -298,12 +301,12 @@ def response_plot(
 
 
 def colour(k: int) -> str:
-    """Return the colour of the k-th of several things; they begin anew after ten."""
+    """Return the colour of the k-th thing in a plot; after ten the colours repeat."""
     return PALETTE[k % len(PALETTE)]
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, set to draw without a screen and in `PALETTE`."""
+    """Return matplotlib's pyplot, set up to draw without a screen and with the colours in `PALETTE`."""
     import matplotlib
 
     matplotlib.use("Agg")

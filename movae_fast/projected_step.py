@@ -25,7 +25,7 @@ from torch import Tensor
 
 from movae_fast import ops
 
-# Of the projection's Gramian, relative to each row's own: small beside the cosines that it has to keep.
+# Added to the projection's Gramian, relative to each diagonal entry: small beside the cosines that count.
 REG_EPS = 1e-9
 
 
@@ -54,9 +54,9 @@ class Columns:
     By default one process works on all columns.
     """
 
-    stretch: Callable[[Tensor], Tensor] = lambda tensor: tensor  # this process's stretch of [..., P]
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the sum over the processes
-    gather: Callable[[Tensor], None] = lambda row: None  # fills in the others' stretches of a row [P]
+    stretch: Callable[[Tensor], Tensor] = lambda tensor: tensor  # returns this process's part of [..., P]
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # returns the sum over the processes
+    gather: Callable[[Tensor], None] = lambda row: None  # fills in the other processes' parts of a row [P]
 
     def gramian(self, rows: Tensor) -> Tensor:  # [m, m] float64
         """Return the Gramian of rows [m, P]: the sum over the processes of the Gramians of their stretches."""
@@ -66,7 +66,7 @@ class Columns:
 def correction(
     both: Tensor,  # [m + 1, P] the rows J and, last, the step s; overwritten
     roots: Tensor | None = None,  # [P] D^(1/2); overwritten
-    loss_scale: Tensor | None = None,  # [] by which the rows are too long
+    loss_scale: Tensor | None = None,  # [] factor that fp16 training has put on the rows
     columns: Columns = Columns(),
 ) -> tuple[Tensor, Tensor]:  # [P], [m] float64
     """Return -D J' lambda [P], which is added to the parameters to project a step, and the multipliers lambda
@@ -83,7 +83,7 @@ def correction(
         mine[-1] /= root
     products = columns.total(ops.gramian(mine))
     lambdas = multipliers(products)
-    change = both[-1]  # the step's place: it has been used
+    change = both[-1]  # overwrites the step, which is not needed any more
     ops.combine(mine[:-1], lambdas, out=mine[-1])
     if roots is not None:
         mine[-1] *= root
@@ -133,7 +133,7 @@ def metric_roots(
     for p, root in zip(parameters, out, strict=True):
         state = optimizer.state.get(p, {})
         if "exp_inf" in state:
-            # A norm of 0 is that of a state whose first step was left out.
+            # The norm is 0 if all steps so far were skipped.
             torch.rsqrt(state["exp_inf"].clamp_min(1e-30), out=root)
             continue
         moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
@@ -145,7 +145,8 @@ def metric_roots(
         group, roots = optimizer.param_groups[number], [root for _, root, _ in members]
         torch._foreach_copy_(roots, [moment for moment, _, _ in members])
         torch._foreach_sqrt_(roots)
-        # The steps of a group's parameters are alike; 0 is a state whose first step overflowed.
+        # All parameters of a group have the same step count; it is 0 if the first step was skipped for an
+        # overflow.
         step = members[0][2].get("step", group.get("step"))
         if step is not None:
             step = torch.as_tensor(step, dtype=torch.float32, device=roots[0].device).clamp_min(1)

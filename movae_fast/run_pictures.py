@@ -22,10 +22,11 @@ SECONDS = 0.2  # per picture: 5 a second
 
 @torch.no_grad()
 def draw_run(run: Run, tag: str) -> None:
-    """Draw figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run.
+    """Write figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run while it trains.
 
-    The curves come first: where the pictures of a tag are, the curves are up to date. Those of a ladder's end
-    are the pictures of its last stage, too.
+    The curves are written first: if the pictures of a tag exist, the curves are up to date as well. For text
+    only the curves are written; a ladder VAE also gets traversals, and at its end those of its last stage under
+    the stage's names.
     """
     folder, n = run.folder / "figures", run.config.run.num_samples
     lines = read_lines(run.folder / "metrics.jsonl")
@@ -55,8 +56,11 @@ def draw_run(run: Run, tag: str) -> None:
 
 
 def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet: Path) -> list[Path]:
-    """Draw the traversals of one image x [1, C, S, S]: a GIF, with rungs as rows and latents as columns,
-    and a contact sheet."""
+    """Write the latent traversals of one image x [1, C, S, S] as a GIF and a contact sheet, and return both
+    paths.
+
+    In the GIF rungs are rows and latents are columns. normalize: whether x is in [-1, 1] instead of [0, 1].
+    """
     values, images = ladder_traversals(model, x, normalize)
     rungs = range(model.num_ladders, 0, -1)
     names = [f"L{rung} z{dim + 1}" for rung in rungs for dim in range(model.z_dim)]
@@ -73,7 +77,7 @@ def draw_traversals(model: ProVLAE, x: Tensor, normalize: bool, gif: Path, sheet
 
 
 def pictures(run: Run, tag: str) -> dict[str, Path]:
-    """Return the files of the pictures that belong to a tag."""
+    """Return the paths of the pictures that `draw_run` writes for a tag, by kind, such as "samples"."""
     if run.config.is_text:  # its sentences are printed by `movae sample`
         return {"curves": run.folder / "figures" / "loss_curves.png"}
     names = {"samples": f"samples_{tag}.png", "reconstructions": f"reconstructions_{tag}.png"}
@@ -87,14 +91,15 @@ def pictures(run: Run, tag: str) -> dict[str, Path]:
 
 
 def draw_missing(run: Run) -> None:
-    """Draw what a run that was killed between a checkpoint and its pictures lacks of them."""
+    """Draw the pictures that a resumed run lacks because it was killed between writing a checkpoint and its
+    pictures."""
     tag = pictures_due(run)
     if run.world.main and tag and not all(path.exists() for path in pictures(run, tag).values()):
         draw_run(run, tag)
 
 
 def _first(run: Run, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the first test batches that hold n images."""
+    """Return as many (images, labels) batches from the start of the test split as are needed for n images."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     for batch in run.test_loader.epoch():
         batches.append(batch)

@@ -20,7 +20,7 @@ class GramianWeighting(Weighting):
 
     def __init__(self, pref_vector: Tensor | None) -> None:
         super().__init__()
-        # A buffer, so that it follows the module to another device; not a part of its state.
+        # A buffer, so that it moves with the module to another device, but not a part of its state.
         self.register_buffer("_preference", None, persistent=False)
         self.pref_vector = pref_vector
 
@@ -55,7 +55,7 @@ class RowsWeighting(Weighting):
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         inner = self.weighting
-        if hooked(inner):  # somebody wants to see the Gramian's weighting called
+        if hooked(inner):  # a hook on the inner weighting has to see it called
             return inner(ops.gramian(matrix)).to(matrix.dtype)
         return inner.of_rows(matrix).to(matrix.dtype)
 
@@ -74,7 +74,7 @@ class FusedAggregator(GramianWeightedAggregator):
     gramian_weighting: GramianWeighting
 
     def __init__(self, weighting: GramianWeighting) -> None:
-        # Past GramianWeightedAggregator's own, which computes the Gramian in the rows' dtype.
+        # Skip GramianWeightedAggregator.__init__, whose weighting computes the Gramian in the rows' dtype.
         WeightedAggregator.__init__(self, RowsWeighting(weighting))
         self.gramian_weighting = weighting
 
@@ -82,7 +82,7 @@ class FusedAggregator(GramianWeightedAggregator):
         inner = self.gramian_weighting
         if hooked(self.weighting) or hooked(inner):
             return super().forward(matrix)
-        # Straight to the ops: the modules' calls would take a quarter of the time of a small Jacobian.
+        # Call the ops directly: calls of the modules would take a quarter of the time of a small Jacobian.
         matrix = matrix.detach()
         return ops.combine(matrix, inner.of_rows(matrix))
 

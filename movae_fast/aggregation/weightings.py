@@ -134,7 +134,7 @@ class CAGrad(MethodAggregator):
 
     def __init__(self, c: float, norm_eps: float = 1e-4) -> None:
         if extension.csrc is None:
-            CAGradWeighting(c)  # which will stand in: raises at once where its solver is missing
+            CAGradWeighting(c)  # the fallback; it raises now if its solver is missing
         super().__init__(MethodWeighting("cagrad", c=c, norm_eps=norm_eps))
 
     def __str__(self) -> str:

@@ -3,6 +3,8 @@ settings."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import types
@@ -227,23 +229,31 @@ def is_flag(word: str) -> bool:
 
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """Build a parser with one group of flat flags per dataclass."""
-    usage = f"movae {command} [--config RECIPE] [--flag value …]"
-    parser = new_parser(command, sections, description, usage=usage)
-    parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
-    return parser
+    """Return the parser of a command: one group of flat flags per dataclass, and --config."""
+    return _built(command, tuple(sections), description, True)
 
 
-def new_parser(command: str, sections: Sequence[type], description: str, **options: Any) -> OneLineParser:
-    """Build a parser with one group of flat flags per dataclass."""
-    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, **options)
+def new_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
+    """Return the parser of a command: one group of flat flags per dataclass."""
+    return _built(command, tuple(sections), description, False)
+
+
+@functools.cache
+def _built(command: str, sections: tuple[type, ...], description: str, recipes: bool) -> OneLineParser:
+    """Build a parser, once per process: that of `movae train` takes a tenth of a second, and a sweep or a
+    resumed run asks for it again."""
+    usage = f"movae {command} [--config RECIPE] [--flag value …]" if recipes else None
+    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, usage=usage)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)
+    if recipes:
+        parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
     return parser
 
 
 def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return flags by name: `defaults` (of a recipe or a saved run) overridden by the words of `normalise`."""
+    kept, own = dict(parser._defaults), [(action, action.default) for action in parser._actions]
     try:
         parser.set_defaults(dict(defaults))
         parsed = parser.parse_args(list(words))
@@ -251,7 +261,11 @@ def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, An
         raise ValueError(tidy(str(error))) from None
     except (TypeError, KeyError) as error:
         raise ValueError(tidy(str(error))) from None
-    values = parsed.as_dict()
+    finally:  # the parser is everybody's
+        parser._defaults = kept
+        for action, default in own:
+            action.default = default
+    values = copy.deepcopy(parsed.as_dict())  # a list that is a flag's default is the parser's
     values.pop("config", None)
     return values
 

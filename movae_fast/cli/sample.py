@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from movae_fast.cli import sentences
 from movae_fast.cli.flags.sample import SampleConfig
@@ -31,14 +32,20 @@ from movae_fast.evaluation.text_decoding import Decoding
 from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, LSTMVAE, NVAE, VAE, GaussianVAE
+from movae_fast.names import shown
 from movae_fast.pictures import back_and_forth, captioned, grid, labelled_grid, pairs, write_gif, write_png
 from movae_fast.plots import latent_scatter
+from movae_fast.priors.base import find_prior, load_prior
+from movae_fast.priors.choice import Choice
+from movae_fast.priors.sampling import check_choice, prior_images
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.device_checks import check_room
 from movae_fast.training.run_folder import folder_of
+
+FittedPrior = tuple[Path, str, nn.Module]  # its file, its kind, itself
 
 
 @dataclass
@@ -49,6 +56,7 @@ class Job:
     trained: TrainConfig
     model: VAE
     generator: torch.Generator
+    prior: FittedPrior | None = None
 
     @property
     def normalize(self) -> bool:
@@ -112,7 +120,8 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
         rates_of(trained, model, "mode beta_sweep")
         if config.beta is not None:
             raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
-    return Job(config, trained, model, torch.Generator().manual_seed(config.seed))
+    prior = load_prior_of(config, trained, model)
+    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), prior)
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:
@@ -140,11 +149,60 @@ def sample(job: Job, folder: Path) -> list[Path]:
     if config.bn_passes:
         size = min(config.batch_size, 100)
         estimate_statistics(job.model, config.bn_passes, size, job.generator, config.temperature)
-    images = sample_images(
-        job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
-    )
+    images = drawn_from_prior(job)
+    if images is None:
+        images = sample_images(
+            job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
+        )
     made = [write_png(free_path(folder / "sample", ".png"), grid(images))]
     return made + singles(job, folder, "sample", images.split(1))
+
+
+def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
+    """Return images drawn from the prior that was fitted to the run, and say so; None if there is none to
+    use."""
+    if job.prior is None:
+        return None
+    c, (path, kind, prior) = job.config, job.prior
+    say(f"drawn from the prior {path}")
+    parts = prior_images(
+        job.model, prior, kind, c.n_samples, c.batch_size, job.generator, choice_of(c), c.label
+    )
+    return torch.cat([to_unit(part, job.normalize) for part in parts])
+
+
+def choice_of(config: SampleConfig) -> Choice:
+    """Return how the flags say that codes are drawn."""
+    top_k = config.top_k if config.decoding == "top_k" else 0
+    top_p = config.top_p if config.decoding == "nucleus" else 1.0
+    return Choice(config.temperature, top_k, top_p, config.guidance)
+
+
+def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> FittedPrior | None:
+    """Return the prior to draw from, or None. Raises ValueError for one that does not fit, and for flags that
+    need one."""
+    run = folder_of(Path(config.weights))
+    may = config.mode == "sample" and not trained.is_text and model.latents != "hierarchy"
+    path = find_prior(run, config.prior) if may else None
+    if path is None:
+        for name in ("label", "guidance"):
+            if (value := getattr(config, name)) != getattr(SampleConfig, name):
+                raise ValueError(f"--{name} {value} is for --mode sample with a prior; leave it out")
+        if config.prior not in ("auto", "none"):
+            raise ValueError(f"--prior {config.prior} is for --mode sample of codes or a vector of latents")
+        if may and model.latents == "codebook":
+            say(f"codes are drawn without a prior (movae prior {run} --kind transformer fits one)")
+        return None
+    fitted, prior = load_prior(path, trained, model)
+    check_choice(fitted, trained.info.classes, config.label, choice_of(config))
+    if config.bn_passes:
+        raise ValueError(f"--bn_passes {config.bn_passes} draws from N(0, I); give --prior none with it")
+    return path, fitted.kind, prior
+
+
+def say(text: str) -> None:
+    """Write a line for the user to standard error; standard output has the paths alone."""
+    print(f"movae sample: {shown(text)}", file=sys.stderr)
 
 
 def ends(job: Job) -> Tensor:

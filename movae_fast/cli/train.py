@@ -90,8 +90,11 @@ def train(work: Run, console: Console) -> int:
         describe(work, console)
         draw_missing(work)
         if work.ended:
+            over = work.plateau is not None and work.plateau.over
+            why = ": its learning rate has decayed --plateau_decays times" if over else ""
             console.print(
-                f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
+                f"{work.folder} is finished at step {work.step:,}"
+                + (why or "; raise --epochs or --steps to go on")
             )
             export(work, console)
             return 0
@@ -209,12 +212,15 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
 
 
 def notes(work: Run) -> list[str]:
-    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out."""
+    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out;
+    and why sentences are not compiled where images are."""
     lines = list(work.notes)
     if work.config.run.distributed and work.world.size == 1:
         lines.append(
             "--distributed: this is one process; torchrun --nproc_per_node=N -m movae_fast train … has N"
         )
+    if work.config.is_text and work.device.type == "cuda":
+        lines.append("not compiled: torch.compile would unroll an LSTM, once for each length of the sentences")
     kind = "sentences" if work.config.is_text else "images"
     for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
         if loader.note:
@@ -289,6 +295,7 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
         ("mse", "MSE of reconstruction, images in [0, 1]"),
         ("mse_mean_image", "MSE of the mean training image"),
         ("token_perplexity", "exp of the bound per token"),
+        ("mutual_information", "mutual information within a batch, nats"),
         ("active_units", "active latents"),
     ):
         if f"test/{key}" in metrics:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from movae_fast.choices import LatentKind, ReconsDist
 from movae_fast.data import Loader, to_unit
+from movae_fast.data.text import TextLoader
 from movae_fast.evaluation import hierarchy, image_quality, likelihood
 from movae_fast.evaluation.code_depth import depth_curve
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
@@ -149,7 +150,7 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
     return {name.removeprefix("test/"): value for name, value in metrics.items()}
 
 
-def spaced_rows(loader: Loader, count: int) -> Tensor:  # [min(count, N)] int64
+def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(count, N)] int64
     """Return the numbers of so many evenly spaced images of the loader's, or of all that there are."""
     total = len(loader.source)
     n = min(count, total)

@@ -65,8 +65,10 @@ class CodebookVAE(VAE):
 
     @property
     def code_maps(self) -> tuple[tuple[int, int], ...]:
-        """Return the side and K of each map of codes, in the order of `to_sequence`: a map of vectors has one
-        for each codebook."""
+        """Return (side, number of codes) of each map of codes, in the order of `to_sequence`.
+
+        A map of vectors has one map of codes for each codebook.
+        """
         each = len(self.settings.code_sizes)
         return tuple((side, k) for side in self.map_sides for k in self.code_sizes[:each])
 

@@ -30,6 +30,23 @@ class ResidualBlock(nn.Module):
         return x + self.block(x)
 
 
+def image_decoder(
+    dim: int, hidden_dims: Sequence[int], channels: int, num_residual_layers: int, layer_norm: Norm
+) -> nn.Sequential:
+    """Return the network from codewords of `dim` channels to `channels` per pixel.
+
+    `hidden_dims` are the channels of the encoder's convolutions, which are gone through backwards.
+    """
+    width, widths = hidden_dims[-1], list(reversed(hidden_dims))
+    layers: list[nn.Module] = [nn.Conv2d(dim, width, 3, padding=1), nn.LeakyReLU()]
+    layers += [ResidualBlock(width) for _ in range(num_residual_layers)]
+    layers.append(nn.LeakyReLU())
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), norm_layer(layer_norm, b), nn.LeakyReLU()]
+    head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
+    return nn.Sequential(*layers, head)
+
+
 class VQVAE(CodebookVAE):
     """Define MO-VAE's `vq_vae`: 4x4 convolutions, residual blocks, a codebook of `num_embeddings` codes.
 
@@ -97,18 +114,7 @@ class VQVAE(CodebookVAE):
             self.quantizer = make_bottleneck(settings)
         self.count_codes(settings.code_sizes)
 
-        layers = [nn.Conv2d(dim, width, 3, padding=1), nn.LeakyReLU()]
-        layers += [ResidualBlock(width) for _ in range(num_residual_layers)]
-        layers.append(nn.LeakyReLU())
-        widths = list(reversed(hidden_dims))
-        for a, b in itertools.pairwise(widths):
-            layers += [
-                nn.ConvTranspose2d(a, b, 4, stride=2, padding=1),
-                norm_layer(layer_norm, b),
-                nn.LeakyReLU(),
-            ]
-        head = nn.ConvTranspose2d(widths[-1], self.head_channels, 4, stride=2, padding=1)
-        self.decoder = nn.Sequential(*layers, head)
+        self.decoder = image_decoder(dim, hidden_dims, self.head_channels, num_residual_layers, layer_norm)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:

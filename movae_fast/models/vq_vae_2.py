@@ -36,6 +36,29 @@ def blocks(channels: int, count: int) -> list[nn.Module]:
     return [*(Block(channels) for _ in range(count)), nn.ReLU()]
 
 
+def image_encoder(channels: int, half: int, width: int, count: int) -> nn.Sequential:
+    """Return the network from images to features of `width` channels at a quarter of the side."""
+    return nn.Sequential(
+        nn.Conv2d(channels, half, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(half, width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        *blocks(width, count),
+    )
+
+
+def image_decoder(features: int, width: int, half: int, channels: int, count: int) -> nn.Sequential:
+    """Return the network from features at a quarter of the side to `channels` per pixel."""
+    return nn.Sequential(
+        nn.Conv2d(features, width, 3, padding=1),
+        *blocks(width, count),
+        nn.ConvTranspose2d(width, half, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(half, channels, 4, stride=2, padding=1),
+    )
+
+
 class VQVAE2(CodebookVAE):
     """Define MO-VAE's `vq_vae_2`: codes at a quarter of the image's side, and above them at an eighth.
 
@@ -86,14 +109,7 @@ class VQVAE2(CodebookVAE):
         self.code_shape = (sum(self.spans), *((levels,) if levels > 1 else ()))
         self.embedding_dim = dim = settings.embedding_dim
         width, half, count = hidden_dim, max(hidden_dim // 2, 1), num_residual_layers
-        self.encoder_bottom = nn.Sequential(
-            nn.Conv2d(channels, half, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(half, width, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            *blocks(width, count),
-        )
+        self.encoder_bottom = image_encoder(channels, half, width, count)
         self.encoder_top = nn.Sequential(
             nn.Conv2d(width, width, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -110,13 +126,7 @@ class VQVAE2(CodebookVAE):
         self.top, self.bottom = make_bottleneck(settings), make_bottleneck(settings)
         self.count_codes(settings.code_sizes * 2)
         self.upsample = nn.ConvTranspose2d(dim, dim, 4, stride=2, padding=1)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(2 * dim, width, 3, padding=1),
-            *blocks(width, count),
-            nn.ConvTranspose2d(width, half, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(half, self.head_channels, 4, stride=2, padding=1),
-        )
+        self.decoder = image_decoder(2 * dim, width, half, self.head_channels, count)
 
     @classmethod
     def weighted_objectives(

@@ -12,7 +12,7 @@ from movae_fast.ops.extension import DTYPES, csrc
 from movae_fast.ops.registration import launching_op, library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
 
-# Bytes of a result that the allocator takes from the system each time rather than from what it has.
+# Bytes from which on the allocator asks the system for a result's memory at every call.
 LARGE = 8 << 20
 
 

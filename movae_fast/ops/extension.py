@@ -60,13 +60,14 @@ def cuda_missing() -> str:
     driver, runtime = csrc.cuda_versions()
     if driver == 0:
         return "there is no CUDA driver"
-    # Any driver of the same major version runs what this runtime compiled; an older one runs nothing of it.
+    # A driver of an older major version than the runtime cannot run any of its code.
     if driver // 1000 < runtime // 1000:
         return f"the driver serves CUDA {_dotted(driver)}, the extension was built with {_dotted(runtime)}"
     compiled = [int(number) for number in built.get("architectures", "").split(",") if number]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        # A binary runs on GPUs of its own generation; PTX, kept of the newest, is compiled by a newer driver.
+        # A binary runs on GPUs of its own generation; for newer GPUs the driver compiles the PTX of the newest
+        # one.
         binary = any(number // 10 == major and number % 10 <= minor for number in compiled)
         if not binary and (max(compiled, default=0) > 10 * major + minor or driver < runtime):
             return f"the extension was built for {built['architectures']}, not for cuda:{i}'s {major}{minor}"

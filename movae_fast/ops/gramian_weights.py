@@ -178,7 +178,7 @@ def _gramian_weights_cuda(
 ) -> Tensor:
     if reason := extension.cuda_missing():
         _warn_of_the_host(reason)
-        # m x m numbers each way, and the same C++ that a CPU runs; the device waits for the host.
+        # Copy the m x m numbers to the host, run the CPU's C++ there, and copy back; the device waits for it.
         pref, order = None if pref is None else pref.cpu(), None if order is None else order.cpu()
         return _gramian_weights(gramian.cpu(), method, pref, order, a, b, iterations).to(gramian.device)
     given, m = _as_taken(gramian, pref, order), len(gramian)

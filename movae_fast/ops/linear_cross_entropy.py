@@ -13,10 +13,11 @@ from torch import Tensor
 
 from movae_fast.ops.registration import library, refuse_vmap
 
-# Logits that exist at once, 64 MB in float32. Larger chunks add to the weight's gradient less often; so much is
-# free besides, as a vocabulary's gradient and its scaled copy, at the backward, take more.
+# Logits that are computed at once, 64 MB in float32. Larger chunks mean fewer additions to the weight's
+# gradient. This size does not raise the peak memory, which the backward reaches with the weight's gradient and
+# its scaled copy.
 CHUNK = 1 << 24
-LEAST_ROWS = 128  # of a chunk: below, a product no longer fills the machine
+LEAST_ROWS = 128  # fewest rows of a chunk; smaller matrix products are inefficient
 
 
 def linear_cross_entropy(
@@ -135,8 +136,8 @@ def _with_gradients(
         else:
             scores = torch.mm(rows, weight.T, out=buffer[: len(rows)])
         losses[here], total = _exponentials_(scores, places)
-        # The gradient at the logits is (exponentials - total * one-hot) * factor; the factor is a row's, and
-        # goes where rows are short.
+        # The logits' gradient is (exponentials - total * one-hot) * factor. The factor is one number per row,
+        # so it is applied to rows of length H instead of V.
         scores.scatter_add_(1, places, -total)
         factor = counts[here, None] / total
         if buffer is None:
@@ -203,7 +204,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, losses, of_hidden, of_weight = output
     ctx.save_for_backward(of_hidden, of_weight)
     ctx.mark_non_differentiable(losses, of_hidden, of_weight)
-    ctx.set_materialize_grads(False)  # or zeros of the weight's size would stand for the gradient of a gradient
+    ctx.set_materialize_grads(False)  # otherwise zeros of the weight's size would be made for unused gradients
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

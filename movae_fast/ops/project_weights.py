@@ -22,7 +22,7 @@ from movae_fast.reference import Regularizer
 
 Mode = Literal["upgrad", "dualproj"]
 
-# What the tableaus of CUDA's solvers are laid out for.
+# Largest m that the CUDA solvers have room for.
 MOST_ON_CUDA = 64
 
 # As csrc/projection/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
@@ -188,7 +188,8 @@ def _on_cpu(
     csrc.project_weights(
         gramian.data_ptr(),
         m,
-        0 if given is None else given.data_ptr(),  # the mean: to make it would cost as much as a projection
+        # Null means equal preferences: a tensor of them would cost as much as the projection.
+        0 if given is None else given.data_ptr(),
         out.numel() // m,
         KINDS.index(kind),
         diagonal,

@@ -246,7 +246,7 @@ def _quantize_backward_cuda(
     index = index.flatten().clamp(0, len(codebook) - 1)
     rows, code = as_rows(z).to(dtype), codebook[index].to(dtype)
     through = torch.zeros_like(rows) if grad_z_q is None else as_rows(grad_z_q).to(dtype)
-    pull = torch.zeros_like(rows)  # half the gradient of sq_err in z
+    pull = torch.zeros_like(rows)  # half the gradient of sq_err with respect to z
     if grad_sq_err is not None:
         pull = grad_sq_err.to(dtype).reshape(-1, 1) * (rows - code)
     if want_z:
@@ -266,7 +266,7 @@ def _quantize_backward_cuda(
 def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
     """Return the gradient at z, given `grad` at the z_q that the rotation trick makes: the transposed rotation
     and the scale that take z to its code are applied to `grad`."""
-    # Where one of the two has no direction, grad passes as it is.
+    # If z or its code is zero there is no rotation, and grad passes unchanged.
     length_z, length_code = z.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
     e, q = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(code, dim=1)
     r = torch.nn.functional.normalize(e + q, dim=1)
@@ -344,7 +344,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     z, codebook, index = ctx.saved_tensors
     want_z, want_codebook = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    # Nothing but the codebook's own gradient reaches it through z_q, and it alone.
+    # Through z_q the gradient goes to the codebook alone if `gradient` is "codebook", and to z alone otherwise.
     want_z = want_z and (grad_sq_err is not None or (grad_z_q is not None and gradient != "codebook"))
     want_codebook = want_codebook and (
         grad_sq_err is not None or (grad_z_q is not None and gradient == "codebook")

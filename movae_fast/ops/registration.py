@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch.library import triton_op
 
-# Library rather than custom_op: a third of the cost of a call, which is what a small Jacobian pays.
+# Library instead of custom_op: a call costs a third, which matters for a small Jacobian.
 library = torch.library.Library("movae", "FRAGMENT")
 
 

@@ -12,7 +12,7 @@ cuda_path = ""
 
 def by_cuda_cpp() -> bool:
     """Return whether the projection on CUDA runs the C++ extension's kernel rather than the Triton one."""
-    # Triton unless told: on an H200 it projects three times as fast (benchmarks/results/nvidia-h200.md).
+    # Triton is the default: on an H200 it projects three times as fast (benchmarks/results/nvidia-h200.md).
     return cuda_path == "cuda" and not extension.cuda_missing()
 
 

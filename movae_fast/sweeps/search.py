@@ -16,7 +16,7 @@ from movae_fast.training.config import TrainConfig
 if TYPE_CHECKING:
     import optuna
 
-# Figures of `movae evaluate` besides its metrics of factors -> the metric that gives them.
+# Result of `movae evaluate`, other than those of factor metrics -> the metric that computes it.
 FIGURES = {
     **dict.fromkeys(("rate", "distortion", "elbo", "active_units"), "elbo"),
     **dict.fromkeys(("psnr", "ssim", "ms_ssim"), "images"),

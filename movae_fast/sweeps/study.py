@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import optuna
 
 
-UNSIGNED = datetime.timedelta(minutes=1)  # after which a trial's process is taken for gone
+UNSIGNED = datetime.timedelta(minutes=1)  # without a sign of life: a trial's process has then ended
 
 
 @dataclass

@@ -41,10 +41,12 @@ from movae_fast.schedules import (
 )
 from movae_fast.training import checkpoint
 from movae_fast.training.adversary import Adversary
+from movae_fast.training.aggressive import Aggressive
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.plateau import Plateau
 from movae_fast.training.precision import Precision
 from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World
@@ -131,6 +133,14 @@ def build_aggregator(
     return Sum()
 
 
+def build_aggressive(optimizer: OptimizerConfig) -> Aggressive | None:
+    """Return the aggressive phase, in which the encoder is trained alone, or None if the configuration has
+    none."""
+    if not optimizer.aggressive:
+        return None
+    return Aggressive(optimizer.aggressive_steps, optimizer.aggressive_window)
+
+
 def build_losses(
     config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths, world: World
 ) -> LossVector:
@@ -164,14 +174,30 @@ def build_discriminator(objective: ObjectiveConfig, model: VAE, world: World) ->
     return made
 
 
+def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
+    """Return the schedule that lowers the learning rate by the validation loss, or None for other schedules."""
+    if optimizer.scheduler != "plateau":
+        return None
+    return Plateau(
+        optimizer.plateau_patience,
+        optimizer.plateau_after,
+        optimizer.scheduler_gamma,
+        optimizer.plateau_decays,
+        optimizer.plateau_reload,
+    )
+
+
 def build_optimizer(
-    optimizer: OptimizerConfig, model: VAE, lengths: Lengths
+    optimizer: OptimizerConfig, model: VAE, lengths: Lengths, plateau: Plateau | None = None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return the optimizer and its learning-rate scheduler, which starts anew with each stage."""
     built = make_optimizer(optimizer, model.parameters())
     factor: Factor = lr_factor(optimizer, lengths.stage, lengths.epoch)
     if lengths.total != lengths.stage:
         factor = restarted(factor, lengths.stage)
+    if plateau is not None:
+        base = factor
+        return built, torch.optim.lr_scheduler.LambdaLR(built, lambda step: base(step) * plateau.factor)
     return built, torch.optim.lr_scheduler.LambdaLR(built, factor)
 
 
@@ -201,6 +227,7 @@ def build_step(
         optimizer,
         jacobian=config.jacobian,
         max_grad_norm=config.optimizer.max_grad_norm,
+        clip_apart=config.optimizer.clip_per == "part",
         skip_grad_norm=config.optimizer.skip_grad_norm,
         ema_decay=config.optimizer.ema_decay,
         step_metric=objective.step_metric if objective.conflict_free == "step" else None,
@@ -231,7 +258,7 @@ def compile_mode(
     captured: whether the step is recorded as a CUDA graph. part_of_batch: whether the Gramian is computed on a
     part of the batch, which is not compiled.
     """
-    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
+    # Layers that communicate with other processes cannot be compiled, nor can a batch that is divided.
     if part_of_batch or (run.sync_batchnorm and world.size > 1):
         return "off"
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
@@ -354,13 +381,18 @@ def make_loader(
 
 
 def make_text_loader(
-    config: TrainConfig, device: torch.device, split: str, world: World | None = None
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    world: World | None = None,
+    in_order: bool = False,
 ) -> TextLoader:
-    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences."""
-    data, train, world = config.data, split == "train", world or World()
+    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences; `in_order` gives
+    each training sentence once, as of a test split."""
+    data, train, world = config.data, split == "train" and not in_order, world or World()
     source = read_text(data.dataset, config.text_options).split(split)
     return TextLoader(
-        limited_text(source, data.limit_train if train else data.limit_test),
+        limited_text(source, data.limit_train if split == "train" else data.limit_test),
         data.batch_size if train else data.eval_batch_size or data.batch_size,
         device,
         train=train,

@@ -23,7 +23,8 @@ from movae_fast.names import first_line
 from movae_fast.training.run_list import listed
 
 FORMAT = "movae-fast checkpoint 1"
-NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
+# Errno of OSErrors that torch's reader raises beyond a truncated file's end.
+NOT_READABLE = (None, errno.EINVAL)
 
 
 class CheckpointError(ValueError):

@@ -10,8 +10,9 @@ import torch
 from movae_fast.choices import CompileMode
 from movae_fast.own_code import with_own_code
 
-# With inductor's own limits on what it recomputes, each gate's upstream gradient is kept beside the gradient
-# made of it: a fifth more activations at the step's peak (cnn_vae_28). With these it is formed twice instead.
+# With inductor's own limits on recomputation, each gate's upstream gradient is kept beside the gradient
+# computed from it: a fifth more activations at the step's peak (cnn_vae_28). With these limits it is computed
+# twice instead.
 MULTIRATE_LIMITS = {
     "realize_reads_threshold": 12,
     "realize_opcount_threshold": 120,

@@ -81,9 +81,6 @@ class DataConfig:
         label_column: Whether lines are label<TAB>text (text); the default is the corpus's own.
         pad_multiple: Sentences of one batch have one length (1), or lengths that are padded to the next
             multiple of this, for fewer shapes.
-        vocabulary_size: Filled in: the words of the corpus, the special ones among them.
-        longest: Filled in: the tokens of its longest sentence.
-        corpus_digest: Filled in: SHA-256 of the corpus as the model sees it, by which a resumed run knows it.
     """
 
     dataset: str = "cifar10"
@@ -113,9 +110,6 @@ class DataConfig:
     too_long: TooLong = "error"
     label_column: bool | None = None
     pad_multiple: int = 1
-    vocabulary_size: int | None = None
-    longest: int | None = None
-    corpus_digest: str | None = None
 
 
 @dataclass
@@ -403,18 +397,30 @@ class OptimizerConfig:
         eps: What keeps a division from zero; the default is the optimizer's own (not sgd). In adamax it is
             added to the gradient's size before the maximum; hierarchies of latents take 1e-3.
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
+        clip_per: Whether that is the norm of the whole model's gradient, or that of each part's: the shared
+            parameters before the features, and the rest.
         skip_grad_norm: Leave out a step whose gradient is longer than this, or one of whose losses is not
             finite, as if it had not been (`train/skipped_steps` counts them); 0 leaves out none.
         ema_decay: Decay per step of an exponential moving average of the weights, which is then evaluated,
             sampled and exported in their place; 0 keeps none.
         scheduler: Learning-rate schedule after the warm-up; epoch_cosine warms up by steps, then changes with
-            the epoch and reaches scheduler_lr_min in the last one.
+            the epoch and reaches scheduler_lr_min in the last one; plateau decays where the loss on the
+            validation split (of text) stops falling.
         scheduler_per: Whether the learning rate, warm-up included, changes every step or every epoch.
         scheduler_lr_min: Learning rate at the end of cosine and epoch_cosine.
-        scheduler_gamma: Factor at each milestone of multi_step.
+        scheduler_gamma: Factor at each milestone of multi_step, and at each decay of plateau.
         scheduler_milestones: Epochs of multi_step's drops.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
         warmup_epochs: The same in epochs.
+        plateau_patience: Epochs with a worse validation loss than the one before, until a decay.
+        plateau_after: Epochs without a decay at the run's beginning.
+        plateau_decays: Decays after which training is over; 0 for any number.
+        plateau_reload: At a decay, go on from the weights of the best validation loss with a new optimizer.
+        aggressive: Train the encoder alone before each step of the decoder, until the loss stops falling, in
+            epochs that raise the mutual information on the validation split (text; He et al. 2019).
+        aggressive_steps: Most steps of the encoder before one of the decoder.
+        aggressive_window: Steps of the encoder whose mean loss per token is compared with that of as many
+            before.
     """
 
     optimizer: Literal["adam", "adamw", "adamax", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
@@ -426,13 +432,21 @@ class OptimizerConfig:
     max_grad_norm: float = 0.0
     skip_grad_norm: float = 0.0
     ema_decay: float = 0.0
-    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step"] = "none"
+    clip_per: Literal["model", "part"] = "model"
+    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step", "plateau"] = "none"
     scheduler_per: Literal["step", "epoch"] = "step"
     scheduler_lr_min: float = 0.0
     scheduler_gamma: float = 0.1
     scheduler_milestones: list[int] = field(default_factory=list)
     warmup_steps: int = 0
     warmup_epochs: int = 0
+    plateau_patience: int = 2
+    plateau_after: int = 15
+    plateau_decays: int = 5
+    plateau_reload: bool = True
+    aggressive: bool = False
+    aggressive_steps: int = 99
+    aggressive_window: int = 15
 
 
 @dataclass
@@ -508,6 +522,20 @@ class WandbConfig:
 
 
 @dataclass
+class CorpusFacts:
+    """Hold what a run on text found its corpus to be: no flags, but part of its configuration."""
+
+    vocabulary_size: int | None = None  # with the special words
+    longest: int | None = None  # tokens of the longest sentence
+    corpus_digest: str | None = (
+        None  # SHA-256 of the corpus as the model sees it, by which a resumed run knows it
+    )
+
+
+FILLED_IN = tuple(f.name for f in fields(CorpusFacts))
+
+
+@dataclass
 class TrainConfig:
     """Hold all settings of `movae train`, by subject."""
 
@@ -519,14 +547,15 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    corpus: CorpusFacts = field(default_factory=CorpusFacts)
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
         """Build the configuration from flags by name, as a command line or a config.yaml has them; unknown
         names are ignored."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for part in fields(cls):
-            section = SECTIONS[part.name]
+            section = CorpusFacts if part.name == "corpus" else SECTIONS[part.name]
             names = {f.name for f in fields(section)}
             parts[part.name] = section(**{k: v for k, v in values.items() if k in names})
         return cls(**parts)
@@ -559,6 +588,11 @@ class TrainConfig:
         return self.data.dataset in TEXT_SETS
 
     @property
+    def reads_valid(self) -> bool:
+        """Return whether training uses the validation split, for its learning rate or its aggressive phase."""
+        return self.optimizer.aggressive or self.optimizer.scheduler == "plateau"
+
+    @property
     def text_options(self) -> text.TextOptions:
         """Return the options for reading the corpus of sentences."""
         data = self.data
@@ -570,7 +604,7 @@ class TrainConfig:
         """Return the shape [C, S, S] of an image; for sentences [V, 1, T], as one-hot words, once the corpus is
         known."""
         if self.is_text:
-            return self.data.vocabulary_size or 5, 1, self.data.longest or 2
+            return self.corpus.vocabulary_size or 5, 1, self.corpus.longest or 2
         size = self.data.image_size or self.info.default_size
         return self.info.channels, size, size
 

@@ -56,7 +56,11 @@ def validate(config: TrainConfig) -> None:
 
 
 def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
-    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
+    """Call `check` on a configuration with --export left out.
+
+    The path to export to is checked where a run is started or resumed, because a resumed run may keep or change
+    it.
+    """
     export, config.run.export = config.run.export, None
     try:
         check(config)
@@ -73,6 +77,8 @@ def check_settings(config: TrainConfig) -> None:
     check_data(config)
     check_aggregation(config)
     check_optimizer(config.optimizer)
+    check_validation(config)
+    check_aggressive(config)
     check_likelihood(config)
     if not config.aggregated and (config.objective.agg_args or config.objective.pref_weights):
         raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
@@ -105,7 +111,7 @@ def check_model(config: TrainConfig) -> None:
 
 
 OF_TEXT = ("max_length", "too_long", "label_column", "pad_multiple")
-# What a sentence does not have; --recons_* choose a likelihood of pixels.
+# Flags that do not apply to text; --recons_* choose a likelihood of pixels.
 OF_IMAGES = {
     "data": ("image_size", "resize", "crop", "normalize", "binarize", "flip", "antialias", "chn_num", "loader"),
     "objective": ("recons_dist", "recons_reduction", "recons_activation"),
@@ -134,7 +140,10 @@ def check_text(config: TrainConfig) -> None:
     if config.objective.gramian_batch < 1:
         raise ValueError("--gramian_batch does not apply to text; leave it out, or use --gramian_every")
     if config.run.compile not in ("auto", "off"):
-        raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
+        raise ValueError(
+            f"--compile {config.run.compile}: torch.compile would unroll an LSTM, once for each length of the "
+            "sentences; leave it out"
+        )
     config.run.compile = "off"
     if config.run.accumulate > 1 and data.last_batch != "pad":
         raise ValueError("--accumulate on text needs batches of one size: add --last_batch pad")
@@ -353,6 +362,51 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
 
 
+def check_validation(config: TrainConfig) -> None:
+    """Raise ValueError for flags that need a validation split which the dataset lacks, or for wrong settings of
+    the plateau schedule and of --clip_per."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    if config.reads_valid and not config.is_text:
+        flag = "--aggressive" if optimizer.aggressive else "--scheduler plateau"
+        raise ValueError(
+            f"{flag} decides by a validation split, which --dataset {config.data.dataset} does not have; "
+            f"corpora have one: {', '.join(TEXT_SETS)}"
+        )
+    if optimizer.clip_per == "part" and not optimizer.max_grad_norm:
+        raise ValueError("--clip_per part: there is no norm to clip to; add --max_grad_norm")
+    if optimizer.clip_per == "part" and config.jacobian == "all":
+        raise ValueError("--clip_per part: with --jacobian all the parameters are one part; leave it out")
+    if optimizer.scheduler != "plateau":
+        names = ("plateau_patience", "plateau_after", "plateau_decays", "plateau_reload")
+        if given := [name for name in names if getattr(optimizer, name) != getattr(default, name)]:
+            raise ValueError(f"--{given[0]} is a setting of another schedule: add --scheduler plateau")
+        return
+    if optimizer.scheduler_gamma == 1:
+        raise ValueError("--scheduler_gamma 1 leaves the learning rate as it is; give plateau 0.5")
+    if optimizer.ema_decay and optimizer.plateau_reload:
+        raise ValueError(
+            "--ema_decay: the average of the weights would go on where --scheduler plateau takes them back; "
+            "leave it out, or add --plateau_reload false"
+        )
+
+
+def check_aggressive(config: TrainConfig) -> None:
+    """Raise ValueError if --aggressive is given with flags that rule out steps of the encoder alone, or its
+    settings without it."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    if not optimizer.aggressive:
+        for name in ("aggressive_steps", "aggressive_window"):
+            if getattr(optimizer, name) != getattr(default, name):
+                raise ValueError(f"--{name} is a setting of the encoder's own steps: add --aggressive")
+        return
+    if config.jacobian == "all":
+        raise ValueError("--aggressive steps the part before the features alone: leave --jacobian at shared")
+    if config.objective.conflict_free == "step":
+        raise ValueError("--aggressive does not project half a step; leave out --conflict_free step")
+    if config.objective.gramian_every > 1:
+        raise ValueError("--aggressive takes several steps per batch, which --gramian_every counts as one")
+
+
 def check_ladder(config: TrainConfig) -> None:
     """Check the ladder's stages and the schedules of the KL."""
     ladder, arch = config.ladder, config.model.arch
@@ -431,7 +485,7 @@ def check_multirate(config: TrainConfig) -> None:
     """Check the settings of multi-rate training, or that none was given without `--multirate`."""
     rate, arch, o = config.multirate, config.model.arch, config.objective
     if not rate.multirate:
-        # Older runs have in their configuration what was the default of all models.
+        # Configurations of older runs hold the default that all models then shared.
         default = MultiRateConfig(gate_decoder="sqrt" if rate.gate_decoder == "sqrt" else None)
         given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
         if given:

@@ -1,4 +1,4 @@
-"""Read settings from YAML files: recipes by name, files of flags, configurations of the VAE/beta-VAE/MMD-VAE
+"""Read flags from YAML files: recipes by name, files of flags, and configurations of the VAE/beta-VAE/MMD-VAE
 collection. Torch is not imported."""
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 from movae_fast.aggregation.catalog import CONES
 from movae_fast.names import nearest
+from movae_fast.training.config import FILLED_IN
 from movae_fast.training.yaml_file import read_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def flag_types(sections: Sequence[type]) -> dict[str, Any]:
-    """Return the type of each flag, over the fields of dataclasses."""
+    """Return flag -> type for all fields of the given dataclasses."""
     types: dict[str, Any] = {}
     for section in sections:
         hints = typing.get_type_hints(section)
@@ -29,13 +30,16 @@ def flag_types(sections: Sequence[type]) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """Return the names that --config accepts besides files."""
+    """Return the sorted names of the recipes that --config accepts."""
     return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
 
 
 def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags of the recipe or YAML file `name`. Raises ValueError for one that is unknown or does
-    not parse."""
+    """Return flag -> value from the recipe or YAML file `name`.
+
+    kinds: flag -> type, to which the values are converted. Raises ValueError for an unknown recipe, a file that
+    does not parse, or a name in it that is not a flag.
+    """
     path = find_yaml(name, RECIPES, "recipe")
     values = read_yaml(path, "--config")
     values = {} if values is None else values
@@ -45,6 +49,7 @@ def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(values.get("encoder"), dict) and isinstance(values.get("train"), dict):
         values = from_collection(values)
+    values = {key: value for key, value in values.items() if key not in FILLED_IN}  # of a run's config.yaml
     for key in values:
         if key not in kinds:
             raise ValueError(f"--config {path}: {key} is no flag{nearest(str(key), kinds)}")
@@ -54,7 +59,10 @@ def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_yaml(name: str, folder: Path, what: str) -> Path:
-    """Return the file that --config names, or the `what` (recipe, sweep) of that name in `folder`."""
+    """Return the path of the YAML file that --config names, or else of the file NAME.yaml in `folder`.
+
+    what: "recipe" or "sweep", for the message. Raises ValueError if there is neither.
+    """
     path, own = Path(name).expanduser(), folder / f"{name}.yaml"
     for candidate in (path, own):
         with contextlib.suppress(OSError, ValueError):  # such as a name that is too long
@@ -66,7 +74,8 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
 
 
 def listed(names: Sequence[str], most: int = 300) -> str:
-    """Return names with commas between them, as many as fit in `most` characters."""
+    """Return names joined by commas, cut to about `most` characters and then with the number of those left
+    out."""
     kept = list(names)
     while kept and len(", ".join(kept)) > most:
         kept.pop()
@@ -79,9 +88,10 @@ NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """Return a flag's value from a file as its type has it: text that is a number or a yes as such.
+    """Convert a flag's value from a YAML file to the flag's type `kind`, which may be a union.
 
-    Raises ValueError, with the flag's name, for a value of another type.
+    Text that holds a number, or yes or no, is converted too. Raises ValueError with the flag's name if no type
+    fits.
     """
     union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     options = typing.get_args(kind) if union else (kind,)
@@ -95,12 +105,12 @@ def typed(name: str, value: Any, kind: Any) -> Any:
 
 
 class UnfitError(Exception):
-    """Say that a value is not of a type."""
+    """Report that a value cannot be converted to a type."""
 
 
 def as_type(value: Any, kind: Any) -> Any:
-    """Return the value converted to `kind`, a single type and no union. Raises UnfitError for a value that
-    does not fit."""
+    """Return the value converted to `kind`, a type that is not a union. Raises UnfitError if the value does not
+    fit."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or (kind is types.NoneType and value is None):
         return value
@@ -123,7 +133,8 @@ def as_type(value: Any, kind: Any) -> Any:
 
 
 def type_words(kind: Any) -> list[str]:
-    """Return what a type is called in a message; nothing for None."""
+    """Return how an error message lists a type: its choices, or a phrase such as "a whole number"; [] for
+    None."""
     if typing.get_origin(kind) is typing.Literal:
         return [str(a) for a in typing.get_args(kind)]
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -136,8 +147,7 @@ def type_words(kind: Any) -> list[str]:
 
 
 def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of a saved run, with the regularizer "trace" for a run that was saved before there
-    was a choice."""
+    """Return a saved run's flags, with upgrad_regularizer "trace" if the run is older than that flag."""
     recorded = {"upgrad_norm_eps", "upgrad_reg_eps"} <= values.keys()
     if recorded and "upgrad_regularizer" not in values and values.get("agg") in CONES:
         return values | {"upgrad_regularizer": "trace"}
@@ -145,8 +155,8 @@ def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flags from a configuration of the VAE/beta-VAE/MMD-VAE collection (encoder, data, train
-    targets)."""
+    """Convert a configuration of the VAE/beta-VAE/MMD-VAE collection (sections encoder, data, train) to our
+    flags."""
     data, encoder, train = (within(tree, part) for part in ("data", "encoder", "train"))
     root, network = within(data, "params"), within(encoder, "params")
     if not isinstance(root.get("root", ""), str):
@@ -184,7 +194,8 @@ def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def within(tree: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """Return a part of a configuration, empty where it is left out; ValueError for what is no part."""
+    """Return the section `part` of a configuration; {} if it is missing. Raises ValueError if it is not a
+    mapping."""
     value = tree.get(part)
     if value is None:
         return {}
@@ -194,10 +205,10 @@ def within(tree: Mapping[str, Any], part: str) -> Mapping[str, Any]:
 
 
 def collection_root(given: str) -> str:
-    """Return data_dir for the root folder of the collection, which is torchvision's (~/data/MNIST/ holds
-    MNIST/raw).
+    """Return the data_dir that corresponds to the data folder of the VAE/beta-VAE/MMD-VAE collection.
 
-    Where the files themselves lie in it (~/data/MNIST/raw), it is the folder above.
+    That folder is laid out as in torchvision (~/data with MNIST/raw in it). If it is the dataset's own folder
+    (~/data/MNIST), the folder above is returned.
     """
     root = Path(given).expanduser()
     own = any((root / name).is_dir() for name in ("raw", "img_align_celeba"))

@@ -1,4 +1,4 @@
-"""Decide what a run that goes on may change of its configuration."""
+"""Define which flags a resumed run may change, and build its configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from movae_fast.training.config import RunConfig, TrainConfig
+from movae_fast.training.config import FILLED_IN, RunConfig, TrainConfig
 from movae_fast.training.config_checks import validate, without_export
 from movae_fast.training.config_files import with_its_regularizer
 from movae_fast.training.device_checks import check_fits
@@ -31,14 +31,21 @@ RESUMABLE = {
 
 
 def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a saved run, by name, under what is given for its continuation."""
-    return with_its_regularizer({k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")})
+    """Return the flags that a run was saved with, as the defaults for resuming it.
+
+    Flags of that one call (resume, exp_dir, export) and what a run finds of its corpus are left out; a
+    regularizer is added to runs older than its flag.
+    """
+    left_out = ("resume", "exp_dir", "export", *FILLED_IN)
+    return with_its_regularizer({k: v for k, v in saved.items() if k not in left_out})
 
 
 def continued(values: dict[str, Any], saved: Mapping[str, Any], resumed: str) -> TrainConfig:
-    """Return the configuration to go on with: `values`, all settings by name, checked against the saved ones.
+    """Return the configuration of a resumed run from `values`, all its flags by name, checked against the saved
+    ones.
 
-    resumed: the run's folder or checkpoint. Raises ValueError for a change that makes another run of it.
+    resumed: the run's folder or checkpoint. Raises ValueError for a change of a flag that has to stay the same
+    within a run.
     """
     known = settings_of(saved)
     folder = folder_of(Path(resumed))
@@ -54,7 +61,7 @@ def continued(values: dict[str, Any], saved: Mapping[str, Any], resumed: str) ->
         )
     if values["export"] is None and (export := saved.get("export")) and not Path(export).exists():
         values["export"] = export  # it was to be written at the end
-    config = TrainConfig.from_flat(values)
+    config = TrainConfig.from_flat(values | {name: saved[name] for name in FILLED_IN if name in saved})
     without_export(config, validate)
     check_fits(config)
     return config

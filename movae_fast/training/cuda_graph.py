@@ -55,7 +55,7 @@ class CudaGraphs:
     def record(self, work: Work) -> Work:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # A loader's thread may pin memory meanwhile, which only this thread must not.
+            # A loader's thread may pin memory meanwhile; only this thread must not.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 outputs = work()
         except RuntimeError:

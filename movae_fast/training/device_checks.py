@@ -17,18 +17,16 @@ from movae_fast.data.text import read_text
 from movae_fast.models import build_model
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.device import check_device, resolve_device
+from movae_fast.training.device import resolve_device
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raise ValueError for an invalid device, a loader that is not installed, or an aggregator that cannot
-    handle this number of objectives; read the size of a corpus of sentences. Called after
-    `config_checks.check_settings`."""
+    """Raise ValueError for a loader that is not installed, or an aggregator that cannot handle this number of
+    objectives; read the size of a corpus of sentences. Called after `config_checks.check_settings`."""
     if config.is_text:
         read_size(config)
     if config.data.loader == "dali":
         require_dali()
-    check_device(config.run.device)
     if config.needs_jacobian:
         check_runs(config.objective.agg, **config.aggregator_options())
 
@@ -38,16 +36,16 @@ def read_size(config: TrainConfig) -> None:
 
     Raises ValueError if a resumed run started with a different corpus.
     """
-    data = config.data
+    data, facts = config.data, config.corpus
     corpus = read_text(data.dataset, config.text_options)
     digest = corpus.digest
-    if data.corpus_digest not in (None, digest):
+    if facts.corpus_digest not in (None, digest):
         raise ValueError(
-            f"--dataset {data.dataset}: the run began on another corpus (SHA-256 {data.corpus_digest[:16]}, "
+            f"--dataset {data.dataset}: the run began on another corpus (SHA-256 {facts.corpus_digest[:16]}, "
             f"now {digest[:16]}): give it the same files, the same Python for python_topics, or start a new run"
         )
-    data.corpus_digest, data.vocabulary_size = digest, len(corpus.vocabulary)
-    data.longest = 2 + max(int(s.lengths.max()) for s in (corpus.train, corpus.valid, corpus.test))
+    facts.corpus_digest, facts.vocabulary_size = digest, len(corpus.vocabulary)
+    facts.longest = 2 + max(int(s.lengths.max()) for s in (corpus.train, corpus.valid, corpus.test))
 
 
 def check_fits(config: TrainConfig) -> None:
@@ -59,7 +57,7 @@ def check_fits(config: TrainConfig) -> None:
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
     if config.is_text:
-        image = 8 * (data.longest or 0)  # the tokens; of the logits only a part exists at once
+        image = 8 * (config.corpus.longest or 0)  # the tokens; of the logits only a part exists at once
     else:
         channels, *sides = config.image_shape
         image = 4 * math.prod(sides) * (channels + 2 * config.likelihood.channels)

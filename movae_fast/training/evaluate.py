@@ -13,6 +13,7 @@ from movae_fast.models import VAE, HierarchyOutput, Likelihood, TextOutput, VQOu
 from movae_fast.models.base import Output
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.objectives import LossVector, rate
+from movae_fast.reference import gaussian_log_density
 from movae_fast.training.gradients import group_rates
 from movae_fast.training.telemetry import codebook_metrics, rate_metrics
 from movae_fast.training.world import World
@@ -44,7 +45,7 @@ def evaluate(
     model.eval()
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives, of the negative ELBO, of the squared error; images with objectives, and all.
+        # Sums: m objectives, negative ELBO, squared error, images that have objectives, all images.
         m = len(losses.names)
         sums = torch.zeros(m + 4, dtype=torch.float64, device=loader.device)
         usage = torch.zeros(sum(model.code_sizes), device=loader.device)
@@ -99,7 +100,8 @@ def evaluate_text(
 
     Keys: `test/<objective>`, unweighted, in nats per sentence; `test/loss`, their weighted sum;
     `test/token_perplexity`, exp of the negative ELBO per token; `test/active_units`, the number of active
-    latents. Noise and random state are handled as in `evaluate`.
+    latents; `test/mutual_information`, between sentences and latents, estimated within a batch, in nats. Noise
+    and random state are handled as in `evaluate`.
     """
     was_training = model.training
     model.eval()
@@ -107,24 +109,45 @@ def evaluate_text(
     assert isinstance(width, int)
     devices = [loader.device] if loader.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        # Sums of the objectives, of the means and their squares; sentences and tokens.
-        sums = torch.zeros(len(losses.names) + 2 * width + 2, dtype=torch.float64, device=loader.device)
+        # Sums: objectives, latent means [width], their squares [width], sentences, tokens, mutual information.
+        sums = torch.zeros(len(losses.names) + 2 * width + 3, dtype=torch.float64, device=loader.device)
         for batch, (x, _) in enumerate(loader.epoch()):
             torch.manual_seed(seed * 1_000_003 + batch * world.size + world.rank)
             out = model(x)
             assert isinstance(out, TextOutput)
             mu = out.mu.double()
             objectives = torch.stack(losses(out, x)).double() * len(x)
-            sizes = torch.stack([x.new_tensor(len(x)), (out.target != PAD).sum()]).double()
+            information = mutual_information(mu, out.logvar.double(), out.z.double())
+            count, tokens = mu.new_tensor(len(x)), (out.target != PAD).sum().double()
+            sizes = torch.stack([count, tokens, information * count])
             sums += torch.cat([objectives, mu.sum(0), mu.square().sum(0), sizes])
     model.train(was_training)
-    totals, means, squares, (count, tokens) = world.sum_(sums).cpu().split([len(losses.names), width, width, 2])
+    parts = [len(losses.names), width, width, 3]
+    totals, means, squares, (count, tokens, information) = world.sum_(sums).cpu().split(parts)
     values = totals / count
     line = {f"test/{name}": float(v) for name, v in zip(losses.names, values, strict=True)}
     line["test/loss"] = float((values * losses.weights.cpu().double()).sum())
     line["test/token_perplexity"] = float((totals.sum() / tokens).exp())
     variance = squares / count - (means / count).square()
-    return line | {"test/active_units": int((variance >= ACTIVE_VARIANCE).sum())}
+    line["test/active_units"] = int((variance >= ACTIVE_VARIANCE).sum())
+    return line | {"test/mutual_information": float(information / count)}
+
+
+def mutual_information(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+    z: Tensor,  # [B, D] one draw of each posterior
+) -> Tensor:  # []
+    """Return E[log q(z|x)] - E[log q(z)] in nats, where q(z) is the mean of the batch's own posteriors (He et
+    al. 2019).
+
+    The first term uses the entropies' closed form, so the estimate may lie slightly below 0, or slightly above
+    log B, which bounds its expectation.
+    """
+    d = mu.shape[1]
+    entropy = -0.5 * d * math.log(2 * math.pi) - 0.5 * (1 + logvar).sum(1)
+    log_q = gaussian_log_density(z[:, None], mu[None], logvar[None]).sum(2)  # [B, B]
+    return entropy.mean() - (log_q.logsumexp(1) - math.log(len(mu))).mean()
 
 
 def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:  # [] float64
@@ -137,7 +160,7 @@ def squared_error(model: VAE | MeanImage, x: Tensor, normalize: bool) -> Tensor:
 def mean_image(loader: Loader) -> Tensor:  # [C, S, S] in [0, 1]
     """Return the mean of the training images, over at most 65,536 evenly spaced ones."""
     n = min(len(loader.source), MEAN_IMAGE_LIMIT)
-    # Drawn pixels have the grey level for their mean; a threshold's have another.
+    # The mean of randomly binarized pixels is their grey level; that of thresholded ones is not.
     shown = loader.binarizer if loader.binarizer.mode == "threshold" else None
     plain = ResidentLoader(
         Subset(loader.source, n), 256, loader.device, train=False, binarizer=shown, bits=loader.bits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from movae_fast.jacobian import Gradients
 
-# Elements from one parameter's start to the next are a multiple of this: vector loads find 16 bytes and more.
+# Every parameter starts at a multiple of so many elements, which aligns vector loads to 16 bytes or more.
 ALIGNMENT = 16
 
 

@@ -89,8 +89,8 @@ class Differentiated(NamedTuple):
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
     rates: Tensor  # [G] mean KL of each group in nats; [0] without a hierarchy
     task: Gradients = ()
-    shared: Iterable[Gradients] = ()  # rows, or the one gradient
-    nonzero: Sequence[int] = ()  # the rows' objectives: the others' rows are zero by construction
+    shared: Iterable[Gradients] = ()  # the Jacobian's rows, or the sum's gradient
+    nonzero: Sequence[int] = ()  # objectives with a row in `shared`; the rows of all others are zero
 
 
 class Forward(NamedTuple):
@@ -136,7 +136,7 @@ def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
     else:
         task, nonzero = [], list(range(len(weighted)))
         rows = all_rows(weighted, network.shared)
-    # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the rows' buffer.
+    # Without compilation a row is computed when it is needed, so only one exists outside the rows' buffer.
     kept = list(rows) if torch.compiler.is_compiling() else rows
     return Differentiated(losses, usage, rates, task, kept, nonzero)
 
@@ -181,7 +181,7 @@ def of_cheaply_weighted(
     """
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     at_cut = at_features(weighted, features, network.task)
-    # Weighed once: an aggregator may draw or remember.
+    # Compute the weights only once: an aggregator may draw random numbers or keep state.
     weights = weigh(cheap_rows(features, at_cut.features, last))
     row = weighted_row(features, at_cut.features, weights, network.shared)
     return Differentiated(losses, usage, rates, at_cut.task, [row]), weights

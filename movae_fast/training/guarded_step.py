@@ -28,7 +28,7 @@ class StepGuard:
         self.optimizer, self.model, self.longest, self.world = optimizer, model, longest, world
         self.before: list[Tensor] = []  # the model's buffers
         self.skip: Tensor | None = None  # [] float32, 1 for a step to leave out
-        self.left_out: Tensor | None = None  # [] the same, with the loss scale's
+        self.left_out: Tensor | None = None  # [] the same, with the steps that the loss scale skips
         optimizer.register_step_pre_hook(self._tell)
 
     def begin(self) -> None:
@@ -43,7 +43,7 @@ class StepGuard:
         if not self.longest:
             return
         bad = self.world.sum_((~losses.isfinite().all()).float())
-        # So written that a norm of NaN is too long.
+        # Written so that a NaN norm counts as too long.
         self.skip = ((bad > 0) | ~(norm <= self.longest)).float()
 
     def _tell(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class StepGuard:
         be."""
         if self.skip is None:
             return self.left_out
-        if hasattr(self.optimizer, "found_inf"):  # the loss scale takes away what it gave
+        if hasattr(self.optimizer, "found_inf"):  # set by `_tell`; the loss scale removes only its own
             del self.optimizer.found_inf
         assert self.left_out is not None
         for buffer, old in zip(self.model.buffers(), self.before, strict=True):

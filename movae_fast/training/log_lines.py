@@ -40,7 +40,7 @@ def parsed(text: bytes) -> dict[str, Any] | None:
 
 
 class Conflict(NamedTuple):
-    """Hold how often a run's measured steps conflicted with an objective."""
+    """Hold how often the measured steps of a run conflicted with an objective, and the smallest cosine."""
 
     fraction: float  # of the measured steps
     steps: int  # that were measured
@@ -48,9 +48,9 @@ class Conflict(NamedTuple):
 
 
 def conflict_of(lines: Sequence[Mapping[str, Any]], kind: str = "") -> Conflict | None:
-    """Return the conflict over a whole log, None where nothing was measured.
+    """Return the conflicts over a whole log, or None if no step was measured.
 
-    kind: "" for the update, the aggregated gradient; "step_" for the applied step.
+    kind: "" for the aggregated gradient, "step_" for the applied step.
     """
     seen = [line for line in lines if line.get(f"train/{kind}conflict_steps")]
     steps = sum(line[f"train/{kind}conflict_steps"] for line in seen)

@@ -80,10 +80,10 @@ class Logs:
         try:
             with naming(self.path):
                 written = self.file.write(data)
-                if written != len(data):  # the rest would not fit; this says why
+                if written != len(data):  # the disk is full: writing the rest raises the error
                     self.file.write(data[written:])
         except OSError:
-            with suppress(OSError):  # half a line is none
+            with suppress(OSError):  # remove the half-written line
                 self.file.truncate(self.length)
             raise
         self.sha.update(data)
@@ -152,7 +152,7 @@ def take_back(path: Path, step: int, saved: Mapping[str, Any] | None) -> str:
             with naming(path):
                 os.truncate(path, length)
             return ""
-    read_lines(path)  # or it is not text, and the user's to mend
+    read_lines(path)  # raises an error if the file is not text
     texts = path.read_bytes().split(b"\n")
     lines = [(text, parsed(text)) for text in texts]
     kept = [text + b"\n" for text, line in lines if line is not None and line["step"] <= step]

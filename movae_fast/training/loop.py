@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from movae_fast.data import Loader
+from movae_fast.data.text import TextLoader
+from movae_fast.training.encoder_steps import train_encoder
 from movae_fast.training.evaluate import MeanImage, evaluate, mean_image, reconstruction_mse
 from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
@@ -27,7 +29,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
     NaN or infinite.
     """
     final: dict[str, float] = {}
-    failed: NonFiniteError | None = None  # until all processes know of it
+    failed: NonFiniteError | None = None  # kept until all processes know of it
     with Signals() as signals, Profiler(run) as profiler:
         while not run.ended:
             run.model.train()
@@ -36,7 +38,8 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 run.begin_step()
                 bar.compiling(run.train_step)
                 sample_weight = run.train_loader.sample_weight_of(run.batch)
-                metrics = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), sample_weight)
+                part = train_encoder(run)
+                metrics = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), sample_weight, part)
                 run.scheduler.step()
                 run.telemetry.add(metrics, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
@@ -101,9 +104,13 @@ def log_due(run: Run, ahead: int = 0) -> bool:
 
 
 def position(run: Run) -> dict[str, Any]:
-    """Return the part of a log line that says where the run is: step, epoch, learning rate, and for a ladder
-    stage and alpha."""
+    """Return the fields of a log line that locate it: step, epoch, learning rate, and what applies of two more.
+
+    These are the number of steps of the encoder alone, and a ladder's stage and alpha.
+    """
     line = {"step": run.step, "epoch": run.epoch, "train/lr": run.lr}
+    if run.aggressive is not None:
+        line["train/encoder_steps"] = run.aggressive.taken
     if run.progression is not None:
         last = run.step - 1
         line |= {"train/stage": run.progression.stage(last), "train/alpha": run.progression.alpha(last)}
@@ -178,9 +185,32 @@ def pictures_due(run: Run) -> str:
 
 def _besides(metrics: dict[str, float]) -> str:
     """Return, as text for the terminal, the test metrics other than the objectives."""
-    names = ("mse", "token_perplexity", "active_units")
+    names = ("mse", "token_perplexity", "mutual_information", "active_units")
     shown = [(name, metrics.get(f"test/{name}")) for name in names]
     return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in shown if value is not None)
+
+
+def validate(run: Run, loader: TextLoader, bar: Bar) -> None:
+    """Evaluate on the validation split and log the metrics; then let the plateau schedule and the aggressive
+    phase react."""
+    run.world.average_buffers(run.model)
+    with run.averaged():
+        metrics = evaluate(run.model, run.losses, loader, run.config.run.seed or 0, run.world)
+    line = {name.replace("test/", "valid/"): value for name, value in metrics.items()}
+    write(run, {"step": run.step, "epoch": run.epoch, **line})
+    if run.plateau is not None and run.plateau.end_epoch(metrics["test/loss"], run.epoch, run.model):
+        run.restart_optimizer()
+        bar.say(
+            f"epoch {run.epoch}: the validation loss does not fall; learning rate {run.next_lr:g} from here on"
+            + (", from the best weights so far" if run.plateau.reload else "")
+        )
+    if run.aggressive is not None and run.aggressive.on:
+        run.aggressive.end_epoch(metrics["test/mutual_information"])
+        if not run.aggressive.on:
+            bar.say(
+                f"epoch {run.epoch}: mutual information fell to {run.aggressive.information:.4g} nats; "
+                "every step trains encoder and decoder from here on"
+            )
 
 
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
@@ -196,6 +226,8 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     if number == 1:
         warn_of_collapse(run, bar)
     warn_of_skips(run, bar)
+    if whole and run.valid_loader is not None:
+        validate(run, run.valid_loader, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     metrics: dict[str, float] = {}
     better = False

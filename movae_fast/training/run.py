@@ -19,9 +19,11 @@ from movae_fast.models import VAE, Noise, ProVLAE
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
+from movae_fast.training.aggressive import Aggressive
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
-from movae_fast.training.optim import forget_state
+from movae_fast.training.optim import forget_state, set_learning_rate
+from movae_fast.training.plateau import Plateau
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.train_step import TrainStep
@@ -47,6 +49,9 @@ class Run:
     world: World = field(default_factory=World)
     why_not_captured: str = ""  # what keeps the step from being one graph
     progression: Stages | None = None  # the stages of a progressive model
+    valid_loader: TextLoader | None = None  # where something reads the validation split
+    plateau: Plateau | None = None  # what lowers the learning rate by the validation loss
+    aggressive: Aggressive | None = None  # the phase in which the encoder is trained alone, too
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
@@ -54,7 +59,7 @@ class Run:
     ended: bool = False  # the last step is done and its pictures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
-    notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
+    notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
 
     @property
@@ -63,13 +68,26 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.total_steps
+        return self.step >= self.total_steps or (self.plateau is not None and self.plateau.over)
 
     @property
     def lr(self) -> float:
         """Return the learning rate of the last finished step, computed on the host."""
         last = max(self.scheduler.last_epoch - 1, 0)
         return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](last)
+
+    @property
+    def next_lr(self) -> float:
+        """Return the learning rate of the next step."""
+        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+
+    def restart_optimizer(self) -> None:
+        """Set the plateau schedule's current learning rate, and reset the optimizer's state if the weights were
+        replaced."""
+        assert self.plateau is not None
+        if self.plateau.reload:
+            forget_state(self.optimizer)
+        set_learning_rate(self.optimizer, self.next_lr)
 
     def begin_step(self) -> None:
         """Set a progressive model to the stage and alpha of the coming step; other models need nothing.
@@ -125,6 +143,8 @@ class Run:
             "rng": checkpoint.rng_state(self.device),
             **({"adversary": adversary.state_dict()} if adversary is not None else {}),
             **({"average": average.state_dict(self.model)} if average is not None else {}),
+            **({"plateau": self.plateau.state_dict()} if self.plateau is not None else {}),
+            **({"aggressive": self.aggressive.state_dict()} if self.aggressive is not None else {}),
             **({"log": self.logs.mark()} if self.logs is not None else {}),
         }
 
@@ -185,6 +205,10 @@ class Run:
         self.train_step.weights.copy_(content["reused_weights"])
         self.train_step.precision.load_state_dict(content["scaler"])
         self.telemetry.load_state_dict(content["telemetry"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(content["plateau"])
+        if self.aggressive is not None:
+            self.aggressive.load_state_dict(content["aggressive"])
         position = content["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best, self.good = position["best"], path

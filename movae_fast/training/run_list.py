@@ -61,9 +61,9 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def run_folder(path: Path) -> Path:
-    """Return the folder of the run that `path` names: its folder, or a checkpoint of it.
+    """Return the folder of the run that `path` names: either that folder or a checkpoint in it.
 
-    Raises ValueError for a path that is no run's.
+    Raises ValueError for a path that belongs to no run, and lists some runs that exist.
     """
     for folder in (path, path.parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
@@ -74,8 +74,8 @@ def run_folder(path: Path) -> Path:
 
 
 def listed(root: Path) -> str:
-    """Return the runs below `root` as the end of a message, those that were started last first; "" if there
-    is none."""
+    """Return text that lists the runs below `root`, latest first, for an error message; "" if there are
+    none."""
     folders = sorted(run_folders(root), key=lambda p: (p / "config.yaml").stat().st_mtime)
     return f"below {root} are {_shown(folders, root)}" if folders else ""
 
@@ -141,7 +141,7 @@ def find_run(name: str, root: Path = RUNS) -> Path:
 
 
 def unlike_names(folders: Sequence[Path]) -> list[str]:
-    """Return a name per folder: its own, with as many folders above it as tell it from the others."""
+    """Return a name for each folder, with as many of its parents as are needed to tell all apart."""
     parts = [folder.absolute().parts for folder in folders]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(set(parts)):

@@ -17,9 +17,11 @@ from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
 from movae_fast.training.build import (
     build_aggregator,
+    build_aggressive,
     build_losses,
     build_network,
     build_optimizer,
+    build_plateau,
     build_step,
     make_loader,
     make_text_loader,
@@ -146,7 +148,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         keep_freed_memory()
     set_seeds(config.run.seed or 0)
     torch.backends.cudnn.benchmark = config.run.on_cudnn_benchmark
-    # Built before any data is read: a size that does not fit is said at once.
+    # Build the model before reading any data, so that sizes that do not fit are reported at once.
     model = build_network(config, device, world)
     weights = config.weights()
     aggregator = build_aggregator(config.objective, weights, config.needs_jacobian, device)
@@ -154,7 +156,8 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     train_loader, test_loader = (loader_of(config, device, split, world) for split in ("train", "test"))
     lengths, progression = plan_lengths(config, model, len(train_loader))
     losses = build_losses(config, model, weights, len(train_loader.source), lengths, world)
-    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths)
+    plateau = build_plateau(config.optimizer)
+    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths, plateau)
     train_step, why_not = build_step(config, device, world, model, losses, aggregator, optimizer)
     return Run(
         config=config,
@@ -179,6 +182,9 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         world=world,
         why_not_captured=why_not,
         progression=progression,
+        valid_loader=make_text_loader(config, device, "valid", world) if config.reads_valid else None,
+        plateau=plateau,
+        aggressive=build_aggressive(config.optimizer),
     )
 
 

@@ -62,7 +62,7 @@ class Telemetry:
     arrived. On CUDA the copy runs while the next steps are computed.
     """
 
-    # Of a StepMetrics, with the prefix that each has in a log line.
+    # Fields of StepMetrics, with the prefix that each has in a log line.
     FIELDS: ClassVar = {
         "losses": "",
         "weights": "weight_",
@@ -89,7 +89,7 @@ class Telemetry:
         self.skipped = torch.zeros(size, device=device)
         self.filled = 0
         self.seen = self.left_out = 0  # steps whose log lines have been written, and those of them left out
-        self.used: float | None = None  # the share of codes in use in the last window that could tell
+        self.used: float | None = None  # fraction of codes in use in the last window with enough vectors
         self.queue: list[Snapshot] = []
         self.restart_clock()
 
@@ -182,7 +182,7 @@ class Telemetry:
                 snapshot.arrived.synchronize()
             self.queue.pop(0)
             self._check(snapshot.window, snapshot.skipped, snapshot.line["step"])
-            # Of a step that was left out, what is not finite says nothing of the others.
+            # In a skipped step, values that are not finite do not count as a failure.
             useless = ~snapshot.window.isfinite() & (snapshot.skipped > 0)[:, None, None]
             window = torch.where(useless, torch.nan, snapshot.window)
             means = window.nanmean(0).tolist()
@@ -238,7 +238,8 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.filled = state["filled"]
-        self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
+        # Older checkpoints have fewer fields.
+        self.window[: self.filled, : state["window"].shape[1]] = state["window"]
         self.usage.copy_(state["usage"])
         if "skipped" in state:  # not in the first checkpoints
             self.skipped[: self.filled] = state["skipped"]
@@ -288,11 +289,12 @@ def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
 
 
 def codebook_metrics(usage: Tensor, sizes: Sequence[int]) -> dict[str, float]:
-    """Return the fraction of codes in use and the perplexity exp(entropy), from the counts of codebooks of
-    `sizes`, one after the other.
+    """Return the fraction of codes in use and the perplexity exp(entropy), from the counts of how often each
+    was chosen.
 
-    Of several codebooks: the fraction of all codes, the geometric mean of the perplexities, and both of each
-    codebook, `codebook_usage_1`, `perplexity_1`, … Empty without codes.
+    usage: counts of all codebooks, one after the other; sizes: the number of codes of each. With several
+    codebooks the fraction is of all codes, the perplexity the geometric mean, and both are also given for each
+    codebook as `codebook_usage_1`, `perplexity_1`, … Returns {} without codes.
     """
     if not usage.numel():
         return {}

@@ -7,7 +7,8 @@ replayed as one graph (`cuda_graph`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -63,12 +64,22 @@ class Gradient(Enum):
     SUBSET = "one backward with the weights of the batch's first images"
 
 
+class Part(Enum):
+    """Name the parameters that a step updates. The gradients and the norm for clipping are of all parameters in
+    any case."""
+
+    ALL = "all parameters"
+    SHARED = "the shared parameters alone"
+    TASK = "the task parameters alone"
+
+
 class Kind(NamedTuple):
     """Describe what a step does; all batches of the same kind and shape run the same kernels."""
 
     gradient: Gradient
     rows: bool = False  # whether all rows of the whole batch are in `TrainStep.rows` afterwards
     log: bool = False  # whether the step is one that is logged
+    part: Part = Part.ALL
 
 
 class TrainStep:
@@ -90,6 +101,7 @@ class TrainStep:
     max_grad_norm, skip_grad_norm: the gradient (of the model's penalty too, if the losses' schedule gives it a
         weight) is clipped to the first (0: not at all), and a step whose gradient is longer than the second (0:
         none) is skipped (`guarded_step`).
+    clip_apart: clip the gradients of the shared and of the task parameters, each to `max_grad_norm`.
     step_metric: project the optimizer's step in this metric (`projected_step`); None does not.
     ema_decay: keep an average of the weights with this decay (0: none).
     recorder: record each kind of step as one CUDA graph, the exchanges between processes and fp16's loss
@@ -107,6 +119,7 @@ class TrainStep:
         *,
         jacobian: str = "shared",
         max_grad_norm: float = 0.0,
+        clip_apart: bool = False,
         skip_grad_norm: float = 0.0,
         ema_decay: float = 0.0,
         step_metric: StepMetric | None = None,
@@ -123,7 +136,7 @@ class TrainStep:
         self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
         self.precision = precision or Precision("fp32", model.device)
         self.world = world or World()
-        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.accumulate, self.max_grad_norm, self.clip_apart = accumulate, max_grad_norm, clip_apart
         self.gramian_every, self.gramian_batch, self.gramian_at = gramian_every, gramian_batch, gramian_at
         self.last = gradients.last_parameters(model, gramian_at)
         if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
@@ -152,23 +165,30 @@ class TrainStep:
         self.guard = None
         if optimizer is not None and (skip_grad_norm or (ema_decay and self.precision.scaler is not None)):
             self.guard = StepGuard(optimizer, model, skip_grad_norm, self.world)
-        # Behind whatever aggregates: a penalty that an aggregator weighs could have the step for itself.
+        # Add the penalty after aggregation: as an objective it could dominate an aggregator's step.
         self.penalised = None if losses.schedule.penalty is None else model.penalised()
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
         self.prepare_optimizer()
 
     def __call__(
-        self, images: Tensor, step: int, noise: Noise, log: bool = False, sample_weight: Tensor | None = None
+        self,
+        images: Tensor,
+        step: int,
+        noise: Noise,
+        log: bool = False,
+        sample_weight: Tensor | None = None,
+        part: Part = Part.ALL,
     ) -> StepMetrics:
-        """Run one step: update every parameter by this process's images [B, C, S, S] of the 0-based `step`.
+        """Run one step: update the parameters of `part` from this process's images [B, C, S, S].
 
-        noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the step is logged, so that
-        rows and cosines are computed for its metrics. sample_weight: [B] how often each image counts, see
-        `objectives`.
+        step: its 0-based number. noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the
+        step is logged, so that rows and cosines are computed for its metrics. sample_weight: [B] how often each
+        image counts, see `objectives`.
         """
         self.losses.set_step(step)
-        kind, batch, scale = self.kind(step, log), Batch(images, noise, sample_weight), self.scale_at(step)
+        batch, scale = Batch(images, noise, sample_weight), self.scale_at(step)
+        kind = self.kind(step, log)._replace(part=part)
         if self.recordings.recorder is None:
             return self.update(kind, batch, scale)
         inputs = (scale, *batch.tensors())
@@ -212,24 +232,22 @@ class TrainStep:
                 norm = torch.linalg.vector_norm(self.flat.grad)
                 if self.guard is not None:
                     self.guard.judge(norm, metrics.losses)
-                if self.max_grad_norm:
-                    factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-                    # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
-                    self.flat.grad.mul_(torch.where(norm.isfinite(), factor, 1.0))
+                self.clip(norm)
             looked_at = kind.rows and len(self.rows.nonzero) > 0 and (kind.log or self.projection is not None)
             before = self.flat.shared_data.clone() if looked_at else None
-            if self.precision.scaler is None:
-                self.optimizer.step()
-            else:  # the scaler leaves out a step whose gradients overflowed
-                self.precision.scaler.step(self.optimizer)
-                self.precision.scaler.update()
+            with without_gradients(self.left_alone(kind.part)):
+                if self.precision.scaler is None:
+                    self.optimizer.step()
+                else:  # the scaler leaves out a step whose gradients overflowed
+                    self.precision.scaler.step(self.optimizer)
+                    self.precision.scaler.update()
             left_out = None if self.guard is None else self.guard.end()
         if before is not None:
             if self.projection is not None:
                 self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
             if kind.log:
                 metrics = metrics._replace(step_cosines=self.step_cosines(before))
-        if self.average is not None:
+        if self.average is not None and kind.part is not Part.SHARED:  # once per batch
             self.average.update(left_out)
         if self.adversary is not None:
             self.adversary.step()
@@ -258,6 +276,21 @@ class TrainStep:
         return self.metrics(
             results, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None)
         )
+
+    def clip(self, norm: Tensor) -> None:
+        """Clip the gradient to `max_grad_norm`; with `clip_apart` the shared and the task part each.
+
+        norm: that of the whole gradient, [].
+        """
+        if not self.max_grad_norm:
+            return
+        clipped = [(self.flat.grad, norm)]
+        if self.clip_apart:
+            clipped = [(g, torch.linalg.vector_norm(g)) for g in (self.flat.shared_grad, self.flat.task_grad)]
+        for gradient, norm in clipped:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
+            gradient.mul_(torch.where(norm.isfinite(), factor, 1.0))
 
     def add_penalty(self, scale: Tensor | None = None) -> None:
         """Add the gradient of the model's penalty, times `scale` [], to `.grad`; it is the same in every
@@ -289,6 +322,10 @@ class TrainStep:
             return Kind(Gradient.SUBSET, log, log)
         return Kind(Gradient.ROWS, True, log)
 
+    def left_alone(self, part: Part) -> list[nn.Parameter]:
+        """Return the parameters that a step of this part must not update."""
+        return {Part.ALL: [], Part.SHARED: self.flat.task, Part.TASK: self.flat.shared}[part]
+
     def scale_at(self, step: int) -> Tensor:  # [a]
         """Return the factors [a] on the active losses at the 0-based `step`: loss weights over parts and
         processes, times fp16's loss scale."""
@@ -304,8 +341,7 @@ class TrainStep:
         self.by_weights = Compiled(gradients.of_weighted, mode, limits)
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
         self.by_penalty = Compiled(gradients.of_penalty, mode)
-        # One graph from the losses to the weighted gradient, where no other process and no host has to be
-        # asked.
+        # One graph from the losses to the weighted gradient, if that needs no other process and no host.
         one_graph = is_fused(self.aggregator) and self.world.size == 1
         self.by_cheap_gramian = Compiled(gradients.of_cheaply_weighted, mode if one_graph else "off", limits)
 
@@ -345,7 +381,7 @@ class TrainStep:
             self.rows.resize(result.nonzero)
             for row, views, gradient in zip(self.rows.rows, self.rows.views, result.shared, strict=True):
                 write(views, gradient, add=k > 0)
-                if last:  # at once: the exchange goes on behind the next row's backward
+                if last:  # now, so that the exchange overlaps with the next row's backward
                     pending.append(self.world.start_scatter(row))
             results.append(self.kept(result))
         for exchange in pending:
@@ -392,7 +428,7 @@ class TrainStep:
         assert self.aggregator is not None
         rows = self.rows.rows
         if self.hides(gramian):
-            self.flat.shared_grad[:1].fill_(torch.nan)  # of a parameter, not between two: the step is left out
+            self.flat.shared_grad[:1].fill_(torch.nan)  # an element of a parameter, not padding: skips the step
             unknown = self.unknown[self.active]
             return None, unknown, unknown
         if is_weighting(self.aggregator):
@@ -435,7 +471,7 @@ class TrainStep:
             self.weights.copy_(weights)
             done = [self.write(result, 0)]
         elif gradient is Gradient.CHEAP_GRAMIAN:
-            # The weights are the whole batch's, so all parts go forward once before any goes back.
+            # The weights depend on the whole batch, so all parts go forward before any goes backward.
             with keeping_buffers(self.model):
                 rows = [gradients.cheap_rows_of(self.network, part, scale, self.last) for part in parts]
             self.weights.copy_(self.weigh_cheap_rows(*rows))
@@ -509,6 +545,19 @@ class TrainStep:
         return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
 
 
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hide the gradients of these parameters inside a `with` block, so that an optimizer skips them."""
+    kept = [(p, p.grad) for p in parameters]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
+
+
 NOT_ASKED = "not asked for"
 # --compile where the whole step is a graph -> the compiler's own mode: no graphs inside it.
 CAPTURED_MODES = {"auto": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -525,7 +574,8 @@ def why_not_captured(
     if aggregator is not None and not is_fused(aggregator):
         return f"TorchJD's {type(aggregator).__name__}"
     if aggregator is not None and (missing := extension.cuda_missing()):
-        from movae_fast.aggregation.weightings import MethodAggregator  # with TorchJD, which is there by now
+        # Imports TorchJD, which is loaded by now.
+        from movae_fast.aggregation.weightings import MethodAggregator
 
         if isinstance(aggregator, MethodAggregator):
             return f"weights on the host: {missing}"

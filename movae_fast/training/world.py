@@ -39,7 +39,7 @@ class World:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor of any strides over the processes, in place, and return it."""
         if self.size > 1:
-            # gloo takes the memory behind a strided view for the view's elements, without a word.
+            # gloo reads a strided view's memory as if the view were contiguous, without an error.
             whole = tensor.contiguous()
             dist.all_reduce(whole)
             if whole is not tensor:
@@ -204,7 +204,7 @@ def connect(device: str) -> tuple[World, str]:
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=30)
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps the store when it starts processes anew, and with it the addresses of the dead ones
+        # torchrun keeps the store when it restarts processes, and with it the addresses of the ended ones
         # (torch 2.11): the new ones would wait for those until the timeout.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt_{attempt}", store)
