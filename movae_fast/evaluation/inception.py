@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -48,7 +48,7 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+def features_of(inception: Callable[[Tensor], tuple[Tensor, ...]], batches: Iterable[Tensor]) -> Tensor:
     """Return the features [N, 2048] of images in [0, 1], [B, C, H, W] per batch, with one or three
     channels, as 8-bit pixels."""
     features = []

@@ -1,10 +1,9 @@
-"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement, FID and
-KID."""
+"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 from movae_fast.choices import LatentKind, ReconsDist
-from movae_fast.data import Loader, to_unit
+from movae_fast.data import Loader
 from movae_fast.data.text import TextLoader
 from movae_fast.evaluation import hierarchy, image_quality, likelihood
 from movae_fast.evaluation.code_depth import depth_curve
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
-from movae_fast.evaluation.inception import distances, features_of
+from movae_fast.evaluation.metric_names import ON_SETS
 from movae_fast.models import NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.names import ArgumentError
@@ -38,10 +37,13 @@ class Report:
     rates_of: str = "latent"
     mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
     estimators: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, str | int] = field(default_factory=dict)  # of scores of sets of images
 
 
 def applies(name: str, latents: LatentKind, factors: bool) -> bool:
     """Return whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
+    if name in ON_SETS:
+        return True
     if name in METRICS:
         return latents == "vector" and factors
     if name == "depth":
@@ -155,44 +157,6 @@ def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(coun
     total = len(loader.source)
     n = min(count, total)
     return torch.arange(n) * total // n
-
-
-def inception_distances(
-    trained: TrainConfig,
-    model: VAE,
-    inception: torch.nn.Module,
-    device: torch.device,
-    count: int,
-    batch_size: int,
-    seed: int,
-    shown: Callable[[Iterable[Tensor], str, int], Iterable[Tensor]] = lambda images, kind, batches: images,
-) -> dict[str, float]:
-    """Return FID and KID to evenly spaced test images of reconstructions, and of samples if there is a prior.
-
-    count: test images, at most; as many are made. shown: passes the batches of one kind on, and shows how many
-    of them are done.
-    """
-    loader = make_loader(trained, device, "test")
-    n = min(count, len(loader.source))
-    if n < 2:
-        raise ArgumentError(f"fid_weights: FID needs two test images at least; there are {n}")
-    rows = spaced_rows(loader, n)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [len(part) for part in rows.split(batch_size)]
-
-    def features(kind: str, images: Iterable[Tensor]) -> Tensor:
-        batches = shown(images, kind, len(sizes))
-        return features_of(inception, (to_unit(x, loader.normalize) for x in batches))
-
-    made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
-    if model.latents != "codebook":
-        made["samples"] = (model.sample(size, generator) for size in sizes)
-    real = features("test images", (x for x, _ in loader.take(rows)))
-    metrics: dict[str, float] = {"fid_images": n}
-    for kind, images in made.items():
-        distance = distances(real, features(kind, images), seed)
-        metrics |= {f"{name}_{kind}": value for name, value in distance.items()}
-    return metrics
 
 
 @torch.no_grad()
