@@ -25,6 +25,7 @@ from movae_fast.evaluation.text_report import ON_TEXT, measure_sentences
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, LSTMVAE, VAE
+from movae_fast.objectives.perceptual import load_lpips
 from movae_fast.plots import evaluation_plot
 from movae_fast.priors.base import find_prior, load_prior
 from movae_fast.priors.choice import Choice
@@ -95,7 +96,10 @@ def of_images(
         check_count(scores, fewest_images(config, trained, device), network.width)
     source, draw = samples_of(config, trained, model)
     others = [name for name in names if name not in ON_SETS]
-    report = measure(trained, model, others, device, config.samples, config.seed, config.iw, config.iw_images)
+    lpips = load_lpips(Path(config.lpips_weights).expanduser(), device) if config.lpips_weights else None
+    report = measure(
+        trained, model, others, device, config.samples, config.seed, config.iw, config.iw_images, lpips
+    )
     if network is not None:
         shown = partial(track, console=console, transient=True)
         found = set_scores(
@@ -161,7 +165,7 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
         )
     if config.metrics in ("auto", "all"):
         wanted = ON_FACTORS if config.metrics == "all" else QUICK
-        return [n for n in (*ON_IMAGES, *wanted) if applies(n, model.latents, factors)]
+        return [n for n in (*ON_IMAGES, *wanted) if n != "lpips" and applies(n, model.latents, factors)]
     names = named(config.metrics)
     for name in names:
         if name in ON_FACTORS and not factors:

@@ -21,7 +21,8 @@ from movae_fast.models import NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
-from movae_fast.training.build import make_loader
+from movae_fast.objectives.perceptual import LPIPS
+from movae_fast.training.build import build_perceptual, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import evaluate
 
@@ -60,6 +61,7 @@ def measure(
     seed: int = 0,
     iw: int = 0,
     iw_images: int = 256,
+    lpips: LPIPS | None = None,
 ) -> Report:
     """Compute the named metrics of a model in evaluation mode, on the images that its configuration names.
 
@@ -86,6 +88,9 @@ def measure(
             report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
+    if "lpips" in names:
+        assert lpips is not None
+        report.metrics["lpips"] = image_quality.mean_lpips(model, loader.epoch(), loader.normalize, lpips)
     if "depth" in names:
         assert isinstance(model, CodebookVAE)
         report.metrics |= depth_curve(model, loader.epoch(), loader.normalize)
@@ -146,10 +151,12 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
         mmd_kernel=objective.mmd_kernel,
+        perceptual=build_perceptual(trained, device=loader.device),
         dip_variances="dip_ii" in objective.extra_objectives,
     )
     metrics = evaluate(model, losses, loader, seed)
-    return {name.removeprefix("test/"): value for name, value in metrics.items()}
+    # What needs the discriminator of training, and so the weighted sum, is unknown here.
+    return {name.removeprefix("test/"): value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(count, N)] int64

@@ -1,6 +1,6 @@
 """Name the metrics of `movae evaluate`; none is computed or imported here."""
 
-ON_IMAGES = ("objectives", "elbo", "images", "depth")
+ON_IMAGES = ("objectives", "elbo", "images", "depth", "lpips")
 # Of sets of images, by a network's features.
 ON_SETS = ("fid", "kid", "precision_recall", "density_coverage")
 # Of codes and known factors: the names of `disentanglement.METRICS`, in its order.

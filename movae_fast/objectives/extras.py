@@ -22,6 +22,7 @@ EXTRAS: dict[Extra, ExtraInfo] = {
     "dip_ii": ExtraInfo({"off_diagonal": 10.0, "diagonal": 10.0}, ("vector",)),
     "factor": ExtraInfo({"adversarial_tc": 10.0}, ("vector",)),
     "l1": ExtraInfo({"l1": 1.0}),
+    "lpips": ExtraInfo({"lpips": 1.0}),
 }
 
 

@@ -57,6 +57,7 @@ class TermSettings:
     importance_gradient: ImportanceGradient = "iwae"
     dip_variances: bool = False  # whether the covariance has the posteriors' variances, of DIP-VAE-II
     discriminator: LatentDiscriminator | None = None  # of FactorVAE
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None  # distances [B] of images in the data's range
 
 
 class Outcome:
@@ -196,9 +197,16 @@ def _diagonal(b: Outcome) -> Tensor:
 
 
 def _adversarial_tc(b: Outcome) -> Tensor:
-    assert b.settings.discriminator is not None
+    if b.settings.discriminator is None:  # of a trained model, whose discriminator only training needs
+        return b.out.z.new_full((), torch.nan)
     with torch.autocast(b.out.z.device.type, enabled=False):
         return terms.density_ratio_tc(b.settings.discriminator(b.out.z.float()), b.sample_weight)
+
+
+def _lpips(b: Outcome) -> Tensor:
+    s = b.settings
+    assert s.perceptual is not None
+    return terms.batch_mean(s.perceptual(s.likelihood.mean(b.out.preactivation), b.images), b.sample_weight)
 
 
 def _l1(b: Outcome) -> Tensor:
@@ -233,6 +241,7 @@ OBJECTIVES: dict[str, Objective] = {
     "diagonal": _diagonal,
     "adversarial_tc": _adversarial_tc,
     "l1": _l1,
+    "lpips": _lpips,
 }
 
 

@@ -31,8 +31,9 @@ class Adversary:
         with torch.no_grad():
             z = self.world.gather_rows(torch.cat(seen).float())
         half = len(z) // 2
-        if half < 1 or not bool(z.isfinite().all()):
+        if half < 1:
             return
+        z = torch.where(z.isfinite(), z, 0)  # of a step that is left out; the discriminator must not be lost
         loss = discriminator_loss(self.discriminator.net, z[:half], permuted(z[half:]))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

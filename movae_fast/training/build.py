@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.objectives.discriminators import LatentDiscriminator
 from movae_fast.objectives.extras import extra_objectives
+from movae_fast.objectives.perceptual import load_lpips
 from movae_fast.schedules import (
     Capacity,
     Cycles,
@@ -161,7 +162,21 @@ def build_losses(
         importance_gradient=objective.importance_gradient,
         dip_variances="dip_ii" in objective.extra_objectives,
         discriminator=build_discriminator(objective, model, world),
+        perceptual=build_perceptual(config, model.device),
     )
+
+
+def build_perceptual(
+    config: TrainConfig, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Return LPIPS of images in the data's range where the run has its objective."""
+    if config.objective.lpips_weights is None:
+        return None
+    net, normalize = (
+        load_lpips(Path(config.objective.lpips_weights).expanduser(), device),
+        config.data.normalize,
+    )
+    return lambda x, y: net(datasets.to_unit(x, normalize), datasets.to_unit(y, normalize))
 
 
 def build_discriminator(objective: ObjectiveConfig, model: VAE, world: World) -> LatentDiscriminator | None:

@@ -247,7 +247,8 @@ class ObjectiveConfig:
             seven scales, unbiased (imq).
         extra_objectives: Objectives added to the model's own, behind them: dip_i and dip_ii (off_diagonal,
             diagonal: DIP-VAE's penalties of the latents' covariance), factor (adversarial_tc: FactorVAE's total
-            correlation, by a discriminator with an optimizer of its own), l1.
+            correlation, by a discriminator with an optimizer of its own), l1, lpips.
+        lpips_weights: File of torchvision's VGG16 weights, for lpips.
         importance_samples: Draws of the posterior for each image in training: above 1 the objectives are those
             of the importance-weighted bound (IWAE), with --recons_reduction sum.
         importance_gradient: The encoder's gradient of that bound: as it is (iwae), or doubly reparametrised,
@@ -292,6 +293,7 @@ class ObjectiveConfig:
     mmd_lambda: float = 1.0
     mmd_kernel: MMDKernel = "gaussian"
     extra_objectives: list[Extra] = field(default_factory=list)
+    lpips_weights: str | None = None
     importance_samples: int = 1
     importance_gradient: ImportanceGradient = "iwae"
     agg: str = "sum"

@@ -230,6 +230,14 @@ def check_extras(config: TrainConfig) -> None:
         raise ValueError(
             "--extra_objectives of a batch's statistics need at least 2 images at a time: --batch_size"
         )
+    if ("lpips" in o.extra_objectives) != (o.lpips_weights is not None):
+        raise ValueError("--extra_objectives lpips and --lpips_weights FILE need each other")
+    if o.lpips_weights is not None and not Path(o.lpips_weights).expanduser().is_file():
+        raise ValueError(f"--lpips_weights {o.lpips_weights}: no such file; it is torchvision's VGG16")
+    if "lpips" in o.extra_objectives and config.image_shape[1] < 16:
+        raise ValueError(
+            f"--extra_objectives lpips needs images of 16 pixels; --image_size is {config.image_shape[1]}"
+        )
     if o.mmd_kernel != "gaussian" and "mmd" not in config.objective_names:
         raise ValueError(f"--mmd_kernel is a setting of mmd_vae; {arch} has no mmd")
     if o.importance_samples == 1:

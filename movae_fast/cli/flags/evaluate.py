@@ -22,8 +22,8 @@ class EvaluateConfig:
         weights: The run's folder or a checkpoint; may stand first without its flag.
         metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units; of text perplexity
             and mutual information too), `images` (PSNR, SSIM, MS-SSIM), `depth` (of codes: bits and error by
-            the number of codebooks used), `fid`, `kid`, `precision_recall`, `density_coverage` (of sets of
-            images, by --fid_weights or --feature_network) and, for data with factors, mig, mig_sup,
+            the number of codebooks used), `lpips`, `fid`, `kid`, `precision_recall`, `density_coverage` (of
+            sets of images, by --fid_weights or --feature_network) and, for data with factors, mig, mig_sup,
             mig_sampled, mig_sup_sampled, modularity, jemmig, factor_vae, sap, dci; `all` is every one that
             applies, `auto` leaves out the slow ones.
         samples: Images whose codes the factor metrics are fitted on; half as many more test dci and sap.
@@ -37,6 +37,7 @@ class EvaluateConfig:
             from a fitted prior alone.
         feature_network: TorchScript file of another network, from uint8 images [N, 3, H, W] to features [N, F];
             or `random`, fixed random convolutions, whose scores compare models with each other only.
+        lpips_weights: File of torchvision's VGG16 weights, for `lpips` of reconstructions.
         fid_images: Test images, reconstructions and samples of each score; published values take 10,000
             or more.
         prior: The prior that samples come from: the one that was fitted last (auto), one by its name, or none.
@@ -57,6 +58,7 @@ class EvaluateConfig:
     oracle: bool = False
     fid_weights: str | None = None
     feature_network: str | None = None
+    lpips_weights: str | None = None
     fid_images: int = 10_000
     prior: str = "auto"
     beta: float | None = None
@@ -83,6 +85,8 @@ def check_network(config: EvaluateConfig) -> None:
     """Raise ValueError for scores of sets without a network for their features, and for two networks."""
     if config.fid_weights and config.feature_network:
         raise ValueError("--fid_weights and --feature_network both choose the features' network; give one")
+    if ("lpips" in named(config.metrics)) != (config.lpips_weights is not None):
+        raise ValueError("--metrics lpips and --lpips_weights FILE need each other")
     if config.fid_weights or config.feature_network:
         return
     for name in named(config.metrics):
