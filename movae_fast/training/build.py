@@ -157,7 +157,8 @@ def build_losses(
         tc_estimator=objective.tc_estimator,
         schedule=loss_schedule(config, lengths.stage, lengths.epoch),
         mean_over_ranks=(lambda values: world.sum_(values) / world.size) if together else lambda values: values,
-        gather=world.gather_rows,
+        # In evaluation ranks have different numbers of batches: a statistic is then each batch's own.
+        gather=lambda rows: world.gather_rows(rows) if torch.is_grad_enabled() else rows,
         mmd_kernel=objective.mmd_kernel,
         importance_gradient=objective.importance_gradient,
         dip_variances="dip_ii" in objective.extra_objectives,
