@@ -20,6 +20,7 @@ from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.aggressive import Aggressive
+from movae_fast.training.callbacks import Callbacks
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
 from movae_fast.training.optim import forget_state, set_learning_rate
@@ -61,6 +62,7 @@ class Run:
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
+    callbacks: Callbacks = field(default_factory=Callbacks, repr=False)
 
     @property
     def epochs(self) -> int:
@@ -176,6 +178,7 @@ class Run:
         if self.world.main:
             checkpoint.save(path, self.state())
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
         return path
 
     def name_again(self, name: str, another: str) -> None:
@@ -185,6 +188,7 @@ class Run:
         if self.world.main:
             give_name(self.path_of(name), path)
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
 
     def path_of(self, name: str) -> Path:
         """Return the path of the checkpoint with this name."""
