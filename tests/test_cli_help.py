@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from movae_fast.cli import COMMANDS, TASKS, flag_texts, main, train_help
+from movae_fast.cli import COMMANDS, TASKS, flag_texts, main, train_help, usage
 from movae_fast.cli.flags import train
 from movae_fast.models import MODELS
 from movae_fast.training.config import SECTIONS, TrainConfig
@@ -17,7 +17,10 @@ from movae_fast.training.config import SECTIONS, TrainConfig
 
 def test_every_command_stands_under_one_task() -> None:
     listed = [name for names in TASKS.values() for name in names]
-    assert sorted(listed) == sorted(COMMANDS)
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= set(COMMANDS)
+    shown = [line.split()[0] for line in usage().splitlines() if line.startswith("  ")]
+    assert sorted(shown) == sorted(COMMANDS)
 
 
 def test_the_short_help_is_short_and_has_the_names(capsys) -> None:

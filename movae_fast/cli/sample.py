@@ -50,7 +50,8 @@ FittedPrior = tuple[Path, str, nn.Module]  # its file, its kind, itself
 
 @dataclass
 class Job:
-    """Hold one call of the command: a loaded model and what to do with it."""
+    """Hold one call of `movae sample`: its flags, the loaded model and its configuration, and the random
+    generator."""
 
     config: SampleConfig
     trained: TrainConfig
@@ -60,7 +61,7 @@ class Job:
 
     @property
     def normalize(self) -> bool:
-        """Return whether the model's images are in [-1, 1]."""
+        """Return whether the model takes and returns images in [-1, 1] instead of [0, 1]."""
         return self.trained.data.normalize
 
     def decode(self, z: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ class Job:
 
 
 def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
-    """Load, draw; the exit status."""
+    """Load the model, write the pictures or sentences of the chosen mode, print their paths, and return the
+    exit status."""
     config, name, expected = flags
     job = load(config, name, expected)
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "figures"
@@ -90,7 +92,8 @@ def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
 
 
 def print_sentences(job: Job, folder: Path) -> list[Path]:
-    """Print the sentences of a model of text, and return the paths of the files that hold them."""
+    """Print the sentences of a text model in the chosen mode, and return the paths of the files that hold
+    them."""
     c, model = job.config, job.model
     assert isinstance(model, LSTMVAE)
     how = Decoding(c.decoding, c.max_words, c.top_k, c.top_p, c.temperature, c.beam)
@@ -101,7 +104,11 @@ def print_sentences(job: Job, folder: Path) -> list[Path]:
 
 
 def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Job:
-    """Load the model to draw from. `expected` is a training configuration that it must agree with."""
+    """Load the model that the flags name and check that the chosen mode can be done with it.
+
+    name, expected: a training configuration, by --config, whose flags must agree with the checkpoint. Raises
+    ValueError if they do not, or for a flag that does not apply to the model.
+    """
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     if name is not None:
@@ -125,7 +132,10 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:
-    """Refuse a configuration whose model is not the checkpoint's."""
+    """Raise ValueError if the configuration `name` describes another model than the checkpoint's.
+
+    wanted: the configuration's flags; those on which it is silent are not compared.
+    """
     has = {"arch": trained.model.arch, "image_size": trained.image_shape[1]}
     has |= {key: option_of(trained, model, key) for key in ("latent_dim", "dim", "dim_mults")}
     for key, value in has.items():
@@ -134,8 +144,11 @@ def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str
 
 
 def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> list[Path]:
-    """Write one PNG per picture into a folder of the mode's name, if asked for (each [N, C, S, S] is a
-    strip)."""
+    """Write each picture to a PNG of its own if --single_files is given, in a new folder named after the mode.
+
+    Each of `pictures` is [N, C, S, S] and becomes one row of N images. Returns [the folder], or [] without the
+    flag.
+    """
     if not job.config.single_files:
         return []
     target = free_path(folder / mode)
@@ -207,8 +220,11 @@ def say(text: str) -> None:
 
 
 def ends(job: Job) -> Tensor:
-    """Return the two latents that each strip goes between: prior draws, or for a codebook the encoder's
-    outputs of test images."""
+    """Return 2 n_samples latents, between which interpolation runs: the first half are starts, the second half
+    ends.
+
+    They are draws from the prior, or for a model with a codebook the encoder's outputs for test images.
+    """
     if job.model.latents != "codebook":
         return job.model.sample_latents(2 * job.config.n_samples, job.generator)
     x, _ = job.test_images(each=2)
@@ -243,7 +259,11 @@ def traverse_latents(job: Job, folder: Path) -> list[Path]:
 
 
 def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
-    """Write a labelled sheet with one strip per row, and a GIF that runs along all of them."""
+    """Write the traversals of an NVAE by scale or group: a labelled sheet with one strip per row, and a GIF of
+    them.
+
+    Returns the paths. Raises ValueError for a latent, scale or group that cannot be traversed.
+    """
     config, kind = job.config, job.config.traverse_by or "scale"
     if kind == "latent":
         raise ValueError("--traverse_by latent: one latent of a map changes little; give scale or group")
@@ -263,8 +283,10 @@ def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
 
 
 def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
-    """Write strips [N, steps, C, S, S] as a grid with one strip per row, and as a GIF that runs along all
-    of them."""
+    """Write strips [N, steps, C, S, S] as a grid with one strip per row and as a GIF with one frame per step.
+
+    Returns the paths, with those of the single files if they were asked for.
+    """
     made = [write_png(free_path(folder / mode, ".png"), grid(images.flatten(0, 1), columns=images.shape[1]))]
     frames = [grid(images[:, k]) for k in range(images.shape[1])]
     made.append(write_gif(free_path(folder / mode, ".gif"), back_and_forth(frames)))
@@ -291,8 +313,12 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
 
 
 def beta_sweep(job: Job, folder: Path) -> list[Path]:
-    """Write a GIF with one frame per beta: test images, their reconstructions below them, samples at the
-    bottom."""
+    """Write reconstructions and samples of a multi-rate model over its betas, as a PNG and as a GIF; return the
+    paths.
+
+    Each frame of the GIF is for one beta: test images, their reconstructions below them, and samples at the
+    bottom.
+    """
     model, n = job.model, job.config.n_samples
     assert model.rates is not None
     x, _ = job.test_images()

@@ -1,5 +1,4 @@
-"""Print what a model of sentences makes: samples, interpolations, reconstructions; on the terminal and to a
-file."""
+"""Print what a text model makes (samples, interpolations, reconstructions), and write it to a file."""
 
 from __future__ import annotations
 
@@ -31,7 +30,8 @@ from movae_fast.training.run_folder import folder_of
 
 
 class Sentences:
-    """Hold one call of the command: a model of sentences and how it decodes."""
+    """Hold one call of `movae sample` on a text model: the model, its vocabulary, how words are chosen, and how
+    many."""
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class Sentences:
         self.vocabulary = vocabulary_beside(folder_of(weights), trained)
 
     def text(self, decoded: Decoded) -> str:
-        """Return a sentence as words."""
+        """Return a decoded sentence as text."""
         return self.vocabulary.decode(decoded.words)
 
     def test_sentences(self) -> tuple[Tensor, Tensor]:
-        """Return n evenly spaced test sentences [n, T] and their labels."""
+        """Return n evenly spaced test sentences as token ids [n, T], and their labels."""
         validate(self.trained)  # which sees that the corpus is still the run's
         loader = make_text_loader(self.trained, resolve_device(self.trained.run.device), "test")
         source = limited_text(loader.source, self.n)
@@ -61,12 +61,13 @@ class Sentences:
 
 
 def sample(job: Sentences) -> list[str]:
-    """Return sentences of latents from the prior."""
+    """Return n sentences decoded from draws of the prior."""
     return [job.text(one) for one in sample_sentences(job.model, job.n, job.how, job.generator)]
 
 
 def interpolate(job: Sentences) -> list[str]:
-    """Return sentences on the way from one draw of the prior to another, a paragraph for each pair."""
+    """Return the sentences decoded on the way between two draws of the prior, for n pairs with a blank line in
+    between."""
     first, second = job.model.sample_latents(2 * job.n, job.generator).chunk(2)
     lines = []
     for one, other in zip(first, second, strict=True):
@@ -77,7 +78,7 @@ def interpolate(job: Sentences) -> list[str]:
 
 
 def reconstruct(job: Sentences) -> list[str]:
-    """Return test sentences and, beside each, what is decoded from its posterior's mean."""
+    """Return lines with a test sentence and, beside it, the sentence decoded from its posterior mean."""
     tokens, _ = job.test_sentences()
     decoded = reconstructions(job.model, tokens, job.how, job.generator)
     originals = [job.vocabulary.decode(row) for row in tokens.tolist()]
@@ -92,7 +93,11 @@ MODES: dict[str, Callable[[Sentences], list[str]]] = {
 
 
 def write(job: Sentences, mode: str, folder: Path) -> list[Path]:
-    """Print the mode's sentences and write them to a new file below `folder`; the paths of what was written."""
+    """Print the sentences of a mode and write them to a new file in `folder`; return the paths of the files.
+
+    The mode visualize_latent writes a scatter plot instead. Raises ValueError for a mode that text does not
+    have.
+    """
     if mode == "visualize_latent":
         if job.model.latent_dim != 2:
             raise ValueError(

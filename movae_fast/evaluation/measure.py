@@ -1,10 +1,9 @@
-"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement, FID and
-KID."""
+"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,17 +11,18 @@ import torch
 from torch import Tensor
 
 from movae_fast.choices import LatentKind, ReconsDist
-from movae_fast.data import Loader, to_unit
+from movae_fast.data import Loader
 from movae_fast.data.text import TextLoader
 from movae_fast.evaluation import hierarchy, image_quality, likelihood
 from movae_fast.evaluation.code_depth import depth_curve
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
-from movae_fast.evaluation.inception import distances, features_of
+from movae_fast.evaluation.metric_names import ON_SETS
 from movae_fast.models import NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
-from movae_fast.training.build import make_loader
+from movae_fast.objectives.perceptual import LPIPS
+from movae_fast.training.build import build_perceptual, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import evaluate
 
@@ -31,17 +31,21 @@ from movae_fast.training.evaluate import evaluate
 
 @dataclass
 class Report:
-    """Hold the metrics by name, and the arrays of the plot."""
+    """Hold a model's metrics by name, and the arrays for `plots.evaluation_plot`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     rates: Tensor | None = None  # [D] nats per latent, or [G] per group of a hierarchy
     rates_of: str = "latent"
     mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
     estimators: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, str | int] = field(default_factory=dict)  # of scores of sets of images
 
 
 def applies(name: str, latents: LatentKind, factors: bool) -> bool:
-    """Return whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
+    """Return whether the metric `name` is defined for a model with such latents, on data with or without known
+    factors."""
+    if name in ON_SETS:
+        return True
     if name in METRICS:
         return latents == "vector" and factors
     if name == "depth":
@@ -58,12 +62,16 @@ def measure(
     seed: int = 0,
     iw: int = 0,
     iw_images: int = 256,
+    lpips: LPIPS | None = None,
 ) -> Report:
-    """Compute the named metrics of a model in evaluation mode, on the images that its configuration names.
+    """Compute the named metrics of a model in evaluation mode, on the data that its configuration names.
 
-    samples: images whose codes the metrics of factors are fitted on. iw: draws of the importance-weighted bound
-    of `iw_images` test images; 0 leaves it out. Raises ArgumentError for more samples than there are images.
+    samples: number of images whose codes the metrics of factors use. iw: draws of the importance-weighted
+    bound, computed for `iw_images` test images; 0 leaves it out. Raises ArgumentError for more samples than
+    there are images.
     """
+    if sets := [name for name in names if name in ON_SETS]:
+        raise ArgumentError(f"metrics {sets[0]} compares sets of images: `movae evaluate` computes it")
     report = Report()
     on_factors = [n for n in names if n in METRICS]
     if on_factors:
@@ -84,6 +92,10 @@ def measure(
             report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
+    if "lpips" in names:
+        if lpips is None:
+            raise ArgumentError("metrics lpips needs VGG16's weights, lpips_weights")
+        report.metrics["lpips"] = image_quality.mean_lpips(model, loader.epoch(), loader.normalize, lpips)
     if "depth" in names:
         assert isinstance(model, CodebookVAE)
         report.metrics |= depth_curve(model, loader.epoch(), loader.normalize)
@@ -91,7 +103,8 @@ def measure(
 
 
 def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, seed: int) -> dict[str, float]:
-    """Return rate, distortion, ELBO and active units of the loader's images; add the rates to the report."""
+    """Return rate, distortion, ELBO and active units over the loader's images; write the rates per latent to
+    the report."""
     if isinstance(model, NVAE):
         report.rates_of = "group"
         metrics, report.rates = hierarchy.elbo(model, loader.epoch(), dist, seed)
@@ -104,8 +117,10 @@ def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, s
 def bound_of(
     model: VAE, images: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, draws: int, seed: int
 ) -> float:
-    """Return the mean over images of the importance-weighted bound with `draws` draws each, in nats, of a
-    Gaussian model or a hierarchy."""
+    """Return the importance-weighted bound with `draws` draws per image, averaged over images, in nats.
+
+    The model is one with a Gaussian posterior or a hierarchy.
+    """
     if isinstance(model, NVAE):
         return hierarchy.importance_weighted_bound(model, images, dist, draws, seed)
     assert isinstance(model, GaussianVAE)
@@ -121,7 +136,8 @@ def measure_factors(
     samples: int,
     seed: int,
 ) -> None:
-    """Add the named metrics of codes and factors to the report, with the mutual information behind them."""
+    """Write the named metrics of latents and factors to the report, and the mutual information that they
+    use."""
     codes = read_codes(trained, model, device, samples, seed, test=any(n in NEED_TEST_CODES for n in names))
     for name in names:
         report.metrics |= METRICS[name](codes)
@@ -133,7 +149,8 @@ def measure_factors(
 
 
 def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: int) -> dict[str, float]:
-    """Return what training's evaluation says of the loader's images, without `test/` before the names."""
+    """Return the metrics of `training.evaluate.evaluate` over the loader's images, without `test/` before their
+    names."""
     objective = trained.objective
     n_data = trained.info.n_train or len(loader.source)
     losses = LossVector(
@@ -143,63 +160,29 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
         trained.reduction,
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
+        mmd_kernel=objective.mmd_kernel,
+        perceptual=build_perceptual(trained, device=loader.device),
+        dip_variances="dip_ii" in objective.extra_objectives,
     )
     metrics = evaluate(model, losses, loader, seed)
-    return {name.removeprefix("test/"): value for name, value in metrics.items()}
+    # What needs the discriminator of training, and so the weighted sum, is unknown here.
+    return {name.removeprefix("test/"): value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(count, N)] int64
-    """Return the numbers of so many evenly spaced images of the loader's, or of all that there are."""
+    """Return the row numbers of `count` evenly spaced images of the loader, or of all if there are fewer."""
     total = len(loader.source)
     n = min(count, total)
     return torch.arange(n) * total // n
-
-
-def inception_distances(
-    trained: TrainConfig,
-    model: VAE,
-    inception: torch.nn.Module,
-    device: torch.device,
-    count: int,
-    batch_size: int,
-    seed: int,
-    shown: Callable[[Iterable[Tensor], str, int], Iterable[Tensor]] = lambda images, kind, batches: images,
-) -> dict[str, float]:
-    """Return FID and KID to evenly spaced test images of reconstructions, and of samples if there is a prior.
-
-    count: test images, at most; as many are made. shown: passes the batches of one kind on, and shows how many
-    of them are done.
-    """
-    loader = make_loader(trained, device, "test")
-    n = min(count, len(loader.source))
-    if n < 2:
-        raise ArgumentError(f"fid_weights: FID needs two test images at least; there are {n}")
-    rows = spaced_rows(loader, n)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [len(part) for part in rows.split(batch_size)]
-
-    def features(kind: str, images: Iterable[Tensor]) -> Tensor:
-        batches = shown(images, kind, len(sizes))
-        return features_of(inception, (to_unit(x, loader.normalize) for x in batches))
-
-    made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
-    if model.latents != "codebook":
-        made["samples"] = (model.sample(size, generator) for size in sizes)
-    real = features("test images", (x for x, _ in loader.take(rows)))
-    metrics: dict[str, float] = {"fid_images": n}
-    for kind, images in made.items():
-        distance = distances(real, features(kind, images), seed)
-        metrics |= {f"{name}_{kind}": value for name, value in distance.items()}
-    return metrics
 
 
 @torch.no_grad()
 def read_codes(
     trained: TrainConfig, model: VAE, device: torch.device, samples: int, seed: int, test: bool
 ) -> Codes:
-    """Return posteriors and factors of training images, drawn without replacement by the seed.
+    """Return posteriors and factors of training images, which are drawn without replacement with the seed.
 
-    test: half as many images again, to test predictors of the factors with.
+    test: add half as many images again, for testing predictors of the factors.
     """
     loader, rows = factor_images(trained, device, samples, samples // 2 if test else 0, seed)
     parts = [model.encode(x) for x, _ in loader.take(rows)]
@@ -210,7 +193,10 @@ def read_codes(
 def factor_images(
     trained: TrainConfig, device: torch.device, samples: int, extra: int, seed: int
 ) -> tuple[Loader, Tensor]:
-    """Return the training split, unmirrored, and samples + extra of its rows, drawn without replacement."""
+    """Return a loader of the training split, in order and not mirrored, and samples + extra random rows of it.
+
+    Raises ValueError if the data have no known factors, and ArgumentError for more rows than there are images.
+    """
     loader: Loader = make_loader(trained, device, "train", in_order=True)
     if not hasattr(loader.source, "factors"):
         raise ValueError(

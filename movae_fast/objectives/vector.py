@@ -1,8 +1,8 @@
 """Compute a model's loss vector from its objectives by name.
 
-An objective is a function of `Outcome`: `OBJECTIVES` names them all, and a model's `objectives` are names of
-it. `LossVector` computes a model's objectives in their documented order and weights them; every objective is
-multiplied by its weight before aggregation.
+An objective is a function of an `Outcome`. `OBJECTIVES` lists all by name, and a model's `objectives` are such
+names. `LossVector` computes a model's objectives in their documented order; each is multiplied by its loss
+weight before aggregation.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from movae_fast.choices import ReconsDist
+from movae_fast.choices import ImportanceGradient, MMDKernel, ReconsDist
 from movae_fast.models import VAE, GaussianOutput, HierarchyOutput, Likelihood, TextOutput, VQOutput
 from movae_fast.names import nearest
 from movae_fast.objectives import terms
-from movae_fast.objectives.terms import LogDensities, ReconsReduction
+from movae_fast.objectives.discriminators import LatentDiscriminator
+from movae_fast.objectives.terms import Importance, LogDensities, ReconsReduction
 from movae_fast.reference import TCEstimator
 from movae_fast.schedules import LossSchedule
 
 MOST_RUNGS = 64  # of a ladder; rows of KLs of a hierarchy
+
+
+def identity(values: Tensor) -> Tensor:
+    """Return the values."""
+    return values
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class TermSettings:
-    """Hold the settings of the terms, the same for every batch."""
+    """Hold the settings of the objectives' terms, which are the same for every batch."""
 
     likelihood: Likelihood
     reduction: ReconsReduction
@@ -46,11 +52,19 @@ class TermSettings:
     rungs: int  # of a ladder; 0 without one
     kl_spans: tuple[tuple[int, int], ...] = ()  # of a hierarchy: the first group and the end of each KL
     balance: Balance | None = None
+    gather: Callable[[Tensor], Tensor] = identity  # rows of this process to those of all
+    mmd_kernel: MMDKernel = "gaussian"
+    importance_gradient: ImportanceGradient = "iwae"
+    dip_variances: bool = False  # whether the covariance has the posteriors' variances, of DIP-VAE-II
+    discriminator: LatentDiscriminator | None = None  # of FactorVAE
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None  # distances [B] of images in the data's range
 
 
 class Outcome:
-    """Hold a batch after its forward pass. A quantity that several objectives need is computed once, by the
-    first of them."""
+    """Hold a batch after its forward pass, from which the objectives are computed.
+
+    A quantity that several objectives need is computed once, when it is first asked for.
+    """
 
     def __init__(
         self,
@@ -64,9 +78,11 @@ class Outcome:
         self._densities: LogDensities | None = None
         self._rungs: list[tuple[Tensor, Tensor]] | None = None
         self._groups: list[Tensor] | None = None
+        self._importance: Importance | None = None
+        self._dip: tuple[Tensor, Tensor] | None = None
 
     def densities(self) -> LogDensities:
-        """Return the latents' log densities."""
+        """Return the log densities of the batch's latents."""
         if self._densities is None:
             out, s = self.out, self.settings
             self._densities = terms.log_densities(out.z, out.mu, out.logvar, s.n_data, s.tc_estimator)
@@ -80,7 +96,8 @@ class Outcome:
         return self._rungs
 
     def groups(self) -> list[Tensor]:
-        """Return the KL [B] of each group of a hierarchy in nats, in training balanced."""
+        """Return the KL [B] of each group of a hierarchy in nats; in training multiplied by the balancing
+        factors, if any."""
         if self._groups is None:
             rates = [kl.sum(1) for kl in self.out.kl]
             balance = self.settings.balance
@@ -92,8 +109,36 @@ class Outcome:
             self._groups = rates
         return self._groups
 
+    def importance(self) -> Importance | None:
+        """Return the parts of the importance-weighted bound where there are several draws."""
+        out = self.out
+        if self._importance is None and isinstance(out, GaussianOutput) and len(out.z) != len(out.mu):
+            draws = len(out.z) // len(out.mu)
+            errors = self.settings.likelihood.errors(out.preactivation, self.images.repeat_interleave(draws, 0))
+            twice = self.settings.importance_gradient == "dreg"
+            # Of the posterior's density z alone is differentiated (Tucker et al. 2019, eq. 8).
+            mu, logvar = (v.detach() if twice else v for v in (out.mu, out.logvar))
+            z = out.z.unflatten(0, (-1, draws))
+            parts = terms.importance(errors.flatten(1).sum(1).view(-1, draws), z, mu, logvar)
+            if twice and out.z.requires_grad:
+                factor = parts.weights.reshape(-1, 1)
+                out.z.register_hook(lambda gradient: gradient * factor)
+            self._importance = parts
+        return self._importance
+
+    def dip_penalties(self) -> tuple[Tensor, Tensor]:
+        """Return DIP-VAE's off-diagonal and diagonal penalty over the images of all processes."""
+        if self._dip is None:
+            s = self.settings
+            weight = None if self.sample_weight is None else s.gather(self.sample_weight)
+            logvar = s.gather(self.out.logvar) if s.dip_variances else None
+            off, diagonal = terms.dip_penalties(s.gather(self.out.mu), logvar, weight)
+            self._dip = terms.of_whole_batch(off, weight), terms.of_whole_batch(diagonal, weight)
+        return self._dip
+
     def kl_of_groups(self, row: int) -> Tensor:
-        """Return the mean over images of the KL of a row's groups, in nats."""
+        """Return the mean over images of KL objective number `row` of a hierarchy, the sum of its groups' KLs,
+        in nats."""
         first, stop = self.settings.kl_spans[row]
         groups = self.groups()[first:stop]
         return terms.batch_mean(sum(groups[1:], groups[0]), self.sample_weight, self.out.beta)
@@ -106,12 +151,16 @@ def _reconstruction(b: Outcome) -> Tensor:
     s = b.settings
     if isinstance(b.out, TextOutput):
         return terms.text_reconstruction(b.out.hidden, b.out.projection, b.out.target, b.sample_weight)
+    if (parts := b.importance()) is not None:
+        return terms.batch_mean((parts.weights * parts.error).sum(1), b.sample_weight)
     return terms.reconstruction(b.out.preactivation, b.images, s.likelihood, s.reduction, b.sample_weight)
 
 
 def _kl(b: Outcome) -> Tensor:
     if b.settings.kl_spans:
         return b.kl_of_groups(0)
+    if (parts := b.importance()) is not None:
+        return terms.batch_mean((parts.weights * parts.log_ratio).sum(1), b.sample_weight)
     free = b.out.free_bits if isinstance(b.out, TextOutput) else 0.0
     return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta, free)
 
@@ -135,7 +184,38 @@ def _dwkl(b: Outcome) -> Tensor:
 
 
 def _mmd(b: Outcome) -> Tensor:
-    return terms.mmd(b.out.prior, b.out.z, b.sample_weight)
+    gather = b.settings.gather
+    weight = None if b.sample_weight is None else gather(b.sample_weight)
+    prior, z = gather(b.out.prior), gather(b.out.z)
+    if b.settings.mmd_kernel == "imq":
+        return terms.of_whole_batch(terms.mmd_imq(z, prior, weight), weight)
+    return terms.mmd(prior, z, weight)
+
+
+def _off_diagonal(b: Outcome) -> Tensor:
+    return b.dip_penalties()[0]
+
+
+def _diagonal(b: Outcome) -> Tensor:
+    return b.dip_penalties()[1]
+
+
+def _adversarial_tc(b: Outcome) -> Tensor:
+    if b.settings.discriminator is None:  # of a trained model, whose discriminator only training needs
+        return b.out.z.new_full((), torch.nan)
+    with torch.autocast(b.out.z.device.type, enabled=False):
+        return terms.density_ratio_tc(b.settings.discriminator(b.out.z.float()), b.sample_weight)
+
+
+def _lpips(b: Outcome) -> Tensor:
+    s = b.settings
+    assert s.perceptual is not None
+    return terms.batch_mean(s.perceptual(s.likelihood.mean(b.out.preactivation), b.images), b.sample_weight)
+
+
+def _l1(b: Outcome) -> Tensor:
+    s = b.settings
+    return terms.absolute_error(s.likelihood.mean(b.out.preactivation), b.images, s.reduction, b.sample_weight)
 
 
 def _embedding(b: Outcome) -> Tensor:
@@ -161,21 +241,26 @@ OBJECTIVES: dict[str, Objective] = {
     "embedding": _embedding,
     "commitment": _commitment,
     "entropy": _entropy,
+    "off_diagonal": _off_diagonal,
+    "diagonal": _diagonal,
+    "adversarial_tc": _adversarial_tc,
+    "l1": _l1,
+    "lpips": _lpips,
 }
 
 
 class LossVector:
     """Compute a model's objectives as a vector of m scalars, in the order of `model.objectives`.
 
-    An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
-    a backward pass nor counts in an aggregator's preference.
+    An objective of weight 0 is computed for the logs but is not aggregated (it is not in `active`), so that it
+    neither costs a backward pass nor counts in an aggregator's preference. In a multi-rate model, the kl (tc if
+    there is one) is the mean over examples of each one's value times its beta.
 
-    Of a multi-rate model the kl (tc where there is one) is the mean of each example's, times its beta.
+    The base weights change only with a ladder's stages (`set_active_rungs`). Everything else about a step's
+    weights follows from the step's number and the `schedule`.
 
-    The base weights are changed by nothing but a ladder's stages (`set_active_rungs`); all else about a step's
-    weights follows from its number and the `schedule`.
-
-    `dist` names the likelihood: the model's own, or one with the same output channels.
+    dist: the name of the likelihood; the model's own, or one with the same output channels. mean_over_ranks:
+    averages a tensor over the processes, for balancing a hierarchy's KLs; the default does not.
 
     Raises ValueError for a model with an objective that is not in `OBJECTIVES`.
     """
@@ -190,6 +275,7 @@ class LossVector:
         tc_estimator: TCEstimator = "mss",
         schedule: LossSchedule | None = None,
         mean_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+        **settings: Any,
     ) -> None:
         self.names = model.objectives
         for name in self.names:
@@ -206,7 +292,14 @@ class LossVector:
             on = torch.zeros((), dtype=torch.bool, device=model.device)
             balance = Balance(alpha, on, mean_over_ranks)
         self.settings = TermSettings(
-            model.likelihood_as(dist), reduction, n_data, tc_estimator, rungs, model.kl_spans, balance
+            model.likelihood_as(dist),
+            reduction,
+            n_data,
+            tc_estimator,
+            rungs,
+            model.kl_spans,
+            balance,
+            **settings,
         )
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
         self.full = self.weights.clone()  # where every rung is active
@@ -220,12 +313,13 @@ class LossVector:
         self.penalty_weight = torch.zeros((), device=model.device)
 
     def set_active_rungs(self, active: Tensor, pre_kl: float) -> None:
-        """Give the KL of each rung that is not `active` [L] the weight pre_kl; in place, on the device."""
+        """Set the weight of the KL of each rung that is not active to `pre_kl`, in place; `active` [L] is 1 for
+        active rungs."""
         self.live[1:].copy_(active)
         self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
     def set_step(self, step: int) -> None:
-        """Set capacity, balancing and the penalty's weight to those of 0-based `step`, in place."""
+        """Set capacity, balancing and the penalty's weight to their values at the 0-based `step`, in place."""
         schedule = self.schedule
         if schedule.capacity is not None:
             self.capacity.fill_(schedule.capacity(step))
@@ -235,7 +329,7 @@ class LossVector:
             self.settings.balance.on.fill_(schedule.balanced(step))
 
     def weights_at(self, step: int) -> Tensor:  # [m]
-        """Return the weights at 0-based `step` of the current stage, annealing included."""
+        """Return the loss weights [m] at the 0-based `step`, including annealing."""
         weights = torch.where(self.dwkl, self.weights * self.schedule.dwkl_factor(step), self.weights)
         if self.schedule.kl_factor is not None:
             weights = torch.where(self.live, weights * self.schedule.kl_factor(step), weights)
@@ -247,10 +341,10 @@ class LossVector:
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, ...]:  # m scalars
-        """Return the m unweighted objectives of a batch, each image counted `sample_weight` times; with
-        a capacity, a KL is replaced by its distance to it.
+        """Return the m unweighted objectives of a batch, in which each image counts `sample_weight` times.
 
-        They are not stacked: a stack's backward would send zeros through every other objective's graph.
+        With a capacity, each KL is replaced by its distance from the capacity. The objectives are not stacked,
+        since the backward pass of a stack would send zeros through the graphs of all other objectives.
         """
         batch = Outcome(out, images, sample_weight, self.settings)
         values = [term(batch) for term in self.terms]

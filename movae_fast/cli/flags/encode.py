@@ -46,7 +46,8 @@ class EncodeConfig:
 
 
 def parse(argv: Sequence[str]) -> EncodeConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae encode` with the run as a path. Raises ValueError for an invalid flag or
+    unknown run."""
     words = parsing.first_word_as("weights", argv)
     words = [*words[:1], *parsing.first_word_as("folder", words[1:])] if words != list(argv) else words
     which = "which model? give the run's folder: movae encode RUN, or --weights FILE"
