@@ -33,7 +33,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, heads, T, 64] each
         """Return queries, keys and values of x [B, T, width]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, HEAD)).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        # In float32: autocast's bfloat16 is not the dtype of the norms' weights.
+        return self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype), v
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = self.project(x)
