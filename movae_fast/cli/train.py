@@ -19,7 +19,7 @@ from movae_fast.cli import parsing
 from movae_fast.cli.errors import explained
 from movae_fast.cli.flags.train import TrainFlags, build_parser, without_export
 from movae_fast.cli.ladder import visualize
-from movae_fast.cli.pictures import draw_missing, draw_run
+from movae_fast.cli.pictures import draw_missing, draw_run, show_run
 from movae_fast.names import first_line, shown
 from movae_fast.training.config import RunConfig, TrainConfig
 from movae_fast.training.config_checks import validate
@@ -49,6 +49,7 @@ RESUMABLE = {
         "limit_test",
     ),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
+    *("use_mlflow", "mlflow_uri", "mlflow_experiment"),
 } - {"seed", "log_every", "save_path"}
 
 
@@ -117,7 +118,7 @@ def continued(flags: TrainFlags, saved: dict[str, Any], resumed: str) -> TrainCo
 
 def train(work: Run, console: Console) -> int:
     """Fit, report, clean up."""
-    work.draw = draw_run
+    work.draw, work.show = draw_run, show_run
     started = time.perf_counter()
     again = f"go on with: movae train --resume {work.folder}"
     try:

@@ -97,7 +97,7 @@ def read_member(
 
     Raises ValueError, with the path, for a model that has no place on a curve.
     """
-    trained, model, processes = load_trained(path, device)
+    trained, model, processes, _ = load_trained(path, device)
     multirate = is_multirate(model)
     if multirate:
         assert model.rates is not None

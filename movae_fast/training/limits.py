@@ -54,6 +54,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
     **dict.fromkeys(("iw_images", "n", "trials"), ONE),
     "log_every": Bounds(1, 1_000_000),  # as many steps' metrics wait on the device
+    "log_images_every": ZERO,
     "profile": Bounds(0, 10_000),
     "num_samples": Bounds(1, 10_000),
     "prefetch": Bounds(1, 1024),

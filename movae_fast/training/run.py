@@ -56,6 +56,7 @@ class Run:
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
+    show: Callable[[Run], None] | None = field(default=None, repr=False)  # gives pictures to the logs alone
 
     @property
     def epochs(self) -> int:

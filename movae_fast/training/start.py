@@ -27,7 +27,8 @@ from movae_fast.training.build import (
 )
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
-from movae_fast.training.logs import Logs, require_wandb
+from movae_fast.training.logs import Logs, require_extras
+from movae_fast.training.machine import write_machine
 from movae_fast.training.run import Run
 from movae_fast.training.run_folder import check_places, folder_of, latest, make_folder, tidy, write_config
 from movae_fast.training.telemetry import Telemetry
@@ -42,7 +43,7 @@ def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bo
     file in it: a run that is killed can always go on.
     joined: the processes and the device, where they are known. take: start in an exp_dir that holds files, too.
     """
-    require_wandb(config.wandb)
+    require_extras(config.wandb, config.mlflow)
     check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
     world.on_main(lambda: check_places(config, take))
@@ -88,7 +89,7 @@ def resume(
             f"{path} lies in no run: a run goes on in the folder of its checkpoints/"
         )
     config = changes(content["config"])
-    require_wandb(config.wandb)
+    require_extras(config.wandb, config.mlflow)
     check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
     keep_global_batch(config, content["position"]["processes"], world.size)
@@ -198,8 +199,9 @@ def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
 
 def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
     """Open a run's logs, from `step` on if it was resumed, with the unreadable images in the first line."""
-    run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark)
+    run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark, run.config.mlflow)
     run.notes += [run.logs.note] if run.logs.note else []
+    write_machine(run.folder, run.device, run.step, run.world.size)
     if not run.logs.length and (left := left_out(run)):
         run.logs.write({"step": 0, **left})
 
