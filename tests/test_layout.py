@@ -50,6 +50,7 @@ ALLOWED = {
     "training": {*IN_TRAINING, *LEAVES},
     "evaluation": {"training", *IN_TRAINING, *LEAVES},
     "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
+    "pages": {"evaluation", "training", "pictures", "plots", *IN_TRAINING, *LEAVES},
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
 }

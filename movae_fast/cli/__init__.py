@@ -24,6 +24,8 @@ COMMANDS = {
     "generate": "samples from the prior, one file an image and a grid",
     "runs": "list the runs below a folder, with their scores",
     "compare": "runs beside each other: flags that differ, scores, curves in one plot",
+    "report": "one page on one or several runs, for any browser: curves, pictures, answers",
+    "serve": "a page to look into a model: sliders for latents and beta, a map of codes (extra web)",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
 }

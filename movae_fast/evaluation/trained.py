@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from movae_fast.models import VAE, model_class, model_options
@@ -20,6 +22,17 @@ def adapt_config(
     if batch_size is not None:
         data.batch_size = data.eval_batch_size = batch_size
     run.device, run.accumulate, run.export = device, 1, None
+
+
+@contextmanager
+def beta_kept(model: VAE) -> Iterator[None]:
+    """Set a multi-rate model back, when the block ends, to the beta that it had before."""
+    before = None if model.rates is None else model.rates.evaluated
+    try:
+        yield
+    finally:
+        if model.rates is not None and before is not None:
+            model.rates.evaluated = before
 
 
 def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:
