@@ -1,8 +1,8 @@
-"""AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad against TorchJD's: the whole call on float32 rows, on the CPU.
+"""Time AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad against TorchJD's, whole calls on float32 rows, on the CPU.
 
-OMP_NUM_THREADS=1 pytest benchmarks/bench_aggregators.py --benchmark-only --benchmark-group-by=group
+  OMP_NUM_THREADS=1 pytest benchmarks/bench_aggregators.py --benchmark-only --benchmark-group-by=group
 
-One thread: those that TorchJD's CAGrad starts for its solver wait busily beside torch's, to the cost of both.
+Use one thread: the solver in TorchJD's CAGrad starts threads that spin beside torch's and slow both down.
 """
 
 from typing import Any
@@ -27,7 +27,8 @@ OPTIONS: dict[str, dict[str, float]] = {
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_ratios(benchmark: Any, name: str, m: int) -> None:
-    """Both in turn; the medians, the weights' share of them, and how many times faster ours is."""
+    """Time ours and TorchJD's in turn, the whole call and the weights alone; record the medians and the
+    ratio."""
     benchmark.group = f"{name} m={m} P={P}"
     J = torch.randn(m, P, generator=torch.Generator().manual_seed(0))
     J -= 0.9 * J.mean(0)

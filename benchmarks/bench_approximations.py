@@ -1,9 +1,10 @@
-"""What cheaper Gramians cost, and how often their updates conflict with an objective.
+"""Measure what cheaper estimates of the Gramian cost, and how often their updates conflict with an objective.
 
-pytest benchmarks/bench_approximations.py --benchmark-only -s
-Each model trains on rendered sprites. After each step the whole batch's rows are taken once more, in the same
-state, and the update's cosine with each is computed in float64. The costs are those of steps of all settings in
-turn, eager, on one batch.
+  pytest benchmarks/bench_approximations.py --benchmark-only -s
+
+Each model trains on rendered sprites. At each step the exact gradients of all objectives are computed too, from
+the whole batch in the same state, and with them the update's cosine with each objective, in float64. The times
+are of eager steps on one batch, with the settings in turn.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ def train_step(arch: str, name: str) -> TrainStep:
 
 
 def cosines(step: TrainStep, x: torch.Tensor, noise: torch.Tensor) -> list[float]:
-    """The update's cosine with each objective's gradient at the shared parameters, float64, whole batch."""
+    """Return the cosine of the step's update with each objective's gradient at the shared parameters.
+
+    The gradients are of the whole batch; the cosines are computed in float64.
+    """
     update = step.flat.shared_grad.double()
     kept = step.flat.grad.clone()
     with keeping_buffers(step.model):
@@ -59,7 +63,8 @@ def cosines(step: TrainStep, x: torch.Tensor, noise: torch.Tensor) -> list[float
 
 
 def trained(arch: str, name: str) -> list[float]:
-    """The least cosine of each step's update with a row."""
+    """Train with the setting `name`, and return for each step the smallest cosine of its update with a
+    gradient."""
     step = train_step(arch, name)
     sprites = Sprites(split_index("train"), 32, DEVICE, True)
     order = torch.randperm(len(sprites), generator=torch.Generator().manual_seed(0))
@@ -75,7 +80,8 @@ def trained(arch: str, name: str) -> list[float]:
 
 
 def one_turn(arch: str, name: str, x: torch.Tensor) -> Call:
-    """As many whole training steps as make one turn of what the setting does only every so often."""
+    """Return a call that runs `gramian_every` training steps, so that exactly one of them computes the
+    Gramian."""
     step = train_step(arch, name)
     number = 0
 

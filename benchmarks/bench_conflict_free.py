@@ -1,8 +1,11 @@
-"""What a step without conflict costs over the sum's: strict, by cheaper Gramians, projected as a whole.
+"""Measure the time of a conflict-free step relative to a step on the summed loss.
 
-pytest benchmarks/bench_conflict_free.py --benchmark-only -s
-Without torch.compile, so that it takes minutes: bench_step.py measures compiled steps. On a GPU each step is
-one CUDA graph, and the projection's two paths are compared.
+The variants are strict UPGrad, UPGrad with cheaper Gramians, and projection of the whole step.
+
+  pytest benchmarks/bench_conflict_free.py --benchmark-only -s
+
+It does without torch.compile, and so takes minutes only; bench_step.py measures compiled steps. On a GPU each
+step is one CUDA graph, and both implementations of the projection are timed.
 """
 
 from __future__ import annotations
@@ -39,7 +42,11 @@ VARIANTS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def graph(arch: str, agg: str, metric: Any, precision: Any, options: dict[str, Any]) -> tuple[Call, TrainStep]:
-    """A training step on one batch; on a GPU recorded as a graph once it has been warmed up."""
+    """Return a call that runs one training step on a fixed batch, and its TrainStep.
+
+    On a GPU the step is recorded as a CUDA graph after the first few calls. metric: the step's metric for the
+    projection, None for a step that is not projected.
+    """
     model, losses, optimizer = network(arch, 32)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     aggregator: Any = None
@@ -77,7 +84,7 @@ def test_steps(benchmark: Any, arch: str, precision: str) -> None:
 
 
 def replayed(call: Call) -> Call:
-    """Twenty calls as one graph: what they take on the device, without the host's launches."""
+    """Return a call that replays 20 calls as one CUDA graph, to time the device without the host's launches."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()

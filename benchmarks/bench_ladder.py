@@ -1,8 +1,9 @@
-"""A step of the progressive ladder: plain, fading in, and at a stage change; beside the usual loop.
+"""Time steps of the progressive ladder VAE (plain, while a rung fades in, at a stage change) and of a usual
+loop.
 
 The usual loop keeps alpha as a Python number and makes a new optimizer at each stage.
 
-pytest benchmarks/bench_ladder.py --benchmark-only -s
+  pytest benchmarks/bench_ladder.py --benchmark-only -s
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def network(size: int, width: int) -> ProVLAE:
 
 
 class Ours:
-    """The trainer's step, at whatever step of the schedule it is asked for."""
+    """Run the trainer's step on a batch, at any step of the schedule of stages."""
 
     def __init__(self, size: int, width: int, mode: str) -> None:
         self.model = network(size, width)
@@ -53,7 +54,7 @@ class Ours:
 
 
 class Usual:
-    """The same network with stage and alpha as Python numbers, and an optimizer a stage."""
+    """Run a step of the usual loop: stage and alpha are Python numbers, and each stage gets a new optimizer."""
 
     def __init__(self, size: int, width: int, mode: str) -> None:
         self.model, self.stage = network(size, width), 0
@@ -94,7 +95,8 @@ class Usual:
 
 
 def at(loop: Any, x: Tensor, start: int) -> Call:
-    """One step after another from `start` on: alpha differs in each while it fades in."""
+    """Return a call that runs the loop's next step, counted from `start`; while a rung fades in, alpha differs
+    in each."""
     number = start
 
     def run() -> None:
@@ -109,10 +111,10 @@ def at(loop: Any, x: Tensor, start: int) -> Call:
 
 @pytest.mark.parametrize(("size", "batch", "width"), SIZES)
 def test_a_fade_in_step_against_a_plain_one(benchmark: Any, size: int, batch: int, width: int) -> None:
-    """Images a second of a plain and of a fading step at stage 3, ours and the usual loop's; eager."""
+    """Time an eager plain step and one with a fade-in at stage 3, for our loop and the usual one."""
     x = torch.rand(batch, 1, size, size, device=DEVICE)
     mine, theirs = Ours(size, width, "off"), Usual(size, width, "off")
-    # Two networks of each kind would compare two networks; the steps alternate on one.
+    # Both kinds of steps alternate on one network: two networks would differ in more than the step.
     calls = {
         "plain": at(mine, x, 2 * STEPS + FADE),
         "fading": at(mine, x, 2 * STEPS),
@@ -134,7 +136,8 @@ def test_a_fade_in_step_against_a_plain_one(benchmark: Any, size: int, batch: in
 
 @pytest.mark.parametrize("mode", ["off", "default"])
 def test_seconds_lost_at_a_stage_change(benchmark: Any, mode: str) -> None:
-    """The first five steps of stage 2, less five steps before them; eager and compiled."""
+    """Time the first five steps of stage 2 and five steps before it, and record the difference; eager and
+    compiled."""
     x = torch.rand(32, 1, 32, 32, device=DEVICE)
     lost, graphs = {}, {}
     for name, kind in (("movae", Ours), ("usual", Usual)):

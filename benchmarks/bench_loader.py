@@ -1,10 +1,11 @@
-"""Images a second of every loader beside torch's DataLoader, with the CPU time and the memory that they take.
+"""Measure images per second, CPU time and memory of every loader and of torch's DataLoader.
 
-MOVAE_BENCH_DATA=data python -m benchmarks.run benchmarks/bench_loader.py     (-k share: of a training step)
-JPEGs of 178x218 become 64x64 (CelebA's crop), or arrays of 32x32 are shuffled; batches of 128 arrive as float32
-on the device. MOVAE_BENCH_SCENES names a folder that keeps the rendered JPEGs, MOVAE_BENCH_IMAGES says how many
-are used, MOVAE_BENCH_DATA where Fashion-MNIST's files are. The peak is of the whole tree of processes, a page
-that they share counted once.
+  MOVAE_BENCH_DATA=data python -m benchmarks.run benchmarks/bench_loader.py
+
+(-k share measures the share of a training step instead.) JPEGs of 178x218 become 64x64 (CelebA's crop), or
+arrays of 32x32 are shuffled; batches of 128 arrive as float32 on the device. MOVAE_BENCH_SCENES names a folder
+that keeps the rendered JPEGs, MOVAE_BENCH_IMAGES says how many are used, and MOVAE_BENCH_DATA where
+Fashion-MNIST's files are. The peak memory is of the whole tree of processes, with shared pages counted once.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ BOX = CELEBA_CROPS["center148"]
 
 
 class TorchvisionDecode(ImageFiles):
-    """The same files through torchvision's own JPEG decoder."""
+    """Decode the image files with torchvision's JPEG decoder instead of Pillow."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         pixels = decode_jpeg(read_file(str(self.files[i])), ImageReadMode.RGB)
@@ -60,7 +61,7 @@ class TorchvisionDecode(ImageFiles):
 
 @pytest.fixture(scope="session")
 def scenes() -> Iterator[Path]:
-    """A folder of N JPEGs whose pages are in memory, so that no loader waits for the disk."""
+    """Yield a folder of N rendered JPEGs that have been read once, so that no loader waits for the disk."""
     kept = os.environ.get("MOVAE_BENCH_SCENES")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(kept or temporary)
@@ -79,7 +80,8 @@ def files(folder: Path, kind: type[ImageFiles] = ImageFiles) -> ImageFiles:
 
 
 def mapped(folder: Path) -> Any:
-    """The prepared file of the folder's training split; made at the first call, which is not measured."""
+    """Return the prepared file of the folder's training split, which is made by the first call, outside the
+    timing."""
     info = DATASETS["folder"]
     opened = options(folder)
     prepare(info, opened, decoder="dali" if dali.available() else "pillow")
@@ -91,7 +93,7 @@ def workers(source: Any, number: int) -> Loader:
 
 
 def packed(folder: Path) -> ImageFiles:
-    """The same files in one tar, written once."""
+    """Return the folder's images as read from a tar archive, which is written by the first call."""
     path = folder / f"{N}.tar"
     if not path.exists():
         with tarfile.open(path.with_suffix(".part"), "w") as tar:
@@ -126,7 +128,7 @@ def filled(loader: Loader) -> Loader:
 def test_jpeg_178x218_to_64x64(benchmark: Any, scenes: Path, name: str) -> None:
     if name.startswith("dali"):
         pytest.importorskip("nvidia.dali")
-    # An epoch of what decodes takes seconds; of what does not, so little that one says nothing.
+    # An epoch of a loader that decodes takes seconds; other loaders need several epochs for a reliable time.
     measure(benchmark, f"JPEG 178x218 to 64x64, {N:,} images", JPEG[name](scenes), epochs=epochs(name))
 
 
@@ -135,13 +137,14 @@ def epochs(name: str) -> int:
 
 
 def arrays() -> Images:
-    """As many images as Fashion-MNIST has, padded to 32x32 as the trainer does."""
+    """Return 60,000 random images of 1x32x32, the size of Fashion-MNIST as the trainer pads it."""
     pixels = np.random.default_rng(0).integers(0, 256, (60_000, 1, 32, 32), dtype=np.uint8)
     return Images(torch.from_numpy(pixels), torch.zeros(60_000, dtype=torch.int64))
 
 
 class AsTorchvision(Loader):
-    """Fashion-MNIST as torchvision's examples feed it: an item is a PIL image, padded, then a tensor."""
+    """Load Fashion-MNIST as torchvision's examples do: each item is a PIL image, padded and then made a
+    tensor."""
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         transform = Compose([Pad(2), ToTensor()])
@@ -176,9 +179,10 @@ def test_fashion_mnist_at_32x32(benchmark: Any, name: str) -> None:
 
 @pytest.mark.parametrize("loader", ["dali", "resident", "prepared", "torch"])
 def test_data_wait_share_of_training(benchmark: Any, scenes: Path, tmp_path: Path, loader: str) -> None:
-    """vae at 64x64 on the JPEGs: what of a step is waiting for images, the first log line left out.
+    """Record which share of a training step of `vae` at 64x64 is spent waiting for images, without the first
+    log line.
 
-    The resident loader's first epoch, in which it decodes; `prepared` maps the prepared file.
+    For the resident loader this is the first epoch, in which it decodes; `prepared` maps the prepared file.
     """
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
@@ -201,7 +205,8 @@ def test_data_wait_share_of_training(benchmark: Any, scenes: Path, tmp_path: Pat
 
 
 def measure(benchmark: Any, group: str, loader: Loader, epochs: int) -> None:
-    """Time `epochs` epochs after two batches of another; keep images/s, CPU time and peak memory."""
+    """Time `epochs` epochs after two warm-up batches, and record images per second, CPU time and peak
+    memory."""
     for _, _batch in zip(range(2), loader.epoch(99), strict=False):
         pass
     gc.collect()
@@ -227,13 +232,16 @@ def measure(benchmark: Any, group: str, loader: Loader, epochs: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of the children that ended."""
+    """Return the user and system time of this process and of its children that have ended."""
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
 class PeakMemory:
-    """Peak proportional set size of this process and its children, sampled five times a second (Linux)."""
+    """Measure the peak proportional set size of this process and its children inside a `with` block (Linux).
+
+    It is sampled five times per second; `mib` holds the result.
+    """
 
     def __enter__(self) -> PeakMemory:
         self.mib, self.stop = 0.0, threading.Event()

@@ -1,6 +1,7 @@
-"""Multi-rate VAEs: the step against the plain one, a curve in one pass, and one run against ten beta-VAEs.
+"""Measure multi-rate VAEs: their step against the plain one, a curve in one pass, and one run against ten
+beta-VAEs.
 
-pytest benchmarks/bench_multirate.py --benchmark-only -s
+  pytest benchmarks/bench_multirate.py --benchmark-only -s
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def network(arch: str, multirate: bool) -> GaussianVAE:
 
 
 def step(arch: str, multirate: bool, x: torch.Tensor) -> Call:
-    """One compiled training step."""
+    """Return a call that runs one compiled training step on x."""
     model = network(arch, multirate)
     losses = LossVector(model, resolve_weights(MODELS[arch], SHAPE, None), "bernoulli", "sum", n_data=50_000)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
@@ -62,7 +63,7 @@ def step(arch: str, multirate: bool, x: torch.Tensor) -> Call:
 
 @pytest.mark.parametrize("arch", ["cnn_vae_28", "resnet_vae_28"])
 def test_multirate_step(benchmark: Any, arch: str) -> None:
-    """Time and peak extra memory of the compiled step, batch 128, multi-rate against plain."""
+    """Record time and peak extra memory of the compiled step at batch 128, multi-rate against plain."""
     x = torch.rand(128, *SHAPE, device=DEVICE).round()
     peers = {"plain": step(arch, False, x), "multi-rate": step(arch, True, x)}
     medians = interleaved(peers, 9)
@@ -72,14 +73,14 @@ def test_multirate_step(benchmark: Any, arch: str) -> None:
     info["median_ms"], info["extra_memory_mib"] = medians, memory
     info["time over plain"] = medians["multi-rate"] / medians["plain"]
     print(f"\n{arch}: time x{info['time over plain']:.3f}, memory {memory}")
-    if min(memory.values()) > 1:  # a step that fits into what the process already held shows none
+    if min(memory.values()) > 1:  # about 0 if the step fits into memory that the process held
         info["memory over plain"] = memory["multi-rate"] / memory["plain"]
     benchmark.pedantic(peers["multi-rate"], rounds=1)
 
 
 @pytest.mark.parametrize("arch", ["linear_vae", "resnet_vae_28"])
 def test_curve_pass(benchmark: Any, arch: str) -> None:
-    """Twenty betas over 500 images: one pass with all betas in a batch against a pass for each beta."""
+    """Time 20 betas over 500 images: one pass with all betas in a batch, against one pass per beta."""
     model = network(arch, True).eval()
     images = torch.randint(0, 256, (500, *SHAPE), dtype=torch.uint8)
     loader = ResidentLoader(Images(images, torch.zeros(500, dtype=torch.long)), 500, DEVICE, train=False)
@@ -109,7 +110,7 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 
 def trained(folder: Path, arch: str, **flags: Any) -> tuple[float, Path]:
-    """Seconds to train on digits for 60 epochs, and the run."""
+    """Train on digits for 60 epochs; return the seconds it took and the run's folder."""
     values = {"dataset": "digits", "image_size": 16, "arch": arch, "recons_reduction": "sum", "seed": 0}
     values |= {"epochs": 60, "batch_size": 100, "scheduler": "cosine", "warmup_epochs": 3, "eval_freq": 0}
     config = TrainConfig.from_flat(values | ARCHS[arch] | flags | {"exp_dir": str(folder), "save_freq": 0})
@@ -132,7 +133,8 @@ def points(folder: Path, betas: list[float]) -> tuple[list[Point], Any, int]:
 
 @pytest.mark.parametrize("arch", list(ARCHS))
 def test_one_run_against_ten(benchmark: Any, arch: str, tmp_path: Path) -> None:
-    """The question a curve answers, at small size: wall time and quality of one multi-rate run against ten."""
+    """Compare wall time and quality of one multi-rate run with those of ten runs with one beta each, at small
+    size."""
     gates = {"multirate": True, "gate_encoder": "sqrt", "gate_bias": -3.0}
     many = benchmark.pedantic(lambda: trained(tmp_path / "many", arch, **gates), rounds=1)
     curve, loader, k = points(many[1], BETAS)

@@ -1,4 +1,4 @@
-"""ops.nearest_code against its peers; N = 32768 rows, float32, on the CPU.
+"""Time ops.nearest_code against other implementations, for N = 32768 float32 rows on the CPU.
 
 pytest benchmarks/bench_nearest_code.py --benchmark-only --benchmark-group-by=group
 """
@@ -21,13 +21,14 @@ CHUNK = 1024
 
 
 def chunked_products(z: Tensor, codebook: Tensor, buffer: Tensor) -> None:
-    """The bare matrix products of a chunked search: what its arithmetic costs."""
+    """Compute only the matrix products of a chunked search, as a lower bound on its time."""
     for rows in z.split(CHUNK):
         torch.mm(rows, codebook.T, out=buffer)
 
 
 def chunked_search(z: Tensor, codebook: Tensor, buffer: Tensor) -> Tensor:
-    """The best plain torch expression found: one distance buffer of 1024 rows, used again."""
+    """Search with the fastest plain torch code that was found: one distance buffer of 1024 rows, used again and
+    again."""
     half_norm = codebook.square().sum(1) / 2
     return torch.cat(
         [
@@ -38,7 +39,7 @@ def chunked_search(z: Tensor, codebook: Tensor, buffer: Tensor) -> Tensor:
 
 
 def vector_quantize_pytorch(codebook: Tensor) -> Callable[[Tensor], Any]:
-    """The lookup of its layer in evaluation mode, which also gathers the codes."""
+    """Return the lookup of vector-quantize-pytorch's layer in evaluation mode, which also gathers the codes."""
     vq = pytest.importorskip("vector_quantize_pytorch")
     layer = vq.VectorQuantize(
         dim=codebook.shape[1], codebook_size=codebook.shape[0], rotation_trick=False
@@ -90,7 +91,8 @@ def test_nearest_code(benchmark: Any, peer: str, K: int, D: int) -> None:
 
 @pytest.mark.parametrize(("K", "D"), SHAPES)
 def test_ratios(benchmark: Any, K: int, D: int) -> None:
-    """Every peer in turn; the medians, and how many times faster than cdist + argmin each is."""
+    """Time every implementation in turn; record the medians, and how many times faster than cdist + argmin each
+    is."""
     benchmark.group = f"nearest_code ratios N={N} K={K} D={D}"
     peers = calls(K, D)
     medians = interleaved(peers, 7 if K * D < 10**5 else 5)

@@ -1,4 +1,4 @@
-"""NVAE's training step: the sum, UPGrad over scales and multi-rate, beside the usual eager loop.
+"""Time NVAE's training step (summed loss, UPGrad over scales, multi-rate) against a usual eager loop.
 
 pytest benchmarks/bench_nvae.py --benchmark-only -s
 """
@@ -33,7 +33,7 @@ def network(multirate: bool = False) -> NVAE:
 
 
 def ours(x: torch.Tensor, agg: str = "sum", multirate: bool = False, mode: str = "off") -> Call:
-    """One training step as `movae train` runs it."""
+    """Return a call that runs one training step on x as `movae train` does."""
     model = network(multirate)
     schedule = LossSchedule(penalty=lambda step: PENALTY)
     weights = [1.0] * len(model.objectives)
@@ -52,7 +52,8 @@ def ours(x: torch.Tensor, agg: str = "sum", multirate: bool = False, mode: str =
 
 
 def usual(x: torch.Tensor) -> Call:
-    """One step of the usual loop: the summed loss with its penalty, one backward, torch's Adamax."""
+    """Return a call that runs one step of a usual loop: summed loss with penalty, one backward, torch's
+    Adamax."""
     model = network()
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3, eps=1e-3)
     penalised = model.penalised()
@@ -69,7 +70,8 @@ def usual(x: torch.Tensor) -> Call:
 
 
 def test_steps(benchmark: Any) -> None:
-    """Time and peak extra memory of a step, each in turn; the ratios to the sum's step."""
+    """Record time and peak extra memory of all kinds of steps in turn, and their ratios to the step on the
+    summed loss."""
     x = torch.rand(BATCH, *SHAPE, device=DEVICE).round()
     compiled = {"compiled": ours(x, mode="default")} if DEVICE.type == "cuda" else {}
     peers: dict[str, Call] = {
@@ -93,7 +95,7 @@ def test_steps(benchmark: Any) -> None:
 
 @pytest.mark.parametrize("multirate", [False, True])
 def test_memory_by_itself(benchmark: Any, multirate: bool) -> None:
-    """Peak extra memory of the plain and of the multi-rate step, before other steps have left memory behind."""
+    """Record the peak extra memory of one kind of step, before other steps have left memory to reuse."""
     x = torch.rand(BATCH, *SHAPE, device=DEVICE).round()
     call = ours(x, multirate=multirate)
     benchmark.group = f"NVAE memory, preset {PRESET}, batch {BATCH}"

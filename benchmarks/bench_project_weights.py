@@ -1,4 +1,4 @@
-"""ops.project_weights against TorchJD's projector, both as called from Python; on the CPU.
+"""Time ops.project_weights against TorchJD's projector, both as called from Python, on the CPU.
 
 pytest benchmarks/bench_project_weights.py --benchmark-only --benchmark-group-by=group
 """
@@ -18,7 +18,8 @@ GRAMIANS = 16
 
 
 def gramians(m: int) -> list[Tensor]:
-    """Half of Gaussian rows, half of rows that all conflict: few and many exchanges."""
+    """Return Gramians [m, m]: half of Gaussian rows, and half of rows that all conflict, which need more
+    iterations."""
     generator = torch.Generator().manual_seed(m)
     found = []
     for k in range(GRAMIANS):
@@ -29,7 +30,7 @@ def gramians(m: int) -> list[Tensor]:
 
 
 def calls(m: int) -> dict[str, Call]:
-    """UPGrad's weights from each of the Gramians."""
+    """Return, by implementation, a call that computes UPGrad's weights from each of the Gramians."""
     given, U = gramians(m), torch.eye(m, dtype=torch.float64) / m
     projector = QuadprogProjector()
     return {
@@ -48,7 +49,7 @@ def test_project_weights(benchmark: Any, peer: str, m: int) -> None:
 
 @pytest.mark.parametrize("m", SIZES)
 def test_ratios(benchmark: Any, m: int) -> None:
-    """Both in turn; the median of a call, and how many times faster than TorchJD's."""
+    """Time both in turn; record the median of a call, and how many times faster than TorchJD's ours is."""
     benchmark.group = f"project_weights ratios m={m}"
     medians = {name: ms / GRAMIANS for name, ms in interleaved(calls(m), 21).items()}
     benchmark.extra_info["median_ms_a_call"] = medians

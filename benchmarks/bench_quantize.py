@@ -1,4 +1,4 @@
-"""ops.quantize, forward and backward, against torch and vector-quantize-pytorch's layer; on the CPU.
+"""Time ops.quantize, forward and backward, against plain torch and vector-quantize-pytorch's layer, on the CPU.
 
 pytest benchmarks/bench_quantize.py --benchmark-only --benchmark-group-by=group
 """
@@ -18,7 +18,10 @@ PEERS = ["movae", "movae channel-first", "torch reference", "vector-quantize-pyt
 
 
 def calls(K: int, D: int) -> dict[str, Call]:
-    """A VQ layer's part of a training step: forward, EMA statistics, gradient of z_q and commitment."""
+    """Return, by implementation, a VQ layer's part of a training step.
+
+    It is the forward, the EMA statistics, and the gradients of z_q and of the commitment loss.
+    """
     vq = pytest.importorskip("vector_quantize_pytorch")
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(N, D, generator=generator).requires_grad_()
@@ -57,7 +60,7 @@ def test_quantize(benchmark: Any, peer: str, K: int, D: int) -> None:
 
 @pytest.mark.parametrize(("K", "D"), SHAPES)
 def test_ratios(benchmark: Any, K: int, D: int) -> None:
-    """Every peer in turn; the medians, and how many times faster than vector-quantize-pytorch each is."""
+    """Time all in turn; record the medians, and how many times faster than vector-quantize-pytorch each is."""
     benchmark.group = f"quantize ratios N={N} K={K} D={D}"
     peers = calls(K, D)
     medians = interleaved(peers, 5)

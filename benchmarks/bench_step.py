@@ -1,7 +1,8 @@
-"""A training step without conflict against a plain one, and against the peers' loops.
+"""Time a conflict-free training step against a plain one, and against training loops with TorchJD.
 
-pytest benchmarks/bench_step.py --benchmark-only -s
-Every test interleaves its variants in one process and keeps medians and ratios.
+  pytest benchmarks/bench_step.py --benchmark-only -s
+
+Every test runs its variants in turn in one process, and records medians and ratios.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ if DEVICE.type == "cuda":
         for precision in ("fp32", "bf16")
         for agg in ("sum", "upgrad")
     }
-COLUMNS = {  # what a ratio is taken over
+COLUMNS = {  # name of a ratio -> the variant that it is relative to
     "over sum eager": "sum eager",
     "over sum compiled": "sum compiled",
     "over sum's graph": "sum, one CUDA graph, fp32",
@@ -87,7 +88,7 @@ def ours(arch: str, size: int, x: Tensor, agg: str, precision: Any, options: dic
         step(x, number, model.draw_noise(len(x)))
         number += 1
 
-    # A round is as many steps as make one turn of what the variant does only every so often.
+    # A call runs `gramian_every` steps, so that exactly one of them computes the Gramian.
     return repeated(run, options.get("gramian_every", 1))
 
 
@@ -96,7 +97,8 @@ def repeated(run: Call, times: int) -> Call:
 
 
 def torchjd_loop(arch: str, size: int, x: Tensor) -> Call:
-    """TorchJD's documented loop: mtl_backward, jac_to_grad with its UPGrad, optimizer; eager."""
+    """Return a call that runs one eager step of TorchJD's documented loop: mtl_backward, jac_to_grad,
+    optimizer."""
     model, losses, _ = network(arch, size)
     # Not fused: on CUDA that refuses gradients whose strides are not the parameter's, as cuDNN leaves them.
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -121,7 +123,10 @@ def torchjd_loop(arch: str, size: int, x: Tensor) -> Call:
 
 
 def grad_loop(arch: str, size: int, x: Tensor) -> Call:
-    """One whole autograd.grad a loss over all parameters, TorchJD's UPGrad on the concatenated rows; eager."""
+    """Return a call that runs one eager step with autograd.grad per loss, over all parameters.
+
+    TorchJD's UPGrad aggregates the concatenated gradients.
+    """
     model, losses, optimizer = network(arch, size)
     parameters, aggregator = list(model.parameters()), UPGrad()
 
@@ -143,7 +148,10 @@ def grad_loop(arch: str, size: int, x: Tensor) -> Call:
 
 
 def keep(benchmark: Any, group: str, peers: dict[str, Call], rounds: int, turns: dict[str, int]) -> None:
-    """Interleaved medians of the peers, in milliseconds a step, with their ratios."""
+    """Time the peers in turn; record and print their median milliseconds per step, with ratios.
+
+    turns: how many steps a call of a peer runs, if more than one.
+    """
     medians = {name: ms / turns.get(name, 1) for name, ms in interleaved(peers, rounds).items()}
     info = benchmark.extra_info
     benchmark.group, info["median_ms"] = group, medians
@@ -162,7 +170,7 @@ def keep(benchmark: Any, group: str, peers: dict[str, Call], rounds: int, turns:
 
 @pytest.fixture(autouse=True)
 def memory_as_in_training() -> None:
-    """The allocator as `movae train` sets it; peers in the same process share the gain."""
+    """Set the allocator as `movae train` does; the other loops in the same process profit from it too."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
 
@@ -192,7 +200,7 @@ def test_step(benchmark: Any, arch: str, size: int, batch: int) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_loops(benchmark: Any, arch: str) -> None:
-    """The step as `movae train` runs it and TorchJD's loop as its users do: each in a process of its own."""
+    """Time the step as `movae train` runs it and TorchJD's loop as its users do, each in its own process."""
     batch = "import torch; from benchmarks.bench_step import *; x = torch.rand(128, 3, 32, 32, device=DEVICE)"
     mine = f"{batch}; keep_freed_memory(); step = ours({arch!r}, 32, x, *OURS[NAME])"
     theirs = f"{batch}; step = torchjd_loop({arch!r}, 32, x)"
@@ -215,7 +223,8 @@ def test_batch_sizes(benchmark: Any, batch: int) -> None:
 
 @pytest.mark.parametrize("m", [2, 4, 8])
 def test_objectives(benchmark: Any, m: int) -> None:
-    """m losses that all reach the features of a convolutional trunk: the rows' own price."""
+    """Time a step with m losses that all depend on the features of a convolutional trunk, for the cost per
+    objective."""
     torch.manual_seed(0)
     trunk = nn.Sequential(
         *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU()) for a, b in ((3, 32), (32, 64), (64, 128))),
@@ -288,7 +297,7 @@ world.close()
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks(benchmark: Any, ranks: int) -> None:
-    """The vae's step, 64 images and one thread a process."""
+    """Time the step of `vae` in one and two processes, each with 64 images and one thread."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

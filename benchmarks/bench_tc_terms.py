@@ -1,4 +1,4 @@
-"""ops.tc_terms, forward and backward, against the eager formula; on the CPU.
+"""Time ops.tc_terms, forward and backward, against the eager formula, on the CPU.
 
 pytest benchmarks/bench_tc_terms.py --benchmark-only --benchmark-group-by=group
 """
@@ -36,7 +36,8 @@ def calls(B: int, D: int) -> dict[str, Call]:
 
 
 def exponentials_per_ms() -> float:
-    """torch.exp of a buffer that stays in the cache, with this run's threads: the best of ten."""
+    """Return how many exponentials per millisecond torch.exp computes on a buffer that stays in the cache: best
+    of ten."""
     x = torch.randn(2**15)
     out = torch.empty_like(x)
     return 2**15 / min(interleaved({"exp": lambda: torch.exp(x, out=out)}, 20)["exp"] for _ in range(10))
@@ -52,7 +53,7 @@ def test_tc_terms(benchmark: Any, peer: str, B: int, D: int) -> None:
 
 @pytest.mark.parametrize(("B", "D"), SHAPES)
 def test_ratios(benchmark: Any, B: int, D: int) -> None:
-    """Every peer in turn; the medians, and how many times faster than the eager formula each is."""
+    """Time all in turn; record the medians, and how many times faster than the eager formula each is."""
     benchmark.group = f"tc_terms ratios B={B} D={D}"
     peers = calls(B, D)
     medians = interleaved(peers, 5)

@@ -1,4 +1,4 @@
-"""ops.linear_cross_entropy, forward and backward, against the step that holds all logits; on the CPU.
+"""Time ops.linear_cross_entropy, forward and backward, against code that holds all logits at once, on the CPU.
 
 pytest benchmarks/bench_text.py --benchmark-only --benchmark-group-by=group
 """
@@ -48,7 +48,7 @@ def test_linear_cross_entropy(benchmark: Any, peer: str, B: int, T: int, V: int,
 
 @pytest.mark.parametrize(("B", "T", "V", "H"), SHAPES)
 def test_ratios(benchmark: Any, B: int, T: int, V: int, H: int) -> None:
-    """Every peer in turn; the medians, and how many times faster than the step with all logits each is."""
+    """Time all in turn; record the medians, and how many times faster each is than the code with all logits."""
     benchmark.group = f"linear_cross_entropy ratios B={B} T={T} V={V} H={H}"
     peers = calls(B, T, V, H)
     medians = interleaved(peers, 5)

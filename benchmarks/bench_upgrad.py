@@ -1,4 +1,4 @@
-"""UPGrad as a whole and in its parts against TorchJD's, on float32 rows; on the CPU.
+"""Time UPGrad as a whole and in its parts against TorchJD's, on float32 rows, on the CPU.
 
 pytest benchmarks/bench_upgrad.py --benchmark-only --benchmark-group-by=group
 """
@@ -18,7 +18,8 @@ PARTS = ["gramian", "combine", "upgrad"]
 
 
 def calls(part: str, m: int, P: int) -> dict[str, Call]:
-    """One part of the aggregation of conflicting rows by each peer."""
+    """Return, by implementation, a call of one part of UPGrad (or all of it) on m conflicting rows of P
+    numbers."""
     J = torch.randn(m, P, generator=torch.Generator().manual_seed(0))
     J -= 0.9 * J.mean(0)
     weights = torch.rand(m, dtype=torch.float64)
@@ -36,7 +37,7 @@ def calls(part: str, m: int, P: int) -> dict[str, Call]:
 
 
 def moved(part: str, m: int, P: int) -> int:
-    """Bytes that cannot but be read or written."""
+    """Return the bytes that the part has to read and write at least, for the bound on its time."""
     return 4 * P * {"gramian": m, "combine": m + 1, "upgrad": 2 * m + 1}[part]
 
 
@@ -49,7 +50,7 @@ def copy_gigabytes_a_second() -> float:
 @pytest.mark.parametrize(("m", "P"), SHAPES)
 @pytest.mark.parametrize("part", PARTS)
 def test_ratios(benchmark: Any, part: str, m: int, P: int) -> None:
-    """Every peer in turn; the medians, and how many times faster ours is than each."""
+    """Time all in turn; record the medians, and how many times faster ours is than each other."""
     benchmark.group = f"{part} m={m} P={P}"
     peers = calls(part, m, P)
     ours = next(iter(peers))

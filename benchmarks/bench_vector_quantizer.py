@@ -1,4 +1,4 @@
-"""nn.VectorQuantizer's training step against vector-quantize-pytorch's layer; on the CPU.
+"""Time the training step of nn.VectorQuantizer against vector-quantize-pytorch's layer, on the CPU.
 
 pytest benchmarks/bench_vector_quantizer.py --benchmark-only --benchmark-group-by=group
 """
@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def calls(K: int, D: int, options: dict[str, Any]) -> dict[str, Call]:
-    """Forward with the codebook's update, and the backward of output and loss."""
+    """Return, by implementation, a call that runs the layer forward with its codebook update, and backward."""
     vq = pytest.importorskip("vector_quantize_pytorch")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, D, 32, 32, generator=generator).requires_grad_()
@@ -59,7 +59,7 @@ def test_vector_quantizer(benchmark: Any, peer: str, K: int, D: int) -> None:
     [*(("rotation", *shape) for shape in SHAPES), ("straight-through", 512, 64), ("revival", 512, 64)],
 )
 def test_ratios(benchmark: Any, options: str, K: int, D: int) -> None:
-    """Both in turn; the medians, and how many times faster ours is."""
+    """Time both in turn; record the medians, and how many times faster ours is."""
     benchmark.group = f"VectorQuantizer ratios {options} N={N} K={K} D={D}"
     peers = calls(K, D, OPTIONS[options])
     medians = interleaved(peers, 3)
@@ -76,7 +76,8 @@ RVQ = {"dim": 64, "num_quantizers": 4, "codebook_size": 1024}
 
 
 def test_residual_ratios(benchmark: Any) -> None:
-    """Both in turn, forward and backward of four levels; how many times faster ours is, and its memory."""
+    """Time forward and backward of four levels of residual VQ in turn; record the ratio of the times, and the
+    memory."""
     vq = pytest.importorskip("vector_quantize_pytorch")
     benchmark.group = f"ResidualVQ ratios N={N} {RVQ}"
     generator = torch.Generator().manual_seed(0)

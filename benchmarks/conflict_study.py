@@ -40,7 +40,7 @@ from movae_fast.training.world import World
 ARCHS = ("vae", "betatc_vae", "vq_vae", "mmd_vae", "provlae")
 SETS = ("fashion_mnist", "sprites")
 TORCHJD = {"upgrad_regularizer": "trace", "upgrad_norm_eps": 1e-4, "upgrad_reg_eps": 1e-4}
-# What makes an update without conflict, or does not: name -> flags.
+# Ways to aggregate, with and without a guarantee against conflicts: name -> flags.
 WAYS: dict[str, dict[str, Any]] = {
     "sum": {"agg": "sum"},
     "TorchJD's UPGrad": {"agg": "upgrad", **TORCHJD},
@@ -63,12 +63,13 @@ Job = dict[str, Any]
 
 
 def job(arch: str, dataset: str, way: str, seed: int, **others: Any) -> Job:
-    """One run: what is trained, and for how long."""
+    """Return the description of one run: what is trained, how conflicts are avoided (`way`), and for how
+    long."""
     return {"arch": arch, "dataset": dataset, "way": way, "seed": seed, "optimizer": "adam"} | others
 
 
 def applied_jobs(seeds: int, steps: int) -> Iterator[Job]:
-    """300 steps of every model, set and optimizer; the unprojected ways with adam alone."""
+    """Yield short runs of every model, dataset and optimizer; ways without a projected step only with adam."""
     short = {"steps": steps, "batch_size": 64, "diagnose": 1}
     for seed, dataset, arch in itertools.product(range(seeds), SETS, ARCHS):
         for optimizer, (way, flags) in itertools.product(("adam", "adamw", "sgd", "lamb"), WAYS.items()):
@@ -82,14 +83,15 @@ def applied_jobs(seeds: int, steps: int) -> Iterator[Job]:
 
 
 def gradient_jobs(steps: int) -> Iterator[Job]:
-    """Strict UPGrad at two learning rates: the gradient's cosines with every row, at every step."""
+    """Yield short runs of strict UPGrad at two learning rates, with the gradient's cosines measured at every
+    step."""
     short = {"steps": steps, "batch_size": 64, "diagnose": 1}
     for arch, dataset, lr in itertools.product(ARCHS, SETS, (1e-3, 1e-4)):
         yield job(arch, dataset, "strict UPGrad", 0, lr=lr, **short)
 
 
 def training_jobs(seeds: int, epochs: int, precision: str) -> Iterator[Job]:
-    """What training reaches on Fashion-MNIST."""
+    """Yield longer runs on Fashion-MNIST that show what training reaches in each way."""
     ways = ("sum", "TorchJD's UPGrad", "strict UPGrad", "AlignedMTL")
     ways += ("sum, step projected", "sum, step projected in the optimizer's metric")
     long = {"epochs": epochs, "batch_size": 128, "diagnose": 20, "precision": precision}
@@ -98,12 +100,12 @@ def training_jobs(seeds: int, epochs: int, precision: str) -> Iterator[Job]:
 
 
 def by_seed(jobs: list[Job]) -> list[Job]:
-    """The jobs with those of the first seed first: what a study that is stopped has is then whole."""
+    """Sort the jobs by seed, so that a study that is stopped early has complete results for the first seeds."""
     return sorted(jobs, key=lambda todo: todo["seed"])
 
 
 def set_up(job: Job, device: str, data_dir: str) -> Run:
-    """The trainer's own run of a job, on the device."""
+    """Set up the trainer's run for a job on the device."""
     flags = {k: job[k] for k in ("arch", "dataset", "optimizer", "lr", "seed", "batch_size")}
     flags |= WAYS[job["way"]] | {"image_size": 32, "data_dir": data_dir, "device": device, "compile": "off"}
     flags |= {"on_cudnn_benchmark": False, "precision": job.get("precision", "fp32")}
@@ -122,7 +124,10 @@ def set_up(job: Job, device: str, data_dir: str) -> Run:
 
 
 def trained(job: Job, device: str, data_dir: str, graphs: bool) -> Generator[None, None, dict[str, Any]]:
-    """Train, a step at a time; return how many measured gradients and steps conflict, and test figures."""
+    """Train a job, yielding after each step; return the job's figures at the end.
+
+    They are the shares of measured steps whose gradient and whose applied step conflict, and the test metrics.
+    """
     began = time.perf_counter()
     run = set_up(job, device, data_dir)
     if graphs and run.config.optimizer.optimizer != "lamb":
@@ -161,7 +166,8 @@ def key(job: Job) -> str:
 
 
 def work(jobs: Any, results: Any, slots: int, threads: int, *where: Any) -> None:
-    """Take jobs until there are none, `slots` of them side by side: on a GPU each has a stream of its own."""
+    """Run jobs from a queue until it is empty, `slots` of them concurrently, on a GPU each in its own
+    stream."""
     torch.set_num_threads(threads)
     on_gpu = where[0].startswith("cuda")
     side_by_side: list[tuple[Job, Any, Any]] = []
@@ -188,7 +194,8 @@ def work(jobs: Any, results: Any, slots: int, threads: int, *where: Any) -> None
 
 
 def study(jobs: Iterable[Job], out: Path, workers: int, slots: int, limit: float, *where: Any) -> None:
-    """Do the jobs that `out` does not hold yet, several at a time, until `limit` seconds are over."""
+    """Run in `workers` processes the jobs whose results `out` does not hold yet, for at most `limit`
+    seconds."""
     began = time.perf_counter()
     done = {key(json.loads(line)["job"]) for line in out.read_text().splitlines()} if out.exists() else set()
     left = [todo for todo in jobs if key(todo) not in done]
@@ -230,7 +237,7 @@ def percent(values: list[float], worst: list[float]) -> str:
 
 
 def tables(paths: list[Path]) -> str:
-    """Markdown of all lines: a table of the short runs, one of training."""
+    """Return the results as Markdown: a table of the short runs and one of the longer ones."""
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     lines = [line for line in lines if "error" not in line]
     text = []
@@ -249,9 +256,9 @@ def tables(paths: list[Path]) -> str:
 
 
 def cells_of(found: list[dict[str, Any]]) -> list[str]:
-    """One group's cells: runs, conflict of gradients and steps, error, rate."""
+    """Return a group's cells of the table: runs, conflicts of gradients and of steps, test error, rate."""
     if not all(math.isfinite(loss) for f in found for loss in f["final_losses"]):
-        return [str(len(found)), "diverged", "diverged", "–", "–"]  # what was not computed is no conflict
+        return [str(len(found)), "diverged", "diverged", "–", "–"]  # NaN cosines would count as no conflict
     error = [f["test/mse"] for f in found]
     spread = f" ± {statistics.stdev(error):.5f}" if len(error) > 1 else ""
     return [
@@ -264,7 +271,7 @@ def cells_of(found: list[dict[str, Any]]) -> list[str]:
 
 
 def rate(found: list[dict[str, Any]]) -> str:
-    """The mean rate (nats per image) or, of a codebook, its perplexity."""
+    """Return the mean rate in nats per image as text, or for a model with a codebook its perplexity."""
     if "test/perplexity" in found[0]:
         return f"perplexity {statistics.fmean(f['test/perplexity'] for f in found):.1f}"
     names = [n for n in found[0] if n.startswith("test/kl") or n in ("test/mi", "test/tc", "test/dwkl")]

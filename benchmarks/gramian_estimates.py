@@ -29,7 +29,7 @@ SKETCHES = (4, 32)  # random directions, each of which costs a forward with tang
 
 
 def gramians(step: TrainStep, x: Tensor, noise: Tensor, scale: Tensor, generator: torch.Generator) -> Gramians:
-    """Return the Gramians of one step; the exact rows are at `step.rows`."""
+    """Return the exact Gramian of one step and cheap ones, by name; the exact gradients are in `step.rows`."""
     found = {"exact": step.gramian()}
     for at in ("features", "last:1", "last:2", "last:4"):
         places = last_parameters(step.model, at)
@@ -43,7 +43,11 @@ def gramians(step: TrainStep, x: Tensor, noise: Tensor, scale: Tensor, generator
 
 
 def corrected(cheap: Tensor, known: Gramians, name: str) -> Tensor:
-    """Return a cheap Gramian with the lengths and cosines that it was wrong by at the last exact one."""
+    """Return the cheap Gramian, with norms and cosines corrected by its error when the exact one was last
+    known.
+
+    known: the Gramians of that step; name: which of them is the cheap one.
+    """
 
     def parts(gramian: Tensor) -> tuple[Tensor, Tensor]:
         norms = gramian.diagonal().sqrt().clamp_min(1e-150)
@@ -58,7 +62,7 @@ def corrected(cheap: Tensor, known: Gramians, name: str) -> Tensor:
 
 
 def estimates(history: list[Gramians]) -> dict[str, Tensor]:
-    """Return the estimates of the last step's Gramian."""
+    """Return estimates of the last step's Gramian, by name, from the history of all steps' Gramians."""
     now, last = history[-1], len(history) - 1
     found = {name: value for name, value in now.items() if name != "exact"}
     for every in (2, 4, 16):
@@ -76,7 +80,8 @@ def estimates(history: list[Gramians]) -> dict[str, Tensor]:
 
 
 def least_cosine(weights: Tensor, exact: Tensor) -> float:
-    """Return the smallest cosine of the update of `weights` with a row."""
+    """Return the smallest cosine of the update with an objective's gradient, given its weights and the exact
+    Gramian."""
     along = exact @ weights
     length = (weights @ along).clamp_min(0).sqrt()
     return float((along / (exact.diagonal().sqrt() * length).clamp_min(1e-300)).min())

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved medians, peak extra memory, ceilings for the bounds.
+"""Hold what the benchmarks share: medians of calls in turn, peak extra memory, and rates for bounds on times.
 
 A call that runs on a GPU returns before its work is done. In a process that has used CUDA, times are therefore
-those between two events on the current stream, and memory is what torch's allocator has handed out there.
+measured between two events on the current stream, and memory is what torch's allocator has handed out.
 """
 
 import statistics
@@ -23,12 +23,12 @@ WARM_UP = (
 
 
 def on_gpu() -> bool:
-    """Whether this process has used CUDA."""
+    """Return whether this process has used CUDA."""
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def warm_up(call: Call) -> None:
-    """Call once on a CPU, several times on a GPU."""
+    """Make one call on a CPU, or several on a GPU, where kernels are compiled and graphs recorded."""
     call()
     if on_gpu():
         for _ in range(WARM_UP - 1):
@@ -37,7 +37,7 @@ def warm_up(call: Call) -> None:
 
 
 def milliseconds(call: Call) -> float:
-    """Time one call to the end of its work."""
+    """Return how long one call takes, on a GPU until its work on the device is done."""
     if not on_gpu():
         began = time.perf_counter()
         call()
@@ -51,7 +51,10 @@ def milliseconds(call: Call) -> float:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, one of each in turn: a busy moment of the machine meets them all."""
+    """Return the median milliseconds of each call over `rounds` rounds, in each of which all are called once.
+
+    So other load on the machine affects all of them alike.
+    """
     for call in calls.values():
         warm_up(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -63,7 +66,10 @@ def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
 
 @contextmanager
 def in_process(setup: str, call: str) -> Iterator[Call]:
-    """The statement `call`, run in a process of its own that ran `setup` first: its allocator is its own."""
+    """Yield a call that runs the statement `call` in another process, which has run `setup` before.
+
+    So each of several loops has an allocator of its own.
+    """
     wait = "'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized()"
     wait = f"if {wait}: sys.modules['torch'].cuda.synchronize()"
     code = f"import sys\n{setup}\nfor line in sys.stdin:\n    {call}\n    {wait}\n    print('done', flush=True)"
@@ -81,9 +87,9 @@ def in_process(setup: str, call: str) -> Iterator[Call]:
 
 
 def extra_memory(call: Call) -> float:
-    """MiB by which the peak of memory during the call exceeds what was held before.
+    """Return by how many MiB the peak memory during the call exceeds what was held before.
 
-    Of the GPU's memory in a process that has used CUDA, else of the process's resident set (Linux).
+    It is the GPU's memory in a process that has used CUDA, and else the process's resident set (Linux).
     """
     if on_gpu():
         torch.cuda.synchronize()
@@ -104,7 +110,10 @@ def extra_memory(call: Call) -> float:
 
 
 def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:
-    """Time the call by pytest-benchmark, beside its memory, its threads, and the `bound` on its time."""
+    """Time the call by pytest-benchmark, and record its extra memory, the threads and a bound on its time.
+
+    bound: how `bound_ms` was computed, in words.
+    """
     warm_up(call)
     benchmark.extra_info["extra_memory_mib"] = extra_memory(call)
     benchmark.extra_info["bound_ms"] = bound_ms
@@ -122,7 +131,10 @@ def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int 
 def record_ratios(
     benchmark: Any, label: str, medians: Mapping[str, float], than: str, baseline: Callable[[str], str]
 ) -> None:
-    """Keep and print each peer's median, and how many times faster it is `than` its `baseline`."""
+    """Record and print each peer's median, and how many times faster it is than its baseline.
+
+    baseline: peer's name -> the name of its baseline; than: what the baseline is called in the output.
+    """
     times = {name: medians[baseline(name)] / ms for name, ms in medians.items()}
     benchmark.extra_info["median_ms"] = dict(medians)
     benchmark.extra_info[f"times_faster_than_{than.replace('-', '_')}"] = times
@@ -133,7 +145,8 @@ def record_ratios(
 
 @cache
 def sgemm_gflops() -> float:
-    """float32 matrix product of this run's threads, in 10^9 operations a second: the best of ten."""
+    """Return the rate of float32 matrix products with this run's threads, in 10^9 operations per second: best
+    of ten."""
     a, b, out = (torch.randn(2048, 2048) for _ in range(3))
     best = min(interleaved({"mm": lambda: torch.mm(a, b, out=out)}, 1)["mm"] for _ in range(10))
     return 2 * 2048**3 / best / 1e6

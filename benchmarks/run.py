@@ -1,7 +1,9 @@
-"""`make bench`: every benchmark in one run, kept as results/<machine>.json with a Markdown table beside it.
+"""Run all benchmarks for `make bench`, and keep results/<machine>.json with a Markdown table beside it.
 
-Rows carry the machine, commit, versions and date, and the 20th, 50th and 80th percentile of the timings.
-Arguments go to pytest: `python -m benchmarks.run benchmarks/bench_gramian.py`.
+Each benchmark file runs in a process of its own, and its rows are written as soon as it ends. An interrupted
+run continues with the files that were not run at this commit (`--again` runs them all). Rows carry the machine,
+commit, versions and date, and the 20th, 50th and 80th percentile of the timings. Arguments go to pytest:
+`python -m benchmarks.run benchmarks/bench_gramian.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from movae_fast.files import replacing
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
 
 def machine() -> str:
-    """The file's name: the GPU if there is one, else the CPU and its cores; MOVAE_MACHINE overrides it."""
+    """Return the machine's name for its results file: the GPU, or else the CPU and its cores.
+
+    The environment's MOVAE_MACHINE overrides it.
+    """
     name = os.environ.get("MOVAE_MACHINE")
     if name is None and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -36,20 +43,19 @@ def machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def measure(arguments: list[str]) -> dict[str, Any]:
-    """Run pytest-benchmark; its JSON report."""
+def measure(arguments: list[str]) -> dict[str, Any] | None:
+    """Return the JSON report of one pytest-benchmark run, or None if a benchmark failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "pytest", "-q", "--benchmark-only", f"--benchmark-json={report}"]
-        targets = arguments or [str(HERE)]
-        subprocess.run(
-            [*command, "-p", "no:cacheprovider", "-o", "python_files=bench_*.py", *targets], check=True
-        )
-        return json.loads(report.read_text())
+        options = ["-p", "no:cacheprovider", "-o", "python_files=bench_*.py"]
+        status = subprocess.run([*command, *options, *arguments], check=False).returncode
+        return json.loads(report.read_text()) if status == 0 else None
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a benchmark: group, name, milliseconds at p20/p50/p80, rounds, and what it adds itself."""
+    """Return one row per benchmark: group, name, milliseconds at p20/p50/p80, rounds, and what the benchmark
+    adds."""
     found = []
     for benchmark in report["benchmarks"]:
         times = np.asarray(benchmark["stats"]["data"]) * 1e3
@@ -61,7 +67,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown, one table a group."""
+    """Return the results as Markdown, with one table per group."""
     lines = [f"# {result['machine']}", "", f"{result['versions']}, {result['threads']} threads"]
     if "note" in result:
         lines += ["", result["note"]]
@@ -83,7 +89,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def comparison(columns: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of peers that were interleaved in one test: one line a peer, one column a figure."""
+    """Return Markdown lines with a table of peers that one test ran in turn: a line per peer, a column per
+    figure."""
     flat: dict[str, dict[str, Any]] = {}
     for column, values in columns.items():
         for peer, value in values.items():
@@ -107,32 +114,85 @@ def _show(value: Any) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit; MOVAE_COMMIT names it for a copy without its history."""
+    """Return the checkout's commit, followed by "+" if files differ from it.
+
+    The environment's MOVAE_COMMIT names the commit of a copy that has no git history.
+    """
     if "MOVAE_COMMIT" in os.environ:
         return os.environ["MOVAE_COMMIT"]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True, cwd=HERE)
-    return git.stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "HEAD") + ("+" if changed else "")
 
 
-def main(arguments: list[str]) -> None:
-    """Measure, then merge into the machine's file: a group measured again replaces its old rows."""
-    report = measure(arguments)
+def git(*arguments: str) -> str:
+    """Return what a git command prints about this checkout."""
+    done = subprocess.run(["git", *arguments], check=True, capture_output=True, text=True, cwd=HERE.parent)
+    return done.stdout.strip()
+
+
+def merge(report: dict[str, Any], suite: str | None) -> None:
+    """Write the report's rows into the machine's file: a group measured again replaces its old rows.
+
+    `suite` is the name of a benchmark file that the report covers whole; the machine's file then holds the
+    commit at which that was done.
+    """
     stamp = {"commit": commit(), "date": datetime.date.today().isoformat()}
     names = ("torch", "triton", "torchjd", "numpy")
-    path = RESULTS / f"{machine()}.json"
     fresh = [row | stamp for row in rows(report)]
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    old = results()
     measured = {row["group"] for row in fresh}
     result = {
         "machine": machine(),
         "versions": ", ".join(f"{n} {version(n)}" for n in names),
         "threads": torch.get_num_threads(),
-        "rows": [row for row in old if row["group"] not in measured] + fresh,
+        "whole": old.get("whole", {}) | ({suite: stamp["commit"]} if suite else {}),
+        "rows": [row for row in old.get("rows", []) if row["group"] not in measured] + fresh,
     }
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(result))
+    path = RESULTS / f"{machine()}.json"
+    for file, text in ((path, json.dumps(result, indent=1) + "\n"), (path.with_suffix(".md"), table(result))):
+        with replacing(file) as out:
+            out.write(text.encode())
     print(f"{path}\n{path.with_suffix('.md')}")
+
+
+def results() -> dict[str, Any]:
+    """Return the content of the machine's results file, or {} if there is none."""
+    path = RESULTS / f"{machine()}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run_suites(suites: list[Path], again: bool) -> list[str]:
+    """Run benchmark files, each in a process of its own; return the names of those that failed.
+
+    Each file's rows are written as soon as it ends. A file that was run whole at this commit is left out,
+    unless `again`, so an interrupted run goes on where it stopped.
+    """
+    failed = []
+    for number, suite in enumerate(suites, 1):
+        print(f"[{number}/{len(suites)}] {suite.name}", flush=True)
+        if not (again or commit().endswith("+")) and results().get("whole", {}).get(suite.name) == commit():
+            print("was run at this commit; --again runs it once more")
+            continue
+        report = measure([str(suite)])
+        if report is None:
+            failed.append(suite.name)
+        else:
+            merge(report, suite.name)
+    return failed
+
+
+def main(arguments: list[str]) -> None:
+    """Run all benchmark files, or those that the arguments (pytest's) select."""
+    if [a for a in arguments if a != "--again"]:
+        report = measure(arguments)
+        if report is None:
+            raise SystemExit("a benchmark failed; nothing was written")
+        merge(report, None)
+        return
+    failed = run_suites(sorted(HERE.glob("bench_*.py")), again="--again" in arguments)
+    if failed:
+        raise SystemExit(f"failed, without rows: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hold the Triton kernels, one file each: the @triton.jit function and its launcher.
+"""Hold the Triton kernels, one file per kernel: the @triton.jit function and its launcher.
 
-Imported as movae_fast.kernels, by way of the relative symlink movae_fast/kernels.
+They are imported as movae_fast.kernels, through the relative symlink movae_fast/kernels.
 """

@@ -1,4 +1,5 @@
-"""Choose a kernel's tile: time a few candidates once per machine and shape, and keep the result on disk.
+"""Choose a kernel's tile sizes: time a few candidates once per GPU model and shape, and keep the fastest on
+disk.
 
 MOVAE_AUTOTUNE=0 turns timing off (the first candidate is taken); MOVAE_AUTOTUNE_CACHE names the file, by
 default ~/.cache/movae_fast/autotune.json. While a CUDA graph is being captured nothing is timed.
@@ -31,8 +32,10 @@ def _read() -> dict[str, Config]:
 
 
 def _write(key: str, config: Config) -> None:
-    """Add one entry to the file. The file is replaced by a rename, so a reader sees the old one or the new
-    one; a read-only home is no error."""
+    """Add one entry to the cache file, which is replaced by a rename so that readers never see half a file.
+
+    A folder that cannot be written is not an error.
+    """
     path = cache_file()
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
@@ -54,8 +57,11 @@ def best(
     run: Callable[[Config], Any],
     tensor: torch.Tensor,
 ) -> Config:
-    """Return the fastest candidate for `shape` on the device of `tensor`; the first candidate where nothing
-    may be timed."""
+    """Return the candidate configuration that is fastest for `shape` on the device of `tensor`, from the cache
+    or by timing `run(candidate)`.
+
+    Returns the first candidate on a CPU, while a CUDA graph is captured, and where timing is turned off.
+    """
     if tensor.device.type != "cuda" or len(candidates) == 1:
         return candidates[0]
     key = "/".join(map(str, (name, torch.cuda.get_device_name(tensor.device), triton.__version__, *shape)))

@@ -42,7 +42,8 @@ def combine(
     out: torch.Tensor | None = None,  # [P] contiguous
     launch: Callable[[Any], Any] = lambda kernel: kernel,  # or torch.library.wrap_triton
 ) -> torch.Tensor:  # [P]
-    """Return weights @ rows in the rows' dtype. Half precision is summed in float32."""
+    """Return the weighted sum weights @ rows [P] in the rows' dtype; half precision is accumulated in
+    float32."""
     m, P = rows.shape
     if out is None:
         out = torch.empty(P, dtype=rows.dtype, device=rows.device)

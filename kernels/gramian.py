@@ -1,10 +1,9 @@
-"""Compute the inner products of a Jacobian's rows in float64: _gramian_kernel, _gramian_sum_kernel and their
-launcher.
+"""Compute the Gramian of a Jacobian's rows in float64: _gramian_kernel, _gramian_sum_kernel and their launcher.
 
-Products and sums are float64 whatever the rows are: the rows are read once from memory, and that takes longer
-than converting them. Each program walks its share of the columns in order and keeps its sums lane by lane; a
-second, small kernel adds the programs' Gramians in a fixed order. How many programs there are depends on the
-shape alone, so that the result is the same on every run and every device.
+Products and sums are float64 whatever the dtype of the rows: reading the rows from memory, once, takes longer
+than converting them. Each program goes through its part of the columns in order and keeps a sum per lane; a
+second, small kernel adds the programs' Gramians in a fixed order. The number of programs depends on the shape
+alone, so that the result is the same in every run and on every device.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,8 @@ SUM = {"Q": 64, "B": 16}  # parts and entries that one program of the sum loads 
 
 @triton.jit
 def _load(rows_ptr, stride, i, column, m, P):
-    """Load the entries i x column of the rows as float64 (by way of float32, to which bfloat16 converts)."""
+    """Load rows i at the given columns as float64, zeros outside [m, P]; bfloat16 is converted by way of
+    float32."""
     inside = (i < m) & (column < P)
     x = tl.load(rows_ptr + i.to(tl.int64) * stride + column, mask=inside, other=0.0)
     if x.dtype == tl.float64:
@@ -70,8 +70,8 @@ def _gramian_kernel(
 
 @triton.jit
 def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, Q: tl.constexpr, B: tl.constexpr):
-    # One part after the other would wait for memory once a part. Q of them are loaded and added up at once,
-    # each in a lane of its own; the lanes are added by a tree that depends on nothing but Q.
+    # Loading one part after the other would wait for memory each time. So Q of them are loaded and added at
+    # once, each in its own lane; the lanes are then added in a tree whose order depends on Q alone.
     at = tl.program_id(0) * B + tl.arange(0, B)[None, :]
     part = tl.arange(0, Q)[:, None]
     lanes = tl.zeros([Q, B], tl.float64)
@@ -84,8 +84,11 @@ def _gramian_sum_kernel(part_ptr, out_ptr, entries, programs, Q: tl.constexpr, B
 
 
 def tile(m: int) -> dict[str, int | bool]:
-    """Return the tile's rows and columns: up to 8 rows all products of a block of columns stay in
-    registers; above 8, 16 columns at a time."""
+    """Return the tile sizes for m rows.
+
+    Up to 8 rows, all products of a block of columns stay in registers; above 8, a program takes 16 columns at a
+    time.
+    """
     M = triton.next_power_of_2(m)
     if M <= 8:
         return {"PRODUCT": False, "M": M, "B": {1: 1024, 2: 512, 4: 256, 8: 64}[M]}
@@ -93,10 +96,9 @@ def tile(m: int) -> dict[str, int | bool]:
 
 
 def gramian(rows: torch.Tensor, launch: Callable[[Any], Any] = lambda kernel: kernel) -> torch.Tensor:
-    """Return the Gramian [m, m] float64 of rows [m, P] of any floating dtype, with contiguous columns;
-    symmetric to the last bit.
+    """Return the Gramian [m, m] float64 of rows [m, P] of any floating dtype; symmetric to the last bit.
 
-    `launch` is torch.library.wrap_triton where a compiler should see the kernels.
+    `launch` is torch.library.wrap_triton where a compiler has to see the kernels.
     """
     m, P = rows.shape
     out = torch.zeros(m, m, dtype=torch.float64, device=rows.device)

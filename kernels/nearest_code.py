@@ -1,20 +1,20 @@
 """Find the code nearest to every vector: _nearest_code_kernel, _every_code_kernel, _codebook_kernel and their
 launcher.
 
-Scores are z.c - ||c||^2 / 2, the largest wins. Tensor cores compute them from bfloat16 (or TF32) operands, so
-that a score is off by at most
+A code's score is z.c - ||c||^2 / 2; the largest wins. Tensor cores compute it from bfloat16 (or TF32) operands,
+with an error of at most
 
     E_k = eps ||z|| ||c_k||,  eps = 2u + u^2 for the operands' rounding + (D + 16) 2^-22 for the accumulation
 
 (Cauchy-Schwarz; u = 2^-8 for bfloat16, whose significand has 8 bits, 2^-10 for TF32, which the hardware
-truncates; 0 where the operands are bfloat16 or float16 as they come). Screening therefore keeps upper bounds,
-score + E_k, and a code whose upper bound is below the exact score of another cannot win. Codes are grouped
-into lanes: lane l holds every LANES-th code of a tile from the l-th on, PACK of them a tile. Per row and lane
-the screen remembers the largest upper bound, its tile and the runner-up's bound, all in registers. Afterwards
-each row re-scores lanes in float64, largest bound first, until no bound reaches the best exact score; there
-are a few for Gaussian data. A row for which a runner-up, or a lane beyond the 16th, might still win is put on
-a list, and a second launch scores it against every code in float64; so is a row whose magnitude is so small
-or large that float32 could underflow or overflow. No N x K buffer, no host reads.
+truncates; 0 where the operands are bfloat16 or float16 already). This first pass, the screening, therefore
+keeps upper bounds, score + E_k: a code whose upper bound is below the exact score of another cannot win. Codes
+are grouped into lanes: lane l holds every LANES-th code of a tile from the l-th on, PACK of them per tile. Per
+row and lane, registers hold the largest upper bound, its tile, and the second largest bound. Afterwards each
+row re-scores lanes in float64, largest bound first, until no bound exceeds the best exact score; Gaussian data
+need only a few. A row for which a second largest bound, or a lane beyond the 16th, might still win is put on a
+list, and a second launch scores it against every code in float64. So is a row whose magnitude is so small or
+large that float32 could underflow or overflow. No N x K buffer is made, and nothing is read on the host.
 """
 
 import torch
@@ -29,7 +29,8 @@ SCAN = {"BN": 16, "BK": 32, "BD": 8}  # the tile of _every_code_kernel
 
 @triton.jit
 def _offsets(row, stride_row, stride_position, inner, CHANNEL_FIRST: tl.constexpr):
-    """Return where each vector begins: row = image * inner + position in channel-first z."""
+    """Return the memory offset at which each row of z begins; in channel-first z, row = image * inner +
+    position."""
     if CHANNEL_FIRST:
         image = row // inner
         return image * stride_row + (row - image * inner) * stride_position
@@ -83,7 +84,7 @@ def _in_range(norm):
 
 @triton.jit
 def _wide(x):
-    """Convert to float64, by way of float32, from which and to which bfloat16 has a conversion."""
+    """Convert x to float64, by way of float32, since bfloat16 converts directly only to float32."""
     if x.dtype == tl.float64:
         return x
     else:
@@ -105,8 +106,10 @@ def _products(
     z, z_ptr, offset, valid, stride_d, screen_ptr, k, K, D,
     SCREEN: tl.constexpr, ONE_TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Return z.c of a tile, [BN, BK] float32. z stays in registers or shared memory where D fits a tile;
-    otherwise it is read again."""
+    """Return the inner products z.c of a tile of vectors and codes, [BN, BK] float32.
+
+    If D fits a tile (ONE_TILE), z is passed in registers or shared memory; otherwise it is read again.
+    """
     acc = tl.zeros([BN, BK], tl.float32)
     row = k.to(tl.int64) * D
     if ONE_TILE:
@@ -213,7 +216,7 @@ def _nearest_code_kernel(
             upper = upper - (base[None, :] - norm[:, None] * slope[None, :])
         else:
             upper = upper - base[None, :]
-        # A thread holds every LANES-th column of its rows, in each generation's layout: no shuffle.
+        # In the layouts of all GPU generations a thread holds every LANES-th column of its rows: no shuffle.
         grouped = tl.max(tl.reshape(upper, [BN, PACK, LANES]), 1)
         rises = grouped > top
         if EXACT:
@@ -255,7 +258,7 @@ def _nearest_code_kernel(
         steps += 1
 
     left = tl.maximum(tl.max(top, 1), tl.max(second, 1))
-    # An unreadable codebook leaves every bound at -inf: index 0.
+    # If every code holds a NaN or an infinity, all bounds stay at -inf, and the index is 0.
     undecided = finite & ((~in_range) | ((left > float("-inf")) & (left.to(tl.float64) >= best_score)))
     tl.store(index_ptr + row, tl.where(finite & (index < K), index, 0).to(tl.int64), mask=valid)
     place = tl.atomic_add(count_ptr + tl.zeros([BN], tl.int32), 1, mask=undecided)
@@ -281,8 +284,10 @@ def _every_code_kernel(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Compare the rows on the list with every code in float64. The grid does not depend on the number of
-    rows."""
+    """Score the listed rows against every code in float64.
+
+    The grid has a fixed size, so that the host need not read how many rows are on the list.
+    """
     count = tl.load(count_ptr)
     for block in range(tl.program_id(0), tl.cdiv(count, BN), tl.num_programs(0)):
         at = block * BN + tl.arange(0, BN)
@@ -311,13 +316,13 @@ def _every_code_kernel(
 
 
 def candidates(D: int, exact: bool, capability: int, wide: bool = False) -> list[Config]:
-    """Return the tiles worth timing, likeliest first; all of them compile without spills
-    (tests/test_kernels_aot.py).
+    """Return the tile configurations worth timing, the likeliest first; all of them compile without register
+    spills (tests/test_kernels_aot.py).
 
-    Up to D = 128 a program holds its vectors for the whole search; above it reads them again with every tile
-    of codes, and addresses of both operands compete for registers. So it does from D = 33 on where operands
-    are `wide`, loaded as float64 or multiplied as TF32, and before sm_80, which multiplies bfloat16 without
-    tensor cores, in the registers of single threads.
+    Up to D = 128 a program keeps its vectors for the whole search. Above, it reads them again with every tile
+    of codes, and the addresses of both operands compete for registers. The limit is D = 32 if operands are
+    `wide` (loaded as float64 or multiplied as TF32), and before sm_80, where bfloat16 products run without
+    tensor cores in the registers of single threads.
     """
     before_ampere = 0 < capability < 80
     held = 32 if (exact and wide) or before_ampere else 128
@@ -350,14 +355,15 @@ def capability(device: torch.device) -> int:
 
 
 def relative_bound(screen: str, D: int) -> float:
-    """Return eps of the module's docstring, enlarged for the rounding errors of the bound itself."""
+    """Return the factor eps of the error bound E_k in the module's docstring, enlarged for the rounding errors
+    made in computing the bound itself."""
     u = {"bf16": 2.0**-8, "tf32": 2.0**-10, "as is": 0.0}[screen]
     return (2 * u + u * u) * 1.02 + (D + 16) * 2.0**-22 + 2.0**-19
 
 
 def screening(dtype: torch.dtype, precision: str) -> str:
-    """Return the precision of the screening: half-precision operands as they come, wider ones rounded to
-    bfloat16 or truncated to TF32."""
+    """Return the precision in which codes are screened: "as is" for half-precision operands, else "bf16"
+    (rounded) or "tf32" (truncated)."""
     if dtype in (torch.bfloat16, torch.float16):
         return "as is"
     return "tf32" if precision == "tf32" and dtype == torch.float32 else "bf16"
@@ -368,7 +374,11 @@ def is_wide(dtype: torch.dtype, screen: str) -> bool:
 
 
 def layout(z: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int, int]:
-    """Return z, N, inner, and the strides of row, position and dimension, for [N, D] and [B, D, *spatial]."""
+    """Return z with its spatial dimensions flattened, the number of vectors N, the positions per image, and the
+    strides of row, position and dimension.
+
+    z is [N, D] or channel-first [B, D, *spatial].
+    """
     if z.ndim == 2:
         return z, z.shape[0], 1, z.stride(0), 0, z.stride(1)
     flat = z.flatten(2)  # a view wherever one stride walks the spatial dimensions, else a copy
@@ -383,11 +393,13 @@ def nearest_code(
     precision: str = "bf16",  # or "tf32", how float32 is screened
     config: Config | None = None,
 ) -> torch.Tensor:  # [N] or [B, *spatial] int64
-    """Return the index of the nearest code, the lowest on a tie; 0 for a row that holds a NaN or an
-    infinity.
+    """Return the index of the nearest code for each vector, the lowest on a tie; 0 for a vector that holds a
+    NaN or an infinity.
 
-    exact: float64's answer. False: the answer of the screening, in bfloat16, float16 or TF32.
-    Reads nothing on the host, except while a shape is tuned for the first time.
+    exact: True gives the answer of float64 scores, False that of the screening in bfloat16, float16 or TF32.
+    config: the tile configuration; None takes the fastest one.
+
+    Nothing is read on the host, except while a shape is tuned for the first time.
     """
     shape = (z.shape[0], *z.shape[2:])
     codebook = codebook.contiguous()

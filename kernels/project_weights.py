@@ -1,18 +1,18 @@
 """Project weights onto the dual cone of a Jacobian's rows, exactly, in float64: `project` and `upgrad`.
 
-A problem is min v' A v subject to v >= u over the regularised Gramian A. With v = u + w it is to find w >= 0
-with y = A w + q >= 0 and w y = 0; q is A u, or, for multipliers, whatever is given. The method is that of
-csrc/projection/solver.h, whose comments give the reasons for every tolerance. The tableau T is the one of
-principal pivots: on the support (where w > 0 and y = 0) it holds -inv(A_SS), outside it the Schur complement,
-so that one index moves in or out by one update of rank one. The tableau only finds the support. The answer is
-refined against the untouched A, with residuals in twice the precision, and what the refined answer says of
-the support is believed over the tableau.
+A problem is min v' A v subject to v >= u over the regularised Gramian A. With v = u + w it means: find w >= 0
+with y = A w + q >= 0 and w_i y_i = 0, where q is A u, or, for the multipliers of a step, given. The method is
+that of csrc/projection/solver.h, whose comments give the reasons for every tolerance. The tableau T is that of
+principal pivoting: on the support (where w > 0 and y = 0) it holds -inv(A_SS), outside it the Schur complement,
+so that one index enters or leaves the support by one update of rank one. The tableau only finds the support.
+The solution is then refined against the original A, with residuals in twice the precision, and if the refined
+solution disagrees with the tableau about the support, the solution is believed.
 
-All functions work on R problems side by side that share one A: matrices are [R, M, M] and vectors [R, M],
-where M is m filled up to a power of two. `project` has R = 1 and as many programs as problems.
+All functions work on R problems side by side that share one A: matrices are [R, M, M] and vectors [R, M], where
+M is m padded to a power of two. `project` has R = 1 and as many programs as problems.
 
-Every kernel must be launched with enable_fp_fusion=False: a multiply-add where a product and a sum are written
-would make the errors that the refinement computes wrong.
+Every kernel must be launched with enable_fp_fusion=False: a fused multiply-add in place of a product and a sum
+would make the rounding errors that the refinement computes wrong.
 """
 
 import torch
@@ -25,28 +25,28 @@ from .gramian import _load, tile  # noqa: TID251
 ULP = tl.constexpr(2.220446049250313e-16)
 LARGEST = tl.constexpr(1.7976931348623157e308)
 SMALLEST = tl.constexpr(2.2250738585072014e-308)  # of the normal numbers
-PATIENCE = tl.constexpr(3)  # exchanges a row before the tableau's word is no longer taken; twice as many: Murty
+PATIENCE = tl.constexpr(3)  # exchanges per row before answers are always refined; after twice as many: Murty
 SUM, ROWS, MULTIPLIERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MODES = {"sum": SUM.value, "rows": ROWS.value, "multipliers": MULTIPLIERS.value}
 
 MOST_ROWS = 64
-# Up to here `upgrad` solves in the program that finishes the Gramian, all problems side by side: they are 8 x
-# 8 x 8 numbers, a few in each thread. Already the 16 x 16 x 16 of 16 rows spill; four problems after four
-# others do not, and take four times as long as sixteen programs of a second launch, which costs less than one
-# such problem.
+# Up to this m `upgrad` solves in the program that finishes the Gramian, all problems side by side: they are 8 x
+# 8 x 8 numbers, a few per thread. The 16 x 16 x 16 numbers of 16 rows already spill registers. Four problems at
+# a time do not, but take four times as long as sixteen programs of a second launch, and that launch costs less
+# than one such problem.
 MOST_FUSED = 8
-# Registers a thread may take. Without a limit ptxas chooses a lower one and spills a few indices.
+# Limits on the registers per thread. Without one ptxas chooses fewer and spills a few indices.
 REGISTERS, ALL_REGISTERS = 168, 255
-# Shares of the columns in `upgrad`, at most: three of its programs fit one multiprocessor with 168 registers a
-# thread, so that on an H100 all of these run at once.
+# Most programs among which `upgrad` divides the columns: three of them fit one multiprocessor with 168
+# registers per thread, so that on an H100 all of these run at once.
 PROGRAMS = 384
-# As many shares are added up by the last program of each group; what the groups come to, by the last of all.
+# Programs of a group: its last program adds up their results, and the last program of all adds up the groups'.
 SPAN = 16
 
 
 @triton.jit
 def _any(flags):
-    """Return whether one of flags [R] is set, as a scalar integer that `if` and `while` accept."""
+    """Return whether any of the flags [R] is set, as a scalar integer that Triton's `if` and `while` accept."""
     return tl.max(flags.to(tl.int32), 0)
 
 
@@ -65,7 +65,8 @@ def _inverse_power(x):
 
 @triton.jit
 def _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL: tl.constexpr, M: tl.constexpr):
-    """Return A [1, M, M] with zeros outside, the scale s [1, M] of its rows, and whether G is finite."""
+    """Return the regularised Gramian A [1, M, M] with zeros in the padding, the scales [1, M] of its rows, and
+    whether the Gramian is finite."""
     i = tl.arange(0, M)[None, :, None]
     j = tl.arange(0, M)[None, None, :]
     low, high = tl.minimum(i, j), tl.maximum(i, j)  # only the upper triangle is read
@@ -78,8 +79,8 @@ def _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL: tl.constexpr, M: t
         exponent = (diagonal.to(tl.int64, bitcast=True) >> 52) - 1023
         power = (((-1 - exponent) >> 1) + 1023) << 52
         scale = tl.where(zero, 1.0, power.to(tl.float64, bitcast=True))
-        # The larger scale first: |G_ij| <= sqrt(G_ii G_jj), so that no product overflows, and none underflows
-        # that does not end up as nothing.
+        # Multiply by the larger scale first: |G_ij| <= sqrt(G_ii G_jj), so no product overflows, and one
+        # underflows only if the final result does.
         down, across = scale[:, :, None], scale[:, None, :]
         A = (G * tl.maximum(down, across)) * tl.minimum(down, across)
         A = tl.where(i == j, A + reg_eps * A, A)
@@ -101,14 +102,15 @@ def _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL: tl.constexpr, M: t
 
 @triton.jit
 def _multiply(A, v, b):
-    """Return y = A v + b [R, M], each sum in twice the precision, and |A| |v| + |b|.
+    """Return y = A v + b [R, M], with each sum in twice the precision, and |A| |v| + |b| [R, M].
 
-    A rounded y is good to a few units in the last place of the latter, and so are y's signs to be judged.
+    The second result bounds the rounding: y is exact to a few units in the last place of it, and the signs of y
+    are to be judged against it.
 
-    The products' errors are Dekker's. Their sum is split in two (Rump, Ogita & Oishi 2008): added to a power
-    of two that is larger than all of a row's products together, a product loses its low digits, and what is
-    left of the products adds up without any rounding, in whatever order a reduction adds; the low digits are
-    added by themselves.
+    The products' errors are computed as Dekker does. Their sum is split in two (Rump, Ogita & Oishi 2008):
+    added to a power of two that is larger than all of a row's products together, a product loses its low
+    digits; the high parts then add up without any rounding, in whatever order a reduction adds, and the low
+    digits are added separately.
     """
     M: tl.constexpr = A.shape[2]
     x = v[:, None, :]
@@ -134,17 +136,18 @@ def _multiply(A, v, b):
 
 @triton.jit
 def _solve(A, u, b, allowed, active, m):
-    """Return v [R, M] and which problems [R] reached their solution.
+    """Solve R complementarity problems that share A: return v [R, M], and which problems [R] reached their
+    solution.
 
-    A [1, M, M]; u [R, M] the bound, and b [R, M] what is added to A v; `allowed` [R, M]: the indices that may
-    be in the support; `active` [R]: the problems to solve (v is u for the others).
+    A [1, M, M]; u [R, M], the lower bound of v; b [R, M], which is added to A v; `allowed` [R, M]: the indices
+    that may be in the support; `active` [R]: the problems to solve (the others return v = u).
     """
     R: tl.constexpr = u.shape[0]
     M: tl.constexpr = u.shape[1]
     index = tl.arange(0, M)[None, :]
     eye = tl.arange(0, M)[None, :, None] == tl.arange(0, M)[None, None, :]
     diagonal = tl.sum(tl.where(eye, A, 0.0), 2)
-    gain = 1 / tl.where(diagonal > 0, diagonal, 1.0)  # what a violation outside the support counts
+    gain = 1 / tl.where(diagonal > 0, diagonal, 1.0)  # the scale of a violation outside the support
     largest_b = tl.max(tl.abs(b), 1)
     limit = 10 * m + 64
 
@@ -160,9 +163,9 @@ def _solve(A, u, b, allowed, active, m):
     exchanges = tl.zeros([R], tl.int32)
     going = _any(running)
     while going > 0:
-        # The index to exchange, M for none. Of a refined v the signs are trusted to the last digits, each y
-        # against the sum that it comes from; of the tableau's to 1e-12. The largest violation is taken first
-        # and, should that take too long, the violation of least index, which cannot cycle (Murty 1974).
+        # The index to exchange, M for none. Signs of a refined v are trusted up to rounding (those of y
+        # relative to the terms of its sum), signs from the tableau up to 1e-12. The largest violation is taken
+        # first and, should that take too long, the violation of least index, which cannot cycle (Murty 1974).
         size = tl.max(tl.maximum(tl.abs(u), tl.where(inside, tl.abs(z + u), 0.0)), 1)
         least_w = tl.where(refined, size * (-16 * ULP), size * -1e-12)
         least_y = tl.where(
@@ -173,7 +176,7 @@ def _solve(A, u, b, allowed, active, m):
         first = (exchanges >= m * (2 * PATIENCE))[:, None] | (score == tl.max(score, 1)[:, None])
         worst = tl.min(tl.where(violated & first, index, M), 1)
         k = tl.where(rebuilding, tl.min(tl.where(todo, index, M), 1), worst)
-        # After many moves the tableau is not to be trusted: every answer is refined before it is judged.
+        # After many exchanges the tableau is inaccurate: every answer is refined before it is judged.
         late = (rebuilding == 0) & (exchanges >= m * PATIENCE)
         settling = running & (refined == 0) & (late | (k == M))
         done = running & refined & ((worst == M) | (exchanges >= limit))
@@ -182,7 +185,7 @@ def _solve(A, u, b, allowed, active, m):
         moving = running & (settling == 0)
 
         if _any(settling) > 0:
-            # v on the present support from the untouched A, to the last digits.
+            # Solve for v on the present support from the original A, by iterative refinement to full precision.
             v = tl.where(settling[:, None], tl.where(inside, z + u, u), v)
             y = z
             correcting = settling
@@ -202,7 +205,7 @@ def _solve(A, u, b, allowed, active, m):
                 y = tl.where(correcting[:, None], y_next, y)
                 sums = tl.where(correcting[:, None], sums_next, sums)
                 change_at_first = tl.where(rounds == 0, change, change_at_first)
-                # A correction's error is to it as it is to the one before (the first: as it is to v).
+                # The relative error of a correction is about its ratio to the one before (of the first: to v).
                 rounds += 1
                 correcting = correcting & (change < 0.5 * before) & (change * change > before * (0.5 * ULP))
                 correcting = correcting & (rounds < 12)
@@ -211,13 +214,13 @@ def _solve(A, u, b, allowed, active, m):
             poor = settling & (rebuilding == 0) & ((change_at_first <= 1e-8) == 0)
             good = settling & (poor == 0)
             z = tl.where(good[:, None], tl.where(inside, v - u, y), z)
-            # Solved means: y is zero on the support as far as v's own rounding lets it, and none that may not
-            # enter asks to (where A is singular and multipliers are wanted, there may be no solution).
+            # Solved means: y is zero on the support up to the rounding of v, and y >= 0 for the rows that may
+            # not enter (where A is singular and multipliers are wanted, there may be no solution).
             excess = tl.where(inside, tl.abs(y) - sums * (8 * ULP), tl.where(barred, -y - sums * 1e-6, 0.0))
             excess = tl.max(excess, 1)
             tight = tl.where(good, excess <= 0, tight)
             refined = refined | good
-            # A tableau that was not good to half its digits is made again from A, index by index.
+            # A tableau that was correct to fewer than half its digits is rebuilt from A, index by index.
             again = poor[:, None]
             todo = tl.where(again, inside, todo)
             T = tl.where(again[:, :, None], A, T)
@@ -264,7 +267,8 @@ def _answers(
     MODE: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Return the answers to problems r in the given units [R, M], and how many of them are unfinished."""
+    """Return the solutions of problems r [R, M] in the units of the original Gramian, and how many of them were
+    not solved."""
     R: tl.constexpr = r.shape[0]
     index = tl.arange(0, M)[None, :]
     live = r < rows
@@ -287,7 +291,7 @@ def _answers(
         unit = scale + none
         if MODE == ROWS:
             u, b = x * _inverse_power(scale), none
-            asked = tl.max(x, 1) > 0  # else v = 0 is what is asked for
+            asked = tl.max(x, 1) > 0  # otherwise v = 0 is the solution
         else:
             u, b = none, x * scale
             asked = live
@@ -305,8 +309,10 @@ def _answers(
 
 @triton.jit
 def _add_up(each_ptr, out_ptr, rows, m, M: tl.constexpr):
-    """Add up each_ptr [rows, m] in the order of the rows, whose loads are all under way before the first
-    sum."""
+    """Write the sum of the rows of each_ptr [rows, m] to out_ptr [m], added in the rows' order.
+
+    All loads are issued before the first addition.
+    """
     index = tl.arange(0, M)
     total = tl.zeros([M], tl.float64)
     for r in tl.static_range(M):
@@ -317,9 +323,10 @@ def _add_up(each_ptr, out_ptr, rows, m, M: tl.constexpr):
 
 @triton.jit
 def _arrive(counter_ptr):
-    """Count this program and return how many came before it. What those had written is visible from here on.
+    """Increment a counter for this program and return how many programs came before; what they wrote is visible
+    afterwards.
 
-    The barriers are for the program's other threads: only one of them counts.
+    Only one thread of the program increments the counter; the barriers make the others wait.
     """
     tl.debug_barrier()
     before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
@@ -359,9 +366,9 @@ def _project_kernel(
 
 @triton.jit
 def _partial_gramian(rows_ptr, part_ptr, m, P, stride, PRODUCT: tl.constexpr, S: tl.constexpr, B: tl.constexpr):
-    """Write the Gramian of this program's part of the columns, as kernels/gramian.py computes it.
+    """Write the Gramian of this program's columns to part_ptr, computed as in kernels/gramian.py.
 
-    The multiply-adds are written out because the compiler may not make any in these kernels.
+    The multiply-adds are written as tl.fma, since automatic fusion is turned off in these kernels.
     """
     i = tl.arange(0, S)
     first = tl.program_id(0).to(tl.int64) * B
@@ -389,7 +396,8 @@ def _partial_gramian(rows_ptr, part_ptr, m, P, stride, PRODUCT: tl.constexpr, S:
 
 @triton.jit
 def _sum_of_parts(part_ptr, step, count, m, Q: tl.constexpr, M: tl.constexpr):
-    """Return the sum [M, M] of `count` matrices [m, m], `step` numbers apart, Q at a time: in a fixed order."""
+    """Return the sum [M, M] of `count` matrices [m, m] that lie `step` numbers apart, added in a fixed order, Q
+    at a time."""
     i = tl.arange(0, M)[None, :, None]
     j = tl.arange(0, M)[None, None, :]
     part = tl.arange(0, Q)[:, None, None]
@@ -444,7 +452,7 @@ def _upgrad_kernel(
     total = _sum_of_parts(part_ptr + programs * m * m, m * m, groups, m, Q, M)
     tl.store(gramian_ptr + i * m + j, total, mask=inside)
     if SOLVE:
-        tl.debug_barrier()  # the threads read what others of them wrote
+        tl.debug_barrier()  # threads read what other threads of the program wrote
         A, scale, finite = _regularised(gramian_ptr, m, norm_eps, reg_eps, DIAGONAL, M)
         r = tl.arange(0, R)
         result, unfinished = _answers(A, scale, finite, given_ptr, r, problems, m, MODE, M)
@@ -457,12 +465,14 @@ def _upgrad_kernel(
 
 
 def padded(m: int) -> int:
-    """Return M; smaller Gramians share the code of eight rows, which costs them nothing."""
+    """Return M, the power of two that m is padded to, at least 8: smaller problems run the code for eight rows,
+    which costs them nothing."""
     return max(8, triton.next_power_of_2(m))
 
 
 def warps(M: int) -> int:
-    """Return the warps of a program that solves one problem: 2 to 16 numbers of a matrix a thread."""
+    """Return the number of warps of a program that solves one problem of size M, such that a thread holds 2 to
+    16 entries of a matrix."""
     return {8: 1, 16: 4, 32: 4, 64: 8}[M]
 
 
@@ -474,13 +484,14 @@ def project(
     mode: str,
     diagonal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # as `given`, float64; [] int32
-    """Solve one problem a program, in one launch; "sum" is added up by the last program to finish.
+    """Solve one problem per program, in one launch.
 
-    mode: "sum" for the solutions with v >= e_r, weighted by the preferences given; "rows" for the one with v
-    >= u for
-        each row u given; "multipliers" for the minimum of l' A l / 2 + l' b over l >= 0 for each row b.
-    diagonal: each row is regularised by its own norm (reg_eps times it) in place of the trace.
-    Return the answers, and the number of problems that did not reach theirs (-1 if the Gramian is not finite).
+    mode: "sum" solves for v >= e_r for every r and adds the solutions weighted by the preferences given (by the
+        last program to finish); "rows" solves for v >= u for each row u given; "multipliers" minimises l' A l /
+        2 + l' b over l >= 0 for each row b given.
+    diagonal: regularise each row by its own norm (reg_eps times it) instead of by the trace.
+
+    Returns the solutions, and the number of problems that were not solved (-1 if the Gramian is not finite).
     """
     m = gramian.shape[0]
     gramian, given = gramian.double().contiguous(), given.double().contiguous()
@@ -499,7 +510,8 @@ def project(
 
 
 def layout(m: int, problems: int) -> dict[str, int | bool]:
-    """Return the constants of `_upgrad_kernel` that follow from the shapes."""
+    """Return the compile-time constants and launch options of `_upgrad_kernel` for m rows and a number of
+    problems."""
     tiling, M = tile(m), padded(m)
     solve = max(m, problems) <= MOST_FUSED
     return {
@@ -524,11 +536,15 @@ def upgrad(
     mode: str,
     diagonal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # as `pref`, float64; [m, m] float64; [] int32
-    """Compute the Gramian of the rows and solve what `project` solves: up to 8 rows, all in one launch.
+    """Compute the Gramian of the rows and solve the problems of `project` with it; up to 8 rows, all in one
+    launch.
 
-    Each program computes the Gramian of its part of the columns; how many there are depends on the shape
-    alone. The last to finish of every 16 adds up theirs, and the last of all adds up those sums, so that no
-    program has more than a few dozen matrices to read, and the order of the sum is the same every time.
+    Each program computes the Gramian of its part of the columns; the number of programs depends on the shape
+    alone. The last of every 16 programs to finish adds up their Gramians, and the last of all adds up those
+    sums, so that no program reads more than a few dozen matrices, and the order of the additions is always the
+    same.
+
+    Returns the solutions, the Gramian, and the status of `project`.
     """
     m, P = rows.shape
     if P == 0 or rows.stride(1) != 1:

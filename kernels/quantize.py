@@ -1,9 +1,10 @@
-"""Compute a VQ layer's forward after the search, and the distance to given codes: _quantize_kernel,
+"""Compute a VQ layer's forward pass after the search, and the distance to given codes: _quantize_kernel,
 _code_sum_kernel, _code_error_kernel and their launchers.
 
-The search (nearest_code.py) decides some rows in a second launch, so what depends on the index is a pass of
-its own: it reads z once more, which is the small part. Counts and sums are added by atomics, in whatever
-order programs finish; or, on request, over rows sorted by code, one program per code, in one fixed order.
+The search (nearest_code.py) decides some rows only in its second launch, so everything that depends on the
+index is a pass of its own; reading z once more is the small part. Counts and sums are added by atomics, in
+whatever order programs finish, or, on request, over rows sorted by code, one program per code, in a fixed
+order.
 """
 
 import torch
@@ -112,8 +113,8 @@ def _code_error_kernel(
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     valid = row < N
     index = tl.load(index_ptr + row, mask=valid, other=0)
-    # An index from elsewhere may lie outside the codebook. Its vector reads nothing and has the error NaN: a
-    # device cannot raise, and the loss says it.
+    # A given index may lie outside the codebook. Then nothing is read and the error is NaN, which shows in the
+    # loss: a kernel cannot raise an exception.
     known = (index >= 0) & (index < K)
     z_at = _offsets(row, z_row, z_position, inner, CHANNEL_FIRST)
     dtype: tl.constexpr = sq_err_ptr.dtype.element_ty
@@ -130,12 +131,13 @@ def _code_error_kernel(
 
 
 def accumulation_dtype(z: torch.Tensor) -> torch.dtype:
-    """Return the dtype of errors and sums: float64 for float64, else float32."""
+    """Return the dtype of squared errors and sums: float64 for float64, else float32."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def walkable(z: torch.Tensor) -> torch.Tensor:
-    """Return z itself where one stride walks its positions, else a contiguous copy."""
+    """Return z itself if its positions lie at one constant stride in memory, as the kernels require, else a
+    contiguous copy."""
     return z if layout(z)[0].data_ptr() == z.data_ptr() else z.contiguous()
 
 
@@ -144,11 +146,12 @@ def quantize(
     codebook: torch.Tensor,  # [K, D], of z's dtype
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return z_q like z, index and sq_err [N] or [B, *spatial], count [K], and code_sum [K, D].
+    """Return z_q shaped as z, index and sq_err [N] or [B, *spatial], count [K], and code_sum [K, D], as
+    `ops.quantize` describes them.
 
-    The last three are float32, float64 where z is. A row that holds a NaN counts for code 0.
+    sq_err, count and code_sum are float32, or float64 if z is. A vector that holds a NaN is counted for code 0.
     """
-    # Of the strides that torch.empty_like gives, which the op's fake promises, whatever z's own are.
+    # Give z_q the strides that torch.empty_like gives, as the op's fake implementation promises.
     z_q = torch.empty_like(z)
     z, codebook = walkable(z), codebook.contiguous()
     written = z_q if walkable(z_q) is z_q else torch.empty_like(z_q, memory_format=torch.contiguous_format)

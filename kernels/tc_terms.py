@@ -1,9 +1,10 @@
-"""Compute log q(z) and sum_d log q(z_d) of the aggregate posterior: _tc_terms_kernel, its two backward kernels,
-launchers.
+"""Compute log q(z) and sum_d log q(z_d) of the aggregate posterior: _tc_terms_kernel, its two backward kernels
+and their launchers.
 
-A program owns a few samples (or, for the gradients of mu and logvar, posteriors) and streams the others.
-Tiles are [samples, posteriors, dimensions]; every lane of a tile keeps its own running sum, so that a step
-costs one exponential an element and one reduction over dimensions, and lanes are reduced once, at the end.
+A program handles a few samples (or, for the gradients of mu and logvar, a few posteriors) and goes through all
+of the other kind. Tiles are [samples, posteriors, dimensions]; every lane of a tile keeps its own running sum,
+so that each element costs one exponential and one reduction over dimensions; lanes are reduced once, at the
+end.
 """
 
 import torch
@@ -15,7 +16,7 @@ from .devices import on_device  # noqa: TID251 (the same package, under its one 
 
 @triton.jit
 def _weight(i, j, batch, n_data, STRATIFIED: tl.constexpr, DTYPE: tl.constexpr):
-    """Return W_ij divided by the weight that most pairs have, [I, J]."""
+    """Return the importance weights W_ij [I, J], divided by the value that most pairs have."""
     b = tl.full([], batch, DTYPE)
     n = tl.full([], n_data, DTYPE)
     one = tl.full([], 1, DTYPE)
@@ -34,15 +35,18 @@ def _log_common_weight(batch, n_data, STRATIFIED: tl.constexpr, DTYPE: tl.conste
 
 @triton.jit
 def _load(pointer, rows, d, batch, dims):
-    """Load rows x d of a contiguous [batch, dims]; zeros outside."""
+    """Load the given rows and columns d of a contiguous matrix [batch, dims]; zeros outside it."""
     inside = (rows[:, None] < batch) & (d[None, :] < dims)
     return tl.load(pointer + rows[:, None].to(tl.int64) * dims + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _density(z, mu, logvar, j, d, batch, dims):
-    """Return the difference, 1 / variance and log density, [I, J, D]. Dimensions outside have log density 0
-    and contribute to no sum over dimensions; posteriors outside have -inf."""
+    """Return z - mu, 1 / variance and the log density of each sample i under each posterior j, [I, J, D].
+
+    Dimensions in the padding have log density 0 and so add nothing to a sum over dimensions; posteriors in the
+    padding have -inf.
+    """
     diff = z[:, None, :] - mu[None, :, :]
     precision = tl.exp(-logvar)[None, :, :]
     log_q = -0.5 * (1.8378770664093453 + logvar[None, :, :] + diff * diff * precision)
@@ -53,8 +57,10 @@ def _density(z, mu, logvar, j, d, batch, dims):
 
 @triton.jit
 def _accumulate(top, total, x, weight):
-    """Do one step of a log-sum-exp in every lane. One of exp(x - top) and exp(top - x) is always 1, so one
-    exponential is enough."""
+    """Add exp(x) * weight to the running log-sum-exp (`top`, `total`) of every lane.
+
+    One of exp(x - top) and exp(top - x) is always 1, so one exponential is enough.
+    """
     e = tl.exp(-tl.abs(x - top))
     rises = x > top
     total = tl.where(rises, total * e + weight, total + e * weight)
@@ -63,7 +69,10 @@ def _accumulate(top, total, x, weight):
 
 @triton.jit
 def _finish(top, total, axis: tl.constexpr):
-    """Merge the lanes of an axis. `top` is finite: lanes begin at the lowest finite number, not at -inf."""
+    """Merge the log-sum-exp of all lanes of an axis; return its maximum and its sum relative to the maximum.
+
+    `top` is finite, since lanes start at the lowest finite number, not at -inf.
+    """
     highest = tl.max(top, axis)
     shifted = tl.exp(top - tl.expand_dims(highest, axis))
     return highest, tl.sum(total * shifted, axis)
@@ -119,9 +128,11 @@ def _tc_terms_kernel(
 
 @triton.jit
 def _load_samples(z_ptr, top_ptr, total_ptr, grad_q_ptr, grad_prod_ptr, i, d, batch, dims):
-    """Load z [I, D], the maxima of the dimensions [I, D] and of the joint [I], and the gradient at each
-    softmax divided by its sum, in the same shapes. Samples outside, and those with density 0 under every
-    posterior, have zero gradients."""
+    """Load for the backward pass: z [I, D], the largest log densities per dimension [I, D] and of the joint
+    [I], and the upstream gradients divided by the sums of both softmaxes, [I, D] and [I].
+
+    Samples in the padding, and those with density 0 under every posterior, have zero gradients.
+    """
     z = _load(z_ptr, i, d, batch, dims)
     row = i.to(tl.int64) * (dims + 1)
     inside = (i[:, None] < batch) & (d[None, :] < dims)
@@ -141,9 +152,9 @@ def _responsibility(log_q, weight, top, joint_top, grad_dim, grad_joint, d, dims
     """Return d loss / d log q(z_id | x_j), [I, J, D]: the weights of both softmaxes times the gradients of
     their outputs.
 
-    The maxima are the forward's, where log q is computed by the same operations: their difference is exact
-    where it matters. With log q(z), rounded at its own magnitude, in their place the error is several times
-    larger.
+    The maxima come from the forward pass, where log q is computed by the same operations, so that their
+    difference is exact where it matters. Using log q(z) instead, which is rounded at its own magnitude, would
+    make the error several times larger.
     """
     p = grad_joint[:, None] * tl.exp(tl.sum(log_q, 2) - joint_top[:, None]) * weight
     q = grad_dim[:, None, :] * tl.exp(log_q - top[:, None, :]) * weight[:, :, None]
@@ -232,8 +243,8 @@ def _tc_terms_grad_posterior_kernel(
 
 
 def tile(dims: int, itemsize: int = 4) -> dict[str, int]:
-    """Return a nearly cubic tile of about 2048 float32 elements: three of them fit the registers of 128
-    threads."""
+    """Return the sides of a nearly cubic tile [I, J, D] of about 2048 float32 elements, of which three fit the
+    registers of 128 threads."""
     D = triton.next_power_of_2(max(dims, 1))
     side = 1
     while 4 * side * side * D * itemsize <= 8192:
@@ -249,7 +260,11 @@ def tc_terms(
     stratified: bool,
     wrap=lambda kernel: kernel,
 ) -> tuple[torch.Tensor, ...]:  # log_q_z [B], log_prod_q_z [B], top [B, D + 1], total [B, D + 1]
-    """Compute the forward. `wrap` is torch.library.wrap_triton where a compiler has to see the launch."""
+    """Launch the forward kernel. `wrap` is torch.library.wrap_triton where a compiler has to see the launch.
+
+    Returns log q(z) and sum_d log q(z_d), and, for the backward pass, the largest log densities and the sums of
+    exp(log density - largest).
+    """
     batch, dims = z.shape
     log_q_z, log_prod_q_z = z.new_empty(batch), z.new_empty(batch)
     top, total = z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
@@ -275,8 +290,10 @@ def tc_terms_backward(
     stratified: bool,
     wrap=lambda kernel: kernel,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # gradients of z, mu, logvar
-    """Compute the backward: one kernel sums over posteriors, one over samples. Without atomics, so the
-    result is reproducible."""
+    """Launch the backward kernels and return the gradients of z, mu and logvar.
+
+    One kernel sums over posteriors, the other over samples; without atomics, so the result is reproducible.
+    """
     batch, dims = z.shape
     grad_z, grad_mu, grad_logvar = torch.empty_like(z), torch.empty_like(z), torch.empty_like(z)
     if batch:

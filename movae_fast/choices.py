@@ -1,5 +1,5 @@
-"""Define the words that settings are chosen from, where several modules use the same; nothing heavy is
-imported."""
+"""Define the allowed words of settings that several modules share, as types and constants; this module imports
+nothing heavy."""
 
 from typing import Literal
 
@@ -8,12 +8,13 @@ Activation = Literal["tanh", "sigmoid", "none"]
 BetaPer = Literal["example", "batch"]
 LadderNet = Literal["authors", "port"]
 LatentKind = Literal["vector", "codebook", "hierarchy"]
+Quantizer = Literal["vq", "ema", "fsq", "rvq", "grouped_rvq", "lfq", "bsq", "simvq"]
 KLRows = Literal["scale", "group", "total"]
 PresetName = Literal["mnist", "omniglot", "celeba64", "cifar10", "tiny"]  # of nvae
 TextPreset = Literal["lagging", "texar", "multirate", "synthetic"]  # of lstm_vae
 Preset = Literal[PresetName, TextPreset]
 Gate = Literal["sqrt", "sigmoid"]
-# Ids of a sentence that are no words: padding, its begin and end, a word that the vocabulary lacks.
+# Token ids that are not words: padding, begin and end of a sentence, a word that the vocabulary lacks.
 PAD, BEGIN, END, UNKNOWN = range(4)
 # Data.
 TEXT_SETS = ("lstm_text", "python_topics", "text", "yahoo", "yelp", "ptb")  # datasets of sentences
@@ -22,12 +23,13 @@ TooLong = Literal["error", "cut", "skip"]
 Binarization = Literal["none", "threshold", "static", "dynamic"]
 # Objectives and their gradients.
 ReconsDist = Literal["bernoulli", "gaussian", "laplacian", "gaussian_optimal", "logistic", "dmol"]
-DISCRETE = ("logistic", "dmol")  # likelihoods of the data's levels, whose output is its own scale
+# Likelihoods of the discrete grey levels; the network's output has no activation.
+DISCRETE = ("logistic", "dmol")
 COMPONENTS = 10  # of the mixture dmol
 ReconsReduction = Literal["mean", "sum", "scaled_sum"]
 Regularizer = Literal["trace", "diagonal"]
 StepMetric = Literal["identity", "optimizer"]
-# Of the strict projection: small enough that no cosine falls below -1e-3, large enough for float64.
+# reg_eps of the strict projection: small enough that no cosine falls below -1e-3, large enough for float64.
 STRICT_REG_EPS = 1e-6
 # The step.
 CompileMode = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]

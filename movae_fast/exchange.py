@@ -1,4 +1,5 @@
-"""Average gradients over the processes of a group, for `jacobian.backward` in another training loop."""
+"""Average gradients over the processes of a group: what `jacobian.backward(group=)` does in other people's
+training loops."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Group = dist.ProcessGroup | Literal["local"] | None
 
 @dataclass(frozen=True)
 class Ranks:
-    """Hold the processes that average their gradients; with one process every exchange does nothing."""
+    """Hold the process group over which gradients are averaged, and its size; with size 1 every method returns
+    its input."""
 
     group: dist.ProcessGroup | None = None
     size: int = 1
@@ -41,14 +43,14 @@ class Ranks:
         return out
 
     def first_(self, tensor: Tensor) -> Tensor:
-        """Return the tensor of the group's first process."""
+        """Return the tensor that the group's first process passed, broadcast to all."""
         if self.size > 1:
             tensor = tensor.clone(memory_format=torch.contiguous_format)
             dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
     def agree(self, numbers: Sequence[int], device: torch.device) -> bool:
-        """Return whether all processes passed the same numbers; the answer is read on the host."""
+        """Return whether all processes passed the same numbers; this reads a value on the host."""
         if self.size == 1:
             return True
         both = torch.tensor([*numbers, *(-n for n in numbers)], device=device)
@@ -58,10 +60,11 @@ class Ranks:
 
 
 def ranks_of(group: Group) -> Ranks:
-    """Return the processes that `group` names.
+    """Return the processes that the argument `group` of `jacobian.backward` stands for.
 
-    Raises ValueError for None where there are several processes: each would keep a gradient of its own, and
-    nothing would say so.
+    A process group stands for itself; "local" and None stand for this process alone. Raises ValueError for None
+    where several processes run, since each would silently keep its own gradient, and for a group that this
+    process is no member of.
     """
     if isinstance(group, str) and group != "local":
         raise ValueError(f"group must be a process group, 'local' or None; got {group!r}")

@@ -17,7 +17,8 @@ TEMPORARY = re.compile(r"\.[^/]+\.(\d+)\.tmp$")  # of `replacing`
 
 
 def file_digest(path: Path, digest: Any) -> str:
-    """Return the file's digest by `digest` (`hashlib.sha256()`, …), in hexadecimal."""
+    """Return the digest of a file's content in hexadecimal; `digest` is a new hash object such as
+    `hashlib.sha256()`."""
     with path.open("rb") as file:
         while part := file.read(CHUNK):
             digest.update(part)
@@ -26,11 +27,11 @@ def file_digest(path: Path, digest: Any) -> str:
 
 @contextmanager
 def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its name when the block ends, and is removed if the
-    block raises.
+    """Write a file atomically: open a temporary file beside `path`, which is renamed to `path` when the block
+    ends and removed if the block raises.
 
-    Whatever moment the process dies at, `path` is the old file or the new one, whole; with `durable` also
-    whatever moment the machine does. Missing folders are made. An OSError names `path`.
+    If the process is killed at any moment, `path` is still either the whole old file or the whole new one; with
+    `durable` this also holds if the machine fails. Missing folders are created. An OSError names `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
@@ -49,10 +50,11 @@ def replacing(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
 
 
 def give_name(source: Path, path: Path) -> None:
-    """Make the file `source` known as `path`, too: a hard link, or a copy where the file system has no links.
+    """Make `path` a second name of the file `source`: a hard link, or a copy where the file system has no
+    links.
 
-    `path` is the old file or the new one at any moment, and after it the machine may die. Whoever writes to
-    either name by `replacing` leaves the other as it is. An OSError names `path`.
+    `path` changes atomically from the old file to the new one and is on the disk when this returns. Writing to
+    either name by `replacing` leaves the other name's file unchanged. An OSError names `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
@@ -62,7 +64,7 @@ def give_name(source: Path, path: Path) -> None:
             with suppress(FileNotFoundError):
                 temporary.unlink()
             os.link(source, temporary)
-        except OSError:  # no links here, or none to this file; whatever else is wrong, copying says
+        except OSError:  # it cannot be linked; copying raises any other error again
             with source.open("rb") as read, replacing(path, durable=True) as write:
                 shutil.copyfileobj(read, write, CHUNK)
             return
@@ -75,7 +77,7 @@ def give_name(source: Path, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder lie on the disk."""
+    """Wait until a folder's entries (new, renamed and removed names) are on the disk."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -85,7 +87,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError of the block that names no file, or our temporary one, the name of `path`."""
+    """Make an OSError that the block raises name `path`, if it names no file or the temporary file of
+    `replacing`."""
     try:
         yield
     except OSError as error:
@@ -95,24 +98,25 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(file: IO[Any]) -> None:
-    """Wait until what was written lies on the disk."""
+    """Flush a file and wait until its content is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock file `path`, once no other process does; `waiting` is called if one does.
+    """Hold the lock file `path` during the block; wait for it while another process holds it.
 
-    The lock is the kernel's: it ends with its process, however that ends, and the file goes with it. Missing
-    folders are made. On a file system that has no locks this is a warning, and nobody is kept out.
+    `waiting` is called once if there is a wait. The operating system releases the lock when the process ends,
+    however it ends; the file is removed at the end of the block. Missing folders are created. A file system
+    without locks gives a warning, and then nothing is locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(lock, path, waiting)
-            if _is_at(lock, path):  # else whoever had it took the file with it: try for the next one
+            if _is_at(lock, path):  # otherwise the last holder has deleted this file: lock the new one
                 try:
                     yield
                 finally:
@@ -143,7 +147,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that `replacing` left in `folder` in processes that were killed in it."""
+    """Remove the temporary files in `folder` that processes killed within `replacing` left behind."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -152,8 +156,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def abandoned(path: Path, pid: int) -> bool:
-    """Return whether the process that wrote a temporary file is gone: none has its number, or only a
-    younger one."""
+    """Return whether the process `pid` that wrote the temporary file `path` is gone.
+
+    It is gone if no process has this number, or if the process that has it started after the file was written.
+    """
     if not alive(pid):
         return True
     with suppress(OSError):
@@ -162,7 +168,7 @@ def abandoned(path: Path, pid: int) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process of this number runs on this machine."""
+    """Return whether a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -173,17 +179,18 @@ def alive(pid: int) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file or folder to a free name beside it, `<name>.old`, `<name>.old-2`, …; the new path."""
+    """Rename a file or folder to a free name beside it, `<name>.old`, `<name>.old-2`, …; return the new
+    path."""
     return path.rename(free_path(path.with_name(f"{path.name}.old")))
 
 
 def free_path(stem: Path, suffix: str = "") -> Path:
-    """Return the first of `numbered` paths where nothing is."""
+    """Return the first path of `numbered(stem, suffix)` that does not exist."""
     return next(path for path in numbered(stem, suffix) if not path.exists())
 
 
 def numbered(stem: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield `<stem><suffix>`, `<stem>-2<suffix>`, `<stem>-3<suffix>`, … without an end."""
+    """Yield the paths `<stem><suffix>`, `<stem>-2<suffix>`, `<stem>-3<suffix>`, … without end."""
     yield stem.with_name(f"{stem.name}{suffix}")
     for number in itertools.count(2):
         yield stem.with_name(f"{stem.name}-{number}{suffix}")

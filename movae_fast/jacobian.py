@@ -1,8 +1,10 @@
-"""Compute a Jacobian's rows, and run a backward of many losses that aggregates them.
+"""Compute the Jacobian of several losses, and run a backward pass that aggregates its rows instead of adding
+them.
 
-Features (the latents' parameters, an encoder's output) cut a network in two. Each loss is differentiated as far
-as the features and its own parameters after them; from the features on, each loss that reaches them costs one
-backward of the shared part. `backward` does all of it for anybody's training loop:
+Features (the latents' parameters, an encoder's output) cut a network into a shared part before them and parts
+after them. Each loss is first differentiated as far as the features and the task parameters after them. Then
+one backward pass through the shared part is run for each loss that depends on the features; it gives that
+loss's row. `backward` does all of this within any training loop:
 
     from movae_fast import jacobian
     from movae_fast.aggregation import UPGrad
@@ -10,7 +12,8 @@ backward of the shared part. `backward` does all of it for anybody's training lo
     jacobian.backward([reconstruction, kl], features=[mu, logvar], aggregator=UPGrad.strict())
     optimizer.step()
 
-What is without conflict then is the gradient. `project_step` corrects the optimizer's step, too.
+This makes the gradient free of conflict. The step that the optimizer then takes may still conflict with a row;
+`project_step` corrects it.
 """
 
 from __future__ import annotations
@@ -35,17 +38,21 @@ Gradients = Sequence[Tensor | None]
 
 
 class AtFeatures(NamedTuple):
-    """Hold the gradients after one backward of each loss, as far as the features."""
+    """Hold what one backward pass of each loss, stopped at the features, gives.
+
+    `features[i][k]` is the gradient of loss i at feature k, None where the loss does not depend on it;
+    `task[k]` is the gradient of the losses' sum at task parameter k, None where no loss depends on it.
+    """
 
     features: list[list[Tensor | None]]  # [m][features]
-    task: list[Tensor | None]  # of the losses' sum, a parameter each
+    task: list[Tensor | None]  # gradients of the summed losses, one per parameter
 
 
 def at_features(losses: Sequence[Tensor], features: Sequence[Tensor], task: Sequence[Tensor]) -> AtFeatures:
-    """Return the gradients of each loss at the features, and those of the losses' sum at the parameters
-    after them.
+    """Differentiate each loss as far as the features: return its gradients there, and the gradients of the
+    losses' sum at the task parameters.
 
-    The graph is kept for the backward from the features on.
+    The autograd graph is kept, since the shared part before the features is differentiated later.
     """
     n = len(features)
     gradients = [
@@ -62,8 +69,11 @@ def _sum(terms: Gradients) -> Tensor | None:
 
 
 def nonzero_rows(gradients: Sequence[Gradients]) -> list[int]:
-    """Return the objectives whose loss reaches the features; the rows of the others are zero by
-    construction."""
+    """Return the numbers of the objectives whose loss depends on a feature.
+
+    `gradients[i][k]` is the gradient of objective i at feature k, or None. An objective with None throughout
+    has a zero row at the shared parameters.
+    """
     return [i for i, row in enumerate(gradients) if any(g is not None for g in row)]
 
 
@@ -73,7 +83,11 @@ def shared_rows(
     shared: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Iterator[Gradients]:
-    """Yield the gradient at `shared` of each objective of `nonzero_rows`, in their order."""
+    """Yield, for each objective in `nonzero_rows(gradients)`, its gradients at the parameters `shared`.
+
+    Each costs one backward pass from the features, which starts from the objective's `gradients` there. An
+    entry is None where the objective does not depend on that parameter.
+    """
     nonzero = nonzero_rows(gradients)
     for i in nonzero:
         pairs = [(f, g) for f, g in zip(features, gradients[i], strict=True) if g is not None]
@@ -85,7 +99,11 @@ def shared_rows(
 def all_rows(
     losses: Sequence[Tensor], parameters: Sequence[Tensor], retain_graph: bool = False
 ) -> Iterator[Gradients]:
-    """Yield each objective's gradient at every parameter, by one whole backward each."""
+    """Yield, for each loss, its gradients at all `parameters`, by a backward pass from the loss itself.
+
+    Used where no features cut the network, so that nothing of the passes can be saved. An entry is None where
+    the loss does not depend on that parameter.
+    """
     for i, loss in enumerate(losses):
         keep = retain_graph or i != len(losses) - 1
         yield torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
@@ -98,7 +116,11 @@ def weighted_row(
     shared: Sequence[Tensor],
     retain_graph: bool = False,
 ) -> Gradients:
-    """Return the gradient at `shared` of the weighted sum of the losses: one backward from the features."""
+    """Return the gradient at `shared` of the losses' sum weighted by `weights`, in one backward pass from the
+    features.
+
+    `gradients[i][k]` is the gradient of loss i at feature k, or None.
+    """
     outputs, upstream = [], []
     for k, feature in enumerate(features):
         at_feature = [(g[k], w) for g, w in zip(gradients, weights, strict=True)]
@@ -152,46 +174,51 @@ def backward(
     retain_graph: bool = False,
     return_rows: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor] | None:  # [m]; with return_rows [m] and [m, P]
-    """Add to every parameter's `.grad`: to shared ones the aggregator's update of the losses' rows, to task
-    ones the gradient of the sum.
+    """Differentiate several losses and add the result to the parameters' `.grad`: to shared parameters the
+    aggregator's update, to task parameters the gradient of the losses' sum.
 
-    With `features`, parameters before them are shared: the losses' gradients there form the Jacobian [m, P],
-    and `.grad` receives its aggregation; parameters after them are `task` and receive the gradient of the sum.
-    Without, all parameters are shared. Both lists are found in the graph if they are not given; a parameter
-    that is in one twice counts once. As with `Tensor.backward`, gradients are added to what `.grad` holds, and
-    each `.grad` has memory and the dtype of its parameter; one that no loss reaches receives zeros. Returns the
-    aggregator's weights [m], or None for an aggregator that does not weight rows. The result is that of
+    losses: m scalars, or one tensor [m].
+    aggregator: one of movae_fast.aggregation or of torchjd.aggregation.
+    features: the tensors that cut the network in two. Parameters before them are shared: the losses' gradients
+        there are the rows of the Jacobian [m, P] that is aggregated. Parameters after them are task parameters.
+        Without features all parameters are shared.
+    shared, task: the parameters of either kind. A list that is not given is collected from the autograd graph;
+        a parameter that is in a list twice counts once.
+    gramian_at: where the Gramian is computed. "shared" is exact. "features", or some of the shared parameters
+        (the last before the features), is an approximation that costs one backward pass of the shared part
+        instead of m: the weights come from the Gramian of the gradients there, then the weighted sum of the
+        losses is differentiated. It needs `features` and an aggregator that weights rows by their Gramian, and
+        how much conflict it leaves differs from model to model.
+    group: the processes that train one model together, each on its own batch (`torch.distributed.group.WORLD`
+        for all); None where there is one process. Rows and task gradients are averaged over the group before
+        aggregation, so every process receives the `.grad` that one process would compute on the union of the
+        batches, each loss being the mean over the processes, as under DistributedDataParallel. The module may
+        be wrapped in DistributedDataParallel, whose hooks are not called. (With `find_unused_parameters` or
+        `static_graph` it returns copies of the features, all from one node of the graph: give `shared` and
+        `task` then.) If the two lists are not given, the processes compare what they collected, which costs a
+        host read. "local" averages nothing: each process keeps its own gradients.
+    retain_graph: keep the autograd graph for another backward pass.
+    return_rows: return (weights, rows) with the Jacobian's rows [m, P] over the shared parameters, for
+        `project_step`; not with an approximation by `gramian_at`, which does not compute them.
+
+    Returns the aggregator's weights [m], or None if the aggregator does not weight rows. The result is that of
     TorchJD's `mtl_backward` (or `backward`) followed by `jac_to_grad`, without vmap, so that custom kernels
     need no batching rule.
 
-    A shared parameter that losses also reach around the features (a tied weight, a skip connection) has both
-    in its rows: each row is the loss's whole gradient, as is that of a task parameter before the features. Each
-    loss is then differentiated from end to end, which costs m whole backwards.
+    As with `Tensor.backward`, gradients are added to what `.grad` holds. A new `.grad` has its own memory and
+    its parameter's dtype; a parameter that no loss depends on receives zeros. Parameters may have several
+    dtypes; the rows, and what is computed from them, have the dtype to which torch promotes them all.
 
-    Parameters may have several dtypes; rows, and what is computed from them, have the dtype that holds them
-    all.
+    Where losses depend on a shared parameter also by a path around the features (a tied weight, a skip
+    connection), its row is still the loss's whole gradient; so is the gradient of a task parameter that also
+    lies before the features. Each loss is then differentiated from end to end, which costs m whole backward
+    passes.
 
-    gramian_at: an approximation that costs one backward of the shared part instead of m. The aggregator's
-        weights come from the Gramian of the gradients at the features ("features") or at these shared
-        parameters, the last before the features; then the weighted losses are differentiated at once. Needs
-        `features` and an aggregator that weights rows by their Gramian. What it does to conflict differs from
-        model to model.
-    group: the processes that train one model together, each on a batch of its own
-        (`torch.distributed.group.WORLD` for all). Rows and task gradients are averaged over them before being
-        aggregated, so every process receives the `.grad` that one process would compute on the union of the
-        batches, each loss being the mean over the processes, as under DistributedDataParallel. The module may
-        be wrapped in it: its hooks are not called. (With `find_unused_parameters` or `static_graph` it returns
-        copies of the features, all from one node: give both lists then.) Lists that are not given are compared
-        between the processes, which costs a host read. "local" keeps this process's own gradients. None is for
-        one process.
-    return_rows: return (weights, rows) with the Jacobian's rows [m, P] over the shared parameters, for
-        `project_step`; not with an approximation, which does not have them.
-
-    The aggregator is one of movae_fast.aggregation or of torchjd.aggregation. Raises ValueError, before
-    anything is differentiated, for losses that are not scalars, that are constant or given twice, for features
-    that are given twice or that no loss reaches, for a parameter without a gradient or without memory for one,
-    for one that is both shared and task, for a `gramian_at` that does not apply, and for several processes
-    without a `group`; TypeError for what is not a tensor.
+    Raises ValueError, before anything is differentiated, for losses that are not scalars, that are constant or
+    given twice; for features that are given twice or that no loss depends on; for a parameter that does not
+    require a gradient, is not a leaf or is sharded (DTensor); for a parameter that is both shared and task; for
+    a `gramian_at` that does not apply; and for several processes without a `group`. Raises TypeError for an
+    argument that is not a tensor.
     """
     ranks = ranks_of(group)
     parts = find_parts(losses, features, shared, task)
@@ -220,16 +247,17 @@ def backward(
 
 
 class Parts(NamedTuple):
-    """Hold what `backward` differentiates, checked."""
+    """Hold the checked arguments of `backward`: losses, features, shared and task parameters."""
 
     losses: list[Tensor]
     features: list[Tensor]
     shared: list[Tensor]
     task: list[Tensor]
-    whole: bool  # whether the features do not cut the graph in two, so that each loss is differentiated whole
+    whole: bool  # whether losses also bypass the features; each is then differentiated without a stop at them
 
     def sizes(self) -> tuple[int, int, int]:
-        """Return numbers that differ, but for chance, where the parameters do: their shapes, in order."""
+        """Return three numbers by which processes compare their parameter lists: the count of shared
+        parameters, that of task parameters, and a checksum of all shapes in their order."""
         shapes = [[tuple(p.shape) for p in parameters] for parameters in (self.shared, self.task)]
         return len(self.shared), len(self.task), zlib.crc32(repr(shapes).encode())
 
@@ -240,8 +268,10 @@ def find_parts(
     shared: Tensor | Iterable[Tensor] | None,
     task: Tensor | Iterable[Tensor] | None,
 ) -> Parts:
-    """Check the arguments of `backward`, and find parameter lists that were left out in the graph. Raises
-    ValueError or TypeError."""
+    """Check the arguments of `backward`, and collect from the autograd graph the parameter lists that are None.
+
+    Raises ValueError or TypeError, as `backward` does.
+    """
     vector = isinstance(losses, Tensor) and losses.dim() > 0
     losses = _tensors("losses", list(losses) if vector else losses, once=True)
     features = None if features is None else _tensors("features", features, once=True)
@@ -280,8 +310,11 @@ def find_parts(
 
 
 def _tensors(name: str, given: Tensor | Iterable[Tensor], once: bool) -> list[Tensor]:
-    """Return one tensor, or several, as a list; with `once` raise for one that is there twice, else count it
-    once."""
+    """Return one tensor or several as a list without repetitions.
+
+    `name` is the argument's, for the errors. Raises TypeError for an entry that is not a tensor and, with
+    `once`, ValueError for a tensor that is given twice.
+    """
     tensors = [given] if isinstance(given, Tensor) else list(given)
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
@@ -293,7 +326,8 @@ def _tensors(name: str, given: Tensor | Iterable[Tensor], once: bool) -> list[Te
 
 
 def _parameters(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """Return the parameters as a list, each once, or raise for one that takes no `.grad`."""
+    """Return the parameters as a list without repetitions; raise ValueError for one that autograd gives no
+    `.grad`."""
     parameters = _tensors(name, given, once=False)
     for k, p in enumerate(parameters):
         if not p.requires_grad or not (p.is_leaf or p.retains_grad):
@@ -303,7 +337,8 @@ def _parameters(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def _check_memory(shared: list[Tensor], task: list[Tensor]) -> None:
-    """Raise where there is nothing to aggregate, and for parameters of which this process has a part."""
+    """Raise ValueError if there is no shared parameter, or if a parameter is sharded over processes
+    (DTensor)."""
     if not shared:
         raise ValueError(
             "there is no shared parameter that requires a gradient, so there is nothing to aggregate"
@@ -313,7 +348,8 @@ def _check_memory(shared: list[Tensor], task: list[Tensor]) -> None:
 
 
 def _rows_and_sums(parts: Parts, retain_graph: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the Jacobian's rows [m, P], and the gradient of the losses' sum at the task parameters."""
+    """Return the Jacobian's rows [m, P] at the shared parameters, and the gradients of the losses' sum at the
+    task parameters (None where no loss depends on one)."""
     losses, shared, n = parts.losses, parts.shared, len(parts.shared)
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in shared))
     rows = shared[0].new_zeros(len(losses), sum(p.numel() for p in shared), dtype=dtype)
@@ -333,8 +369,12 @@ def _rows_and_sums(parts: Parts, retain_graph: bool) -> tuple[Tensor, list[Tenso
 def _weighted_at(
     parts: Parts, at: Sequence[Tensor], aggregator: nn.Module, ranks: Ranks, retain_graph: bool
 ) -> tuple[Tensor, Gradients, list[Tensor | None]]:
-    """Return weights from the Gramian at `at`, the gradient of the losses so weighted at the shared parameters,
-    and that of their sum at the task ones."""
+    """Compute the approximation that `backward` offers as `gramian_at`.
+
+    Returns the weights [m] from the Gramian of the gradients at the parameters `at` (at the features, if `at`
+    is empty), the gradients at the shared parameters of the losses' sum so weighted, and the gradients at the
+    task parameters of the unweighted sum.
+    """
     at_cut = at_features(parts.losses, parts.features, parts.task)
     if at and parts.whole:
         whole = [torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True) for loss in parts.losses]
@@ -343,7 +383,7 @@ def _weighted_at(
         rows = cheap_rows(parts.features, at_cut.features, at)
     if at:
         gramian = ops.gramian(ranks.mean_(rows))
-    else:  # each process's images have features of their own: the union's rows stand side by side
+    else:  # the features of the processes' images differ, so the rows of all are concatenated
         gramian = ranks.mean_(ops.gramian(rows)) / ranks.size
     weights = ranks.first_(aggregator.gramian_weighting(gramian))  # type: ignore[operator]
     if parts.whole:
@@ -363,8 +403,11 @@ def _check_gramian_at(
     shared: Sequence[Tensor],
     return_rows: bool,
 ) -> Sequence[Tensor] | None:
-    """Check `gramian_at` and return the shared parameters that it names: an empty sequence for "features",
-    None for "shared". Raises ValueError."""
+    """Check `gramian_at` and return the shared parameters that it names: an empty sequence for "features", None
+    for the exact "shared".
+
+    Raises ValueError if the approximation does not apply to this aggregator or to these arguments.
+    """
     if isinstance(gramian_at, str):
         if gramian_at not in ("shared", "features"):
             raise ValueError(f"gramian_at must be shared, features or shared parameters; got {gramian_at!r}")
@@ -394,12 +437,13 @@ def cheap_rows(
     gradients: Sequence[Gradients],  # [m][features]
     last: Sequence[Tensor],
 ) -> Tensor:  # [m, Q]
-    """Return rows whose Gramian approximates that of the shared parameters: each objective's gradient at a
-    few of them.
+    """Return stand-ins [m, Q] for the Jacobian's rows, whose Gramian approximates that of all shared
+    parameters.
 
-    `last` are shared parameters next to the features, at which the backward stops; without any, the gradient at
-    the features themselves. The row of an objective that does not reach the features is zero. The graph is
-    kept.
+    They are the objectives' gradients at the parameters `last`, the shared ones next to the features, where the
+    backward pass can stop; if `last` is empty, the gradients at the features themselves. `gradients[i][k]` is
+    the gradient of objective i at feature k; an objective that depends on no feature gets a row of zeros. The
+    autograd graph is kept.
     """
     if last:
         nonzero = nonzero_rows(gradients)
@@ -414,19 +458,27 @@ def cheap_rows(
 
 
 def stack_rows(gradients: Sequence[Gradients], like: Sequence[Tensor]) -> Tensor:  # [m, Q]
-    """Return the rows [m, Q], each one objective's gradients end to end; None counts as zeros shaped like
-    the tensor in `like`."""
+    """Return a matrix [m, Q] whose row i holds the gradients of objective i, flattened and laid end to end.
+
+    `like` has the tensors that they are gradients of: where a gradient is None, zeros of that tensor's shape
+    stand.
+    """
     return torch.stack([torch.cat([g.reshape(-1) for g in _dense(row, like)]) for row in gradients])
 
 
 def _dense(gradients: Gradients, like: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients as strided tensors, zeros for None."""
+    """Return the gradients as dense tensors: sparse ones converted, None replaced by zeros shaped as in
+    `like`."""
     filled = (torch.zeros_like(t) if g is None else g for g, t in zip(gradients, like, strict=True))
     return [g if g.layout == torch.strided else g.to_dense() for g in filled]
 
 
 def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> None:
-    """Lay gradients end to end in `row` [P]; None leaves its stretch as it is."""
+    """Copy the gradients of one objective into `row` [P], flattened and end to end in the order of
+    `parameters`.
+
+    Where a gradient is None, the row keeps the values that it had.
+    """
     at = 0
     for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None:
@@ -436,18 +488,21 @@ def write_row(row: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -
 
 
 def _means_of_task(sums: Gradients, task: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Return the task parameters' gradients averaged over the processes. In one process a sparse gradient
-    stays sparse."""
+    """Return the task parameters' gradients averaged over the processes, zeros for None.
+
+    In one process a sparse gradient stays sparse; several processes exchange dense ones.
+    """
     if ranks.size > 1:
         return ranks.means(_dense(sums, task))
     return [torch.zeros_like(p) if g is None else g for g, p in zip(sums, task, strict=True)]
 
 
 def _accumulate_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Add each gradient to its parameter's `.grad`, which gets memory of its own.
+    """Add each gradient to its parameter's `.grad`; a new `.grad` is a copy with memory of its own.
 
-    What autograd returns may lie in the memory of another parameter's gradient (the sum of two hands both the
-    same tensor) or hold one number many times over (that of a sum): clipping would scale it again and again.
+    What autograd returns may share memory with another parameter's gradient (adding two parameters hands the
+    same tensor to both) or be an expanded scalar (the gradient of a sum). Clipping such a `.grad` in place
+    would scale the same memory more than once.
     """
     with torch.no_grad():
         for p, gradient in zip(parameters, gradients, strict=True):
@@ -460,15 +515,18 @@ def _accumulate_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -
 
 
 def leaves(tensors: Sequence[Tensor], stop: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Return the leaf tensors that require a gradient in the graph behind `tensors`, without looking behind
-    `stop`."""
+    """Return the leaf tensors that require a gradient and that `tensors` were computed from.
+
+    The search through the autograd graph goes back from `tensors` and does not go beyond the tensors in `stop`.
+    """
     return _reach(tensors, stop)[0]
 
 
 def _reach(tensors: Sequence[Tensor], stop: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """Return the leaves as `leaves` does, and whether the search met one of `stop`.
+    """Return the leaf tensors that `leaves` describes, and whether the search met a tensor of `stop`.
 
-    A place in the graph is a node and which of its outputs: two features may come out of one node.
+    A tensor is identified in the graph by its node and its number among the node's outputs, since two features
+    may be outputs of one node.
     """
     closed = {edge(t) for t in stop if t.requires_grad}
     queue = [edge(t) for t in tensors if t.requires_grad]
@@ -476,14 +534,15 @@ def _reach(tensors: Sequence[Tensor], stop: Sequence[Tensor]) -> tuple[list[Tens
 
 
 def _nested(features: Sequence[Tensor]) -> bool:
-    """Return whether a feature is computed from another."""
+    """Return whether one of the features is computed from another one."""
     closed = {edge(t) for t in features}
     behind = [e for node, _ in closed for e in node.next_functions if e[0] is not None]
     return _walk(behind, closed)[1]
 
 
 def edge(tensor: Tensor) -> tuple[Any, int]:
-    """Return where a tensor comes from: the node of the graph, and which of its outputs."""
+    """Return a tensor's place in the autograd graph: the node that made it, and its number among the node's
+    outputs."""
     node, number = get_gradient_edge(tensor)[:2]
     return node, number
 
@@ -513,10 +572,10 @@ def cosines_with_update(
     rows: Tensor,  # [m, P]
     update: Tensor | None,  # [P]
 ) -> tuple[Tensor, Tensor]:  # [m], [m]
-    """Return the update's cosine with each row, and each row's norm; from the Gramian alone where rows are
-    weighted.
+    """Return the cosine of the update with each row [m], and each row's norm [m], for the logs.
 
-    A row of zeros has cosine 0; NaN where the Gramian is not finite.
+    For an aggregator that weights rows the Gramian and the weights suffice; with `weights` None, `rows` and
+    `update` are read too. A row of zeros has cosine 0; the results are NaN where the Gramian is not finite.
     """
     norms = gramian.diagonal().sqrt()
     if weights is not None:

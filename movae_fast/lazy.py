@@ -1,7 +1,6 @@
-"""Import a module when something in it is first used, so that a process that uses none of it does not pay for
-it.
+"""Import modules at first use, so that a process that does not need them starts faster.
 
-A place is written "package.module:name".
+A place is the string "package.module:name", which says where an object is to be imported from.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ Value = TypeVar("Value")
 
 
 def resolve(place: str) -> Any:
-    """Return what is at a place, importing its module."""
+    """Import and return the object at a place "package.module:name"."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
@@ -23,10 +22,12 @@ def resolve(place: str) -> Any:
 def exports(
     package: str, names: Mapping[str, tuple[str, ...]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` of a package that exports `names` (module -> names in it).
+    """Return the functions `__getattr__` and `__dir__` for the `__init__.py` of a package that exports names of
+    its modules without importing them.
 
-    A name becomes an attribute of the package at its first use. The package imports the same names where
-    TYPE_CHECKING is true, for who reads the code without running it.
+    `names` maps a module of the package to the names that are exported from it. A name is imported and set as
+    the package's attribute at its first use. The package repeats these imports under `if TYPE_CHECKING:`, for
+    type checkers and editors.
     """
     places = {name: f"{package}.{module}:{name}" for module, inside in names.items() for name in inside}
     this = import_module(package)
@@ -43,8 +44,11 @@ def exports(
 
 @dataclass(frozen=True)
 class Later:
-    """Stand for a function at a place, imported at its first call; with `made_from`, for one that a
-    function there makes."""
+    """Call the function at a place "package.module:name", importing it at the first call.
+
+    With `made_from`, the object at the place is a factory: it is called with `made_from`, and the function that
+    it returns is called with the arguments.
+    """
 
     place: str
     made_from: tuple[Any, ...] = ()
@@ -55,7 +59,8 @@ class Later:
 
 
 class Registry(MutableMapping[str, Value]):
-    """Hold values by name, as a dict; a value that is given by its place is imported when it is looked up."""
+    """Map names to values, as a dict does, where the built-in values are given by their place
+    "package.module:name" and imported at their first look-up."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
         self.places = dict(places)
@@ -83,7 +88,8 @@ class Registry(MutableMapping[str, Value]):
         return name in self.values_by_name
 
     def built_in(self, name: str) -> bool:
-        """Return whether the name still stands for what it was given at the start."""
+        """Return whether the name still has the value that the registry was made with, and was not replaced or
+        deleted."""
         if name not in self.places or name not in self.values_by_name:
             return False
         value = self.values_by_name[name]

@@ -1,23 +1,27 @@
-"""Find the valid names nearest to a misspelt one, and print names and messages as one line."""
+"""Suggest the valid names nearest to a misspelt one, and print names and error messages as one line."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class ArgumentError(ValueError):
-    """Report a wrong argument. The message begins with the argument's name, to which the command line adds
-    the dashes."""
+    """Report a wrong argument of a function.
+
+    The message begins with the argument's name; the command line puts the dashes of a flag before it.
+    """
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return " (did you mean a, b?)" with the valid names nearest to `name`, or ""."""
+    """Return the text " (did you mean a, b?)" with up to three valid names that resemble `name`, or ""."""
     close = difflib.get_close_matches(name.lower(), list(valid), n=3, cutoff=0.4)
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
 def pick(flag: str, name: str, valid: Iterable[str]) -> str:
-    """Return the valid name that `name` spells, with dashes and case forgiven. Raises a one-line ValueError
-    if there is none."""
+    """Return the valid name that `name` spells, ignoring case, dashes and underscores.
+
+    Raises ValueError, one line that names the flag and the nearest valid names, if there is none.
+    """
     names = list(valid)
     squeezed = {"".join(c for c in n.lower() if c.isalnum()): n for n in names}
     exact = squeezed.get("".join(c for c in name.lower() if c.isalnum()))
@@ -27,17 +31,18 @@ def pick(flag: str, name: str, valid: Iterable[str]) -> str:
 
 
 def shown(text: object) -> str:
-    """Return `text`, a file's name above all, as one line that a terminal can show.
+    """Return `text`, most often a file's name, as one line that is safe to print on a terminal.
 
-    What is not printable (line ends, escape sequences, marks of writing direction, bytes that are not UTF-8) is
-    escaped as in a string of Python.
+    Characters that are not printable (line ends, escape sequences, marks of writing direction, bytes that are
+    not UTF-8) are escaped as in a Python string.
     """
     line = str(text)
     return line if line.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in line)
 
 
 def first_line(error: BaseException, otherwise: str | None = None) -> str:
-    """Return the first line of an error's message; its type's name, or `otherwise`, if it has none."""
+    """Return the first line of an error's message. If the message is empty, return `otherwise`, or the name of
+    the error's type if that is None."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip() if lines else type(error).__name__ if otherwise is None else otherwise
 

@@ -1,4 +1,4 @@
-"""Copy a function together with its code object, for torch.compile: `with_own_code`."""
+"""Copy functions so that torch.compile counts its recompilations separately for each copy: `with_own_code`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _numbers = itertools.count()
 
 
 def with_own_code(function: F) -> F:
-    """Copy a function or a bound method so that what is compiled of it is counted for this copy alone.
+    """Return a copy of a function or bound method with a code object of its own, to be compiled separately.
 
     torch.compile keeps its graphs by code object and gives up after a few recompilations of one (eight in torch
-    2.11; with fullgraph=True an error). Two models of one process that compile the same method are not a
-    recompilation of each other.
+    2.11; with fullgraph=True this is an error). With a copy each, two models in one process that compile the
+    same method do not use up each other's recompilations.
     """
     inner = getattr(function, "__func__", function)
     assert isinstance(inner, types.FunctionType)

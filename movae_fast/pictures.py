@@ -27,7 +27,10 @@ LEAST_SIDE = 64  # small images are enlarged to about this side, by whole factor
 
 
 def to_pixels(images: Tensor, scale: int | None = None) -> np.ndarray:
-    """Convert [N, C, H, W] in [0, 1] to uint8 [N, h, w, 3]; small images are enlarged by a whole factor."""
+    """Convert images [N, C, H, W] in [0, 1] to RGB pixels, uint8 [N, h, w, 3].
+
+    Images are enlarged by the whole factor `scale`; None enlarges small images to a side of about 64 pixels.
+    """
     images = images.detach().float().cpu().clamp(0, 1)
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
@@ -37,8 +40,10 @@ def to_pixels(images: Tensor, scale: int | None = None) -> np.ndarray:
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
-    """Arrange [N, C, H, W] as one picture uint8 [h, w, 3], row by row, nearly square unless `columns` is
-    given."""
+    """Arrange images [N, C, H, W] in rows as one picture uint8 [h, w, 3], with `columns` images per row.
+
+    None makes the picture nearly square. `scale` enlarges the images by a whole factor.
+    """
     pixels = to_pixels(images, scale)
     n, height, width, _ = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))
@@ -148,7 +153,8 @@ def write_png(path: Path, picture: np.ndarray) -> Path:
 
 
 def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1) -> Path:
-    """Write pictures uint8 [h, w, 3] as a GIF that loops for ever, `seconds` a frame."""
+    """Write pictures uint8 [h, w, 3] as a GIF that loops for ever and shows each for `seconds`; return
+    `path`."""
     data = iio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=int(seconds * 1000), loop=0)
     return _write(path, data)
 
@@ -174,5 +180,6 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 8, caption:
 
 
 def back_and_forth(frames: list[Any]) -> list[Any]:
-    """Return the frames forwards and then backwards, so that a loop does not jump."""
+    """Return the frames followed by the same frames in reverse, without repeating the ends, for an animation
+    that loops without a jump."""
     return frames + frames[-2:0:-1]

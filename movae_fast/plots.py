@@ -28,8 +28,11 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
-    """Plot training and test values over steps, one panel per objective; then the objectives' cosines with
-    the update, and the fraction of measured steps in conflict."""
+    """Plot a run's log lines: one panel per objective with its training and test loss over steps, then the
+    objectives' cosines with the update, and the fraction of measured steps in conflict.
+
+    path: the PNG to write; it is returned. lines: the lines of `metrics.jsonl`. names: the objectives.
+    """
     plt = pyplot()
     has_cosines = any(f"train/cos_{n}" in line for line in lines for n in names)
     fractions = {"train/conflict": "gradient", "train/step_conflict": "applied step"}
@@ -64,8 +67,11 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
 
 
 def compared_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Plot runs over each other, one colour per run and one panel per objective; then the fraction of steps
-    in conflict. Training values are lines, test values circles. `logs` has each run's lines by its name."""
+    """Plot the curves of several runs over each other, one colour per run; return `path`.
+
+    There is one panel per objective, and one for the fraction of steps in conflict. Training values are lines,
+    test values circles. logs: name of a run -> the lines of its log.
+    """
     plt = pyplot()
     keys = list(dict.fromkeys(k for lines in logs.values() for line in lines for k in line))
     names = [k.removeprefix("train/weight_") for k in keys if k.startswith("train/weight_")]
@@ -99,7 +105,11 @@ def compared_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]])
 
 
 def ladder_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
-    """Plot the KL of each rung over training, and below it alpha, with a line where a stage begins."""
+    """Plot, for a progressive ladder, the KL of each rung over steps and below it alpha; a dotted line marks
+    the start of each stage.
+
+    path: the PNG to write; it is returned. lines: the lines of `metrics.jsonl`. names: the objectives.
+    """
     plt = pyplot()
     figure, (upper, lower) = plt.subplots(
         2, 1, figsize=(7, 5), sharex=True, height_ratios=(3, 1), layout="constrained"
@@ -146,9 +156,10 @@ def evaluation_plot(
     factors: Sequence[str],
     rates_of: str = "latent",
 ) -> Path:
-    """Plot each latent's rate, and as a heat map which fraction of each factor's entropy each latent holds.
+    """Plot each latent's rate and, as a heat map, the fraction of each factor's entropy that each latent holds.
 
-    rates_of: what the rates are of, where that is no latent.
+    Either panel is left out if its values are None. `factors` names the columns of `mutual`; `rates_of` names
+    what the rates belong to, if not to latents. Returns `path`.
     """
     plt = pyplot()
     panels = (rates is not None) + (mutual is not None)
@@ -173,8 +184,12 @@ def evaluation_plot(
 
 
 def sweep_plot(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Plot each objective over the trials and against each parameter, with the best trials (or Pareto
-    front) as red diamonds."""
+    """Plot a sweep: each objective over the trials and over each searched parameter, with the best trials (or
+    the Pareto front) as red diamonds.
+
+    A row describes a trial: `number`, `params`, `values` (one per objective in `names`) and whether it is
+    `best`. Returns `path`.
+    """
     plt = pyplot()
     parameters = list(dict.fromkeys(p for row in rows for p in row["params"]))
     pairs = len(names) == 2
@@ -200,7 +215,8 @@ def sweep_plot(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any
 
 @dataclass
 class Series:
-    """Hold one run of a rate-distortion plot: a curve, or a plain run's one point."""
+    """Hold one run of a rate-distortion plot: a multi-rate model's curve, or the single point of another
+    model."""
 
     label: str
     curve: bool
@@ -209,8 +225,10 @@ class Series:
 
 
 def curve_plot(path: Path, series: Sequence[Series]) -> Path:
-    """Plot distortion over rate; over beta, D + R, active units and, where it was measured, MIG. Each label
-    has a colour."""
+    """Plot distortion over rate; then, over beta, D + R, active units and, where measured, MIG.
+
+    Series with the same label have the same colour. An oracle's optimum is a dashed line. Returns `path`.
+    """
     plt = pyplot()
     has_mig = any("mig" in p for s in series for p in s.points)
     panels = [("total", "D + R (nats)"), ("active_units", "active units"), *[("mig", "MIG")] * has_mig]
@@ -244,7 +262,7 @@ def curve_plot(path: Path, series: Sequence[Series]) -> Path:
 
 
 def mark_betas(axis: Any, points: Sequence[Mapping[str, float]], every: int = 4) -> None:
-    """Write beta beside some of a curve's points."""
+    """Write the value of beta beside every `every`-th point of a rate-distortion curve."""
     for point in points[::every]:
         axis.annotate(
             f"{point['beta']:.2g}",
@@ -258,10 +276,10 @@ def mark_betas(axis: Any, points: Sequence[Mapping[str, float]], every: int = 4)
 def response_plot(
     path: Path, betas: Sequence[float], layers: Mapping[str, Tensor], lines: int = 24, panels: int = 40
 ) -> Path:
-    """Plot gate values over beta, one panel per gated layer ([N, C] each); of a wide layer only some
-    channels, evenly spaced.
+    """Plot a multi-rate model's gate values over beta, one panel per gated layer.
 
-    Of a deep network it shows only some layers, of a wide layer only some channels, evenly spaced.
+    `layers` maps a layer's name to its gate values [number of betas, channels]. At most `panels` layers, and in
+    each at most `lines` channels, are drawn, evenly spaced. Returns `path`.
     """
     plt = pyplot()
     chosen = torch.linspace(0, len(layers) - 1, min(panels, len(layers))).round().long().tolist()
@@ -285,12 +303,12 @@ def response_plot(
 
 
 def colour(k: int) -> str:
-    """Return the colour of the k-th of several things; they begin anew after ten."""
+    """Return the colour of the k-th thing in a plot; after ten the colours repeat."""
     return PALETTE[k % len(PALETTE)]
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, set to draw without a screen and in `PALETTE`."""
+    """Return matplotlib's pyplot, set up to draw without a screen and with the colours in `PALETTE`."""
     import matplotlib
 
     matplotlib.use("Agg")

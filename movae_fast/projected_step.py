@@ -1,17 +1,17 @@
-"""Project an optimizer's step: the closest step to it that worsens no objective, to first order.
+"""Project an optimizer's step: replace it by the closest step that worsens no objective, to first order.
 
-An aggregator makes a *gradient* without conflict; the optimizer then rescales it and adds its memory, and what
-is applied may conflict again. Here the applied step itself is corrected. With the Jacobian's rows J [m, P], the
-step s that the optimizer took (parameters before minus after: momentum, second moments, decay and clipping are
-all in it) and a positive diagonal metric D, the corrected step is
+An aggregator makes a *gradient* without conflict. The optimizer then rescales it and adds its momentum, and the
+step that is applied may conflict again. This module corrects the applied step. With the Jacobian's rows J
+[m, P], the step s that the optimizer took (parameters before minus after, so that momentum, second moments,
+weight decay and clipping are all in it) and a positive diagonal metric D, the corrected step is
 
     s' = s + D J' lambda,   lambda = argmin over lambda >= 0 of 1/2 lambda' (J D J') lambda + lambda' J s,
 
 the minimiser of (x - s)' D^-1 (x - s) subject to J x >= 0: objective i falls by J_i s' >= 0, to first order.
-The guarantee is for the objectives of this batch and for the parameters that J is about; a finite step also has
-a second order, which nothing here looks at. A factor on D changes nothing. D = I corrects as little as possible
-in plain length; an optimizer's own D (Adam: 1 / (sqrt(v_hat) + eps)) as little as possible in the optimizer's
-sense of length.
+The guarantee holds for the objectives of this batch, as functions of the parameters whose gradients are the
+columns of J; second-order effects of a finite step are not considered. Multiplying D by a number changes
+nothing. D = I gives the smallest correction in Euclidean length; an optimizer's own D (Adam: 1 / (sqrt(v_hat) +
+eps)) the smallest in the length that the optimizer's scaling defines.
 """
 
 from __future__ import annotations
@@ -25,17 +25,23 @@ from torch import Tensor
 
 from movae_fast import ops
 
-# Of the projection's Gramian, relative to each row's own: small beside the cosines that it has to keep.
+# Added to the projection's Gramian, relative to each diagonal entry: small beside the cosines that count.
 REG_EPS = 1e-9
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Lay tensors end to end in a new tensor [P]: the parameters before a step, for `project_step`."""
+    """Copy tensors into one new tensor [P], flattened and end to end.
+
+    `project_step` needs the parameters in this form from before the optimizer's step.
+    """
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
 def multipliers(gramian: Tensor) -> Tensor:  # [m] float64
-    """Return lambda from the Gramian [m + 1, m + 1] of J D^(1/2) with D^(-1/2) s as its last row."""
+    """Return the multipliers lambda [m] of the projection, in float64.
+
+    `gramian` [m + 1, m + 1] has the inner products of the rows of J D^(1/2), and of D^(-1/2) s as the last row.
+    """
     m = len(gramian) - 1
     lambdas, _ = ops.step_multipliers(gramian[:m, :m], gramian[:m, m], reg_eps=REG_EPS)
     return lambdas
@@ -43,27 +49,31 @@ def multipliers(gramian: Tensor) -> Tensor:  # [m] float64
 
 @dataclass(frozen=True)
 class Columns:
-    """Hold which columns of a row this process works on, and how the processes combine their results."""
+    """Say which columns of the rows this process works on, and how the processes combine what they compute.
 
-    stretch: Callable[[Tensor], Tensor] = lambda tensor: tensor  # this process's stretch of [..., P]
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # the sum over the processes
-    gather: Callable[[Tensor], None] = lambda row: None  # fills in the others' stretches of a row [P]
+    By default one process works on all columns.
+    """
+
+    stretch: Callable[[Tensor], Tensor] = lambda tensor: tensor  # returns this process's part of [..., P]
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor  # returns the sum over the processes
+    gather: Callable[[Tensor], None] = lambda row: None  # fills in the other processes' parts of a row [P]
 
     def gramian(self, rows: Tensor) -> Tensor:  # [m, m] float64
-        """Return the Gramian of rows [m, P], each process contributing its stretch of them."""
+        """Return the Gramian of rows [m, P]: the sum over the processes of the Gramians of their stretches."""
         return self.total(ops.gramian(self.stretch(rows)))
 
 
 def correction(
     both: Tensor,  # [m + 1, P] the rows J and, last, the step s; overwritten
     roots: Tensor | None = None,  # [P] D^(1/2); overwritten
-    loss_scale: Tensor | None = None,  # [] by which the rows are too long
+    loss_scale: Tensor | None = None,  # [] factor that fp16 training has put on the rows
     columns: Columns = Columns(),
 ) -> tuple[Tensor, Tensor]:  # [P], [m] float64
-    """Return -D J' lambda, what a step's projection adds to the parameters, and lambda.
+    """Return -D J' lambda [P], which is added to the parameters to project a step, and the multipliers lambda
+    [m].
 
-    Zero where the Gramian is not finite: an overflow in fp16, whose step the loss scale left out; a product
-    with lambda = 0 would be NaN.
+    Both are zero where the Gramian is not finite. That happens when fp16 gradients overflow; the loss scaler
+    has then left the step out, and there is nothing to correct.
     """
     mine = columns.stretch(both)
     if roots is not None:
@@ -73,7 +83,7 @@ def correction(
         mine[-1] /= root
     products = columns.total(ops.gramian(mine))
     lambdas = multipliers(products)
-    change = both[-1]  # the step's place: it has been used
+    change = both[-1]  # overwrites the step, which is not needed any more
     ops.combine(mine[:-1], lambdas, out=mine[-1])
     if roots is not None:
         mine[-1] *= root
@@ -83,9 +93,10 @@ def correction(
 
 
 def step_cosines(gramian: Tensor) -> Tensor:  # [m] float64
-    """Return the cosine of a step with each row, from the Gramian [m + 1, m + 1] of the rows and the step.
+    """Return the cosine of a step with each row [m], from the Gramian [m + 1, m + 1] of the rows and, last, the
+    step.
 
-    Zero for a row of norm zero; NaN for a step of norm zero, and where the Gramian is not finite.
+    A row of zeros has cosine 0. A step of zeros, or a Gramian that is not finite, gives NaN.
     """
     norms = gramian.diagonal().sqrt()
     cosines = gramian[:-1, -1] / (norms[:-1] * norms[-1])
@@ -93,10 +104,11 @@ def step_cosines(gramian: Tensor) -> Tensor:  # [m] float64
 
 
 def has_metric(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer divides by the root of second moments that `metric_roots` finds, as Adam
-    does.
+    """Return whether the optimizer scales its step by second moments as Adam does, so that `metric_roots` can
+    read its metric.
 
-    Asked of its state after a step; before the first, of what such optimizers are told.
+    After the first step the optimizer's state is examined; before it, whether every parameter group has at
+    least two `betas`.
     """
     states = [state for state in optimizer.state.values() if state]
     if states:
@@ -110,17 +122,18 @@ def metric_roots(
     parameters: Sequence[Tensor],
     out: Sequence[Tensor],  # as parameters
 ) -> None:
-    """Write D^(1/2) of the optimizer's metric, D = 1 / (sqrt(v_hat) + eps), for each parameter into `out`.
+    """Write D^(1/2), the root of the optimizer's diagonal metric D = 1 / (sqrt(v_hat) + eps), for each
+    parameter into `out`.
 
-    v_hat is the second moment of Adam and its kin, free of its bias (with amsgrad the largest so far). For
-    Adamax D is 1 / u, u its infinity norm. Ones where there is no moment yet: before the first step.
+    v_hat is the bias-corrected second moment of Adam and its kin (with amsgrad the largest so far). For Adamax,
+    D is 1 / u with u its infinity norm. A parameter that has no moment yet, before its first step, gets ones.
     """
     group_of = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
     known: dict[int, list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}  # by group
     for p, root in zip(parameters, out, strict=True):
         state = optimizer.state.get(p, {})
         if "exp_inf" in state:
-            # A norm of 0 is that of a state whose first step was left out.
+            # The norm is 0 if all steps so far were skipped.
             torch.rsqrt(state["exp_inf"].clamp_min(1e-30), out=root)
             continue
         moment = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
@@ -132,7 +145,8 @@ def metric_roots(
         group, roots = optimizer.param_groups[number], [root for _, root, _ in members]
         torch._foreach_copy_(roots, [moment for moment, _, _ in members])
         torch._foreach_sqrt_(roots)
-        # The steps of a group's parameters are alike; 0 is a state whose first step overflowed.
+        # All parameters of a group have the same step count; it is 0 if the first step was skipped for an
+        # overflow.
         step = members[0][2].get("step", group.get("step"))
         if step is not None:
             step = torch.as_tensor(step, dtype=torch.float32, device=roots[0].device).clamp_min(1)
@@ -142,11 +156,13 @@ def metric_roots(
 
 
 def bounded(roots: Tensor, rows: Tensor, loss_scale: Tensor | None = None) -> None:
-    """Keep D^(1/2) [P] from being larger than the rows [m, P] themselves justify, in place.
+    """Lower D^(1/2) [P] in place to the value that the rows [m, P] justify.
 
-    v_hat is of aggregated gradients. Where the objectives' gradients all but cancel it is nearly zero, and D so
-    large that the whole correction would move that one coordinate, by hundreds of learning rates. Here v_hat
-    counts as at least the largest squared entry of a row. The guarantee holds for every positive D.
+    v_hat averages squares of aggregated gradients. Where the objectives' gradients nearly cancel, v_hat is
+    close to zero and D so large that the whole correction would move that single parameter, by hundreds of
+    learning rates. Here v_hat is treated as at least the largest squared entry of a row at that parameter. The
+    projection's guarantee holds for every positive D. `loss_scale` is the factor by which fp16 training has
+    scaled the rows.
     """
     steepest = rows[0].abs()
     for row in rows[1:]:
@@ -166,19 +182,20 @@ def project_step(
 ) -> Tensor:  # [m] float64
     """Correct the step that an optimizer just took, so that it worsens no objective to first order.
 
-    parameters: those that the rows are about, in the rows' order; corrected in place.
+    parameters: the parameters of the rows, in the rows' order; corrected in place.
     before: `flatten(parameters)` from before `optimizer.step()`.
     rows: each objective's gradient at the parameters, end to end (`jacobian.backward(..., return_rows=True)`).
         With gradients that are accumulated over several batches, the sum of their rows.
-    optimizer: measure the correction in this optimizer's metric (Adam, AdamW and their kin), or in plain length
-        (None).
+    optimizer: measure the correction's size in this optimizer's metric (Adam, AdamW and their kin); None
+        measures it in Euclidean length.
 
-    Returns the multipliers lambda: zero where the step was without conflict. Nothing is read on the host. See
-    the module's text for what is guaranteed. On several processes that train one model the rows have to be
-    those of all of them, as `jacobian.backward(..., group=)` returns them: then all make the same correction.
+    Returns the multipliers lambda [m], all zero where the step was without conflict. Nothing is read on the
+    host. The text of this module says what is guaranteed. If several processes train one model, the rows must
+    be averaged over all of them, as `jacobian.backward(..., group=)` returns them: then every process makes the
+    same correction.
 
-    Raises ValueError for shapes that do not fit, for a parameter given twice, and for an optimizer without
-    second moments.
+    Raises ValueError for shapes that do not fit, for a parameter that is given twice, and for an optimizer
+    without second moments.
     """
     parameters = list(parameters)
     if len({id(p) for p in parameters}) < len(parameters):

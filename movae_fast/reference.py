@@ -40,9 +40,9 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute the forward pass of a vector-quantisation layer (van den Oord et al. 2017, eq. 1-2).
 
-    Returns z_q [N, D], index [N] int64 (the given one, else the nearest code's), sq_err [N] = ||z - z_q||^2,
-    count [K] (rows that chose a code), and code_sum [K, D] (their sum, what an exponential moving average of
-    the codebook needs).
+    Returns z_q [N, D], the chosen codes; index [N] int64 (the given one, else the nearest code's); sq_err [N] =
+    ||z - z_q||^2; count [K], how many rows chose each code; and code_sum [K, D], the sum of the rows that chose
+    each code, which an exponential moving average of the codebook needs.
     """
     index = nearest_code(z, codebook) if index is None else index
     z_q = codebook[index]
@@ -77,12 +77,12 @@ def regularized_gramian(
     norm_eps: float,
     reg_eps: float,
 ) -> tuple[Tensor, Tensor]:  # [m, m], [m]
-    """Return the matrix A of the projection, and the scales S of the rows in which it is written.
+    """Return the matrix A [m, m] with which UPGrad projects, and the scales S [m] of its rows and columns.
 
     "trace" (TorchJD): A = G / tr G + reg_eps I, with zero for G / tr G where tr G < norm_eps; the scales are 1.
     "diagonal": A = S (G + reg_eps diag(G)) S with S = diag(G)^(-1/2), which is the correlation matrix plus
-    reg_eps I. Rescaling a row changes S and nothing else, as it leaves the cone { v : G v >= 0 } what it is. A
-    row of norm zero meets no other: its part of A is the identity's, its scale 1.
+    reg_eps I. Rescaling a Jacobian row changes only S, just as it leaves the cone { v : G v >= 0 } unchanged.
+    For a row of norm zero, A has the row and column of the identity, and the scale is 1.
     """
     diagonal = gramian.diagonal()
     eye = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
@@ -101,11 +101,13 @@ def complementary(
     matrix: Tensor,  # [m, m]
     offset: Tensor,  # [m]
 ) -> Tensor:  # [m]
-    """Return the w >= 0 with y = A w + q >= 0 and w y = 0, for a symmetric positive definite A and any q.
+    """Solve a linear complementarity problem: return the w >= 0 [m] with y = A w + q >= 0 and w_i y_i = 0 for
+    all i.
 
-    Principal pivoting (Judice & Pires 1994): all violations change sides at once as long as their number falls,
-    else the one of greatest index alone, which cannot cycle (Murty 1974). Signs are trusted as far as the
-    condition of A lets them be. Raises ArithmeticError if they do not settle.
+    `matrix` is A, symmetric positive definite; `offset` is q. The method is principal pivoting (Judice & Pires
+    1994): all entries of the wrong sign change sides at once as long as their number falls, else only the one
+    of greatest index, which cannot cycle (Murty 1974). A sign counts as wrong only beyond the rounding error
+    that the condition of A implies. Raises ArithmeticError if no solution is reached.
     """
     m = len(offset)
     values = torch.linalg.eigvalsh(matrix)
@@ -142,8 +144,11 @@ def project_rows(
     reg_eps: float,
     regularizer: Regularizer,
 ) -> Tensor:  # [rows, m]
-    """Return for each u the v of least v' A v with v >= u (Quinton & Rey 2024, eq. 5), the dual of
-    projecting a row onto the cone."""
+    """Return, for each row of u, the v that minimises v' A v subject to v >= u (Quinton & Rey 2024, eq. 5).
+
+    A is the regularized Gramian. This is the dual of projecting the weighted sum of gradients, with weights u,
+    onto the dual cone.
+    """
     matrix, scales = regularized_gramian(gramian, regularizer, norm_eps, reg_eps)
     least = [x / scales for x in u]
     return torch.stack([scales * (x + complementary(matrix, matrix @ x)) for x in least])
@@ -156,8 +161,8 @@ def project_weights(
     reg_eps: float,
     regularizer: Regularizer,
 ) -> Tensor:  # [m]
-    """Return UPGrad's weights (Quinton & Rey 2024, section 3): each row is projected by itself, then the
-    results are summed."""
+    """Return UPGrad's weights (Quinton & Rey 2024, section 3): each objective's gradient, times its preference,
+    is projected onto the dual cone on its own, and the results are added."""
     return project_rows(pref.clamp_min(0).diag(), gramian, norm_eps, reg_eps, regularizer).sum(0)
 
 
@@ -166,10 +171,11 @@ def step_multipliers(
     slopes: Tensor,  # [m] J s
     reg_eps: float,
 ) -> Tensor:  # [m]
-    """Return the lambda >= 0 with which s + D J' lambda is the step closest to s that worsens no objective.
+    """Return the multipliers lambda >= 0 [m] for which s + D J' lambda is the step closest to s that worsens no
+    objective.
 
-    Closest in the inverse of the metric D: min (x - s)' D^-1 (x - s) subject to J x >= 0, whose dual is
-    min 1/2 lambda' J D J' lambda + lambda' J s over lambda >= 0.
+    Distance is measured in the inverse of the metric D: min (x - s)' D^-1 (x - s) subject to J x >= 0, whose
+    dual is min 1/2 lambda' J D J' lambda + lambda' J s over lambda >= 0. `gramian` is J D J', `slopes` is J s.
     """
     matrix, scales = regularized_gramian(gramian, "diagonal", 0.0, reg_eps)
     return scales * complementary(matrix, scales * slopes)
@@ -179,8 +185,11 @@ def pcgrad(
     gramian: Tensor,  # [m, m]
     order: Tensor,  # [m, m] int64
 ) -> Tensor:  # [m]
-    """Return the weights of gradient surgery (Yu et al. 2020, algorithm 1), with row i projected against
-    the others in the order order[i]."""
+    """Return the weights of gradient surgery (PCGrad, Yu et al. 2020, algorithm 1).
+
+    Gradient i is projected against the other gradients in the order given by `order[i]`, a permutation of the
+    objectives' numbers.
+    """
     weights = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
     for i, met in enumerate(order.tolist()):
         for j in met:
@@ -201,11 +210,12 @@ def gramian_weights(
     epsilon: float = 1e-3,
     max_iters: int = 100,
 ) -> Tensor:  # [m]
-    """Return the weights of an aggregator that needs the Gramian alone, by TorchJD's own classes.
+    """Return the weights of an aggregator that needs the Gramian alone, as TorchJD's own classes compute them.
 
-    They are the definition: Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al.
-    2021), MGDA (Sener & Koltun 2018). PCGrad is written out here, since TorchJD's draws its own order. `pref`
-    is Aligned-MTL's, `order` PCGrad's, `c` and `norm_eps` CAGrad's, `epsilon` and `max_iters` MGDA's.
+    They serve as the definition of Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu
+    et al. 2021) and MGDA (Sener & Koltun 2018). PCGrad is written out in `pcgrad`, since TorchJD's class draws
+    its order at random. Arguments by method: `pref` for Aligned-MTL, `order` for PCGrad, `c` and `norm_eps` for
+    CAGrad, `epsilon` and `max_iters` for MGDA.
     """
     import torchjd.aggregation as jd  # the other functions here do without TorchJD
 
@@ -242,10 +252,16 @@ def log_importance_weights(
     """Return log W[i, j], the weight of posterior q(.|x_j) in the estimate of q(z_i) (Chen et al. 2018,
     appendix C).
 
+    With a batch of M and a training set of N examples (`n_data`):
+
     "mws", minibatch-weighted sampling: 1 / (N M) everywhere, biased.
     "mss", minibatch-stratified sampling: 1/N for the example itself, (N - M + 1) / (N (M - 1)) for one other
-    fixed position, 1 / (M - 1) elsewhere; each row sums to one, unbiased. Published code that fills a column
-    instead of the diagonal gives the example's own posterior the wrong weight in every row but the first.
+        fixed position, 1 / (M - 1) elsewhere; each row sums to one, unbiased.
+
+    Published code that fills a column instead of the diagonal gives the example's own posterior the wrong
+    weight in every row but the first.
+
+    Raises ValueError for "mss" with a batch of 1. `like` sets dtype and device.
     """
     if estimator == "mws":
         return torch.full((batch, batch), -math.log(n_data * batch), dtype=like.dtype, device=like.device)
@@ -283,7 +299,7 @@ def code_error(
     codebook: Tensor,  # [K, D]
     index: Tensor,  # [N] int64
 ) -> Tensor:  # [N]
-    """Return ||z - codebook[index]||^2, differentiable in both."""
+    """Return ||z - codebook[index]||^2 [N], differentiable with respect to both z and the codebook."""
     return (z - codebook[index]).square().sum(1)
 
 
@@ -299,8 +315,8 @@ def rotation_trick(
     z: Tensor,  # [N, D]
     z_q: Tensor,  # [N, D]
 ) -> Tensor:  # [N, D]
-    """Return z_q as z rotated and scaled by a matrix without gradient, through which z receives its own
-    (Fifty et al. 2024).
+    """Return z_q, computed as z times a rotation and a scale through which no gradient flows, so that z
+    receives the gradient of z_q rotated back and rescaled (Fifty et al. 2024).
 
     With e = z / |z|, q = z_q / |z_q| and r = (e + q) / |e + q|: z_q = |z_q| / |z| (I - 2 r r' + 2 q e') z.
     """
@@ -318,10 +334,11 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,  # [B]
     ignored: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [], [B]
-    """Return the cross-entropy of softmax(hidden weight') summed over the batch, and each sentence's, in nats.
+    """Return the cross-entropy of softmax(hidden weight') in nats: its sum over the batch, and that of each
+    sentence [B].
 
-    A sentence's is the sum over its tokens whose target is not `ignored`; the batch's sum counts sentence b
-    `sample_weight[b]` times.
+    A sentence's cross-entropy is the sum over those tokens whose target is not `ignored`. In the batch's sum
+    sentence b counts `sample_weight[b]` times. The values by sentence carry no gradient.
     """
     log_p = torch.log_softmax(hidden @ weight.T, dim=2)  # [B, T, V]
     kept = target != ignored

@@ -1,9 +1,8 @@
 """Define everything that changes with the step: the learning rate, the KL's weight and capacity, the stages of
 a ladder.
 
-All of it is a pure function of the 0-based step, so that a resumed run goes on in the middle of a schedule bit
-for bit. The trainer evaluates it outside the step that is compiled or recorded, and hands over the numbers as
-the contents of tensors.
+Every schedule is a pure function of the 0-based step, so that a resumed run continues it bit for bit. The
+trainer evaluates schedules outside the compiled or recorded step, and passes their values in as tensors.
 """
 
 from __future__ import annotations
@@ -19,10 +18,12 @@ KLAnnealing = Literal["linear", "sigmoid", "cosine"]
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Return the factor on the learning rate: linear warm-up, then the schedule over the remaining steps.
+    """Compute the factor on the learning rate at a 0-based step: linear warm-up, then the schedule over the
+    remaining steps.
 
-    `unit` steps in a row have the factor of their first one: 1, or an epoch's steps. "epoch_cosine" warms up by
-    steps and then changes with the epoch: the first epoch behind the warm-up has 1, the last one `least`.
+    Called with the step. The factor changes every `unit` steps (1, or an epoch's steps) and is constant in
+    between. "epoch_cosine" warms up by steps and then changes with the epoch: the first epoch after the warm-up
+    has factor 1, the last one `least`.
     """
 
     schedule: Literal["none", "cosine", "epoch_cosine", "multi_step"]
@@ -52,14 +53,14 @@ class LearningRate:
 
 
 def restarted(factor: Factor, steps: int) -> Factor:
-    """Start a schedule anew every `steps` steps."""
+    """Return a schedule that starts `factor` anew every `steps` steps."""
     return lambda step: factor(step % steps)
 
 
 @dataclass(frozen=True)
 class Cycles:
-    """Return the factor of cyclic annealing (Fu et al. 2019), which rises from `least` to `most` in each
-    cycle."""
+    """Compute the factor of cyclic annealing at a 0-based step (Fu et al. 2019): it rises from `least` to
+    `most` in each cycle."""
 
     mode: KLAnnealing
     steps: int  # of a stage
@@ -79,9 +80,11 @@ class Cycles:
 
 
 def annealing_by_epoch(kind: Literal["monotonic", "cyclic"], steps: int, steps_per_epoch: int) -> Factor:
-    """Return a factor that rises from 0 to 1 over the epochs of a stage of `steps` steps.
+    """Return a factor on the KL's weight that rises from 0 to 1, changes once per epoch, and restarts with each
+    stage of `steps` steps.
 
-    "monotonic" rises over the first 30 % of the epochs and stays; "cyclic" rises over half of each of 4 cycles.
+    "monotonic" rises over the first 30 % of the stage's epochs and then stays at 1; "cyclic" has 4 cycles and
+    rises over the first half of each.
     """
     cycles, ratio = (1, 0.3) if kind == "monotonic" else (4, 0.5)
     epochs = Cycles("linear", math.ceil(steps / steps_per_epoch), cycles, 0.0, 1.0, ratio)
@@ -90,8 +93,8 @@ def annealing_by_epoch(kind: Literal["monotonic", "cyclic"], steps: int, steps_p
 
 @dataclass(frozen=True)
 class Warmup:
-    """Return the factor on the KL's weight that rises linearly from `least` to 1, once (Vahdat & Kautz
-    2020)."""
+    """Compute the factor on the KL's weight at a 0-based step: it rises linearly from `least` to 1, once
+    (Vahdat & Kautz 2020)."""
 
     constant: float  # steps before it rises
     rising: float  # steps in which it would rise from 0
@@ -107,8 +110,8 @@ class Warmup:
 
 @dataclass(frozen=True)
 class LogLinear:
-    """Return a weight that goes from `first` to `last` on a logarithmic scale, as a factor goes from 0 to
-    1."""
+    """Compute a weight at a 0-based step that moves from `first` to `last` on a logarithmic scale while
+    `factor` goes from 0 to 1."""
 
     first: float
     last: float
@@ -121,8 +124,8 @@ class LogLinear:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Return the KL's capacity in nats (Burgess et al. 2018), which grows linearly from 0 to `most` in
-    `steps` steps."""
+    """Compute the KL's capacity in nats at a 0-based step (Burgess et al. 2018): it grows linearly from 0 to
+    `most` over `steps` steps."""
 
     most: float
     steps: int
@@ -133,7 +136,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class LossSchedule:
-    """Hold how the loss changes with the step; by default not at all."""
+    """Hold the schedules that change the loss with the step; with the defaults nothing changes."""
 
     anneal_steps: int = 0  # steps in which the weight of the dimension-wise KL rises to its full size
     kl_factor: Factor | None = None  # on the KL's weight; None is always 1
@@ -142,13 +145,15 @@ class LossSchedule:
     penalty: Factor | None = None  # the weight of the model's penalty; None is no penalty
 
     def dwkl_factor(self, step: int) -> float:
-        """Return what the weight of the dimension-wise KL is multiplied by: from 1 / anneal_steps to 1."""
+        """Return the factor on the weight of the dimension-wise KL at a 0-based step: it rises from 1 /
+        anneal_steps to 1."""
         return min((step + 1) / max(self.anneal_steps, 1), 1.0)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Hold the stages `first` to `last` of a progressive ladder, of `steps` steps each."""
+    """Describe the training of a progressive ladder: stages `first` to `last`, each of `steps` steps, each
+    adding a rung."""
 
     first: int
     last: int
@@ -162,15 +167,16 @@ class Stages:
         return self.steps * (self.last - self.first + 1)
 
     def stage(self, step: int) -> int:
-        """Return the stage that a step belongs to."""
+        """Return the number of the stage that a 0-based step belongs to."""
         return min(self.first + step // self.steps, self.last)
 
     def since(self, step: int) -> int:
-        """Return the number of steps since that stage began."""
+        """Return how many steps before `step` its stage began."""
         return step - (self.stage(step) - self.first) * self.steps
 
     def alpha(self, step: int) -> float:
-        """Return how far the newest rung has faded in, from 0 to 1; the first stage fades nothing in."""
+        """Return how far the newest rung has faded in at a step, from 0 to 1; in stage 1 no rung fades in, and
+        it is 1."""
         if self.fade_in == 0 or self.stage(step) == 1:
             return 1.0
         return min(1.0, self.since(step) / self.fade_in)
@@ -180,5 +186,5 @@ class Stages:
         return self.since(step) == 0
 
     def ends(self, done: int) -> bool:
-        """Return whether a stage is over once `done` steps are done."""
+        """Return whether a stage has just ended when `done` steps have been taken."""
         return done % self.steps == 0 and 0 < done <= self.total

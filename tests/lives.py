@@ -1,4 +1,4 @@
-"""Commands in processes of their own that begin with torch imported, so that hundreds of them are affordable.
+"""Commands and functions in processes of their own that begin with torch imported: hundreds are affordable.
 
 A process can be made to kill itself at its n-th operation on a file of a folder, or to find from there on that
 the disk is full; its limits can be lowered; or it is killed from outside.
@@ -12,6 +12,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 OPERATIONS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -40,15 +42,20 @@ class Fate:
             raise OSError(self.error, os.strerror(self.error), str(args[0]))
 
 
-def live(words, log, environment, fate, limits):
-    """The process: `movae WORDS` with its output in `log`."""
+def undrawn():
+    """Have runs of this process end without figures, which most tests do not look at."""
+    from movae_fast.cli import train
+
+    train.draw_run = lambda run, tag: None
+
+
+def live(words, log, environment, fate, limits, before):
+    """The process: `movae WORDS` with its output in `log`, after `before()`."""
     os.setsid()  # its own processes end with it, in `end`
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    import torch
-
     from movae_fast.cli import main
 
     torch.set_num_threads(1)
@@ -59,6 +66,8 @@ def live(words, log, environment, fate, limits):
             value += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(name, (value, value))
     try:
+        if before is not None:
+            before()
         status = main(words)
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -70,12 +79,18 @@ def live(words, log, environment, fate, limits):
     os._exit(status)
 
 
-def start(words, log, environment=None, fate=None, limits=None):
+def start(words, log, environment=None, fate=None, limits=None, before=None):
+    """Start `movae WORDS`; `before`, a function of a module, is called in the process first."""
     given = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(environment or {})}
     words = [*map(str, words)]
-    process = _context.Process(target=live, args=(words, str(log), given, fate, limits or {}))
+    process = _context.Process(target=live, args=(words, str(log), given, fate, limits or {}, before))
     process.start()
     return process
+
+
+def ranks(function, *args, processes=2):
+    """Run `function(rank, *args)`, of a module, in each process; the first error ends them and is raised."""
+    torch.multiprocessing.start_processes(function, args, processes, start_method="forkserver")
 
 
 def ready():

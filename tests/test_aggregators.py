@@ -7,6 +7,7 @@ import torch
 import torchjd.aggregation as jd
 
 from movae_fast import ops
+from movae_fast.aggregation.catalog import argument_kinds, checked_options
 from movae_fast.aggregation.registry import (
     AGGREGATORS,
     NEED_TWO_BATCHES,
@@ -92,16 +93,16 @@ def test_parameters_are_checked():
         make_aggregator("pcgrad", 2, {"c": 1})
     with pytest.raises(ValueError, match="its parameters are weights"):
         make_aggregator("constant", 2)
-    with pytest.raises(ValueError, match="--agg_args of mgda"):
+    with pytest.raises(ValueError, match=r"--agg_args.max_iters 0: mgda takes a whole number from 1"):
         make_aggregator("mgda", 2, {"max_iters": 0})
 
 
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("mgda", {"max_iters": -1}, "--agg_args.max_iters -1: mgda takes a whole number from 0 to 1,000,000"),
+        ("mgda", {"max_iters": -1}, "--agg_args.max_iters -1: mgda takes a whole number from 1 to 1,000,000"),
         ("mgda", {"max_iters": 2.0}, "--agg_args.max_iters 2.0: mgda takes a whole number"),
-        ("mgda", {"epsilon": -1.0}, "--agg_args.epsilon -1.0: mgda takes a finite number, zero or more"),
+        ("mgda", {"epsilon": -1.0}, "--agg_args.epsilon -1.0: mgda takes a finite number above 0"),
         ("cagrad", {"norm_eps": float("inf")}, "--agg_args.norm_eps inf: cagrad takes a finite number"),
         ("cagrad", {"c": float("nan")}, "--agg_args.c nan"),
         ("cagrad", {"c": "0.5"}, "--agg_args.c 0.5: cagrad takes a finite number"),
@@ -109,16 +110,54 @@ def test_parameters_are_checked():
         ("aligned_mtl", {"scale_mode": "most"}, "takes one of min, median, rmse"),
         ("constant", {"weights": [1.0, float("nan"), 1.0]}, "constant takes a list of finite numbers"),
         ("constant", {"weights": [1.0]}, "does not take the rows of 3 objectives"),
-        ("crmogm", {"weighting": "mean"}, "weighting mean: unknown"),
+        ("crmogm", {"weighting": "mean"}, "crmogm takes one of upgrad, dualproj, aligned_mtl,"),
         ("krum", {"n_byzantine": 1}, "does not take the rows of 3 objectives"),
         ("krum", {"n_selected": 4}, "does not take the rows of 3 objectives"),
         ("trimmed_mean", {"trim_number": 2}, "does not take the rows of 3 objectives"),
-        ("pcd", {"tau": 2}, "--agg_args of pcd"),
+        ("pcd", {"tau": 2}, "--agg_args.tau 2: pcd takes a number from 0 to 1"),
     ],
 )
 def test_what_no_step_could_use_is_refused_at_once(name, args, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_runs(name, 3, args)
+
+
+# Of each kind of number its ends, what lies beside them, and the middle.
+WHOLE, REAL = [0, 1, 2, 3, 4], [0, 0.01, 0.5, 1, 1.5]
+
+
+def trials(name):
+    """Yield arguments of an aggregator, each with a value at an end of its range or beside it."""
+    kinds = argument_kinds(name)
+    if name == "constant":
+        yield from ({"weights": [1.0] * count} for count in range(1, 5))
+        return
+    yield {}
+    for key, kind in kinds.items():
+        if kind is str:
+            yield from ({key: inner} for inner in [*AGGREGATORS, "nosuch"] if inner != "crmogm")
+        elif kind in (int, float):
+            yield from ({key: value} for value in (WHOLE if kind is int else REAL))
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_what_is_known_of_an_aggregators_arguments_is_what_its_class_says(name, m):
+    """It is refused without torch exactly if the class, or its first step, refuses it."""
+    matrix = torch.eye(m, m + 1) + 0.1
+    for args in trials(name):
+        try:
+            options = checked_options(name, m, args)
+            known = True
+        except ValueError:
+            options, known = args | ({"n_tasks": m} if name == "nash_mtl" else {}), False
+        try:
+            aggregator = AGGREGATORS[name](**options)
+            aggregate(aggregator, matrix, ops.gramian(matrix))
+            takes = True
+        except (ValueError, TypeError, AttributeError, KeyError):
+            takes = False
+        assert known == takes, f"{name} {args}: {'taken' if known else 'refused'} by its flags"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from movae_fast.cli import main, parsing, train
+from movae_fast.cli.flags.train import build_parser
 from movae_fast.training.checkpoint import load
 from tests import datafiles
 
@@ -630,3 +631,24 @@ def test_cifar_100_is_not_cifar_10(place, parsed, undrawn):
     assert movae("train --dataset cifar-100 --latent_dims 2 --max_filters 8") == 0
     (run,) = (place / "runs" / "cifar100" / "torch_vae" / "sum").iterdir()
     assert load(run / "checkpoints" / "last.pt")["config"]["dataset"] == "cifar100"
+
+
+def test_a_parser_forgets_the_line_before():
+    """It is built once per process."""
+    first = parsing.parse(build_parser(), [], {})
+    line = ["--lr=0.5", "--hidden_dims=[1,2]", "--loss_weights.kl=3"]
+    other = parsing.parse(build_parser(), line, {"epochs": 3, "betas": [0.5, 0.6], "arch": "vq_vae"})
+    assert (other["lr"], other["epochs"], other["betas"], other["arch"]) == (0.5, 3, [0.5, 0.6], "vq_vae")
+    for value in [*first.values(), *other.values()]:
+        if isinstance(value, list):
+            value.append("changed by whoever got it")
+    with pytest.raises(ValueError, match="--epochs"):
+        parsing.parse(build_parser(), ["--epochs=x"], {"lr": 7.0})
+    again = parsing.parse(build_parser(), [], {})
+    assert again == parsing.parse(rebuilt(), [], {})
+    assert again["lr"] != 0.5
+
+
+def rebuilt():
+    parsing._built.cache_clear()
+    return build_parser()

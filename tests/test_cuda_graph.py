@@ -24,6 +24,7 @@ from movae_fast.training.precision import Precision
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.train_step import StepMetrics, TrainStep, why_not_captured
 from movae_fast.training.world import World
+from tests import lives
 from tests.host_reads import NoHostRead
 
 SHAPE = (3, 32, 32)
@@ -435,7 +436,7 @@ def _ranks(rank, folder):
 
 
 def test_the_exchanges_of_two_processes_are_part_of_the_recording(tmp_path):
-    torch.multiprocessing.spawn(_ranks, (str(tmp_path),), nprocs=2)
+    lives.ranks(_ranks, str(tmp_path))
 
 
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -7,12 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
 
+from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
 from movae_fast.training.logs import read_lines
+from movae_fast.training.train_step import TrainStep
+from tests import lives
 
 COMMON = [
     *("--dataset", "digits", "--image_size", "16", "--latent_dim", "4", "--hidden_dims", "8", "8"),
@@ -21,44 +25,42 @@ COMMON = [
 ]
 
 
-STARTED: list[subprocess.Popen] = []
+STARTED: list[BaseProcess] = []
 
 
 @pytest.fixture(autouse=True)
 def _none_left():
     yield
-    for process in STARTED:
-        process.kill()
-        process.wait()
+    lives.end(STARTED)
     STARTED.clear()
 
 
-def start(folder, *flags, ranks=1, port=None, command=None):
-    """The processes of one run; each writes what it says to a file of its own."""
-    if port is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+def start(folder, *flags, ranks=1, before=lives.undrawn):
+    """The processes of one run; each writes what it says to a file of its own, and calls `before()` first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+        env = {}
         if ranks > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        words = command or [sys.executable, "-m", "movae_fast", "train"]
         where = [] if "--resume" in flags else [*COMMON, "--exp_dir", str(folder)]
-        with open(folder.parent / f"{folder.name}.{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen([*words, *where, *flags], env=env, stdout=log, stderr=subprocess.STDOUT)
-            )
+        words = ["train", *where, *flags]
+        processes.append(lives.start(words, said(folder, rank), env, before=before))
     STARTED.extend(processes)
     return processes
 
 
+def said(folder, rank):
+    return folder.parent / f"{folder.name}.{rank}.log"
+
+
 def finish(folder, processes, status=0):
     for rank, process in enumerate(processes):
-        said = folder.parent / f"{folder.name}.{rank}.log"
-        assert process.wait(timeout=180) == status, said.read_text()
+        process.join(180)
+        assert process.exitcode == status, said(folder, rank).read_text()
 
 
 def run(folder, *flags, ranks=1, status=0):
@@ -162,24 +164,25 @@ def test_skipped_steps_and_averages_on_two_ranks(tmp_path):
         assert x["test/loss"] == pytest.approx(y["test/loss"], rel=1e-4)
 
 
+def poison():
+    """On the second rank, make the third step's loss infinite, with a gradient that is finite."""
+    lives.undrawn()
+    call, count = LossVector.__call__, 0
+
+    def poisoned(self, *args):
+        nonlocal count
+        values = call(self, *args)
+        count += torch.is_grad_enabled()
+        bad = os.environ.get("RANK") == "1" and torch.is_grad_enabled() and count == 3
+        return (values[0] + (torch.inf if bad else 0), *values[1:])
+
+    LossVector.__call__ = poisoned
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_skips_on_all(tmp_path):
-    code = """
-import os, sys, torch
-from movae_fast.cli import main
-from movae_fast.objectives import LossVector
-call, count = LossVector.__call__, 0
-def poisoned(self, *args):
-    global count
-    values = call(self, *args)
-    count += torch.is_grad_enabled()
-    bad = os.environ.get("RANK") == "1" and torch.is_grad_enabled() and count == 3
-    return (values[0] + (torch.inf if bad else 0), *values[1:])  # the gradient is finite
-LossVector.__call__ = poisoned
-raise SystemExit(main(["train", *sys.argv[1:]]))
-"""
     folder = tmp_path / "run"
     flags = "--agg sum --steps 6 --log_every 6 --skip_grad_norm 1e9 --batch_size 16".split()
-    finish(folder, start(folder, *flags, ranks=2, command=[sys.executable, "-c", code]))
+    finish(folder, start(folder, *flags, ranks=2, before=poison))
     lines = read_lines(folder / "metrics.jsonl")
     assert sum(line.get("train/skipped_steps", 0) for line in lines) == 1
     state = checkpoint.load(folder / "checkpoints" / "last.pt")
@@ -246,30 +249,28 @@ def test_multi_rate_betas_on_two_ranks(tmp_path, flags):
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
 
 
-WATCHED = """
-import sys, torch
-from movae_fast.training.train_step import TrainStep
-original = TrainStep.__call__
-def call(self, x, step, *args):
-    record = original(self, x, step, *args)
-    flat = self.flat.data
-    other = flat.clone()
-    torch.distributed.broadcast(other, 0)
-    assert torch.equal(flat, other), f"rank {self.world.rank} is apart after step {step}"
-    print("same", step, flush=True)
-    return record
-TrainStep.__call__ = call
-from movae_fast.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+def watch():
+    """After every step, compare the parameters with those of the first rank."""
+    lives.undrawn()
+    original = TrainStep.__call__
+
+    def call(self, x, step, *args):
+        record = original(self, x, step, *args)
+        flat = self.flat.data
+        other = flat.clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(flat, other), f"rank {self.world.rank} is apart after step {step}"
+        print("same", step, flush=True)
+        return record
+
+    TrainStep.__call__ = call
 
 
 @pytest.mark.parametrize("agg", ["sum", "upgrad"])
 def test_parameters_are_the_same_bits_on_all_ranks_after_every_step(tmp_path, agg):
     folder = tmp_path / "run"
     flags = ["--agg", agg, "--batch_size", "32", "--optimizer", "adam", "--max_grad_norm", "0.5"]
-    command = [sys.executable, "-c", WATCHED, "train"]
-    finish(folder, start(folder, *flags, "--epochs", "2", ranks=2, command=command))
+    finish(folder, start(folder, *flags, "--epochs", "2", ranks=2, before=watch))
     assert (tmp_path / "run.1.log").read_text().count("same") == 10
 
 
@@ -283,9 +284,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
     a, b = (read_lines(f / "metrics.jsonl") for f in (part, through))
     assert [line["step"] for line in a] == [line["step"] for line in b]
     assert a[-1]["test/loss"] == pytest.approx(b[-1]["test/loss"], rel=1e-5)
-    refused = start(part, "--resume", str(part), "--epochs", "4", ranks=3)
-    for process in refused:
-        assert process.wait(timeout=120) == 2
+    finish(part, start(part, "--resume", str(part), "--epochs", "4", ranks=3), status=2)
     assert "cannot be divided among 3 processes" in (tmp_path / "part.0.log").read_text()
 
 
@@ -303,18 +302,19 @@ def test_one_rank_killed_ends_the_other_with_a_message(tmp_path):
     wait_for_steps(folder, 5)
     processes[1].kill()
     started = time.monotonic()
-    assert processes[0].wait(timeout=60) == 1
+    processes[0].join(60)
+    assert processes[0].exitcode == 1
     assert time.monotonic() - started < 60
-    said = (tmp_path / "run.0.log").read_text()
-    assert "another process of this run ended" in said
-    assert f"movae train --resume {folder}" in said
+    message = said(folder, 0).read_text()
+    assert "another process of this run ended" in message
+    assert f"movae train --resume {folder}" in message
 
 
 def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path):
     folder = tmp_path / "run"
     processes = start(folder, "--agg", "upgrad", "--batch_size", "32", "--epochs", "2000", ranks=2)
     wait_for_steps(folder, 5)
-    processes[1].send_signal(signal.SIGTERM)
+    os.kill(processes[1].pid, signal.SIGTERM)
     finish(folder, processes, status=128 + signal.SIGTERM)
     step = checkpoint.load(folder / "checkpoints" / "last.pt")["position"]["step"]
     assert step >= read_lines(folder / "metrics.jsonl")[-1]["step"] >= 5
@@ -323,8 +323,21 @@ def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path):
 def test_torchrun_starts_a_run(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "movae_fast", "train"]
-    finish(folder, start(folder, "--batch_size", "32", "--epochs", "1", command=command))
+    command += [
+        "-m",
+        "movae_fast",
+        "train",
+        *COMMON,
+        "--exp_dir",
+        folder,
+        "--batch_size",
+        "32",
+        "--epochs",
+        "1",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     lines = read_lines(folder / "metrics.jsonl")
     assert lines[-1]["step"] == 5  # 320 images, 64 a step
     assert json.dumps(lines)

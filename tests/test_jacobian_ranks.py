@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from movae_fast import jacobian
 from movae_fast.aggregation import PCGrad, UPGrad
+from tests import lives
 
 STEPS = 3
 
@@ -128,7 +129,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_step_as_one_on_the_union_of_their_batches(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    lives.ranks(_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     local = [found.pop("local") for found in (first, second)]
     for name, parameters in first.items():

@@ -1,10 +1,7 @@
 """kill -9 in the middle of an epoch, then --resume: as if it had never happened."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 from movae_fast.training import checkpoint
 from movae_fast.training.logs import TIMING_KEYS
+from tests import lives
 
 FLAGS = (
     "--dataset digits --image_size 16 --hidden_dims 8 8 --latent_dim 4 --epochs 3 --batch_size 20 "
@@ -21,16 +19,12 @@ FLAGS = (
 
 
 def start(folder, *flags):
-    command = [sys.executable, "-m", "movae_fast", "train", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return lives.start(["train", *flags], folder / "log", before=lives.undrawn)
 
 
-def finish(process):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out.decode()
+def finish(folder, process):
+    process.join(300)
+    assert process.exitcode == 0, (folder / "log").read_text()
 
 
 def lines(folder):
@@ -45,22 +39,21 @@ def lines(folder):
 )
 def test_kill_9_then_resume(tmp_path, flags):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(tmp_path, *FLAGS, *flags.split(), "--exp_dir", str(whole)))
+    finish(tmp_path, start(tmp_path, *FLAGS, *flags.split(), "--exp_dir", str(whole)))
     process = start(tmp_path, *FLAGS, *flags.split(), "--exp_dir", str(killed))
     metrics = killed / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         # 75 steps an epoch: kill in the middle of the second one.
         if metrics.exists() and any('"step": 9' in line for line in metrics.read_text().splitlines()):
             break
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    lives.end([process])
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     position = checkpoint.load(killed / "checkpoints" / "last.pt")["position"]
     assert position["epoch"] == 1
     assert 0 < position["batch"] < 75
-    finish(start(tmp_path, "--resume", str(killed)))
+    finish(tmp_path, start(tmp_path, "--resume", str(killed)))
     assert lines(killed) == lines(whole)
     ends = [checkpoint.load(f / "checkpoints" / "last.pt")["model"] for f in (whole, killed)]
     assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())

@@ -15,7 +15,7 @@ from movae_fast.cli import COMMANDS
 
 ROOT = Path(movae_fast.__file__).parent
 # Layer -> the layers of this package that it may import.
-LEAVES = {"choices", "exchange", "files", "lazy", "names", "own_code", "reference"}
+LEAVES = {"bounds", "choices", "exchange", "files", "lazy", "names", "own_code", "reference"}
 IN_TRAINING = {
     "ops",
     "nn",
@@ -28,9 +28,11 @@ IN_TRAINING = {
     "data",
 }
 ALLOWED = {
-    "__init__": set(),
+    "__init__": {"api", "version"},
     "__main__": {"cli", *LEAVES},
+    "bounds": set(),
     "choices": set(),
+    "version": set(),
     "exchange": set(),
     "files": set(),
     "lazy": set(),
@@ -48,11 +50,14 @@ ALLOWED = {
     "objectives": {"ops", "nn", "models", "schedules", *LEAVES},
     "data": {*LEAVES},
     "training": {*IN_TRAINING, *LEAVES},
-    "evaluation": {"training", *IN_TRAINING, *LEAVES},
-    "sweeps": {"evaluation", "training", *IN_TRAINING, *LEAVES},
-    "pages": {"evaluation", "training", "pictures", "plots", *IN_TRAINING, *LEAVES},
+    "priors": {"training", *IN_TRAINING, *LEAVES},
+    "evaluation": {"priors", "training", *IN_TRAINING, *LEAVES},
+    "sweeps": {"evaluation", "priors", "training", *IN_TRAINING, *LEAVES},
+    "pages": {"evaluation", "priors", "training", "pictures", "plots", *IN_TRAINING, *LEAVES},
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
+    "run_pictures": {"evaluation", "training", *IN_TRAINING, "pictures", "plots", *LEAVES},
+    "api": {"run_pictures", "evaluation", "training", *IN_TRAINING, "pictures", "plots", "version", *LEAVES},
 }
 # A search does not follow the link to the kernels.
 FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")})

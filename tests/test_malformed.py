@@ -9,8 +9,8 @@ import pytest
 
 from movae_fast.cli import main, parsing, train
 from movae_fast.cli.errors import shortened
-from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.sweeps.study import Study
+from movae_fast.training.yaml_file import read_yaml
 from tests import malformed
 
 # So many apart, the lines and files of the quick tests; the slow ones take all.

@@ -349,3 +349,32 @@ def test_compiled_whole_it_trains_as_in_eager(name: str) -> None:
 def test_bad_options_are_named(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rotation_trick": False, "commitment_weight": 0.3}, {"kmeans_init": True}]
+)
+def test_residuals_that_are_computed_again_change_nothing(options):
+    """Against the levels called one after the other, which a mask of all vectors asks for."""
+    torch.manual_seed(0)
+    layers = [
+        ResidualVQ(dim=6, num_quantizers=3, codebook_size=(16, 8, 8), threshold_ema_dead_code=1, **options)
+        for _ in range(2)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    everything = torch.ones(3, 2000, dtype=torch.bool)
+    for step in range(3):
+        torch.manual_seed(step)
+        x, upstream, factors = torch.randn(3, 2000, 6), torch.randn(3, 2000, 6), torch.rand(3)
+        results = []
+        for layer, mask in zip(layers, (None, everything), strict=True):
+            torch.manual_seed(step)
+            leaf = x.clone().requires_grad_()
+            out, index, losses = layer(leaf, mask=mask)
+            (grad,) = torch.autograd.grad((out * upstream).sum() + 10 * (losses * factors).sum(), leaf)
+            results.append((out.detach(), index, losses.detach(), grad))
+        assert torch.equal(results[0][1], results[1][1])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        for name, value in layers[0].state_dict().items():
+            torch.testing.assert_close(value, layers[1].state_dict()[name], rtol=1e-5, atol=1e-6)

@@ -16,6 +16,7 @@ from movae_fast import ops
 from movae_fast.nn import VectorQuantizer
 from movae_fast.nn.codebook import snapshot
 from movae_fast.nn.vector_quantizer import UNSUPPORTED, UNSUPPORTED_IN_FORWARD
+from tests import lives
 from tests.host_reads import NoHostRead
 
 ROWS, DIM, CODES, STEPS = 96, 8, 20, 50
@@ -234,7 +235,7 @@ def test_batches_without_a_row_do_not_wear_the_codebook_off(name: str) -> None:
 
 
 def test_one_row_of_a_process_starts_them_both(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_start_rank, (str(tmp_path),), nprocs=2)
+    lives.ranks(_start_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert [state["started"] for state in first] == [False, True]
     for mine, theirs in zip(first, second, strict=True):
@@ -385,7 +386,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_processes_train_as_one_on_the_union_of_their_batches(tmp_path: Path) -> None:
     pytest.importorskip("vector_quantize_pytorch")
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    lives.ranks(_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for config in SHARED:
         options = CONFIGS[config]

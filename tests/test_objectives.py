@@ -153,7 +153,8 @@ def test_weights_and_factors_are_functions_of_the_step_alone():
 
 def test_every_model_s_objectives_have_a_term():
     ladder = build_model("vlae", (1, 64, 64), "tanh", {"num_ladders": 4, "hidden_dim": 4, "fc_dim": 8})
-    named = {name for model in MODELS.values() for name in model.objectives} | set(ladder.objectives)
+    signs = build_model("vq_vae", (1, 16, 16), "tanh", {"quantizer": "lfq"})
+    named = {name for model in (*MODELS.values(), ladder, signs) for name in model.objectives}
     assert named <= OBJECTIVES.keys()
     assert {name for name in OBJECTIVES.keys() - named if not name.startswith("kl_")} == set()
 

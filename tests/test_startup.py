@@ -26,6 +26,7 @@ from movae_fast.evaluation import metric_names
 from movae_fast.evaluation.disentanglement import METRICS
 from movae_fast.models import INFO, MODELS, NO_OPTIONS, VAE, GaussianVAE, ModelInfo, model_info, model_options
 from movae_fast.names import nearest
+from movae_fast.training.limits import check_device
 
 HEAVY = ("torch", "torchvision", "torchjd", "cvxpy", "numpy", "scipy", "matplotlib", "rich", "tensorboard")
 # Answered without any of HEAVY: the line, and a part of the answer.
@@ -62,6 +63,14 @@ ANSWERED = {
     "train --agg upgrad --agg_args.c 1": "upgrad has no such parameter",
     "train --agg mgda --agg_args.max_iters -1": "a whole number",
     "train --agg krum --pref_weights 1 2": "krum has no preference",
+    "train --agg pcd --agg_args.tau 2": "pcd takes a number from 0 to 1",
+    "train --agg krum": "does not take the rows of 2 objectives",
+    "train --agg crmogm --agg_args.weighting krum": "krum does not take the rows of 2 objectives",
+    "train --agg crmogm --agg_args.weighting mean": "crmogm takes one of upgrad",
+    "train --device cpu:7": "there is one CPU device",
+    "train --device tpu": "unknown or not supported",
+    "evaluate run --device cuda:0x": "unknown or not supported",
+    "sweep --config provlae --device cuda:128": "at most 127",
     "train --gramian_every 5": "need an aggregator",
     "train --export twice.yaml": "exists and is not overwritten",
     "train --resume auto": "needs --exp_dir",
@@ -70,6 +79,12 @@ ANSWERED = {
     "evaluate run --samples 3": "must be at least 100",
     "curve run --betas 0": "must be at least 1",
     "curve": "which runs",
+    "encode": "which model",
+    "encode run --split valid": "--split valid",
+    "encode run --beta 0": "must be positive",
+    "prior": "which model",
+    "prior run": "which kind of prior",
+    "prior run --kind gmm --width 64": "--width does not apply to gmm",
     "sample run --n_samples 0": "must be at least 1",
     "sample run --config nope": "no such file or recipe",
     "generate --model x": "outdir",
@@ -79,6 +94,21 @@ ANSWERED = {
     "sweep --config nope": "no such file or sweep",
     "sweep --config sweep.yaml": "search: lr",
 }
+
+
+BAD_DEVICES = [
+    "cuda:128",
+    "cuda:300",
+    "cpu:",
+    "cuda:",
+    "cuda:01",
+    "cuda:-1",
+    "cuda: 1",
+    "CPU",
+    "5",
+    "meta",
+    "tpu",
+]
 
 
 def started(code, *words, cwd=None):
@@ -141,6 +171,22 @@ def test_an_answer_takes_little_time(line):
     assert min(cpu_seconds(line) for _ in range(2)) < 1.5
 
 
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", "cpu:1", "cuda", "cuda:3", "cuda:127", *BAD_DEVICES])
+def test_devices_are_written_as_torch_writes_them(name):
+    """Of the kinds that movae trains on; a number that torch would wrap around is refused."""
+    try:
+        device = torch.device(name)
+        known = device.type in ("cpu", "cuda") and f"{device.type}:{device.index}".startswith(name)
+        known &= device.type == "cuda" or not device.index
+    except RuntimeError:
+        known = False
+    try:
+        check_device(name)
+        assert known, f"{name} is taken"
+    except ValueError:
+        assert not known, f"{name} is refused"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ANSWERED)
 def test_an_answer_takes_less_than_seven_tenths_of_a_second(line):
@@ -195,7 +241,7 @@ def test_what_is_known_of_a_model_is_what_its_class_says(arch):
     info, model = INFO[arch], MODELS[arch]
     assert model_info(arch) is info
     known = inspect.signature(model.__init__).parameters
-    assert model_options(arch) == [n for n in known if n not in NO_OPTIONS]
+    assert sorted(model_options(arch)) == sorted(n for n in known if n not in NO_OPTIONS)
     told = ("beta_objective", "recons_reduction", "default_activation", "has_features")
     for name in (*told, "latents", "default_decoder_gate", "warms_up"):
         assert getattr(model, name) == getattr(info, name), name

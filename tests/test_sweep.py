@@ -376,7 +376,11 @@ def test_the_sweeps_and_the_recipes_beside_them_are_valid():
     for name in sweep_names():
         spec, stem = read_sweep(name)
         make_study(SweepFlags(name), spec, stem)
-    names = [n for n in parsing.recipe_names() if n.startswith(("provlae/", "mrvae/", "nvae/", "text/"))]
+    names = [
+        n
+        for n in parsing.recipe_names()
+        if n.startswith(("provlae/", "mrvae/", "nvae/", "text/", "quantizers/", "priors/fashion_mnist"))
+    ]
     assert len([n for n in names if n.startswith("provlae/")]) == 9
     for name in names:
         values = parsing.read_config(name, kinds)

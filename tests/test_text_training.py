@@ -1,10 +1,7 @@
 """Training on text by the command line, and what it prints afterwards."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from movae_fast.cli import main
 from movae_fast.models.lstm_vae import make_text_multirate
 from movae_fast.objectives import LossVector, kl_standard_normal
 from movae_fast.training.train_step import TrainStep
+from tests import lives
 from tests.test_lstm_vae import PAD, model_of, sentences
 
 TINY = (
@@ -121,25 +119,29 @@ def test_a_run_goes_on_bit_for_bit(text_run, flags):
     assert [line for line in lines_of(whole) if "test/loss" in line][-1] == lines_of(part)[-1]
 
 
-@pytest.mark.parametrize("agg", ["sum", "upgrad"])
+@pytest.mark.parametrize("agg", ["sum --aggressive --aggressive_steps 3 --aggressive_window 1", "upgrad"])
 def test_two_processes_train_as_one(text_run, corpus, tmp_path, agg):
-    """Dropout included. Rests of a bucket are filled up, so that every draw of noise has one size."""
+    """Dropout and steps of the encoder alone included.
+
+    Rests of a bucket are filled up, so that every draw of noise has one size.
+    """
     flags = f"--agg {agg} --optimizer sgd --lr 0.1 --last_batch pad --pad_multiple 4"
     alone = text_run(flags, "--batch_size 8", name="alone")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     words = f"--dataset text --data_dir {corpus} {TINY} {flags} --exp_dir {tmp_path / 'both'}".split()
-    meeting = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "movae_fast", "train", *words],
-            env={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
+        lives.start(
+            ["train", *words],
+            tmp_path / f"{rank}.log",
+            {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            before=lives.undrawn,
         )
         for rank in (0, 1)
     ]
-    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    assert lives.wait(processes, 500) == [0, 0], (tmp_path / "0.log").read_text()
     one, both = weights(alone), weights(tmp_path / "both")
     for name, value in one.items():
         assert (value - both[name]).norm() <= 1e-5 * value.norm(), name
@@ -148,6 +150,19 @@ def test_two_processes_train_as_one(text_run, corpus, tmp_path, agg):
     )
     assert mine[-1]["test/reconstruction"] == pytest.approx(theirs[-1]["test/reconstruction"], rel=1e-3)
     assert mine[-1]["test/reconstruction"] < mine[0]["test/reconstruction"]
+
+
+def test_what_a_run_finds_of_its_corpus_is_no_flag(text_run, tmp_path, capsys):
+    """It stands in config.yaml, of which a new run can be made, on another corpus too."""
+    folder = text_run("--steps 2")
+    written = (folder / "config.yaml").read_text()
+    assert "vocabulary_size: 23" in written
+    assert "corpus_digest: " in written
+    again = f"train --config {folder}/config.yaml --limit_train 20 --exp_dir {tmp_path / 'again'}".split()
+    assert main(again) == 0
+    capsys.readouterr()
+    assert main(["train", "--vocabulary_size", "30"]) == 2
+    assert "no such flag" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_another_corpus(text_run, corpus, capsys):
@@ -166,7 +181,7 @@ def test_a_run_does_not_go_on_with_another_corpus(text_run, corpus, capsys):
         ("--image_size 32", "--image_size is a setting of images"),
         ("--recons_dist bernoulli", "--recons_dist is a setting of images"),
         ("--dataset digits --arch vae --pad_multiple 4", "--pad_multiple is a setting of text"),
-        ("--compile default", "does not take an LSTM"),
+        ("--compile default", "would unroll an LSTM"),
         ("--gramian_batch 0.5 --agg upgrad", "--gramian_batch does not apply to text"),
         ("--accumulate 2", "add --last_batch pad"),
         ("--multirate --gate_decoder sigmoid", "--gate_decoder: the gates of lstm_vae"),
@@ -217,11 +232,58 @@ def test_sentences_are_printed_and_kept(text_run, capsys):
     assert "vocab.txt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate {}", "curve {}"])
-def test_commands_for_images_refuse_a_run_on_text(text_run, tmp_path, capsys, command):
-    folder = text_run("--steps 2", "--preset multirate --hidden_dim 8 --multirate")
+# --- movae evaluate and movae curve ---------------------------------------------------------------------------
+
+
+def test_evaluate_measures_a_run_on_text(text_run, capsys):
+    folder = text_run("--steps 12 --dropout_in 0 --dropout_out 0")
     capsys.readouterr()
-    assert main([*command.format(folder).split(), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert "is text" in error
-    assert error.count("\n") == 1
+    command = f"evaluate {folder} --iw 20 --iw_images 5 --batch_size 4 --seed 1 --device cpu".split()
+    assert main(command) == 0
+    assert "iw perplexity 20" in capsys.readouterr().out
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())["figures"]
+    last = lines_of(folder)[-1]
+    assert metrics["loss"] == pytest.approx(last["test/loss"], rel=1e-5)  # the same draws, in the same batches
+    assert metrics["distortion"] + metrics["rate"] == pytest.approx(metrics["negative_elbo"])
+    assert metrics["rate"] == pytest.approx(metrics["kl"], rel=1e-4)  # not an estimate
+    # 27 sentences of three lengths in batches of 4: three batches each.
+    assert (metrics["sentences"], metrics["mi_batch"]) == (27, 3)
+    assert 0 < metrics["iw_nll_20"] < metrics["negative_elbo"] + 20
+    assert main([*command, "--metrics", "images"]) == 2
+    assert main([*command, "--oracle"]) == 2
+    assert "a run on lstm_text" in capsys.readouterr().err
+
+
+def test_a_curve_on_text_has_at_one_beta_what_evaluate_finds_there(text_run, tmp_path, capsys):
+    flags = "--preset multirate --hidden_dim 8 --embedding_dim 8 --latent_dim 3 --epochs 4"
+    multirate, plain = text_run(flags, "--multirate", name="m"), text_run(flags, "--beta 0.5", name="p")
+    capsys.readouterr()
+    out = tmp_path / "curve"
+    command = f"curve {multirate} {plain} --betas 3 --batch_size 20 --device cpu --out {out}".split()
+    assert main(command) == 0
+    content = json.loads((out / "curve.json").read_text())
+    assert content["likelihood"] == "categorical"
+    curve, point = (run["points"] for run in content["runs"])
+    assert [p["beta"] for p in curve] == pytest.approx([0.01, 10**-0.5, 0.5, 10])
+    assert [p["beta"] for p in point] == [0.5]
+    assert main(f"evaluate {multirate} --beta 0.5 --metrics elbo --device cpu".split()) == 0
+    metrics = json.loads((multirate / "evaluation" / "metrics.json").read_text())["figures"]
+    assert curve[2]["rate"] == pytest.approx(metrics["rate"], rel=1e-5)
+    assert curve[2]["distortion"] == pytest.approx(metrics["distortion"], rel=0.03)  # other draws of z
+    assert curve[0]["rate"] != pytest.approx(curve[3]["rate"], rel=1e-3)
+    assert (out / "curve.png").exists()
+    # All rows at once, or a few: the same draws, and no sentence sees another.
+    again = [*command[:-1], str(tmp_path / "again")]
+    again[again.index("20")] = "500"
+    assert main(again) == 0
+    other = json.loads((tmp_path / "again" / "curve.json").read_text())["runs"][0]["points"]
+    for one, two in zip(curve, other, strict=True):
+        assert one["distortion"] == pytest.approx(two["distortion"], rel=1e-5)
+
+
+def test_runs_on_other_corpora_share_no_axes(text_run, corpus, tmp_path, capsys):
+    one = text_run("--steps 1", name="one")
+    (corpus / "train.txt").write_text("another dog\n" * 30)
+    two = text_run("--steps 1", name="two")
+    assert main(["curve", str(one), str(two), "--device", "cpu"]) == 2
+    assert "the run began on another corpus" in capsys.readouterr().err

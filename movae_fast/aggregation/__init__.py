@@ -1,4 +1,4 @@
-"""Aggregate the rows of a Jacobian to one update."""
+"""Provide the aggregators that run on the fused ops: modules that turn a Jacobian [m, P] into an update [P]."""
 
 from typing import TYPE_CHECKING
 

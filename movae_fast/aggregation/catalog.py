@@ -1,9 +1,9 @@
-"""Aggregators by name, with their parameters by keyword: every one that TorchJD offers.
+"""List the aggregators by name, with their parameters: every one that TorchJD offers.
 
 A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, …), plus `jd_sum` for its Sum and
-`sum` (or None) for the ordinary backward of the summed loss, which needs no Jacobian.
+`sum` (or None) for an ordinary backward pass of the summed loss, which needs no Jacobian.
 
-Neither torch nor TorchJD is imported before an aggregator is made: names and parameters are checked without.
+Neither torch nor TorchJD is imported before an aggregator is made, so names and parameters are checked fast.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from movae_fast.bounds import Bounds
 from movae_fast.choices import STRICT_REG_EPS, Regularizer
 from movae_fast.names import nearest
 
@@ -74,9 +75,6 @@ def _constant(weights: Sequence[float]) -> Aggregator:
 
 
 def _crmogm(weighting: str = "upgrad", alpha: float = 0.9, cone: Mapping[str, Any] | None = None) -> Aggregator:
-    able = [n for n in AGGREGATORS if weights_by_gramian(n) and n != "crmogm"]
-    if weighting not in able:
-        raise ValueError(f"weighting {weighting}: unknown{nearest(weighting, able)}; valid: {', '.join(able)}")
     takes_cone = "cone" in inspect.signature(AGGREGATORS[weighting]).parameters
     inner = AGGREGATORS[weighting](**({"cone": cone} if takes_cone else {}))
     return _torchjd(
@@ -125,7 +123,7 @@ def _nash_mtl(
 ) -> Aggregator:
     import warnings
 
-    # cvxpy tells of the formulation at every solve; it is TorchJD's, and nothing a user can act on.
+    # cvxpy warns about the formulation at every solve; it is TorchJD's, and users cannot change it.
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not DPP")
     return _torchjd("NashMTL", n_tasks, max_norm, update_weights_every, optim_niter)
 
@@ -173,23 +171,38 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "trimmed_mean": _trimmed_mean,
 }
 
-# Those that run where the rows are and read nothing on the host; the rest are TorchJD's.
+# Aggregators that run on the rows' device and read nothing on the host; the rest are TorchJD's.
 FUSED = ("upgrad", "dualproj", "aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad")
 
-# Those that project onto the dual cone, and so have a regularizer.
+# Aggregators that project onto the dual cone, and so have a regularizer.
 CONES = ("upgrad", "dualproj", "crmogm")
 
-# TorchJD's weightings that want two independent mini-batches a step: on one, they lose what they are for.
+# TorchJD's weightings that need two independent mini-batches per step; with one their guarantees are lost.
 NEED_TWO_BATCHES = ("modo", "sdmgrad")
 
-MOST_WHOLE = 1_000_000  # of an aggregator's whole numbers: rounds of a solver, rows, steps
+MOST_WHOLE = 1_000_000  # largest value of an aggregator's integer options, such as iterations of a solver
+
+# Of an aggregator's numbers, all of them zero or more, those that have less room, as their classes say. TorchJD
+# would say it too, after the seconds that importing it takes.
+BOUNDS = {
+    ("crmogm", "alpha"): Bounds(0, 1),
+    ("excess_mtl", "robust_step_size"): Bounds(0, above=True),
+    ("gradvac", "beta"): Bounds(0, 1),
+    ("krum", "n_selected"): Bounds(1, MOST_WHOLE),
+    ("mgda", "epsilon"): Bounds(0, above=True),
+    ("mgda", "max_iters"): Bounds(1, MOST_WHOLE),
+    ("nash_mtl", "update_weights_every"): Bounds(1, MOST_WHOLE),
+    ("nash_mtl", "optim_niter"): Bounds(1, MOST_WHOLE),
+    ("pcd", "tau"): Bounds(0, 1),
+    ("pcd", "beta"): Bounds(0, 1, below=True),
+}
 
 # Set by the trainer rather than by a flag: the preference has its own flag, the rest follow from the run.
 _NOT_FLAGS = ("pref_vector", "cone", "n_tasks")
 
 
 def aggregator_args(name: str) -> list[str]:
-    """Return the names that `--agg_args.<name>` accepts for this aggregator."""
+    """Return the parameters of the aggregator `name` that a user can set as `--agg_args.<parameter>`."""
     parameters = inspect.signature(AGGREGATORS[name]).parameters
     return [p for p in parameters if p not in _NOT_FLAGS]
 
@@ -203,10 +216,10 @@ def checked_options(
     reg_eps: float = STRICT_REG_EPS,
     regularizer: Regularizer | None = None,
 ) -> dict[str, Any]:
-    """Return what makes the aggregator `name` for m objectives, its preference as numbers.
+    """Check the settings of the aggregator `name` for m objectives; return the keyword arguments that make it.
 
-    The arguments are those of `registry.make_aggregator`. Raises ValueError for a parameter or a preference
-    that the aggregator does not have.
+    The arguments are those of `registry.make_aggregator`; a preference is returned as a list of numbers. Raises
+    ValueError for a parameter or a preference that the aggregator does not have, or a value out of range.
     """
     known = inspect.signature(AGGREGATORS[name]).parameters
     kinds = argument_kinds(name)
@@ -233,39 +246,74 @@ def checked_options(
         options["n_tasks"] = m
     if missing := [k for k in kinds if known[k].default is inspect.Parameter.empty and k not in options]:
         raise ValueError(f"--agg {name} needs --agg_args.{missing[0]}; its parameters are {', '.join(kinds)}")
+    check_rows(name, m, {k: options.get(k, known[k].default) for k in kinds})
     return options
 
 
+def check_rows(name: str, m: int, args: Mapping[str, Any]) -> None:
+    """Raise ValueError for an aggregator that does not take the rows of m objectives; `args` are all of its."""
+    if name == "crmogm":
+        inner = args["weighting"]
+        kinds = argument_kinds(inner)
+        parameters = inspect.signature(AGGREGATORS[inner]).parameters
+        check_rows(inner, m, {k: parameters[k].default for k in kinds})
+    reason = ""
+    if name == "krum":
+        least = max(args["n_byzantine"] + 3, args["n_selected"])
+        reason = f"it needs {least} or more (n_byzantine + 3 and n_selected)" if m < least else ""
+    elif name == "trimmed_mean":
+        least = 2 * args["trim_number"] + 1
+        reason = f"it needs {least} or more (2 * trim_number + 1)" if m < least else ""
+    elif name == "constant":
+        count = len(args["weights"])
+        reason = f"its weights are {count}" if m != count else ""
+    elif name == "nash_mtl" and m == 1:
+        reason = "it bargains between two or more"
+    if reason:
+        raise ValueError(f"--agg {name} does not take the rows of {m} objectives: {reason}")
+
+
 def argument_kinds(name: str) -> dict[str, Any]:
-    """Return the type of each argument that `aggregator_args` lists."""
+    """Return the annotated type of each parameter that `aggregator_args` lists."""
     factory = AGGREGATORS[name]
     parameters = inspect.signature(factory).parameters
-    # The types of these arguments alone: those of others name classes of torch, which is not imported.
+    # Resolve the types of these arguments only: others' types name classes of torch, which is not imported.
     wanted = SimpleNamespace(__annotations__={key: parameters[key].annotation for key in aggregator_args(name)})
     return typing.get_type_hints(wanted, getattr(factory, "__globals__", None))
 
 
 def checked_argument(name: str, key: str, value: Any, kind: Any) -> Any:
-    """Return an aggregator's argument if it is of its kind; all their numbers are finite and not negative."""
-    options = typing.get_args(kind) or (kind,)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    """Return the value of an aggregator's parameter `key` if it has the type `kind` and lies in its range.
+
+    Raises ValueError otherwise.
+    """
+    options, near = typing.get_args(kind) or (kind,), ""
     if typing.get_origin(kind) is typing.Literal:
         fits, wanted = value in options, f"one of {', '.join(options)}"
-    elif kind is str:
-        fits, wanted = isinstance(value, str), "a name"
+    elif kind is str:  # the name of an aggregator that weights rows by their Gramian
+        able = [n for n in AGGREGATORS if weights_by_gramian(n) and n != "crmogm"]
+        fits, wanted, near = value in able, f"one of {', '.join(able)}", nearest(str(value), able)
     elif typing.get_origin(kind) is Sequence:
         numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) for v in value)
         fits, wanted = numbers and all(math.isfinite(v) for v in value), "a list of finite numbers"
     else:
         whole = int in options and float not in options
-        inside = number and 0 <= value < math.inf
-        if whole:
-            inside = isinstance(value, int) and inside and value <= MOST_WHOLE
-        fits = inside or (value is None and type(None) in options)
-        wanted = f"a whole number from 0 to {MOST_WHOLE:,}" if whole else "a finite number, zero or more"
+        bounds = BOUNDS.get((name, key), Bounds(0, MOST_WHOLE) if whole else Bounds(0))
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        fits = (number and not bounds.refusal(value)) or (value is None and type(None) in options)
+        wanted = range_in_words(bounds, whole)
     if not fits:
-        raise ValueError(f"--agg_args.{key} {value}: {name} takes {wanted}")
+        raise ValueError(f"--agg_args.{key} {value}{near}: {name} takes {wanted}")
     return value
+
+
+def range_in_words(bounds: Bounds, whole: bool) -> str:
+    """Return what a number within the bounds is called."""
+    if whole:
+        return f"a whole number from {bounds.least} to {bounds.most:,}"
+    if math.isinf(bounds.most):
+        return "a finite number above 0" if bounds.above else "a finite number, zero or more"
+    return f"a number from {bounds.least:g} to {'below ' if bounds.below else ''}{bounds.most:g}"
 
 
 def weights_rows(name: str) -> bool:

@@ -1,5 +1,5 @@
-"""Give the aggregators of this package their common base: float64 Gramians, computed on the rows' device,
-without host reads."""
+"""Define the base classes of this package's aggregators: float64 Gramians and weights, computed on the rows'
+device without host reads."""
 
 from typing import Any
 
@@ -11,13 +11,16 @@ from movae_fast import ops
 
 
 class GramianWeighting(Weighting):
-    """Compute weights from a Gramian [m, m], in its dtype, with or without a preference [m]."""
+    """Compute an aggregator's weights [m] from a Gramian [m, m], in the Gramian's dtype.
+
+    pref_vector: the preference [m], or None for methods without one and for equal preferences.
+    """
 
     _preference: Tensor | None
 
     def __init__(self, pref_vector: Tensor | None) -> None:
         super().__init__()
-        # A buffer, so that it follows the module to another device; not a part of its state.
+        # A buffer, so that it moves with the module to another device, but not a part of its state.
         self.register_buffer("_preference", None, persistent=False)
         self.pref_vector = pref_vector
 
@@ -36,13 +39,14 @@ class GramianWeighting(Weighting):
         self._preference = value
 
     def of_rows(self, matrix: Tensor) -> Tensor:
-        """Return the weights [m] float64 of a Jacobian [m, P]."""
+        """Return the weights [m] float64 for a Jacobian `matrix` [m, P]: the Gramian is computed first, or in
+        the same op."""
         raise NotImplementedError
 
 
 class RowsWeighting(Weighting):
-    """Wrap `GramianWeighting.of_rows` as TorchJD's aggregators expect it: the weights [m] in the rows'
-    dtype."""
+    """Adapt `GramianWeighting.of_rows` to TorchJD, whose aggregators expect a module that returns the weights
+    [m] of a Jacobian in the rows' dtype."""
 
     def __init__(self, weighting: GramianWeighting) -> None:
         super().__init__()
@@ -51,7 +55,7 @@ class RowsWeighting(Weighting):
     @torch.no_grad()
     def forward(self, matrix: Tensor, /) -> Tensor:
         inner = self.weighting
-        if hooked(inner):  # somebody wants to see the Gramian's weighting called
+        if hooked(inner):  # a hook on the inner weighting has to see it called
             return inner(ops.gramian(matrix)).to(matrix.dtype)
         return inner.of_rows(matrix).to(matrix.dtype)
 
@@ -61,13 +65,16 @@ def hooked(module: torch.nn.Module) -> bool:
 
 
 class FusedAggregator(GramianWeightedAggregator):
-    """Return the update [P] of a Jacobian [m, P], in its dtype. Weights are NaN where the Gramian is not
-    finite."""
+    """Aggregate a Jacobian [m, P] to the update [P], in the Jacobian's dtype, with the weights of a
+    `GramianWeighting`.
+
+    The weights, and so the update, are NaN if the Gramian is not finite.
+    """
 
     gramian_weighting: GramianWeighting
 
     def __init__(self, weighting: GramianWeighting) -> None:
-        # Past GramianWeightedAggregator's own, which computes the Gramian in the rows' dtype.
+        # Skip GramianWeightedAggregator.__init__, whose weighting computes the Gramian in the rows' dtype.
         WeightedAggregator.__init__(self, RowsWeighting(weighting))
         self.gramian_weighting = weighting
 
@@ -75,7 +82,7 @@ class FusedAggregator(GramianWeightedAggregator):
         inner = self.gramian_weighting
         if hooked(self.weighting) or hooked(inner):
             return super().forward(matrix)
-        # Straight to the ops: the modules' calls would take a quarter of the time of a small Jacobian.
+        # Call the ops directly: calls of the modules would take a quarter of the time of a small Jacobian.
         matrix = matrix.detach()
         return ops.combine(matrix, inner.of_rows(matrix))
 
@@ -85,7 +92,8 @@ class FusedAggregator(GramianWeightedAggregator):
 
 
 def preference() -> Any:
-    """Return a property that reads and writes the weighting's preference through the aggregator."""
+    """Return the property `pref_vector` of an aggregator, which reads and sets the preference of its
+    weighting."""
 
     def read(self: FusedAggregator) -> Tensor | None:
         return self.gramian_weighting.pref_vector
@@ -97,7 +105,7 @@ def preference() -> Any:
 
 
 def preference_suffix(pref_vector: Tensor | None) -> str:
-    """Return a preference as TorchJD's `str` of an aggregator shows it: two digits, without trailing zeros."""
+    """Return a preference as text, as TorchJD shows it in `str(aggregator)`: "([0.5, 1.])", or "" for None."""
     if pref_vector is None:
         return ""
     return f"([{', '.join(f'{value:.2f}'.rstrip('0') for value in pref_vector.tolist())}])"

@@ -1,6 +1,6 @@
-"""Make aggregators by name: every one that TorchJD offers, with its parameters by keyword.
+"""Make and use aggregators by name: every one that TorchJD offers, with its parameters by keyword.
 
-`catalog` has the names and their parameters. TorchJD is imported with the first aggregator that is made.
+The names and parameters are listed in `catalog`. TorchJD is imported when the first aggregator is made.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ def make_aggregator(
 ) -> jd.Aggregator:
     """Make the aggregator `name` for m objectives.
 
-    `norm_eps`, `reg_eps` and `regularizer` are those of the projection onto the dual cone (UPGrad, DualProj;
-    see `ops.project_weights`). The defaults are strict: "diagonal", 1e-6. TorchJD's own are "trace", 1e-4 and
-    1e-4; a norm_eps, which is a threshold of the trace, means "trace" by itself. Raises ValueError for a
-    parameter or a preference that the aggregator does not have, and ImportError's remedy where a solver is
-    missing.
+    args: its parameters by name. pref_weights: its preference, m numbers; None for equal ones. norm_eps,
+    reg_eps, regularizer: settings of the projection onto the dual cone (UPGrad, DualProj; see
+    `ops.project_weights`). The default is strict: regularizer "diagonal" with reg_eps 1e-6. TorchJD's own
+    settings are "trace", 1e-4 and 1e-4. A norm_eps above 0, which is a threshold on the trace, implies "trace"
+    if no regularizer is given.
+
+    Raises ValueError for a parameter or a preference that the aggregator does not have, and, with the command
+    to install it, for a solver that is missing.
     """
     options = checked_options(name, m, args, pref_weights, norm_eps, reg_eps, regularizer)
     if "pref_vector" in options:
@@ -79,8 +82,10 @@ def make_aggregator(
 
 
 def check_runs(name: str, m: int, args: Mapping[str, Any] | None = None, **options: Any) -> None:
-    """Raise ValueError for an aggregator that cannot be made for m objectives (see `make_aggregator`), or that
-    refuses their rows: some of TorchJD's ask for a number of them."""
+    """Make the aggregator `name` and try it once on rows of m objectives; raise ValueError if that fails.
+
+    Some of TorchJD's aggregators need a certain number of rows. `options` are those of `make_aggregator`.
+    """
     aggregator = make_aggregator(name, m, args, **options)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         rows = torch.eye(m, m + 1) + 0.1
@@ -92,7 +97,8 @@ def check_runs(name: str, m: int, args: Mapping[str, Any] | None = None, **optio
 
 
 def is_fused(aggregator: nn.Module | None) -> bool:
-    """Return whether an aggregator runs where the rows are and reads nothing on the host; False without one."""
+    """Return whether an aggregator is one of this package's, which run on the rows' device without host reads;
+    False for None."""
     if aggregator is None:
         return False
     from movae_fast.aggregation.fused import FusedAggregator
@@ -101,7 +107,8 @@ def is_fused(aggregator: nn.Module | None) -> bool:
 
 
 def is_weighting(aggregator: nn.Module) -> bool:
-    """Return whether the aggregator weights rows by their Gramian alone."""
+    """Return whether the aggregator's update is a weighted sum of rows whose weights depend on the Gramian
+    alone."""
     import torchjd.aggregation as jd
 
     return isinstance(aggregator, jd.GramianWeightedAggregator)
@@ -112,9 +119,9 @@ def aggregate(
     rows: Tensor,  # [m, P]
     gramian: Tensor,  # [m, m] float64
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the update [P] and, where the aggregator weights rows, its weights [m].
+    """Return the update [P] and, if the aggregator weights rows, its weights [m]; else None for the weights.
 
-    A weighting that sees only the Gramian gets the float64 one.
+    An aggregator whose weights depend on the Gramian alone is given the float64 `gramian`.
     """
     import torchjd.aggregation as jd
 
@@ -128,7 +135,8 @@ def aggregate(
 
 
 def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the state that an aggregator keeps between steps, per module: plain values, tensors, tuples."""
+    """Return what an aggregator remembers between steps, for a checkpoint: the attributes of each of its
+    modules, as plain values, tensors and tuples."""
     state: dict[str, dict[str, Any]] = {}
     for path, module in aggregator.named_modules():
         kept: dict[str, Any] = {}
@@ -148,7 +156,7 @@ def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:
 def load_aggregator_state(
     aggregator: nn.Module, state: Mapping[str, Mapping[str, Any]], device: torch.device | str = "cpu"
 ) -> None:
-    """Put back what `aggregator_state` took, for rows on `device`."""
+    """Restore the state that `aggregator_state` returned, with its tensors on `device`."""
     modules = dict(aggregator.named_modules())
     for path, kept in state.items():
         module = modules[path]

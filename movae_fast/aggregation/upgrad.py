@@ -1,10 +1,10 @@
-"""Provide UPGrad and DualProj with TorchJD's interface, on the fused ops: usable wherever TorchJD accepts an
-aggregator.
+"""Provide UPGrad and DualProj with TorchJD's interface, computed by the fused ops; usable wherever TorchJD
+accepts an aggregator.
 
 Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization" (https://arxiv.org/abs/2406.16232): the
-update is the weighted sum of the Jacobian's rows that conflicts with none of them. TorchJD computes the
-Gramian in the rows' dtype and solves m quadratic programs one by one on the host. Here the Gramian is float64,
-the projection runs where the rows are, and nothing is read on the host.
+update is a weighted sum of the Jacobian's rows that conflicts with none of them. TorchJD computes the Gramian
+in the rows' dtype and solves m quadratic programs one by one on the host. Here the Gramian is float64, the
+projection runs on the rows' device, and nothing is read on the host.
 
 The defaults are TorchJD's, whose regularizer is relative to the Gramian's trace: a row much shorter than the
 longest is hardly protected. `UPGrad.strict()` and `DualProj.strict()` regularize each row by its own norm.
@@ -28,10 +28,11 @@ from movae_fast.ops.project_weights import Mode, check_options
 
 @dataclass(frozen=True, kw_only=True)
 class FusedProjector(DualConeProjector):
-    """Project for TorchJD's own classes: `torchjd.aggregation.UPGrad(projector=FusedProjector())`.
+    """Project weights onto the dual cone for TorchJD's own aggregators:
+    `torchjd.aggregation.UPGrad(projector=FusedProjector())`.
 
-    norm_eps, reg_eps: as `torchjd.linalg.QuadprogProjector` has them; regularizer: what they are relative to;
-        see `ops.project_weights`.
+    norm_eps, reg_eps: as in `torchjd.linalg.QuadprogProjector`. regularizer: what they are relative to, "trace"
+    or "diagonal"; see `ops.project_weights`.
     """
 
     norm_eps: float = 1e-4
@@ -45,7 +46,8 @@ class FusedProjector(DualConeProjector):
         return f"FusedProjector({_shown(self.norm_eps, self.reg_eps, self.regularizer)})"
 
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
-        """Return, for each vector u [m] of U [..., m], the v >= u of least v' A v, in the dtype of G."""
+        """Return, for each vector u [m] of U [..., m], the v that minimises v' A v subject to v >= u, in the
+        dtype of G."""
         projected, _ = ops.project_rows(
             U, G, norm_eps=self.norm_eps, reg_eps=self.reg_eps, regularizer=self.regularizer
         )
@@ -53,15 +55,15 @@ class FusedProjector(DualConeProjector):
 
 
 def _shown(norm_eps: float, reg_eps: float, regularizer: Regularizer = "trace") -> str:
-    """Return the options as a call would show them. TorchJD has no regularizer but the trace, so that one
-    is not named."""
+    """Return the options as text for `repr`; the regularizer is left out if it is "trace", TorchJD's only
+    one."""
     text = f"norm_eps={norm_eps}, reg_eps={reg_eps}"
     return text if regularizer == "trace" else f"{text}, regularizer={regularizer!r}"
 
 
 def _options(projector: DualConeProjector) -> dict[str, Any] | None:
-    """Return the arguments with which `ops.project_weights` projects as the projector does; None for a
-    class that is not known here."""
+    """Return the keyword arguments of `ops.project_weights` that reproduce a TorchJD projector; None for a
+    projector class that the ops cannot reproduce."""
     if isinstance(projector, FusedProjector):
         return {
             "norm_eps": projector.norm_eps,
@@ -74,7 +76,7 @@ def _options(projector: DualConeProjector) -> dict[str, Any] | None:
 
 
 class ProjectionWeighting(GramianWeighting):
-    """Compute the weights of UPGrad or DualProj from a Gramian [m, m], in its dtype."""
+    """Compute the weights [m] of UPGrad or DualProj from a Gramian [m, m], in the Gramian's dtype."""
 
     def __init__(self, mode: Mode, pref_vector: Tensor | None, projector: DualConeProjector | None) -> None:
         super().__init__(pref_vector)
@@ -104,7 +106,7 @@ class ProjectionWeighting(GramianWeighting):
 
     @torch.no_grad()
     def of_rows(self, matrix: Tensor) -> Tensor:
-        """Return the weights, float64, of a Jacobian [m, P]: Gramian and projection in one call."""
+        """Return the weights [m] float64 for a Jacobian `matrix` [m, P]: Gramian and projection in one op."""
         options = _options(self.projector)
         if options is None:
             return self._by_projector(ops.gramian(matrix))
@@ -112,7 +114,7 @@ class ProjectionWeighting(GramianWeighting):
         return weights
 
     def _by_projector(self, gramian: Tensor) -> Tensor:  # [m]
-        """Call a projector that these ops do not know, as TorchJD does."""
+        """Compute the weights by calling a TorchJD projector that the fused ops cannot reproduce."""
         u = gramian.new_full((len(gramian),), 1 / len(gramian))
         u = u if self.pref_vector is None else self.pref_vector.to(gramian)
         if self.mode == "dualproj":
@@ -121,7 +123,7 @@ class ProjectionWeighting(GramianWeighting):
 
 
 def _epsilon(name: str) -> Any:
-    """Return a property that reads and writes an option of the projector through the aggregator."""
+    """Return a property of the aggregator that reads and sets the projector's option `name`."""
 
     def read(self: ProjectionAggregator) -> Any:
         options = _options(self.projector)
@@ -137,16 +139,21 @@ def _epsilon(name: str) -> Any:
 
 
 class ProjectionAggregator(FusedAggregator):
-    """Return the update [P] of a Jacobian [m, P]: the common base of UPGrad and DualProj.
+    """Aggregate a Jacobian [m, P] by projection onto the dual cone: the base class of UPGrad and DualProj.
 
-    pref_vector: [m], on the rows' device; None is 1/m each. A preference of zero or less adds nothing.
-    norm_eps, reg_eps, regularizer: of the regularized Gramian (`ops.project_weights`); TorchJD's defaults.
-    projector: the same options as TorchJD gives them, instead: a `torchjd.linalg.QuadprogProjector` (whose
-        problem is solved here) or a `FusedProjector`; another `DualConeProjector` is called. As in TorchJD it
-        may come second.
+    Calling the aggregator with a Jacobian [m, P] returns the update [P] in the Jacobian's dtype; NaN if the
+    Gramian is not finite.
 
-    aggregator(jacobian [m, P]) is the update [P] in the Jacobian's dtype; NaN where the Gramian is not finite.
-    All of them can be read and set. Raises ValueError or TypeError for what does not fit, then and at first.
+    pref_vector: the preference [m], on the rows' device; None is 1/m each. A preference of zero or less adds
+        nothing.
+    norm_eps, reg_eps, regularizer: of the regularized Gramian (`ops.project_weights`); the defaults are
+        TorchJD's.
+    projector: the same options in TorchJD's form, instead: a `torchjd.linalg.QuadprogProjector` (whose problem
+        is then solved by the fused op), a `FusedProjector`, or another `DualConeProjector`, which is called. As
+        in TorchJD it may be the second argument.
+
+    All of these are attributes that can be read and set. Raises ValueError or TypeError for unsuitable values,
+    at construction and when they are set.
     """
 
     mode: Mode
@@ -176,7 +183,8 @@ class ProjectionAggregator(FusedAggregator):
 
     @classmethod
     def strict(cls, pref_vector: Tensor | None = None, reg_eps: float = STRICT_REG_EPS) -> Self:
-        """Make an aggregator whose update conflicts with no row, whatever the rows' lengths."""
+        """Make an aggregator whose update conflicts with no row, however short: it regularizes each row by its
+        own norm."""
         return cls(pref_vector, norm_eps=0.0, reg_eps=reg_eps, regularizer="diagonal")
 
     @property
@@ -197,12 +205,12 @@ class ProjectionAggregator(FusedAggregator):
 
 
 class UPGrad(ProjectionAggregator):
-    """Project each row, weighted by the preference, onto the dual cone of all rows, and return the sum."""
+    """Project each row, times its preference, onto the dual cone of all rows, and sum the projections."""
 
     mode = "upgrad"
 
 
 class DualProj(ProjectionAggregator):
-    """Project the rows' weighted mean onto the dual cone of all rows."""
+    """Sum the rows, times their preferences, and project the sum onto the dual cone of all rows."""
 
     mode = "dualproj"

@@ -1,8 +1,8 @@
-"""Provide AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad with TorchJD's interface, on the fused ops.
+"""Provide AlignedMTL, CAGrad, IMTLG, MGDA and PCGrad with TorchJD's interface, computed by the fused ops.
 
-TorchJD computes the Gramian in the rows' dtype and takes its decisions (for CAGrad, solves a convex program) on
-the host. Here the Gramian is float64, `ops.gramian_weights` runs where the rows are, and nothing is read on the
-host: under torch.compile and in CUDA graphs, too.
+TorchJD computes the Gramian in the rows' dtype and makes its decisions (for CAGrad, solves a convex program) on
+the host. Here the Gramian is float64, `ops.gramian_weights` runs on the rows' device, and nothing is read on
+the host; so they work under torch.compile and in CUDA graphs too.
 """
 
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from movae_fast.ops.gramian_weights import Method, check_parameters
 
 
 class MethodWeighting(GramianWeighting):
-    """Compute the weights that `method` gives to a Gramian [m, m], in its dtype."""
+    """Compute the weights [m] of a method of `ops.gramian_weights` from a Gramian [m, m], in the Gramian's
+    dtype."""
 
     def __init__(self, method: Method, pref_vector: Tensor | None = None, **parameters: float) -> None:
         super().__init__(pref_vector)
@@ -36,7 +37,8 @@ class MethodWeighting(GramianWeighting):
 
 
 class MethodAggregator(FusedAggregator):
-    """Weight rows by a method of `ops.gramian_weights`: the common base of the five."""
+    """Aggregate by a method of `ops.gramian_weights`: the base class of AlignedMTL, CAGrad, IMTLG, MGDA and
+    PCGrad."""
 
     gramian_weighting: MethodWeighting
 
@@ -59,14 +61,18 @@ class SumWeighting(GramianWeighting):
 
 
 class Sum(FusedAggregator):
-    """Return the sum of the rows, for a step that needs the rows themselves (`--conflict_free step`)."""
+    """Aggregate a Jacobian to the sum of its rows.
+
+    Used where the step is projected (`--conflict_free step`), which needs the rows although they are only
+    added.
+    """
 
     def __init__(self) -> None:
         super().__init__(SumWeighting())
 
 
 def _option(name: str) -> Any:
-    """Return a property that reads and writes an option of the weighting through the aggregator."""
+    """Return a property of the aggregator that reads and sets the weighting's option `name`."""
 
     def read(self: MethodAggregator) -> float:
         return self.gramian_weighting.options[name]
@@ -81,8 +87,8 @@ def _option(name: str) -> Any:
 class AlignedMTL(MethodAggregator):
     """Make the singular values of the rows equal, then sum the rows (Senushkin et al. 2023).
 
-    pref_vector: [m], on the rows' device; None is 1/m each.
-    scale_mode: which singular value the others become: "min", "median" or "rmse".
+    pref_vector: the preference [m], on the rows' device; None is 1/m each. scale_mode: what all singular values
+    become: their "min", "median" or "rmse" (root mean square).
     """
 
     pref_vector = preference()
@@ -114,13 +120,13 @@ def _aligned(scale_mode: str) -> Method:
 
 
 class CAGrad(MethodAggregator):
-    """Find the update within c |mean| of the rows' mean whose smallest inner product with a row is largest
-    (Liu et al. 2021).
+    """Find the update within a distance of c |mean| from the rows' mean whose smallest inner product with a row
+    is largest (Liu et al. 2021).
 
-    c: the radius; norm_eps: as `ops.gramian_weights` has it. Solved exactly. TorchJD's interior-point solver
-    stops some 1e-8 of the squared gradients short of the optimum, so that its update differs from this one by
-    about 1e-5 of its length (a median of 8e-6 and at most 3e-4 over 400 Jacobians of three rows): that is the
-    solver's error, not a difference in what is computed.
+    c: the radius, relative to the mean's length. norm_eps: see `ops.gramian_weights`. The problem is solved
+    exactly. TorchJD's interior-point solver stops some 1e-8 of the squared gradients short of the optimum, so
+    its update differs from this one by about 1e-5 of its length (median 8e-6, at most 3e-4 over 400 Jacobians
+    of three rows).
     """
 
     c = _option("c")
@@ -128,7 +134,7 @@ class CAGrad(MethodAggregator):
 
     def __init__(self, c: float, norm_eps: float = 1e-4) -> None:
         if extension.csrc is None:
-            CAGradWeighting(c)  # which will stand in: raises at once where its solver is missing
+            CAGradWeighting(c)  # the fallback; it raises now if its solver is missing
         super().__init__(MethodWeighting("cagrad", c=c, norm_eps=norm_eps))
 
     def __str__(self) -> str:
@@ -136,8 +142,8 @@ class CAGrad(MethodAggregator):
 
 
 class IMTLG(MethodAggregator):
-    """Find the update with equal projections on every row's direction (Liu et al. 2021, "Towards Impartial
-    MTL")."""
+    """Find the update whose projections onto the directions of all rows are equal (Liu et al. 2021, "Towards
+    Impartial Multi-task Learning")."""
 
     def __init__(self) -> None:
         super().__init__(MethodWeighting("imtl_g"))
@@ -146,7 +152,7 @@ class IMTLG(MethodAggregator):
 class MGDA(MethodAggregator):
     """Find the shortest vector in the convex hull of the rows, by Frank-Wolfe steps (Sener & Koltun 2018).
 
-    epsilon: the step below which it stops; max_iters: the most steps.
+    epsilon: the step size below which the iteration stops; max_iters: the largest number of iterations.
     """
 
     epsilon = _option("epsilon")
@@ -157,11 +163,11 @@ class MGDA(MethodAggregator):
 
 
 class PCGrad(MethodAggregator):
-    """Remove from each row its components against the others, taken in random orders, and sum (Yu et al.
-    2020).
+    """Remove from each row its components against the other rows, in random order, and sum the results (Yu et
+    al. 2020).
 
-    The orders are drawn on the rows' device from torch's generator: TorchJD's in distribution, not in numbers
-    (it draws them one by one on the CPU).
+    The orders are drawn on the rows' device from torch's generator. They have the distribution of TorchJD's,
+    not the same values, since TorchJD draws them one by one on the CPU.
     """
 
     def __init__(self) -> None:

@@ -122,8 +122,8 @@ def write(
         "dataset": first.data.dataset,
         "split": config.split,
         "seed": config.seed,
-        "likelihood": first.objective.recons_dist,
-        "likelihood_constant": first.likelihood.constant * values,
+        "likelihood": "categorical" if first.is_text else first.objective.recons_dist,
+        "likelihood_constant": 0.0 if first.is_text else first.likelihood.constant * values,
         "runs": [described(m) for m in members],
         "against": comparisons(members),
     }

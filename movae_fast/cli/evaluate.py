@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -17,9 +18,10 @@ from movae_fast.cli.trained import choose_beta
 from movae_fast.evaluation.inception import load_inception
 from movae_fast.evaluation.measure import Report, applies, inception_distances, measure
 from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, QUICK, named
+from movae_fast.evaluation.text_report import ON_TEXT, measure_sentences
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
-from movae_fast.models import LATENT_WORDS, VAE
+from movae_fast.models import LATENT_WORDS, LSTMVAE, VAE
 from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
@@ -27,31 +29,63 @@ from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.run_folder import folder_of
 
+IMAGES, SENTENCES = 500, 32  # at a time; published mutual informations are estimated within 32 sentences
+
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate the model that the command line names, write the report, and return the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
-    adapt_config(trained, config.device, config.data_dir, config.batch_size)
+    size = config.batch_size or (SENTENCES if trained.is_text else IMAGES)
+    adapt_config(trained, config.device, config.data_dir, size)
     trained.data.limit_train, trained.data.limit_test = 0, config.limit_test
     validate(trained)
     if config.beta is not None:
         choose_beta("evaluate", config.beta, trained, model)
-    names = chosen(config, trained, model)
-    inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
     console = Console(width=None if sys.stdout.isatty() else 200)
-    report = measure(trained, model, names, device, config.samples, config.seed, config.iw, config.iw_images)
-    if inception is not None:
-        shown = partial(track, console=console, transient=True)
-        count, size = config.fid_images, config.batch_size
-        report.metrics |= inception_distances(
-            trained, model, inception, device, count, size, config.seed, shown
-        )
+    if isinstance(model, LSTMVAE):
+        report = of_sentences(config, trained, model, device)
+    else:
+        report = of_images(config, trained, model, device, size, console)
     console.print(table(trained, report))
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "evaluation"
     for path in write(folder, config, trained, report):
         console.print(str(path), highlight=False, soft_wrap=True)
     return 0
+
+
+def of_sentences(config: EvaluateConfig, trained: TrainConfig, model: LSTMVAE, device: torch.device) -> Report:
+    """Measure a model of sentences. Raises ValueError for what only images have."""
+    if config.fid_weights:
+        raise ValueError("--fid_weights: FID and KID are of images; leave it out")
+    names = list(ON_TEXT) if config.metrics in ("auto", "all") else named(config.metrics)
+    if others := [name for name in names if name not in ON_TEXT]:
+        raise ValueError(f"--metrics {others[0]} is of images; a run on text has {', '.join(ON_TEXT)}")
+    if config.oracle and (trained.data.dataset != "lstm_text" or not config.iw):
+        raise ValueError(
+            "--oracle is the true likelihood of the bound's sentences: it needs --iw, and a run on lstm_text"
+        )
+    return measure_sentences(
+        trained, model, names, device, config.seed, config.iw, config.iw_images, config.oracle
+    )
+
+
+def of_images(
+    config: EvaluateConfig, trained: TrainConfig, model: VAE, device: torch.device, size: int, console: Console
+) -> Report:
+    """Measure a model of images, `size` of them at a time."""
+    if config.oracle:
+        raise ValueError("--oracle is for runs on lstm_text, whose true likelihood is known; leave it out")
+    names = chosen(config, trained, model)
+    inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
+    report = measure(trained, model, names, device, config.samples, config.seed, config.iw, config.iw_images)
+    if inception is not None:
+        shown = partial(track, console=console, transient=True)
+        count = config.fid_images
+        report.metrics |= inception_distances(
+            trained, model, inception, device, count, size, config.seed, shown
+        )
+    return report
 
 
 def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str]:
@@ -79,6 +113,7 @@ def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str
             )
         if not applies(name, model.latents, factors):
             needs = LATENT_WORDS["vector"] if name in ON_FACTORS else "latents"
+            needs = "codes" if name == "depth" else needs
             raise ValueError(f"--metrics {name} needs a model with {needs}; {arch} has {has}")
     return names
 
@@ -95,7 +130,7 @@ def table(trained: TrainConfig, report: Report) -> Table:
 def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Report) -> list[Path]:
     """Write metrics.json and metrics.png, numbered where files of these names exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    factors = trained.info.factor_names
+    factors = () if trained.is_text else trained.info.factor_names
     content: dict[str, Any] = {
         "weights": config.weights,
         "arch": trained.model.arch,

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from movae_fast.cli.flags.generate import GenerateConfig
-from movae_fast.cli.trained import beta_of, caption_of, new_outdir
+from movae_fast.cli.trained import new_outdir
 from movae_fast.data import to_unit
-from movae_fast.evaluation.trained import check_option
+from movae_fast.evaluation.trained import beta_of, caption_of, check_option
 from movae_fast.pictures import grid, sheet, write_png
 from movae_fast.training.build import load_model
 from movae_fast.training.device import resolve_device

@@ -1,50 +1,19 @@
-"""Draw a ladder: how each latent of each rung changes an image, and the rungs' KLs over training."""
+"""Draw how each latent of each rung of a trained ladder changes an image."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from torch import Tensor
 
-from movae_fast.cli.trained import caption_of
-from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
+from movae_fast.evaluation.trained import caption_of
 from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
-from movae_fast.pictures import sheet, write_gif, write_png
+from movae_fast.run_pictures import draw_traversals
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
 from movae_fast.training.run_folder import folder_of
-
-SECONDS = 0.2  # per picture: 5 a second
-
-
-def traversal_pictures(
-    model: ProVLAE, x: Tensor, normalize: bool, caption: str
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the traversals of one image x [1, C, S, S]: the frames of a GIF, with rungs as rows and latents as
-    columns, and a sheet with a latent per row and a value per column."""
-    values, images = ladder_traversals(model, x, normalize)
-    rungs = [f"rung {rung}" for rung in range(model.num_ladders, 0, -1)]
-    latents = [f"latent {dim + 1}" for dim in range(model.z_dim)]
-    cells = images.flatten(0, 1)  # [L * latent_dim, FRAMES, C, S, S]
-    frames = [
-        sheet(cells[:, k], model.z_dim, f"value {value:+.1f}\n{caption}", rungs, latents)
-        for k, value in enumerate(values.tolist())
-    ]
-    rows = [f"{rung}, {latent}" for rung in rungs for latent in latents]
-    heads = [f"{value:+.1f}" for value in values.tolist()]
-    return frames, sheet(cells.flatten(0, 1), FRAMES, caption, rows, heads)
-
-
-def draw_traversals(
-    model: ProVLAE, x: Tensor, normalize: bool, gif: Path, picture: Path, caption: str
-) -> list[Path]:
-    """Draw the traversals of one image x [1, C, S, S] as a GIF and a sheet; return their paths."""
-    frames, whole = traversal_pictures(model, x, normalize, caption)
-    return [write_gif(gif, frames, SECONDS), write_png(picture, whole)]
 
 
 def visualize(config: TrainConfig, console: Console) -> int:

@@ -3,24 +3,28 @@ settings."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import copy
+import functools
 import json
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from movae_fast.aggregation.catalog import CONES
-from movae_fast.cli.yaml_file import BeyondBoundsError, check_shape, read_yaml
 from movae_fast.names import nearest
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+from movae_fast.training.config_files import RECIPES as RECIPES
+from movae_fast.training.config_files import collection_root, flag_types
+from movae_fast.training.config_files import find_yaml as find_yaml
+from movae_fast.training.config_files import listed as listed
+from movae_fast.training.config_files import read_config as read_config
+from movae_fast.training.config_files import recipe_names as recipe_names
+from movae_fast.training.config_files import typed as typed
+from movae_fast.training.config_files import with_its_regularizer as with_its_regularizer
+from movae_fast.training.yaml_file import BeyondBoundsError, check_shape
 
 # Other systems' spellings: flag -> ours.
 ALIASES = {
@@ -109,15 +113,6 @@ def tidy(message: str) -> str:
     )
     kinds = [k for k in dict.fromkeys(expected) if k != "NoneType"]
     return f"--{key.group(1)}{value}: expected {' or '.join(kinds) if kinds else 'another kind of value'}"
-
-
-def flag_types(sections: Sequence[type]) -> dict[str, Any]:
-    """Return the type of each flag, over the fields of dataclasses."""
-    types: dict[str, Any] = {}
-    for section in sections:
-        hints = typing.get_type_hints(section)
-        types |= {f.name: hints[f.name] for f in dataclasses.fields(section)}
-    return types
 
 
 def is_bool(kind: Any) -> bool:
@@ -234,23 +229,31 @@ def is_flag(word: str) -> bool:
 
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """Build a parser with one group of flat flags per dataclass."""
-    usage = f"movae {command} [--config RECIPE] [--flag value …]"
-    parser = new_parser(command, sections, description, usage=usage)
-    parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
-    return parser
+    """Return the parser of a command: one group of flat flags per dataclass, and --config."""
+    return _built(command, tuple(sections), description, True)
 
 
-def new_parser(command: str, sections: Sequence[type], description: str, **options: Any) -> OneLineParser:
-    """Build a parser with one group of flat flags per dataclass."""
-    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, **options)
+def new_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
+    """Return the parser of a command: one group of flat flags per dataclass."""
+    return _built(command, tuple(sections), description, False)
+
+
+@functools.cache
+def _built(command: str, sections: tuple[type, ...], description: str, recipes: bool) -> OneLineParser:
+    """Build a parser, once per process: that of `movae train` takes a tenth of a second, and a sweep or a
+    resumed run asks for it again."""
+    usage = f"movae {command} [--config RECIPE] [--flag value …]" if recipes else None
+    parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, usage=usage)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)
+    if recipes:
+        parser.add_argument("--config", action="config", help="Recipe by name, or a YAML file of flags.")
     return parser
 
 
 def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return flags by name: `defaults` (of a recipe or a saved run) overridden by the words of `normalise`."""
+    kept, own = dict(parser._defaults), [(action, action.default) for action in parser._actions]
     try:
         parser.set_defaults(dict(defaults))
         parsed = parser.parse_args(list(words))
@@ -258,7 +261,11 @@ def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, An
         raise ValueError(tidy(str(error))) from None
     except (TypeError, KeyError) as error:
         raise ValueError(tidy(str(error))) from None
-    values = parsed.as_dict()
+    finally:  # the parser is everybody's
+        parser._defaults = kept
+        for action, default in own:
+            action.default = default
+    values = copy.deepcopy(parsed.as_dict())  # a list that is a flag's default is the parser's
     values.pop("config", None)
     return values
 
@@ -297,179 +304,3 @@ def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
     prefix = f"--{flag}="
     values = [w[len(prefix) :] for w in words if w.startswith(prefix)]
     return (values[-1] if values else None), [w for w in words if not w.startswith(prefix)]
-
-
-def recipe_names() -> list[str]:
-    """Return the names that --config accepts besides files."""
-    return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
-
-
-def read_config(name: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags of the recipe or YAML file `name`. Raises ValueError for one that is unknown or does
-    not parse."""
-    path = find_yaml(name, RECIPES, "recipe")
-    values = read_yaml(path, "--config")
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"--config {path} must hold flags by name, as `movae train --print_config` prints them"
-        )
-    if isinstance(values.get("encoder"), dict) and isinstance(values.get("train"), dict):
-        values = from_collection(values)
-    for key in values:
-        if key not in kinds:
-            raise ValueError(f"--config {path}: {key} is no flag{nearest(str(key), kinds)}")
-    if values.get("resume") is not None:
-        raise ValueError(f"--config {path}: resume is no setting of a file; give --resume {values['resume']}")
-    return with_its_regularizer({k: typed(k, v, kinds[k]) for k, v in values.items()})
-
-
-def find_yaml(name: str, folder: Path, what: str) -> Path:
-    """Return the file that --config names, or the `what` (recipe, sweep) of that name in `folder`."""
-    path, own = Path(name).expanduser(), folder / f"{name}.yaml"
-    for candidate in (path, own):
-        with contextlib.suppress(OSError, ValueError):  # such as a name that is too long
-            if candidate.is_file():
-                return candidate
-    names = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-    close = nearest(name, names) or f"; {what}s: {listed(names)}"
-    raise ValueError(f"--config {name}: no such file or {what}{close}")
-
-
-def listed(names: Sequence[str], most: int = 300) -> str:
-    """Return names with commas between them, as many as fit in `most` characters."""
-    kept = list(names)
-    while kept and len(", ".join(kept)) > most:
-        kept.pop()
-    left = len(names) - len(kept)
-    return ", ".join(kept) + (f", … ({left} more)" if left else "")
-
-
-BOOLEANS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
-NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
-
-
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """Return a flag's value from a file as its type has it: text that is a number or a yes as such.
-
-    Raises ValueError, with the flag's name, for a value of another type.
-    """
-    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    options = typing.get_args(kind) if union else (kind,)
-    for option in options:
-        with contextlib.suppress(UnfitError):
-            return as_type(value, option)
-    words = [w for option in options for w in type_words(option)]
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "…"
-    close = nearest(value, words) if isinstance(value, str) and len(words) > 1 else ""
-    raise ValueError(f"--{name} {shown}: expected {' or '.join(words)}{close}")
-
-
-class UnfitError(Exception):
-    """Say that a value is not of a type."""
-
-
-def as_type(value: Any, kind: Any) -> Any:
-    """Return the value converted to `kind`, a single type and no union. Raises UnfitError for a value that
-    does not fit."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any or (kind is types.NoneType and value is None):
-        return value
-    if origin is typing.Literal and type(value) in (str, int) and value in parts:
-        return value
-    if kind is bool and isinstance(value, str) and value.lower() in BOOLEANS:
-        return BOOLEANS[value.lower()]
-    if kind in (bool, str) and type(value) is kind:
-        return value
-    if kind in (int, float):
-        if isinstance(value, str) and NUMBER.fullmatch(value):
-            value = int(value) if re.fullmatch(r"[-+]?\d+", value) else float(value)
-        if type(value) is kind or (kind is float and type(value) is int and abs(value) < 1e300):
-            return kind(value)
-    if origin is list and isinstance(value, list):
-        return [as_type(v, parts[0]) for v in value]
-    if origin is dict and isinstance(value, dict):
-        return {as_type(k, parts[0]): as_type(v, parts[1]) for k, v in value.items()}
-    raise UnfitError
-
-
-def type_words(kind: Any) -> list[str]:
-    """Return what a type is called in a message; nothing for None."""
-    if typing.get_origin(kind) is typing.Literal:
-        return [str(a) for a in typing.get_args(kind)]
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if kind in names:
-        return [names[kind]]
-    if typing.get_origin(kind) is list:
-        plural = {int: "whole numbers", float: "numbers", str: "texts"}
-        return [f"a list of {plural.get(typing.get_args(kind)[0], 'values')}"]
-    return ["values by name"] if typing.get_origin(kind) is dict else []
-
-
-def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags of a saved run, with the regularizer "trace" for a run that was saved before there
-    was a choice."""
-    recorded = {"upgrad_norm_eps", "upgrad_reg_eps"} <= values.keys()
-    if recorded and "upgrad_regularizer" not in values and values.get("agg") in CONES:
-        return values | {"upgrad_regularizer": "trace"}
-    return values
-
-
-def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flags from a configuration of the VAE/beta-VAE/MMD-VAE collection (encoder, data, train
-    targets)."""
-    data, encoder, train = (within(tree, part) for part in ("data", "encoder", "train"))
-    root, network = within(data, "params"), within(encoder, "params")
-    if not isinstance(root.get("root", ""), str):
-        raise ValueError(f"--config: data.params.root {root['root']!r} is no path")
-    is_mmd = "coef_lambda" in train or "coef_alpha" in train
-    name = str(data.get("target", "")).split(".")[-1]
-    flags: dict[str, Any] = {
-        "arch": "mmd_vae" if is_mmd else "cnn_vae",
-        "normalize": True,
-        "optimizer": "adam",
-        "eval_freq": 0,
-        "seed": tree.get("seed"),
-        "dataset": name.lower() or None,
-        "data_dir": collection_root(root["root"]) if "root" in root else None,
-        "image_size": root.get("img_size"),
-        "resize": "bilinear",
-        "num_workers": within(tree, "dataloader").get("num_workers"),
-        "latent_dim": network.get("z_dim"),
-        "dim": network.get("dim"),
-        "dim_mults": network.get("dim_mults"),
-        "with_bn": network.get("with_bn"),
-        "steps": train.get("n_steps"),
-        "batch_size": train.get("batch_size"),
-        "log_every": train.get("print_freq"),
-        "checkpoint_every": train.get("save_freq"),
-        "num_samples": train.get("n_samples"),
-        "coef_kl": train.get("coef_kl"),
-        "mmd_alpha": train.get("coef_alpha"),
-        "mmd_lambda": train.get("coef_lambda"),
-        "lr": within(within(train, "optim"), "params").get("lr"),
-    }
-    if name.lower() == "celeba":
-        flags["crop"] = "stylegan"
-    return {k: v for k, v in flags.items() if v is not None}
-
-
-def within(tree: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """Return a part of a configuration, empty where it is left out; ValueError for what is no part."""
-    value = tree.get(part)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"--config: {part} holds settings by name, not {value!r:.80}")
-    return value
-
-
-def collection_root(given: str) -> str:
-    """Return data_dir for the root folder of the collection, which is torchvision's (~/data/MNIST/ holds
-    MNIST/raw).
-
-    Where the files themselves lie in it (~/data/MNIST/raw), it is the folder above.
-    """
-    root = Path(given).expanduser()
-    own = any((root / name).is_dir() for name in ("raw", "img_align_celeba"))
-    return str(root.parent if own else root)

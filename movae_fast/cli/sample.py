@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from movae_fast.cli import sentences
 from movae_fast.cli.flags.sample import SampleConfig
-from movae_fast.cli.trained import beta_of, caption_of, choose_beta
+from movae_fast.cli.trained import choose_beta
 from movae_fast.data import to_unit
 from movae_fast.evaluation.rate_distortion import log_spaced
 from movae_fast.evaluation.sampling import (
@@ -29,17 +30,23 @@ from movae_fast.evaluation.sampling import (
     traverse_part,
 )
 from movae_fast.evaluation.text_decoding import Decoding
-from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
+from movae_fast.evaluation.trained import adapt_config, beta_of, caption_of, option_of, rates_of
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, LSTMVAE, NVAE, VAE, GaussianVAE
+from movae_fast.names import shown
 from movae_fast.pictures import back_and_forth, grid, pairs, sheet, widened, write_gif, write_png
 from movae_fast.plots import latent_scatter
+from movae_fast.priors.base import find_prior, load_prior
+from movae_fast.priors.choice import Choice
+from movae_fast.priors.sampling import check_choice, prior_images
 from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.device_checks import check_room
 from movae_fast.training.run_folder import folder_of
+
+FittedPrior = tuple[Path, str, nn.Module]  # its file, its kind, itself
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Job:
     model: VAE
     generator: torch.Generator
     step: int | None = None  # that the weights are of
+    prior: FittedPrior | None = None
 
     def about(self, what: str) -> str:
         """Return a picture's caption: what it shows, and of which run."""
@@ -121,7 +129,8 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
             raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
     if config.between is not None:
         check_ends(config, model)
-    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), step)
+    prior = load_prior_of(config, trained, model)
+    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), step, prior)
 
 
 def check_ends(config: SampleConfig, model: VAE) -> None:
@@ -159,12 +168,64 @@ def sample(job: Job, folder: Path) -> list[Path]:
     if config.bn_passes:
         size = min(config.batch_size, 100)
         estimate_statistics(job.model, config.bn_passes, size, job.generator, config.temperature)
-    images = sample_images(
-        job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
-    )
-    picture = sheet(images, math.ceil(math.sqrt(len(images))), job.about("samples from the prior"))
+    images = drawn_from_prior(job)
+    if images is None:
+        images = drawn_from_prior(job)
+    if images is None:
+        images = sample_images(
+            job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
+        )
+    of = "the prior" if job.prior is None else f"the {job.prior[1]} prior"
+    picture = sheet(images, math.ceil(math.sqrt(len(images))), job.about(f"samples from {of}"))
     made = [write_png(free_path(folder / "sample", ".png"), picture)]
     return made + singles(job, folder, "sample", images.split(1))
+
+
+def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
+    """Return images drawn from the prior that was fitted to the run, and say so; None if there is none to
+    use."""
+    if job.prior is None:
+        return None
+    c, (path, kind, prior) = job.config, job.prior
+    say(f"drawn from the prior {path}")
+    parts = prior_images(
+        job.model, prior, kind, c.n_samples, c.batch_size, job.generator, choice_of(c), c.label
+    )
+    return torch.cat([to_unit(part, job.normalize) for part in parts])
+
+
+def choice_of(config: SampleConfig) -> Choice:
+    """Return how the flags say that codes are drawn."""
+    top_k = config.top_k if config.decoding == "top_k" else 0
+    top_p = config.top_p if config.decoding == "nucleus" else 1.0
+    return Choice(config.temperature, top_k, top_p, config.guidance)
+
+
+def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> FittedPrior | None:
+    """Return the prior to draw from, or None. Raises ValueError for one that does not fit, and for flags that
+    need one."""
+    run = folder_of(Path(config.weights))
+    may = config.mode == "sample" and not trained.is_text and model.latents != "hierarchy"
+    path = find_prior(run, config.prior) if may else None
+    if path is None:
+        for name in ("label", "guidance"):
+            if (value := getattr(config, name)) != getattr(SampleConfig, name):
+                raise ValueError(f"--{name} {value} is for --mode sample with a prior; leave it out")
+        if config.prior not in ("auto", "none"):
+            raise ValueError(f"--prior {config.prior} is for --mode sample of codes or a vector of latents")
+        if may and model.latents == "codebook":
+            say(f"codes are drawn without a prior (movae prior {run} --kind transformer fits one)")
+        return None
+    fitted, prior = load_prior(path, trained, model)
+    check_choice(fitted, trained.info.classes, config.label, choice_of(config))
+    if config.bn_passes:
+        raise ValueError(f"--bn_passes {config.bn_passes} draws from N(0, I); give --prior none with it")
+    return path, fitted.kind, prior
+
+
+def say(text: str) -> None:
+    """Write a line for the user to standard error; standard output has the paths alone."""
+    print(f"movae sample: {shown(text)}", file=sys.stderr)
 
 
 def interpolate_latents(job: Job, folder: Path) -> list[Path]:

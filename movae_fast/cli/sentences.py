@@ -66,9 +66,9 @@ def vocabulary_of(trained: TrainConfig, weights: Path) -> Vocabulary:
     if not path.is_file():
         raise ValueError(f"{shown(path)}, the words of the model's ids, is missing: put the run's file there")
     vocabulary = Vocabulary.read(path)
-    if len(vocabulary) != trained.data.vocabulary_size:
+    if len(vocabulary) != trained.corpus.vocabulary_size:
         raise ValueError(
-            f"{shown(path)} has {len(vocabulary):,} words, the model {trained.data.vocabulary_size:,}: it is "
+            f"{shown(path)} has {len(vocabulary):,} words, the model {trained.corpus.vocabulary_size:,}: it is "
             "another run's"
         )
     return vocabulary

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from movae_fast.cli.flags.serve import ServeConfig
-from movae_fast.cli.trained import caption_of
 from movae_fast.data import Loader
-from movae_fast.evaluation.trained import adapt_config
+from movae_fast.evaluation.trained import adapt_config, caption_of
 from movae_fast.names import first_line
 from movae_fast.pages.live import Viewer, page
 from movae_fast.training.build import load_trained, make_loader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
@@ -17,40 +16,24 @@ from rich.table import Table
 
 from movae_fast.cli import parsing
 from movae_fast.cli.errors import explained
-from movae_fast.cli.flags.train import TrainFlags, build_parser, without_export
+from movae_fast.cli.flags.train import TrainFlags, build_parser
 from movae_fast.cli.ladder import visualize
-from movae_fast.cli.pictures import draw_missing, draw_run, show_run
 from movae_fast.names import first_line, shown
-from movae_fast.training.config import RunConfig, TrainConfig
-from movae_fast.training.config_checks import validate
+from movae_fast.run_pictures import draw_missing, draw_run, show_run
+from movae_fast.training.config import TrainConfig
+from movae_fast.training.config_checks import validate, without_export
+from movae_fast.training.continuing import continued as continued_config
+from movae_fast.training.continuing import settings_of
 from movae_fast.training.device_checks import check_fits
 from movae_fast.training.log_lines import conflict_of
 from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import fit
 from movae_fast.training.progress import Bar
 from movae_fast.training.run import Run
-from movae_fast.training.run_folder import folder_of
 from movae_fast.training.signals import Interrupted
 from movae_fast.training.start import resume, setup, start_or_resume
 from movae_fast.training.telemetry import NonFiniteError
 from movae_fast.training.train_step import NOT_ASKED
-
-# What a resumed run may change without ceasing to be the same run.
-RESUMABLE = {
-    *(f.name for f in dataclasses.fields(RunConfig)),
-    *(
-        "data_dir",
-        "download",
-        "loader",
-        "resident_share",
-        "num_workers",
-        "prefetch",
-        "eval_batch_size",
-        "limit_test",
-    ),
-    *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
-    *("use_mlflow", "mlflow_uri", "mlflow_experiment"),
-} - {"seed", "log_every", "save_path"}
 
 
 def run(flags: TrainFlags) -> int:
@@ -94,26 +77,8 @@ def set_up_and_trained(flags: TrainFlags) -> int:
 def continued(flags: TrainFlags, saved: dict[str, Any], resumed: str) -> TrainConfig:
     """Return the saved configuration with the flags that a resumed run may change; `resumed` is its folder
     or checkpoint."""
-    known = {k: v for k, v in saved.items() if k not in ("resume", "exp_dir", "export")}
-    known = parsing.with_its_regularizer(known)
-    values = parsing.parse(build_parser(), flags.words, {**known, **flags.recipe})
-    folder = folder_of(Path(resumed))
-    where, values["exp_dir"] = values["exp_dir"], None
-    if where is not None and Path(where).resolve() != folder.resolve():
-        raise ValueError(f"--resume {resumed} goes on in {folder}; leave out --exp_dir {where}")
-    kept = {"epochs", "steps"} if known["arch"] == "provlae" else set()  # they are its stages' lengths
-    changed = [k for k, v in known.items() if (k not in RESUMABLE or k in kept) and values[k] != v]
-    if changed:
-        was = ", ".join(f"--{k} {known[k]}" for k in changed)
-        raise ValueError(
-            f"--resume {resumed}: the run has {was}; a resumed run keeps it. Start a new run instead"
-        )
-    if values["export"] is None and (export := saved.get("export")) and not Path(export).exists():
-        values["export"] = export  # it was to be written at the end
-    config = TrainConfig.from_flat(values)
-    without_export(config, validate)
-    check_fits(config)
-    return config
+    values = parsing.parse(build_parser(), flags.words, {**settings_of(saved), **flags.recipe})
+    return continued_config(values, saved, resumed)
 
 
 def train(work: Run, console: Console) -> int:
@@ -125,8 +90,11 @@ def train(work: Run, console: Console) -> int:
         describe(work, console)
         draw_missing(work)
         if work.ended:
+            over = work.plateau is not None and work.plateau.over
+            why = ": its learning rate has decayed --plateau_decays times" if over else ""
             console.print(
-                f"{work.folder} is finished at step {work.step:,}; raise --epochs or --steps to go on"
+                f"{work.folder} is finished at step {work.step:,}"
+                + (why or "; raise --epochs or --steps to go on")
             )
             export(work, console)
             return 0
@@ -244,12 +212,15 @@ def aggregation(config: TrainConfig, eager: bool) -> str:
 
 
 def notes(work: Run) -> list[str]:
-    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out."""
+    """Return lines on what a resume repaired, and on the splits' files: prepared, out of date, left out;
+    and why sentences are not compiled where images are."""
     lines = list(work.notes)
     if work.config.run.distributed and work.world.size == 1:
         lines.append(
             "--distributed: this is one process; torchrun --nproc_per_node=N -m movae_fast train … has N"
         )
+    if work.config.is_text and work.device.type == "cuda":
+        lines.append("not compiled: torch.compile would unroll an LSTM, once for each length of the sentences")
     kind = "sentences" if work.config.is_text else "images"
     for split, loader in (("training", work.train_loader), ("test", work.test_loader)):
         if loader.note:
@@ -324,6 +295,7 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
         ("mse", "MSE of reconstruction, images in [0, 1]"),
         ("mse_mean_image", "MSE of the mean training image"),
         ("token_perplexity", "exp of the bound per token"),
+        ("mutual_information", "mutual information within a batch, nats"),
         ("active_units", "active latents"),
     ):
         if f"test/{key}" in metrics:

@@ -9,7 +9,6 @@ from pathlib import Path
 from movae_fast.evaluation.trained import rates_of
 from movae_fast.models import VAE
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.run_folder import folder_of
 
 
 def choose_beta(command: str, beta: float, trained: TrainConfig, model: VAE) -> None:
@@ -32,20 +31,6 @@ def say_extrapolation(command: str, least: float, most: float, beta_min: float, 
             file=sys.stderr,
         )
     return outside
-
-
-def caption_of(trained: TrainConfig, weights: Path, beta: float | None = None, step: int | None = None) -> str:
-    """Return the words of a caption that say which run (or file of weights) a picture is of, and at which
-    beta and step."""
-    of_run = weights.is_dir() or weights.absolute().parent.name == "checkpoints"
-    name = folder_of(weights).absolute().name if of_run else weights.name
-    about = f"{name}: {trained.model.arch} on {trained.data.dataset}, {trained.objective.agg}"
-    return about + ("" if beta is None else f", beta {beta:.3g}") + ("" if step is None else f", step {step:,}")
-
-
-def beta_of(model: VAE) -> float | None:
-    """Return the beta that a multi-rate model is set to; None of a model with one beta."""
-    return None if model.rates is None else float(model.rates.evaluated.exp().reshape(-1)[0])
 
 
 def new_outdir(folder: Path) -> Path:

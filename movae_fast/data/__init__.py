@@ -1,6 +1,6 @@
-"""Read datasets by name, and feed them to a model by one of three loaders.
+"""Read datasets by name, and feed them to a model through one of three loaders.
 
-What a dataset is, `DATASETS` knows; the modules that read and load are imported when they are first used.
+`DATASETS` describes every dataset; the modules that read and load are imported at their first use.
 """
 
 from typing import TYPE_CHECKING

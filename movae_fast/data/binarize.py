@@ -1,4 +1,4 @@
-"""Turn grey levels into black and white, the same for every loader, process and resumed run."""
+"""Turn grey levels into black and white pixels, the same ones in every loader, process and resumed run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ LOW_32_BITS = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Binarizer:
-    """Turn the grey levels of one split into black and white as `mode` says.
+    """Binarize the images of one split: not at all, by a threshold, or by a static or dynamic random draw
+    (`mode`).
 
-    A draw is a function of seed, split, epoch, row and position and of nothing else, so that a resumed epoch,
-    other processes and other loaders get the same pixels. It is made on the device and keeps no state.
+    A draw depends on nothing but seed, split, epoch, row and position, so that a resumed epoch, other processes
+    and other loaders get the same pixels. It is computed on the device and keeps no state.
     """
 
     mode: Binarization
@@ -32,9 +33,9 @@ class Binarizer:
         rows: Tensor,  # [B], the images' places in the split
         epoch: int | None,
     ) -> Tensor:  # [B, C, S, S] uint8
-        """Return images of 0 and 255, or the images themselves where `mode` is none.
+        """Return images with the values 0 and 255, or the images themselves if `mode` is "none".
 
-        Without an epoch a dynamic binarizer makes the static draw.
+        epoch: the number of the training epoch. If it is None, "dynamic" makes the same draw as "static".
         """
         if self.mode == "none":
             return images
@@ -55,7 +56,7 @@ Integers = TypeVar("Integers", int, Tensor)
 
 
 def hash32(x: Integers) -> Integers:
-    """Return well-mixed integers of 32 bits: the finaliser lowbias32 of the low 32 bits of x."""
+    """Return a hash of the low 32 bits of x, in [0, 2^32): the mixing function lowbias32."""
     x = x & LOW_32_BITS
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & LOW_32_BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & LOW_32_BITS  # The product may wrap in int64; its low bits are right.

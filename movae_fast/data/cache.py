@@ -1,4 +1,5 @@
-"""Keep the results of slow look-ups of files in the user's cache folder, from one run to the next."""
+"""Keep the results of slow file inspections in the user's cache folder, so that later runs need not repeat
+them."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ T = TypeVar("T")
 
 
 def cached_on_disk(name: str, work: Callable[[], T], lasting: Callable[[], bool] = lambda: True) -> T:
-    """Return work(), or what JSON made of its result in an earlier call by that name in any run of this user.
+    """Return work(), or the result of an earlier call under the same `name`, in any run of this user.
 
-    A result is kept unless `lasting`, which is asked after `work`, says no. A kept result that was damaged on
-    the disk is worked out again.
+    A result must be representable as JSON. `lasting` is called after `work`; if it returns False, the result is
+    not stored. A stored result that was damaged is computed again.
     """
     path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "movae" / f"{name}.json"
     with suppress(OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Decode an image file to upright 8-bit pixels, or say why it is refused.
+"""Decode an image file to upright 8-bit pixels, or refuse it with a reason.
 
 CMYK and palette images become RGB, 16-bit images keep their upper byte, and of several pictures in one file the
-first is taken. A rotation is carried out wherever Pillow finds one: in EXIF data, in XMP, in a PNG's text.
-Everything else that is not a whole image of a sane size is a ValueError that names the file.
+first is taken. The image is rotated if Pillow finds a rotation in EXIF data, XMP or a PNG's text. Any other
+file that is not a complete image of reasonable size raises ValueError, which names the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def decode(path: File, channels: int = 3, data: bytes | None = None) -> np.ndarray:  # [H, W, channels] uint8
-    """Return the pixels of the image at `path`, or of `data`, its bytes. Raises ValueError naming `path`."""
+    """Return the pixels of the image file at `path`, or of its bytes if they are given as `data`.
+
+    Raises ValueError, which names `path`, for a file that cannot be decoded.
+    """
     pixels = try_decode(path, channels, data)
     if isinstance(pixels, str):
         raise refusal(path, pixels)
@@ -36,9 +39,9 @@ def decode(path: File, channels: int = 3, data: bytes | None = None) -> np.ndarr
 
 
 def try_decode(path: File, channels: int = 3, data: bytes | None = None) -> np.ndarray | str:
-    """Return what `decode` does, or the reason why the file is refused.
+    """Return what `decode` returns or, for a file that cannot be decoded, the reason as text.
 
-    Raises OSError and MemoryError where the machine is short of something.
+    Raises OSError or MemoryError if the machine lacks memory or file descriptors.
     """
     try:
         quieten_pillow()
@@ -56,7 +59,7 @@ def try_decode(path: File, channels: int = 3, data: bytes | None = None) -> np.n
 
 
 def refusal(path: File, why: str) -> ValueError:
-    """Return the error for an image file that is refused."""
+    """Return the ValueError for an image file that cannot be used, with the reason and the remedy."""
     return ValueError(
         f"{shown(path)} is not a readable image ({shown(why)}); mend or remove it, "
         "or leave it out by --on_bad_image skip"
@@ -64,9 +67,9 @@ def refusal(path: File, why: str) -> ValueError:
 
 
 def crop_box(path: File, box: Box | None, height: int, width: int) -> Box:
-    """Return `box`, or without one an image's central square.
+    """Return the rectangle to crop from an image of this size: `box`, or the central square if it is None.
 
-    Raises ValueError naming the file if the box does not lie inside the image.
+    Raises ValueError, which names the file, if the box does not lie inside the image.
     """
     if box is None:
         side = min(height, width)
@@ -77,7 +80,7 @@ def crop_box(path: File, box: Box | None, height: int, width: int) -> Box:
 
 
 def misfit(box: Box | None, height: int, width: int) -> str:
-    """Return why `box` cannot be cut out of an image of this size, or "" where it can."""
+    """Return the reason why `box` does not lie inside an image of this size, or "" if it does."""
     if box is None or (box[0] + box[2] <= height and box[1] + box[3] <= width):
         return ""
     return f"{width}x{height} pixels, and the crop needs {box[1] + box[3]}x{box[0] + box[2]}"
@@ -86,7 +89,7 @@ def misfit(box: Box | None, height: int, width: int) -> str:
 def quieten_pillow() -> None:
     """Silence Pillow's warnings (a large image, odd metadata), since `decode` handles these cases itself.
 
-    The filter stays: `catch_warnings` in one thread would undo or keep what another thread has set.
+    The filter is never removed: `catch_warnings` in one thread would undo or keep what another thread has set.
     """
     if all(getattr(module, "pattern", "") != PILLOW for _, _, _, module, _ in warnings.filters):
         warnings.filterwarnings("ignore", module=PILLOW)

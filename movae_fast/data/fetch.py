@@ -1,4 +1,4 @@
-"""Download files that torchvision does not: restartable, and checked before they take their names."""
+"""Download the files that torchvision does not: resumable, and checked before they get their final names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from movae_fast.files import CHUNK, file_digest
 
 @dataclass(frozen=True)
 class Remote:
-    """Name a file that can be fetched: its address, size in bytes and SHA-256."""
+    """Describe a file that can be downloaded: its address, size in bytes and SHA-256."""
 
     url: str
     size: int
@@ -19,7 +19,7 @@ class Remote:
 
 
 def fetch(remote: Remote, path: Path) -> None:
-    """Download to `path`, going on from what an earlier attempt left in a .part file.
+    """Download a file to `path`, continuing from the .part file that an interrupted attempt left.
 
     Raises OSError if the network or the disk fails, or if the file is not the expected one.
     """

@@ -1,6 +1,6 @@
-"""Find image files below a folder, and give a file in a tar the methods of a path.
+"""Find image files below a folder, and give a file inside a tar the methods of a path.
 
-Whatever lies below a folder and is not read is counted by reason, so that no image is left out silently.
+Files that are found but not read are counted by reason, so that no image is left out silently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PREPARED_SUFFIXES = (".u8", ".npy", ".json", ".part", ".lock")
 
 
 class Stat(NamedTuple):
-    """Hold what the package asks of os.stat_result."""
+    """Hold the two fields of os.stat_result that this package uses, for a file in a tar."""
 
     st_size: int
     st_mtime_ns: int
@@ -34,7 +34,7 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Name one file in a tar, with those methods of pathlib.Path that the package uses."""
+    """Refer to one file inside a tar, with those methods of pathlib.Path that the package uses."""
 
     tar: Path
     path: str  # within the tar
@@ -64,7 +64,7 @@ class Member:
         return io.BytesIO(self.read_bytes())
 
     def stat(self) -> Stat:
-        """Return the file's size and the tar's time of change."""
+        """Return the file's size and the tar's modification time."""
         return Stat(self.size, self.mtime_ns)
 
 
@@ -72,7 +72,7 @@ File = Path | Member
 
 
 def opened(path: File) -> IO[bytes]:
-    """Open a file for reading. Raises OSError, also for a pipe or a device, which might never end."""
+    """Open a regular file for reading. Raises OSError, also for a pipe or a device, which might never end."""
     if isinstance(path, Member):
         return path.open()
     # Opening a pipe without O_NONBLOCK waits until somebody writes to it.
@@ -87,18 +87,20 @@ def opened(path: File) -> IO[bytes]:
 
 @dataclass
 class LeftAside:
-    """Count what lies in a folder or a tar and is not read, by reason, with the first name for each."""
+    """Count the files in a folder or tar that are not read, by reason, with the first file's name for each
+    reason."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, name: str, n: int = 1) -> None:
-        """Count `n` more files under this reason; `name` is the first of them."""
+        """Count `n` more files under a reason; `name` is the first of them."""
         self.counts[reason] = self.counts.get(reason, 0) + n
         self.first.setdefault(reason, name)
 
     def __str__(self) -> str:
-        """Return "left aside: 3 hidden (a/.b.png, …), 1 …", escaped for a terminal, or ""."""
+        """Return the counts as text for a terminal, "left aside: 3 hidden (a/.b.png, …), 1 …", or "" if there
+        are none."""
         parts = (
             f"{n:,} {reason} ({shown(self.first[reason])}{', …' * (n > 1)})"
             for reason, n in self.counts.items()
@@ -108,7 +110,7 @@ class LeftAside:
 
 @dataclass
 class FolderContents:
-    """List what lies below a folder."""
+    """Hold the images and tars found below a folder, and the count of what was left aside."""
 
     images: list[Path]
     tars: list[Path]
@@ -116,7 +118,7 @@ class FolderContents:
 
 
 def hidden(path: str) -> bool:
-    """Return whether a part of a relative path begins with a point, as .ipynb_checkpoints/ and ._0.png do.
+    """Return whether a component of a relative path begins with a dot, as in .ipynb_checkpoints/ and ._0.png.
 
     Such files are copies and notes that other programs keep beside the images.
     """
@@ -124,7 +126,8 @@ def hidden(path: str) -> bool:
 
 
 def find_below(root: Path) -> FolderContents:
-    """Find the images and tars below `root`, sorted; links to folders are followed, to each folder once."""
+    """Find the images and tars below `root`, sorted; links to folders are followed, but no folder is read
+    twice."""
     below, others = FolderContents([], [], LeftAside()), LeftAside()
     start = len(os.path.join(root, ""))
     for entry in _entries(root, below.aside):
@@ -146,7 +149,7 @@ def find_below(root: Path) -> FolderContents:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """Return "file", or the reason for leaving the entry aside."""
+    """Return "file" for a regular file or a link to one, else the reason for leaving the entry aside."""
     try:
         regular = entry.is_file() or stat.S_ISREG(entry.stat().st_mode)
     except OSError:
@@ -155,10 +158,10 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _entries(root: Path, aside: LeftAside) -> Iterator[os.DirEntry[str]]:
-    """Yield every entry below `root` that is not a folder, and note what is left aside.
+    """Yield every entry below `root` that is not a folder, and count in `aside` what is not read.
 
-    A link to a folder is followed once all folders proper are read, unless it leads to one that was read or
-    that `root` lies in: so a loop ends, and a link up does not bring test images among the training images.
+    Links to folders are followed after all real folders, unless they lead to a folder that was read or that
+    contains `root`. So a cycle ends, and a link upwards does not bring test images among the training images.
     """
     start = len(os.path.join(root, ""))
     seen = {_identity(folder) for folder in root.resolve().parents}
@@ -188,7 +191,8 @@ def _entries(root: Path, aside: LeftAside) -> Iterator[os.DirEntry[str]]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int] | None:
-    """Return numbers that are the same for all paths to one folder, or None if it cannot be asked."""
+    """Return the device and inode numbers of a folder, the same for all paths to it; None if it is not
+    accessible."""
     try:
         status = os.stat(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""Measure the memory that a set of images may take."""
+"""Measure the memory that is available for a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ RESIDENT_FRACTION = 0.4  # The part of the free memory that a set may take unles
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes on the device; on a CPU this process's part, with the local processes counted."""
+    """Return the free bytes of the device; on a CPU the free memory divided by the number of local
+    processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
@@ -24,7 +25,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def all_memory(device: torch.device) -> int:
-    """Return the bytes that the device has, whoever uses them: a GPU's, or this machine's or container's."""
+    """Return the total bytes of memory, used or free: of the GPU, or of this machine or its container."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

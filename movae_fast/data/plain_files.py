@@ -1,4 +1,4 @@
-"""Tell which image files any decoder may read in the place of `decode` and get the same picture."""
+"""Recognise the image files for which any decoder gives the same picture as `decode`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ PNG_ROTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 def plain_size(data: bytes, channels: int) -> tuple[int, int] | None:
-    """Return (height, width) of a plain image file, or None for any other file, damaged files included.
+    """Return (height, width) of a plain image file, given as bytes; None for any other file, damaged ones
+    included.
 
-    Plain is a JPEG or PNG, whole to its last byte, upright, alone in its file, 8 bits deep, grey or (for three
-    channels) RGB, without transparency or interlacing, and with nothing in it that decoders disagree on.
+    A plain file is a JPEG or PNG that is complete, upright and single, 8 bits deep, grey or (for three
+    channels) RGB, without transparency or interlacing, and without anything that decoders interpret
+    differently.
     """
     try:
         if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
@@ -71,7 +73,7 @@ def _plain_jpeg(data: bytes, channels: int) -> tuple[int, int] | None:
 
 
 def _scans_are_whole(data: bytes, at: int) -> bool:
-    """Return whether scans and tables follow each other from byte `at` up to the last two bytes."""
+    """Return whether a JPEG's scans and tables follow each other from byte `at` up to its end marker."""
     while data[at] == 0xFF and (data[at + 1] == JPEG_SCAN or data[at + 1] in JPEG_TABLES):
         scan, at = data[at + 1] == JPEG_SCAN, at + 2 + (data[at + 2] << 8 | data[at + 3])
         if scan:

@@ -1,4 +1,4 @@
-"""Make items in threads before they are asked for."""
+"""Compute the items of an iterator in threads, before they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ U = TypeVar("U")
 
 
 def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Yield work(item) of each item, in order, from one thread per processor; few are in flight at once."""
+    """Yield work(item) for each item, in order, computed by one thread per processor; at most 256 are computed
+    ahead."""
     remaining = iter(items)
     with ThreadPoolExecutor(processors()) as pool:
         while chunk := list(islice(remaining, 256)):
@@ -23,7 +24,7 @@ def in_threads(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
 
 
 def prefetched(items: Generator[T], depth: int = 1) -> Generator[T]:
-    """Yield the same items; a thread makes the next `depth` of them while the caller works on the last one."""
+    """Yield the items of a generator, while a thread computes the next `depth` of them."""
 
     def next_if_any() -> list[T]:
         return list(islice(items, 1))
@@ -36,5 +37,6 @@ def prefetched(items: Generator[T], depth: int = 1) -> Generator[T]:
 
 
 def processors() -> int:
-    """Return the number of threads to decode with: this process's part of the processors, at most 8."""
+    """Return the number of threads to decode with: the processors divided by the number of local processes, at
+    most 8."""
     return max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

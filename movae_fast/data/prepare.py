@@ -1,6 +1,6 @@
-"""Write prepared files: images decoded once, so that later runs map them.
+"""Write prepared files: the images of a split, decoded once, which later runs map into memory.
 
-Until there is a header there are `.part` files, from which an interrupted preparation goes on.
+Until the header is written the data are in `.part` files, from which an interrupted preparation continues.
 """
 
 from __future__ import annotations
@@ -55,13 +55,17 @@ def prepare(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, str]:
-    """Write a split's prepared file.
+    """Write the prepared file of a split, and return its path and what was done.
 
-    Returns its path, and "written", "continued", "current", "given checksums" or "given other labels". Stopped
-    at any moment, it goes on from the last whole chunk. If another process prepares the same file, this one
-    waits for it. `say` is called with a line on that, and on what is left aside. Raises ValueError for a set
-    that lies in memory anyway, for an unreadable image (unless `on_bad_image` is skip), and for a folder that
-    cannot be written.
+    That is "written"; "continued", from an interrupted preparation; "current", if the file was up to date;
+    "given checksums", if an older file lacked them; or "given other labels". An interrupted preparation
+    continues from the last complete chunk. If another process prepares the same file, this one waits for it.
+
+    on_bad_image: "skip" leaves unreadable images out. decoder: "pillow" or "dali". progress: called with the
+    numbers of images done and in total. say: called with a line on waiting, or on files that are left aside.
+
+    Raises ValueError for a dataset that is read into memory anyway, for an unreadable image, and for a folder
+    that cannot be written.
     """
     source = info.read(options)
     if not isinstance(source, Preparable):
@@ -95,7 +99,8 @@ def prepare(
 
 
 def _current(path: Path, header: Header) -> Header | None:
-    """Return the header of the prepared file if the file is whole and was made as `header` says."""
+    """Return the header of the existing prepared file if the file is undamaged and agrees with `header`, else
+    None."""
     try:
         old = read_header(path)
     except ValueError:
@@ -107,7 +112,8 @@ def _current(path: Path, header: Header) -> Header | None:
 def _prepare_locked(
     path: Path, header: Header, source: Preparable, progress: Callable[[int, int], None]
 ) -> str:
-    """Write what is missing while no other process does, and return which word of `prepare` it was."""
+    """Write what is missing, while this process holds the lock; return what was done, in the words of
+    `prepare`."""
     old = _current(path, header)
     header = header | {"block": images_per_block(header["shape"])}
     if old is not None:
@@ -123,7 +129,7 @@ def _prepare_locked(
 
 
 def _finish(path: Path, images: Path, header: Header, source: Preparable, sums: list[str]) -> None:
-    """Put the file at `images`, its labels and its header in their places."""
+    """Move the images to their final name, and write their labels and, last, their header."""
     # The old header goes first, so that no header ever stands beside data that are not its own.
     header_path(path).unlink(missing_ok=True)
     labels = io.BytesIO()
@@ -145,7 +151,7 @@ def _write_images(
 ) -> tuple[int, list[str]]:
     """Append the missing images to the .part file.
 
-    Returns how many images were there already, and the checksums of all blocks.
+    Returns the number of images that it held already, and the checksums of all blocks.
     """
     data, state = path.with_suffix(".u8.part"), path.with_suffix(".part.json")
     image_bytes, total = int(np.prod(header["shape"][1:])), len(source)
@@ -175,7 +181,8 @@ def _write_images(
 
 
 def _blocks_done(data: Path, state: Path, header: Header) -> list[str]:
-    """Return the checksums of the blocks that an interrupted preparation left whole."""
+    """Return the checksums of the blocks that an interrupted preparation wrote completely; empty if there are
+    none."""
     try:
         earlier = json.loads(state.read_text())
         sums = [earlier["blocks_crc32"][i : i + 8] for i in range(0, len(earlier["blocks_crc32"]), 8)]
@@ -193,7 +200,7 @@ def _blocks_done(data: Path, state: Path, header: Header) -> list[str]:
 
 
 def _in_blocks(batches: Iterable[Tensor], size: int) -> Iterator[bytes]:
-    """Yield the bytes of uint8 batches, `size` at a time; the last block may be shorter."""
+    """Yield the bytes of batches of images in blocks of `size` bytes; the last block may be shorter."""
     held = bytearray()
     for images in batches:
         held += images.contiguous().view(-1).numpy().data
@@ -206,7 +213,7 @@ def _in_blocks(batches: Iterable[Tensor], size: int) -> Iterator[bytes]:
 
 
 def _decoded(source: Preparable, decoder: str, start: int) -> Iterator[Tensor]:
-    """Yield batches of uint8 [B, C, S, S] of the rows start, start + 1, …"""
+    """Yield batches of images, uint8 [B, C, S, S], for the source's rows from `start` on."""
     if decoder == "dali":
         loader = DaliLoader(source, 256, torch.device("cpu"), train=False)
         for _, (images, _) in loader.batches(torch.arange(start, len(source)), 0):

@@ -1,4 +1,4 @@
-"""Read a split from its prepared file where there is one that matches, else from the original files."""
+"""Read a split from its prepared file if there is one that matches, else from the original files."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ MEND = "prepare it again (movae data prepare), or delete it and the original fil
 
 
 class Prepared(ImageSource):
-    """Map a prepared file; rows are indexed on the host, or on a GPU where the set fits.
+    """Give the images of a prepared file, which is memory-mapped or, if it fits there, copied to a GPU.
 
-    Images are compared with their checksums as they are first read, unless `verify` is False. Raises ValueError
-    naming the file if they differ.
+    Images are compared with their checksums when they are first read, unless `verify` is False. A difference
+    raises ValueError, which names the file. `source` gives the original files' factors, if they have any.
     """
 
     on_host = True
@@ -72,21 +72,25 @@ class Prepared(ImageSource):
 
     @property
     def factors(self) -> Callable[[Tensor], Tensor]:
-        """Return the original source's function from rows to factors. Raises AttributeError if unknown."""
+        """Return the original source's function from rows to factor values. Raises AttributeError if it is not
+        known."""
         if self._factors is None:
             raise AttributeError(f"{self.path} has no factors")
         return self._factors
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images of `rows` and their labels. Raises ValueError where a block that is read
-        for the first time differs from its checksum."""
+        """Return the images of `rows` and their labels.
+
+        Raises ValueError if a block of images that is read for the first time differs from its checksum.
+        """
         if isinstance(self.images, Tensor):
             return pick(self.images, rows), self.labels[rows]
         self.check(rows)
         return torch.from_numpy(self.images[rows.numpy()]), self.labels[rows]
 
     def check(self, rows: Tensor) -> None:
-        """Compare the blocks of `rows` [B] that were not read yet with their checksums. Raises ValueError."""
+        """Compare the blocks that contain `rows` [B] with their checksums, unless that was done. Raises
+        ValueError."""
         if self.sums is None or isinstance(self.images, Tensor):
             return
         blocks = rows // self.header["block"]
@@ -99,11 +103,11 @@ class Prepared(ImageSource):
         self.checked[new] = 1
 
     def table(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return all images and labels where they lie on a GPU."""
+        """Return all images and labels if they are on a GPU, else None."""
         return (self.images, self.labels) if isinstance(self.images, Tensor) else None
 
     def to(self, device: torch.device) -> None:
-        """Copy the set to a GPU that has room for it; on a CPU it stays mapped."""
+        """Copy the images to a GPU if it has room for them; on a CPU they stay memory-mapped."""
         mapped = self.images
         if device.type == "cpu" or isinstance(mapped, Tensor):
             return
@@ -120,11 +124,12 @@ class Prepared(ImageSource):
 def open_split(
     info: DatasetInfo, options: ReadOptions, on_bad_image: str = "error", verify: bool = True
 ) -> ImageSource:
-    """Return a split: its prepared file where there is one that matches, else the original files.
+    """Return a split as an image source: its prepared file if there is one that matches, else its original
+    files.
 
-    `skip` leaves unreadable image files out; `source.skipped` names them. A prepared file that is not what its
-    header says is a ValueError (as for its images, only if `verify`, and as they are read). A prepared file
-    whose original files have changed since is left alone and noted in `source.note`.
+    on_bad_image: "skip" leaves unreadable files out, and `source.skipped` names them. verify: check a prepared
+    file's images as they are read. A prepared file whose original files have changed is not used, which
+    `source.note` says. Raises ValueError for a prepared file that does not agree with its header.
     """
     path = prepared_path(info.name, options)
     header = read_header(path)
@@ -151,14 +156,14 @@ def open_split(
 
 
 def matches(path: Path, header: Header, source: ImageSource) -> bool:
-    """Return whether a prepared file was made from these original files and in this way."""
+    """Return whether a prepared file was made from the present original files, with the same transform."""
     original = preparable(source)
     same = header["files"] == list_hash(original.files) and header["transform"] == transform(original)
     return same and bool(header["skipped"] or labels_agree(path, original))
 
 
 def leave_out_unreadable(source: ImageFiles, name: str, options: ReadOptions) -> None:
-    """Drop the files that cannot be read. Raises ValueError if none is left."""
+    """Remove the files that cannot be read from the source. Raises ValueError if none remains."""
     source.leave_out(unreadable(source))
     if not source.files:
         raise ValueError(f"--dataset {name}: not one {options.split} image can be read ({source.skipped[0]})")

@@ -1,8 +1,8 @@
-"""Name, describe and check the files of a prepared set.
+"""Define the files of a prepared split: their names, their header, and how they are checked.
 
-A prepared set is a file of uint8 [N, C, S, S], a file of labels and a JSON header. The header is written last
-and says what the files must be: their shape, the transform, the list of original files that they were made
-from, and checksums of blocks of images, of the labels and of the header itself.
+A prepared split is a file of images, uint8 [N, C, S, S], a file of labels and a JSON header. The header is
+written last. It states the shape, the transform, a digest of the list of original files, and checksums of
+blocks of images, of the labels and of the header itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Preparable = ImageFiles | GridImages  # the sources that decoding once makes fas
 
 
 def prepared_path(name: str, options: ReadOptions) -> Path:
-    """Return the path of a split's prepared images; the labels and the header lie beside it."""
+    """Return the path of a split's prepared images; the labels and the header have the same stem."""
     folder, stem = _place(name, options)
     return folder / f"{stem}-{options.split}-{options.image_size}-{options.crop}-{options.resize}.u8"
 
@@ -52,7 +52,7 @@ def header_path(path: Path) -> Path:
 
 
 def _place(name: str, options: ReadOptions) -> tuple[Path, str]:
-    """Return the folder of a dataset's prepared files, and how their names begin."""
+    """Return the folder of a dataset's prepared files, and the beginning of their names."""
     root = options.root
     if os.path.isfile(root):  # a list of files, or a tar
         return root.parent / PREPARED, f"{name}-{root.stem}"
@@ -60,7 +60,7 @@ def _place(name: str, options: ReadOptions) -> tuple[Path, str]:
 
 
 def prepared_files(name: str, options: ReadOptions) -> list[Path]:
-    """Return the prepared files of a split, of whatever size and transform, whole or not."""
+    """Return the prepared image files of a split, for all sizes and transforms, complete or not."""
     folder, stem = _place(name, options)
     ours = re.compile(rf"{re.escape(stem)}-{options.split}-[0-9]+-[^.]*\.(u8|json)")
     beside = folder.iterdir() if folder.is_dir() else iter(())
@@ -68,14 +68,15 @@ def prepared_files(name: str, options: ReadOptions) -> list[Path]:
 
 
 def preparable(source: ImageSource) -> Preparable:
-    """Return the source if it is of a kind that can be prepared. Raises TypeError."""
+    """Return the source, as a type that can be prepared. Raises TypeError for other types."""
     if not isinstance(source, Preparable):
         raise TypeError(f"{type(source).__name__} cannot be prepared")
     return source
 
 
 def transform(source: Preparable) -> Header:
-    """Return what is done to an original image, as a header keeps it."""
+    """Return the settings with which original images become prepared ones (size, resampling, crop), for the
+    header."""
     if isinstance(source, ImageFiles):
         box = list(source.box) if source.box else None
         return {"size": source.size, "resize": source.mode, "box": box, "channels": source.channels}
@@ -83,19 +84,20 @@ def transform(source: Preparable) -> Header:
 
 
 def labels_agree(path: Path, source: Preparable) -> bool:
-    """Return whether a prepared file has its original files' labels; a new class folder changes those."""
+    """Return whether a prepared file's labels equal those of the original files; a new class folder changes the
+    latter."""
     return np.array_equal(np.load(labels_path(path)), labels_array(source))
 
 
 def labels_array(source: Preparable) -> np.ndarray:  # [N] int64
-    """Return the labels of the original files."""
+    """Return the labels of the original files as an array."""
     return np.asarray(source.labels, np.int64)
 
 
 def read_header(path: Path) -> Header | None:
-    """Return the header of a prepared file, or None if there is none.
+    """Return the header of the prepared file at `path`, or None if it has none.
 
-    Raises ValueError if the header, the labels or the size of the file are not what they must be.
+    Raises ValueError if the header or the labels are damaged, or if the size of the image file is wrong.
     """
     if not header_path(path).is_file():
         return None
@@ -131,23 +133,23 @@ def _check_sums(header: Header, labels: bytes) -> None:
 
 
 def sealed(header: Header) -> Header:
-    """Return the header with the checksum of all else in it."""
+    """Return the header with a checksum of all its other entries added."""
     rest = {key: value for key, value in header.items() if key != "header_crc32"}
     return rest | {"header_crc32": zlib.crc32(json.dumps(rest, sort_keys=True).encode())}
 
 
 def map_images(path: Path, header: Header) -> np.ndarray:  # [N, C, S, S] uint8
-    """Map the images of a prepared file; they are read as they are used."""
+    """Map the images of a prepared file into memory; they are read from the disk when they are used."""
     return np.memmap(path, np.uint8, "r", shape=tuple(header["shape"]))
 
 
 def images_per_block(shape: list[int]) -> int:
-    """Return how many images of a set [N, C, S, S] share a checksum."""
+    """Return the number of images, of a set [N, C, S, S], that share a checksum."""
     return max(1, BLOCK // int(np.prod(shape[1:])))
 
 
 def block_sums(header: Header) -> np.ndarray:  # [blocks] uint32
-    """Return the CRC-32 of each block's bytes."""
+    """Return the CRC-32 checksum of each block of images, as stored in the header."""
     return np.frombuffer(bytes.fromhex(header["blocks_crc32"]), ">u4")
 
 
@@ -157,21 +159,21 @@ def damaged_blocks(
     sums: np.ndarray,  # [blocks] uint32
     blocks: Iterable[int],
 ) -> list[tuple[int, int]]:
-    """Return, for each of `blocks` that differs from its checksum, the numbers of its first and last image,
-    both included."""
+    """Return, for each of the `blocks` that differs from its checksum, the numbers of its first and last
+    image."""
     size = header["block"]
     bad = (b for b in blocks if zlib.crc32(images[b * size : (b + 1) * size].data) != sums[b])
     return [(b * size, min((b + 1) * size, len(images)) - 1) for b in bad]
 
 
 def describe_damage(bad: list[tuple[int, int]]) -> str:
-    """Return a phrase that names the first damaged images."""
+    """Return a phrase for an error that names the first damaged images, from the result of `damaged_blocks`."""
     ranges = [f"{first:,} to {last:,}" for first, last in bad[:3]]
     return f"checksums differ at images {', '.join(ranges)}{', …' * (len(bad) > 3)}"
 
 
 def damage(path: Path, header: Header) -> str:
-    """Return what is wrong with a prepared file's images, or "" if nothing is; all of them are read."""
+    """Read all images of a prepared file; return what is wrong with them, or "" if nothing is."""
     if header["format"] == OLD_FORMAT:
         return "" if checksum(path) == header["checksum"] else "its checksum differs"
     sums = block_sums(header)
@@ -180,5 +182,5 @@ def damage(path: Path, header: Header) -> str:
 
 
 def checksum(path: Path) -> str:
-    """Return the checksum of all images, which headers of the old format have."""
+    """Return the checksum of the whole image file, which headers of the old format store."""
     return file_digest(path, hashlib.blake2b(digest_size=16))

@@ -1,4 +1,4 @@
-"""Hold one split's images, in memory or in files, behind one interface: `ImageSource`."""
+"""Give the images of one split through one interface, `ImageSource`, whether they are in memory or in files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from movae_fast.names import shown
 
 
 class ImageSource(Protocol):
-    """Give the uint8 images of one split, and one label per image, by their row.
+    """Give the uint8 images of one split, and one label per image, by row number.
 
-    Derive from it and write `__len__` and `gather`. The rest has defaults, which suit a source that lies in
-    memory and says nothing of itself.
+    A source derives from this class and implements `__len__` and `gather`. The defaults of everything else suit
+    images in memory.
     """
 
     on_host: bool = False  # Rows are wanted on the CPU, since what they name is read or decoded there.
@@ -36,7 +36,7 @@ class ImageSource(Protocol):
         self,
         rows: Tensor,  # [B] int64
     ) -> tuple[Tensor, Tensor]:  # [B, C, S, S] uint8, [B] int64
-        """Return the images of the given rows and their labels, wherever the source keeps them."""
+        """Return the images of the given rows and their labels, on the device where the source keeps them."""
         raise NotImplementedError
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor | int]:  # [C, S, S] uint8, []
@@ -45,29 +45,31 @@ class ImageSource(Protocol):
         return images[0], labels[0]
 
     def to(self, device: torch.device) -> None:
-        """Move to the device what is worth moving; by default nothing."""
+        """Move the images to the device, if that is worthwhile for this kind of source; by default nothing is
+        moved."""
         return None
 
     def table(
         self,
         rows: Tensor,  # [B] int64
     ) -> tuple[Tensor, Tensor] | None:  # [N, C, S, S] uint8, [N] int64
-        """Return the tables of all images and labels, for the caller to index by `rows`, if the images
-        of `rows` need no reading or decoding; else None."""
+        """Return the tensors of all images and all labels, for the caller to index, if the images of `rows`
+        need no reading or decoding; else None."""
         return None
 
     @property
     def factors(self) -> Callable[[Tensor], Tensor]:
-        """Return a function from rows [B] to the factors' values [B, F].
+        """Return a function from rows [B] to the ground-truth factor values [B, F].
 
-        Raises AttributeError where the factors are not known, so that `hasattr` tells.
+        Raises AttributeError if the factors are not known, so that `hasattr` can be used.
         """
         raise AttributeError(f"{type(self).__name__} has no factors")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Tell a dataset's reader where its files are, which split to read, and what to make of an image."""
+    """Tell a dataset's reader where the files are, which split to read, and how to crop and resize the
+    images."""
 
     root: Path
     split: str  # "train" or "test"
@@ -80,7 +82,7 @@ class ReadOptions:
 
 
 class Images(ImageSource):
-    """Hold images in memory."""
+    """Hold the images of a split in memory."""
 
     def __init__(
         self,
@@ -98,19 +100,20 @@ class Images(ImageSource):
         self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of `rows`, where the images lie."""
+        """Return the images and labels of `rows`, on the images' device."""
         rows = rows.to(self.images.device)
         return pick(self.images, rows), self.labels[rows]
 
     def table(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all images and labels, whichever rows are wanted."""
+        """Return the tensors of all images and all labels; `rows` does not matter."""
         return self.images, self.labels
 
 
 class ImageFiles(ImageSource):
-    """Decode image files (or members of tars) as they are asked for.
+    """Decode image files, or files inside tars, when they are asked for.
 
-    Each is cropped to `box` (or to its central square) and resized. Without labels all of them are 0.
+    Each image is cropped to `box` (None: to its central square) and resized by `mode`. If no labels are given,
+    all are 0.
     """
 
     on_host = True
@@ -140,22 +143,22 @@ class ImageFiles(ImageSource):
         return resize(cropped, self.size, self.mode), self.labels[row]
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode the files of `rows` in threads."""
+        """Decode the files of `rows` in threads; return the images and their labels."""
         return stack(in_threads(self.__getitem__, rows.tolist()))
 
     def leave_out(self, reasons: dict[int, str]) -> None:
-        """Drop these rows, and remember in `skipped` the reason of each."""
+        """Remove the rows in `reasons`, and list them with their reasons in `skipped`."""
         self.skipped = [f"{shown(self.files[row])}: {shown(why)}" for row, why in reasons.items()]
         self.keep([row for row in range(len(self.files)) if row not in reasons])
 
     def keep(self, rows: list[int]) -> None:
-        """Keep these rows alone, in this order."""
+        """Keep only the given rows, in this order."""
         self.files = [self.files[row] for row in rows]
         self.labels = [self.labels[row] for row in rows]
 
 
 class Subset(ImageSource):
-    """Give `n` evenly spaced rows of a source, in order."""
+    """Give `n` evenly spaced rows of another source, in order."""
 
     def __init__(self, source: ImageSource, n: int) -> None:
         self.source = source
@@ -166,7 +169,7 @@ class Subset(ImageSource):
         return len(self.rows)
 
     def to(self, device: torch.device) -> None:
-        """Move the chosen rows of a set in memory, not the set that they were chosen from."""
+        """Move the subset's images to the device; of a source in memory only these, not the whole source."""
         if isinstance(self.source, Images):
             self.source = Images(*self.source.gather(self.rows))
             self.rows = torch.arange(len(self.rows))
@@ -176,12 +179,12 @@ class Subset(ImageSource):
             self.rows = self.rows.to(device)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and labels of the subset's `rows`, wherever the source keeps them."""
+        """Return the images and labels of the subset's `rows`, on the device where the source keeps them."""
         return self.source.gather(self.rows.to(rows.device)[rows])
 
 
 def limited(source: ImageSource, n: int) -> ImageSource:
-    """Return `n` evenly spaced rows of the source where it has more, else (or if n is 0) the source itself."""
+    """Return `n` evenly spaced rows of the source; the source itself if n is 0 or not less than its length."""
     if not 0 < n < len(source):
         return source
     subset = Subset(source, n)
@@ -194,6 +197,6 @@ def limited(source: ImageSource, n: int) -> ImageSource:
 
 
 def stack(items: Iterator[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:  # [B, C, S, S], [B]
-    """Return single images and labels as a batch."""
+    """Combine single images and labels into a batch."""
     images, labels = zip(*items, strict=True)
     return torch.stack(images), torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""Write JPEGs of rendered scenes at CelebA's size, for benchmarks and tests that download nothing."""
+"""Write JPEGs of synthetic scenes at CelebA's size, for benchmarks and tests that download nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PER_FOLDER = 10_000
 
 
 def scene(seed: int, width: int = WIDTH, height: int = HEIGHT) -> Image.Image:
-    """Return RGB picture number `seed`: a shaded background, ellipses and boxes, a photograph's fine grain."""
+    """Return the RGB picture determined by `seed`: a shaded background with ellipses, boxes and photographic
+    grain."""
     rng = np.random.default_rng(seed)
     corners = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
     image = corners.resize((width, height), Image.Resampling.BICUBIC)
@@ -38,7 +39,8 @@ def synthetic_jpeg(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> None:
-    """Write scenes 0 to n - 1 below `folder` as 00/000000.jpg, 00/000001.jpg, …; those that exist stay."""
+    """Write the scenes 0 to n - 1 below `folder` as 00/000000.jpg, 00/000001.jpg, …; existing files are
+    kept."""
     paths = [folder / f"{i // PER_FOLDER:02d}" / f"{i:06d}.jpg" for i in range(n)]
     for parent in {p.parent for p in paths}:
         parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Find image files inside tars as webdataset writes them: `0001.jpg` with its class in `0001.cls` beside it.
+"""Find image files inside tars in webdataset's layout: `0001.jpg`, with its class in `0001.cls` beside it.
 
-A tar's headers are read once. From then on an image is a range of bytes in the tar, and every loader shuffles,
-splits and resumes over such ranges as it does over files. (DALI has its own reader for such tars. It shuffles
-within a buffer, in an order that only DALI's checkpoints know, and gives each rank whole tars; the `dali`
-loader therefore reads the ranges itself and hands DALI their bytes.)
+A tar's headers are read once. Afterwards an image is a range of bytes in the tar, and every loader shuffles,
+splits and resumes over such ranges as over files. (DALI has its own reader for such tars, but it shuffles
+within a buffer, in an order that only DALI's checkpoints know, and gives each process whole tars. The `dali`
+loader therefore reads the ranges itself and passes their bytes to DALI.)
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ MAX_LINKS = 40  # the longest chain of links that is followed, which is also Lin
 
 
 def is_tar(path: Path) -> bool:
-    """Return whether a file's name is that of a tar."""
+    """Return whether a file's name ends like that of a tar."""
     return path.suffix.lower() == ".tar"
 
 
 def images_in(paths: Iterable[Path], aside: LeftAside | None = None) -> tuple[list[File], list[int]]:
-    """Return the images at `paths` and their classes, in order, with every tar's images in the tar's place.
+    """Return the images at `paths` and their classes, in order; a tar is replaced by the images in it.
 
-    Classes are 0 where no image has one. Whatever else the tars hold is added to `aside`. Raises ValueError for
-    a tar that is damaged or compressed or holds no image, and for a class that is not a number or is missing
-    while other images have one.
+    All classes are 0 if no image has one. Other files in the tars are counted in `aside`. Raises ValueError for
+    a tar that is damaged, compressed or without images, for a class that is not a number, and for an image
+    without a class among images with one.
     """
     images: list[File] = []
     classes: list[int | None] = []
@@ -60,11 +60,11 @@ def images_in(paths: Iterable[Path], aside: LeftAside | None = None) -> tuple[li
 
 
 def index(shard: Path, aside: LeftAside | None = None) -> list[tuple[Member, int | None]]:
-    """Return the images of a tar in their order, each with the class in its sample's .cls file or None.
+    """Return the images in a tar, in order, each with the class from its .cls file, or None without one.
 
-    Links to files in the tar stand for those files. Members that are not images are added to `aside`. Reading a
-    header takes 50 us, so the headers are remembered until the tar changes. Raises ValueError naming a tar that
-    is not whole.
+    Links inside the tar stand for the files that they lead to. Members that are not images are counted in
+    `aside`. Reading a header takes 50 us, so the headers are cached on disk until the tar changes. Raises
+    ValueError, which names the tar, if it is damaged.
     """
     try:
         stat = shard.stat()
@@ -82,7 +82,7 @@ def index(shard: Path, aside: LeftAside | None = None) -> list[tuple[Member, int
 
 
 class _Headers(TypedDict):
-    """Hold what JSON keeps of a tar's headers."""
+    """Describe the contents of a tar's headers as they are stored in the cache."""
 
     images: list[tuple[str, int, int, int | None]]  # name, offset, size in bytes, class
     aside: list[tuple[str, str, int]]  # reason, first name, count
@@ -90,7 +90,7 @@ class _Headers(TypedDict):
 
 @dataclass
 class _Contents:
-    """Sort a tar's members; all names are names within the tar."""
+    """Hold the members of a tar, sorted by kind; all names are names within the tar."""
 
     images: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -99,7 +99,7 @@ class _Contents:
     aside: LeftAside = field(default_factory=LeftAside)
 
     def range_of(self, name: str) -> tuple[int, int] | None:
-        """Return offset and size of the file of this name, or of the file that it links to."""
+        """Return offset and size of the file with this name, following links; None if there is no such file."""
         name = posixpath.normpath(name)
         for _ in range(MAX_LINKS):
             if name in self.ranges or name not in self.links:
@@ -109,7 +109,7 @@ class _Contents:
 
 
 def _read_headers(shard: Path) -> _Headers:
-    """Read all headers of a tar, and the classes in its .cls files."""
+    """Read all headers of a tar, and the classes in its .cls files. Raises ValueError for a damaged tar."""
     contents, labels, images = _Contents(), {}, list[tuple[str, int, int, int | None]]()
     try:
         with opened(shard) as file, opened(shard) as headers, tarfile.open(fileobj=headers, mode="r:") as tar:
@@ -137,7 +137,7 @@ def _read_headers(shard: Path) -> _Headers:
 
 
 def _add(contents: _Contents, member: tarfile.TarInfo, shard: Path) -> None:
-    """Put a member among the images, the classes, the links or what is left aside."""
+    """Add a member of a tar to the images, the classes, the links or the files left aside."""
     name, suffix = member.name, posixpath.splitext(member.name)[1]
     key = posixpath.normpath(name)
     wanted = None
@@ -171,13 +171,14 @@ def _add(contents: _Contents, member: tarfile.TarInfo, shard: Path) -> None:
 
 
 def _sample(path: str) -> str:
-    """Return what the files of one sample have in common: the path up to the name's first point."""
+    """Return the common part of the names of a sample's files: the path up to the first dot in the file's
+    name."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + name.partition(".")[0]
 
 
 def _class(path: str, text: bytes) -> int:
-    """Return the number in a .cls file. Raises ValueError naming the file."""
+    """Return the class number in a .cls file. Raises ValueError, which names the file, if there is none."""
     number = text.removeprefix(b"\xef\xbb\xbf").strip()  # Windows' editors begin with this mark.
     # Labels are int64, and 19 digits may be more than that holds.
     if not re.fullmatch(rb"[+-]?[0-9]{1,19}", number) or not -(2**63) <= int(number) < 2**63:
@@ -188,7 +189,7 @@ def _class(path: str, text: bytes) -> int:
 
 
 def _not_whole(shard: Path, why: str) -> ValueError:
-    """Return the error for a tar that cannot be read, which says if it is only compressed or empty."""
+    """Return the ValueError for a tar that cannot be read; it says if the tar is compressed or empty."""
     start = b""
     with suppress(OSError), opened(shard) as file:
         start = file.read(2)

@@ -1,4 +1,4 @@
-"""Bring images to the side that a model wants, and batches of them to its data range."""
+"""Resize images to the side that a model needs, and convert batches to its data range."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 
 def resize(images: Tensor, size: int, mode: str = "auto") -> Tensor:
-    """Return uint8 images [..., H, W] as [..., size, size]. Raises ValueError where "pad" would shrink.
+    """Resize uint8 images [..., H, W] to [..., size, size]. Raises ValueError if "pad" would have to shrink
+    them.
 
-    "pad" adds zeros around (28 to 32 without touching a value), "bilinear" and "bicubic" resample with
-    antialiasing, "auto" pads where an image lacks at most 4 pixels and resamples (bilinear) elsewhere.
+    "pad" surrounds them with zeros, "bilinear" and "bicubic" resample with antialiasing, "auto" pads if at most
+    4 pixels are missing on a side (28 to 32) and otherwise resamples (bilinear).
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
@@ -41,9 +42,10 @@ def pick(
     images: Tensor,  # [N, C, S, S]
     rows: Tensor,  # [B]
 ) -> Tensor:  # [B, C, S, S]
-    """Return the given rows of the images in their memory layout: channels last stay last.
+    """Return the given rows of the images, in the same memory layout (channels-last stays so).
 
-    Whole images are copied; indexing by [rows] copies single bytes, which takes twenty times as long on a CPU.
+    Whole images are copied; indexing by [rows] would copy single bytes, which takes twenty times as long on a
+    CPU.
     """
     if images.is_contiguous():
         return images.index_select(0, rows)
@@ -56,9 +58,9 @@ def finish(
     normalize: bool,
     bits: int = 8,
 ) -> Tensor:  # [B, C, S, S] float32
-    """Return the images in [0, 1], or in [-1, 1] with `normalize`, mirrored where `flip` says so.
+    """Convert images to floats in [0, 1], or in [-1, 1] with `normalize`, mirrored where `flip` is true.
 
-    Their values keep the first `bits` bits, and have 2^bits levels from 0 to 1.
+    bits: only the first `bits` bits of each value are kept, which gives 2^bits levels from 0 to 1.
     """
     if flip is not None:
         # Mirroring bytes moves a quarter of what mirroring floats would. Whole images are picked, since
@@ -79,7 +81,8 @@ def batch_of(
     normalize: bool,
     bits: int = 8,
 ) -> tuple[Tensor, Tensor]:  # [B, C, S, S] float32, [B]
-    """Return `finish(pick(images, rows), flip, normalize, bits)` and labels, compiling to one kernel."""
+    """Return `finish(pick(images, rows), flip, normalize, bits)` and the labels of `rows`, in a form that
+    compiles to one kernel."""
     x = images[rows]
     if bits < 8:
         x = x >> (8 - bits)
@@ -93,5 +96,5 @@ def batch_of(
 
 
 def to_unit(x: Tensor, normalize: bool) -> Tensor:
-    """Return images in the model's data range as images in [0, 1], clamped."""
+    """Convert images in the model's data range to [0, 1], clamped."""
     return ((x + 1) / 2 if normalize else x).clamp(0, 1)

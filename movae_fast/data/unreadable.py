@@ -1,4 +1,5 @@
-"""Find the image files that cannot be read, once before training, and remember them until the files change."""
+"""Find the image files that cannot be read, once before training, and cache the result until the files
+change."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from movae_fast.data.sources import ImageFiles
 
 
 def list_hash(files: Sequence[File]) -> str:
-    """Return a digest of the files' names, sizes and times of change."""
+    """Return a digest of the files' names, sizes and modification times."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         try:
@@ -27,7 +28,8 @@ def list_hash(files: Sequence[File]) -> str:
 
 
 def unreadable(source: ImageFiles) -> dict[int, str]:
-    """Return {row: reason} of the files that every loader refuses."""
+    """Return the files that cannot be used, as {row: reason}: they cannot be decoded, or are smaller than the
+    crop."""
     lasting = True
 
     def check(path: File) -> str | None:
@@ -49,7 +51,7 @@ def unreadable(source: ImageFiles) -> dict[int, str]:
 
 
 def opens(path: File) -> bool:
-    """Return whether the file can be opened."""
+    """Return whether the file can be opened for reading."""
     try:
         with opened(path):
             return True

@@ -128,7 +128,8 @@ def of_images(config: TrainConfig) -> dict[str, Any]:
     """Return what two runs must have in common for their distortions to be comparable: images and
     likelihood."""
     names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "bits", "antialias")
-    return {n: getattr(config.data, n) for n in names} | {"recons_dist": config.objective.recons_dist}
+    others = {"corpus_digest": config.corpus.corpus_digest, "recons_dist": config.objective.recons_dist}
+    return {n: getattr(config.data, n) for n in names} | others
 
 
 def add_plain_betas(members: Sequence[Member]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader
+from movae_fast.data.text import TextLoader
 from movae_fast.evaluation.curve_runs import Member
 from movae_fast.evaluation.disentanglement import METRICS, Codes
 from movae_fast.evaluation.linear_oracle import LinearOracle
@@ -24,7 +25,8 @@ from movae_fast.evaluation.rate_distortion import (
 )
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.models.multirate import gated_layers
-from movae_fast.training.build import load_model, make_loader
+from movae_fast.training.build import load_model, make_loader, make_text_loader
+from movae_fast.training.config import TrainConfig
 
 RESPONSES = 200  # betas of a response function
 Responses = tuple[list[float], dict[str, Tensor]]  # betas [N], gated layer -> its values at them [N, C]
@@ -50,19 +52,29 @@ def evaluate_runs(
     oracles: dict[int, LinearOracle] = {}
     for number, member in enumerate(members):
         _, model = load_model(member.path, device)
-        loader = make_loader(member.config, device, split, in_order=True)
-        loader.batch_size = batch_size
+        loader = loader_of(member.config, device, split, batch_size)
         advance = started(number, len(loader.source) * len(member.betas))
         began, dist = time.perf_counter(), member.config.objective.recons_dist
         member.points = curve_points(model, loader, member.betas, dist, seed, batch_size, advance)
         member.seconds = time.perf_counter() - began
-        if member.config.info.factor_sizes and samples and isinstance(model, GaussianVAE):
+        has_factors = not member.config.is_text and bool(member.config.info.factor_sizes)
+        if has_factors and samples and isinstance(model, GaussianVAE):
             add_mig(member, model, device, batch_size, samples, seed)
-        if (oracle := oracle_of(member, loader, oracles)) is not None:
+        if isinstance(loader, Loader) and (oracle := oracle_of(member, loader, oracles)) is not None:
             member.beside = [oracle.compare(p.beta, p.rate, p.distortion) for p in member.points]
         if member.multirate:
             gates[str(member.path)] = responses(member, model)
     return gates
+
+
+def loader_of(config: TrainConfig, device: torch.device, split: str, size: int) -> Loader | TextLoader:
+    """Return the split in order, `size` images or sentences at a time."""
+    if config.is_text:
+        config.data.eval_batch_size = size
+        return make_text_loader(config, device, split, in_order=True)
+    loader = make_loader(config, device, split, in_order=True)
+    loader.batch_size = size
+    return loader
 
 
 def add_mig(

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from movae_fast.choices import LatentKind, ReconsDist
 from movae_fast.data import Loader, to_unit
+from movae_fast.data.text import TextLoader
 from movae_fast.evaluation import hierarchy, image_quality, likelihood
+from movae_fast.evaluation.code_depth import depth_curve
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
 from movae_fast.evaluation.inception import distances, features_of
-from movae_fast.models import NVAE, VAE, GaussianVAE
+from movae_fast.models import NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
@@ -42,6 +44,8 @@ def applies(name: str, latents: LatentKind, factors: bool) -> bool:
     """Return whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
     if name in METRICS:
         return latents == "vector" and factors
+    if name == "depth":
+        return latents == "codebook"
     return latents != "codebook" if name == "elbo" else True
 
 
@@ -80,6 +84,9 @@ def measure(
             report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
+    if "depth" in names:
+        assert isinstance(model, CodebookVAE)
+        report.metrics |= depth_curve(model, loader.epoch(), loader.normalize)
     return report
 
 
@@ -141,7 +148,7 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
     return {name.removeprefix("test/"): value for name, value in metrics.items()}
 
 
-def spaced_rows(loader: Loader, count: int) -> Tensor:  # [min(count, N)] int64
+def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(count, N)] int64
     """Return the numbers of so many evenly spaced images of the loader's, or of all that there are."""
     total = len(loader.source)
     n = min(count, total)

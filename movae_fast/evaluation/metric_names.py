@@ -1,6 +1,6 @@
 """Name the metrics of `movae evaluate`; none is computed or imported here."""
 
-ON_IMAGES = ("objectives", "elbo", "images")
+ON_IMAGES = ("objectives", "elbo", "images", "depth")
 # Of codes and known factors: the names of `disentanglement.METRICS`, in its order.
 ON_FACTORS = (
     *("mig", "mig_sup", "mig_sampled", "mig_sup_sampled", "modularity", "jemmig", "factor_vae", "sap"),

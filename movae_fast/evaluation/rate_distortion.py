@@ -17,9 +17,10 @@ from torch import Tensor
 
 from movae_fast.choices import ReconsDist
 from movae_fast.data import Loader
+from movae_fast.data.text import TextLoader
 from movae_fast.evaluation.hierarchy import ACTIVE_RATE, channel_rates, group_noise
 from movae_fast.evaluation.likelihood import summed_error
-from movae_fast.models import NVAE, VAE, GaussianVAE, Noise, ProVLAE
+from movae_fast.models import LSTMVAE, NVAE, VAE, GaussianVAE, Likelihood, Noise, ProVLAE
 from movae_fast.objectives import kl_of_latents
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import ACTIVE_VARIANCE
@@ -67,7 +68,7 @@ def is_multirate(model: VAE) -> bool:
 @torch.no_grad()
 def curve_points(
     model: VAE,
-    loader: Loader,
+    loader: Loader | TextLoader,
     betas: Sequence[float],
     dist: ReconsDist,
     seed: int,
@@ -94,7 +95,7 @@ def curve_points(
 
 def one_pass(
     model: GaussianVAE,
-    loader: Loader,
+    loader: Loader | TextLoader,
     betas: Sequence[float],
     dist: ReconsDist,
     noise: Tensor,  # [N, D]
@@ -109,10 +110,9 @@ def one_pass(
         for x in images.split(max(1, rows // k)):
             mu, logvar = encode_at(model, x, betas)  # [K, B, D]
             z = mu + torch.exp(0.5 * logvar) * noise[done : done + len(x)].to(mu)
-            decoded = model.decode(z.flatten(0, 1).to(x))
             wanted = x.repeat(k, *(1,) * (x.dim() - 1))
             part = (
-                summed_error(decoded, wanted, likelihood).view(k, -1).sum(1),
+                errors(model, z.flatten(0, 1), wanted, likelihood).view(k, -1).sum(1),
                 kl_of_latents(mu, logvar).sum((1, 2)),
                 mu.sum(1),
                 mu.square().sum(1),
@@ -127,9 +127,17 @@ def one_pass(
     return points_of(betas, rate, distortion, active)
 
 
+def errors(model: GaussianVAE, z: Tensor, wanted: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64
+    """Return the distortion in nats of each image or sentence, decoded from latents z [B, D]."""
+    z = z.to(next(model.parameters()))
+    if isinstance(model, LSTMVAE):
+        return model.sentence_losses(z, wanted).double()
+    return summed_error(model.decode(z), wanted, likelihood)
+
+
 def pass_of_hierarchy(
     model: NVAE,
-    loader: Loader,
+    loader: Loader | TextLoader,
     betas: Sequence[float],
     dist: ReconsDist,
     seed: int,

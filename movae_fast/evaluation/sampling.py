@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from movae_fast.data import to_unit
-from movae_fast.models import NVAE, VAE, GaussianVAE, ProVLAE
-from movae_fast.models.vq_vae import VQVAE
+from movae_fast.models import NVAE, VAE, CodebookVAE, GaussianVAE, ProVLAE
 from movae_fast.names import ArgumentError
 from movae_fast.training.build import make_loader
 from movae_fast.training.config import TrainConfig
@@ -108,7 +107,7 @@ def interpolate(model: VAE, first: Tensor, second: Tensor, steps: int) -> Tensor
         return arc(first[:, None], second[:, None], steps).flatten(0, 1)
     t = torch.linspace(0, 1, steps, device=first.device).view(1, steps, *(1,) * (first.dim() - 1))
     z = (first[:, None] * (1 - t) + second[:, None] * t).flatten(0, 1)
-    return model.quantize(z)[0] if isinstance(model, VQVAE) else z
+    return model.quantize(z)[0] if isinstance(model, CodebookVAE) else z
 
 
 def arc(first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N, steps, D]

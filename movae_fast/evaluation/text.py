@@ -17,7 +17,7 @@ from movae_fast.evaluation.likelihood import log_standard_normal
 from movae_fast.models.lstm_vae import LSTMVAE, PAD
 from movae_fast.objectives import kl_of_latents
 from movae_fast.reference import gaussian_log_density
-from movae_fast.training.evaluate import ACTIVE_VARIANCE
+from movae_fast.training.evaluate import ACTIVE_VARIANCE, mutual_information
 
 LogPrior = Callable[[Tensor], Tensor]  # z [K, D] -> log p(z) [K] in nats
 
@@ -66,22 +66,6 @@ def measure_text(model: LSTMVAE, batches: Iterable[tuple[Tensor, Tensor]], seed:
         sentences=sentences,
         tokens=tokens,
     )
-
-
-def mutual_information(
-    mu: Tensor,  # [B, D]
-    logvar: Tensor,  # [B, D]
-    z: Tensor,  # [B, D] one draw of each posterior
-) -> Tensor:  # []
-    """Return E[log q(z|x)] - E[log q(z)] in nats, with q(z) the mean of the batch's own posteriors.
-
-    The first term is the entropies' closed form, so the estimate may be a little below 0, and a little above
-    its expectation's bound, log B.
-    """
-    d = mu.shape[1]
-    entropy = -0.5 * d * math.log(2 * math.pi) - 0.5 * (1 + logvar).sum(1)
-    log_q = gaussian_log_density(z[:, None], mu[None], logvar[None]).sum(2)  # [B, B]
-    return entropy.mean() - (log_q.logsumexp(1) - math.log(len(mu))).mean()
 
 
 def active_units(means: Tensor) -> int:  # [N, D]

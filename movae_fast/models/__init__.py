@@ -14,6 +14,7 @@ from movae_fast.models.catalog import INFO, LATENT_WORDS, SIDES, TEXT_INFO, Mode
 if TYPE_CHECKING:
     from movae_fast.models.base import VAE, GaussianOutput, GaussianVAE, HierarchyOutput, Noise, VQOutput
     from movae_fast.models.cnn_vae import CNNVAE, MMDVAE
+    from movae_fast.models.codebook_vae import CodebookVAE
     from movae_fast.models.dense_vae import MLPVAE, BetaTCMLPVAE, LinearVAE
     from movae_fast.models.likelihoods import Likelihood, make_likelihood
     from movae_fast.models.lstm_vae import LSTMVAE, TextOutput, make_text_multirate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from movae_fast.models.torch_vae import DCGANVAE, TorchVAE
     from movae_fast.models.vae import BetaTCVAE, ConvVAE
     from movae_fast.models.vq_vae import VQVAE
+    from movae_fast.models.vq_vae_2 import VQVAE2
 
 __getattr__, __dir__ = lazy.exports(
     __name__,
@@ -41,7 +43,9 @@ __getattr__, __dir__ = lazy.exports(
         "sized_vae": ("SizedCNNVAE", "SizedResNetVAE"),
         "torch_vae": ("DCGANVAE", "TorchVAE"),
         "vae": ("BetaTCVAE", "ConvVAE"),
+        "codebook_vae": ("CodebookVAE",),
         "vq_vae": ("VQVAE",),
+        "vq_vae_2": ("VQVAE2",),
     },
 )
 
@@ -70,8 +74,10 @@ __all__ = [
     "VAE",
     "VLAE",
     "VQVAE",
+    "VQVAE2",
     "BetaTCMLPVAE",
     "BetaTCVAE",
+    "CodebookVAE",
     "ConvVAE",
     "Gated",
     "GaussianOutput",

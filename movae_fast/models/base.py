@@ -68,10 +68,11 @@ class VQOutput(NamedTuple):
     """Hold the output of a model with a codebook."""
 
     preactivation: Tensor  # [B, P, H, W]
-    embedding: Tensor  # [B] mean squared distance that moves the codebook to the encoder's output
-    commitment: Tensor  # [B] the same distance, moving the encoder's output to the codebook
-    codes: Tensor  # [B, h, w] int64
-    usage: Tensor  # [K] how often each code was chosen
+    embedding: Tensor | None  # [B] mean squared distance that moves the codebook to the encoder's output
+    commitment: Tensor | None  # [B] the same distance, moving the encoder's output to the codebook
+    codes: Tensor  # [B, *code_shape] int64, [B, h, w] of one codebook
+    usage: Tensor  # [sum of all K] how often each code was chosen
+    entropy: Tensor | None = None  # [] nats, of quantizers without a codebook to learn
 
 
 Output = GaussianOutput | HierarchyOutput | VQOutput
@@ -100,6 +101,7 @@ class VAE(nn.Module):
     latents: ClassVar[LatentKind] = "codebook"
     default_decoder_gate: ClassVar[Gate] = "sqrt"  # of the multi-rate form
     warms_up: ClassVar[bool] = False  # whether training begins with a small weight of the KL
+    code_sizes: tuple[int, ...] = ()  # of a model with codes: K of each codebook
     latent_dim: int  # of a model with latents: what `decode` takes, [N, latent_dim]
     rates: Rates | None = None  # of the multi-rate form
     groups: tuple[int, ...] = ()  # of a hierarchy: how many each scale has, the smallest resolution first

@@ -12,6 +12,13 @@ from typing import Any
 
 from movae_fast.choices import Activation, Gate, LatentKind
 from movae_fast.models.nvae.layout import check_layout, layout_of
+from movae_fast.models.quantizers import (
+    ALL_OPTIONS,
+    check_quantizer,
+    check_two_levels,
+    quantizer_objectives,
+    two_level_objectives,
+)
 
 ImageShape = tuple[int, int, int]
 Options = Mapping[str, Any]
@@ -41,7 +48,8 @@ class ModelInfo:
     latents: LatentKind = "vector"
     default_decoder_gate: Gate = "sqrt"  # of the multi-rate form
     warms_up: bool = False  # whether training begins with a small weight of the KL
-    by_options: Callable[[Options], tuple[str, ...]] | None = None  # the objectives, where options decide
+    # The objectives with their default weights, where options decide.
+    by_options: Callable[[Options], dict[str, float]] | None = None
     penalty: Callable[[Options], float] | None = None  # the published weight of its penalty
     check: Callable[[Options, ImageShape], None] | None = None  # raises ValueError for what does not fit
 
@@ -51,7 +59,7 @@ class ModelInfo:
         An option that is None has its default.
         """
         if self.by_options is not None:
-            return dict.fromkeys(self.by_options(options), 1.0)
+            return self.by_options(options)
         if self.rungs:
             rungs = options.get("num_ladders") or self.rungs
             return {"reconstruction": 1.0} | {f"kl_{i + 1}": 8.0 for i in range(rungs)}
@@ -68,9 +76,10 @@ class ModelInfo:
             self.check(options, image_shape)
 
 
-def hierarchy_objectives(options: Options) -> tuple[str, ...]:
-    """Return the objectives of nvae: reconstruction and its KLs."""
-    return ("reconstruction", *layout_of(options).kl_names(options.get("kl_rows") or "scale"))
+def hierarchy_objectives(options: Options) -> dict[str, float]:
+    """Return the objectives of nvae, reconstruction and its KLs, weight 1 each."""
+    names = layout_of(options).kl_names(options.get("kl_rows") or "scale")
+    return dict.fromkeys(("reconstruction", *names), 1.0)
 
 
 def check_hierarchy(options: Options, image_shape: ImageShape) -> None:
@@ -92,11 +101,21 @@ INFO: dict[str, ModelInfo] = {
     "betatc_vae": ModelInfo("vae:BetaTCVAE", ("latent_dim", "hidden_dims"), **TC),
     "vq_vae": ModelInfo(
         "vq_vae:VQVAE",
-        ("hidden_dims", "embedding_dim", "num_embeddings", "num_residual_layers", "layer_norm"),
+        ("hidden_dims", "num_residual_layers", "layer_norm", *ALL_OPTIONS),
         objectives=("reconstruction", "embedding", "commitment"),
-        published=(1.0, 1.0, 0.25),
         beta_objective="commitment",
         latents="codebook",
+        by_options=quantizer_objectives,
+        check=check_quantizer,
+    ),
+    "vq_vae_2": ModelInfo(
+        "vq_vae_2:VQVAE2",
+        ("hidden_dim", "num_residual_layers", *ALL_OPTIONS),
+        objectives=("reconstruction", "commitment", "embedding"),
+        beta_objective="commitment",
+        latents="codebook",
+        by_options=two_level_objectives,
+        check=check_two_levels,
     ),
     "cnn_vae": ModelInfo("cnn_vae:CNNVAE", CNN, published=per_value, default_activation="tanh"),
     "mmd_vae": ModelInfo(
@@ -134,7 +153,7 @@ INFO: dict[str, ModelInfo] = {
             *("preset", "num_scales", "groups_per_scale", "ada_groups", "latents_per_group", "channels"),
             *("outer_blocks", "outer_cells", "cells_per_group", "num_flows", "kl_rows"),
         ),
-        objectives=hierarchy_objectives({}),
+        objectives=tuple(hierarchy_objectives({})),
         has_features=False,
         latents="hierarchy",
         default_decoder_gate="sigmoid",

@@ -1,21 +1,18 @@
 """Define MO-VAE's VQ-VAE (van den Oord et al. 2017)."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from movae_fast import ops
-from movae_fast.models.base import (
-    VAE,
-    Noise,
-    Norm,
-    VQOutput,
-    check_image_size,
-    norm_layer,
-)
+from movae_fast.choices import Quantizer
+from movae_fast.models.base import Norm, check_image_size, norm_layer
+from movae_fast.models.bottleneck import Bottleneck, Coded, code_residually, make_bottleneck
+from movae_fast.models.codebook_vae import CodebookVAE
 from movae_fast.models.likelihoods import Activation, Likelihood, at_least_float32
+from movae_fast.models.quantizers import check_quantizer, settings_of
 
 
 class ResidualBlock(nn.Module):
@@ -33,113 +30,119 @@ class ResidualBlock(nn.Module):
         return x + self.block(x)
 
 
-class VQVAE(VAE):
+def image_decoder(
+    dim: int, hidden_dims: Sequence[int], channels: int, num_residual_layers: int, layer_norm: Norm
+) -> nn.Sequential:
+    """Return the network from codewords of `dim` channels to `channels` per pixel.
+
+    `hidden_dims` are the channels of the encoder's convolutions, which are gone through backwards.
+    """
+    width, widths = hidden_dims[-1], list(reversed(hidden_dims))
+    layers: list[nn.Module] = [nn.Conv2d(dim, width, 3, padding=1), nn.LeakyReLU()]
+    layers += [ResidualBlock(width) for _ in range(num_residual_layers)]
+    layers.append(nn.LeakyReLU())
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), norm_layer(layer_norm, b), nn.LeakyReLU()]
+    head = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
+    return nn.Sequential(*layers, head)
+
+
+class VQVAE(CodebookVAE):
     """Define MO-VAE's `vq_vae`: 4x4 convolutions, residual blocks, a codebook of `num_embeddings` codes.
 
     Objectives: reconstruction, embedding (the codebook moves to the encoder's output), commitment (the
     encoder's output moves to the codebook); weights 1, 1, 0.25. The straight-through estimator carries the
     reconstruction's gradient past the lookup. The codebook starts at U(-1/K, 1/K); there is no moving average.
-    """
 
-    objectives = ("reconstruction", "embedding", "commitment")
-    beta_objective = "commitment"
+    Another `quantizer` takes the codebook's place, with other objectives (`quantizer_objectives`): ema, fsq
+    (`fsq_levels`), rvq and grouped_rvq (`num_quantizers` codebooks after each other, of each of `num_groups`;
+    `quantize_dropout` trains each image with a random number of them), lfq, bsq, simvq.
+    """
 
     def __init__(
         self,
         image_shape: tuple[int, int, int],
         activation: Activation = "tanh",
         hidden_dims: Sequence[int] = (128, 256),
-        embedding_dim: int = 64,
-        num_embeddings: int = 512,
+        embedding_dim: int | None = None,
+        num_embeddings: int | None = None,
         num_residual_layers: int = 2,
         layer_norm: Norm = "none",
+        quantizer: Quantizer = "vq",
+        num_quantizers: int | None = None,
+        num_groups: int | None = None,
+        fsq_levels: Sequence[int] | None = None,
+        quantize_dropout: bool | None = None,
+        codebook_decay: float | None = None,
         likelihood: Likelihood | None = None,
     ) -> None:
         super().__init__(image_shape, activation, likelihood)
         channels, size, _ = image_shape
         check_image_size("vq_vae", size, 2 ** len(hidden_dims))
+        options = {
+            "quantizer": quantizer,
+            "embedding_dim": embedding_dim,
+            "num_embeddings": num_embeddings,
+            "num_quantizers": num_quantizers,
+            "num_groups": num_groups,
+            "fsq_levels": fsq_levels,
+            "quantize_dropout": quantize_dropout,
+            "codebook_decay": codebook_decay,
+        }
+        self.settings = settings = settings_of(options)
+        self.objectives = tuple(self.weighted_objectives(options, image_shape))
         self.side = size // 2 ** len(hidden_dims)
-        self.embedding_dim, self.num_embeddings = embedding_dim, num_embeddings
+        levels = len(settings.code_sizes)
+        self.code_shape = (self.side, self.side, *((levels,) if levels > 1 else ()))
+        self.embedding_dim = dim = settings.embedding_dim
         width = hidden_dims[-1]
         layers: list[nn.Module] = []
         for a, b in zip([channels, *hidden_dims], hidden_dims, strict=False):
             layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), norm_layer(layer_norm, b), nn.LeakyReLU()]
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU()]
         layers += [ResidualBlock(width) for _ in range(num_residual_layers)]
-        self.encoder = nn.Sequential(
-            *layers, nn.LeakyReLU(), nn.Conv2d(width, embedding_dim, 1), nn.LeakyReLU()
-        )
+        layers += [nn.LeakyReLU(), nn.Conv2d(width, dim, 1)]
+        # Levels and signs want both signs alike, which the published last layer does not give.
+        layers += [nn.LeakyReLU()] if settings.name not in ("fsq", "lfq", "bsq") else []
+        self.encoder = nn.Sequential(*layers)
+        # The one codebook is the model's own, as in the runs of the first version.
+        self.quantizer: Bottleneck | None = None
+        if settings.name == "vq":
+            self.codebook = nn.Parameter(torch.empty(settings.num_embeddings, dim))
+            nn.init.uniform_(self.codebook, -1 / settings.num_embeddings, 1 / settings.num_embeddings)
+        else:
+            self.quantizer = make_bottleneck(settings)
+        self.count_codes(settings.code_sizes)
 
-        self.codebook = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
-        nn.init.uniform_(self.codebook, -1 / num_embeddings, 1 / num_embeddings)
-        # How often each code was chosen lately, for drawing codes without a learned prior.
-        self.register_buffer("code_usage", torch.zeros(num_embeddings))
-        self.code_usage: Tensor
-
-        layers = [nn.Conv2d(embedding_dim, width, 3, padding=1), nn.LeakyReLU()]
-        layers += [ResidualBlock(width) for _ in range(num_residual_layers)]
-        layers.append(nn.LeakyReLU())
-        widths = list(reversed(hidden_dims))
-        for a, b in itertools.pairwise(widths):
-            layers += [
-                nn.ConvTranspose2d(a, b, 4, stride=2, padding=1),
-                norm_layer(layer_norm, b),
-                nn.LeakyReLU(),
-            ]
-        head = nn.ConvTranspose2d(widths[-1], self.head_channels, 4, stride=2, padding=1)
-        self.decoder = nn.Sequential(*layers, head)
+        self.decoder = image_decoder(dim, hidden_dims, self.head_channels, num_residual_layers, layer_norm)
 
     @classmethod
-    def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        return 1.0, 1.0, 0.25
+    def check_options(cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
+        check_quantizer(options, image_shape)
 
     def encode(self, x: Tensor) -> tuple[Tensor]:
         return (at_least_float32(self.encoder(x)),)
 
-    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Quantize the encoder's output [B, D, h, w].
-
-        Returns codewords in the shape of z, index and squared error [B, h, w], counts [K] and sums [K, D].
-        Gradients go to z alone: straight through, and those of the error.
-        """
-        return ops.quantize(z, self.codebook.detach())
+    def code(self, z: Tensor, depth: Tensor | None = None) -> Coded:
+        if self.quantizer is None:
+            return code_residually(z, [self.codebook])
+        return self.quantizer(z, depth)
 
     def lookup(self, index: Tensor) -> Tensor:
-        """Return the codewords [B, D, h, w] of codes [B, h, w], differentiable in the codebook."""
-        return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
+        """Return the codewords [B, D, h, w] of codes [B, *code_shape], differentiable in a learned codebook."""
+        if self.quantizer is None:
+            return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
+        return self.quantizer.lookup(index)
 
-    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> VQOutput:
-        (z,) = features
-        codewords, index, error, count, _ = self.quantize(z)
-        if self.training:
-            self.code_usage.lerp_(count.to(self.code_usage), 0.01)
-        return VQOutput(
-            preactivation=at_least_float32(self.decode(codewords)),
-            embedding=ops.code_error(z.detach(), self.codebook, index).mean((1, 2)) / self.embedding_dim,
-            commitment=error.mean((1, 2)) / self.embedding_dim,
-            codes=index,
-            usage=count,
-        )
+    @property
+    def map_sides(self) -> tuple[int, ...]:
+        return (self.side,)
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        return [self.codebook] if self.quantizer is None else self.quantizer.codebook_parameters()
+
+    def decoder_parts(self) -> tuple[nn.Module, ...]:
+        return (self.decoder,)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z)
-
-    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
-        return {"reconstruction": list(self.decoder.parameters()), "embedding": [self.codebook]}
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        (z,) = self.encode(x)
-        return self.to_image(self.decode(self.quantize(z)[0]))
-
-    def sample_codes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n code maps [n, h, w], each code independently by how often training chose it.
-
-        There is no learned prior over code maps here, so pictures drawn from these have texture, not shape.
-        """
-        usage = self.code_usage.float().cpu()
-        usage = torch.where(usage.sum() > 0, usage, torch.ones_like(usage))
-        codes = torch.multinomial(usage, n * self.side**2, replacement=True, generator=generator)
-        return codes.view(n, self.side, self.side).to(self.device)
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.to_image(self.decode(self.lookup(self.sample_codes(n, generator))))

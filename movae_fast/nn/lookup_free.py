@@ -174,6 +174,26 @@ class LFQ(nn.Module):
         )
         return (output, losses) if return_loss_breakdown else output
 
+    def with_entropy(self, x: Tensor, inv_temperature: float = 100.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the quantized x, its indices, and mean entropy of a sample - diversity_gamma * entropy of the
+        batch [] in nats, unweighted, in training and in evaluation alike.
+
+        For an objective of its own; x is channel-first as for `forward`.
+        """
+        channel_first = x.ndim >= 4 if self.channel_first is None else self.channel_first
+        output = self(x, inv_temperature)
+        rows = self.project_in(x.movedim(1, -1) if channel_first else x)
+        with torch.autocast(x.device.type, enabled=False):
+            z = self._on_sphere(rows.float().unflatten(-1, (self.num_codebooks, self.codebook_dim)))
+            of_samples, of_batch = self._entropies(z.flatten(0, -3), inv_temperature)
+        return output.quantized, output.indices, of_samples - self.diversity_gamma * of_batch
+
+    def _entropies(self, z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the mean entropy of a sample and that of the batch, of z [N, C, d]."""
+        return (
+            self._by_codes(z, inv_temperature) if self.entropy == "codes" else self._by_bits(z, inv_temperature)
+        )
+
     def _losses(self, z: Tensor, codes: Tensor, inv_temperature: float, mask: Tensor | None) -> LFQLosses:
         """Return the entropies in nats and the commitment of z [..., C, d]; zeros in evaluation."""
         zero = z.new_zeros(())
@@ -185,10 +205,7 @@ class LFQ(nn.Module):
         z = z.reshape(-1, self.num_codebooks, self.codebook_dim)  # [N, C, d]
         if not self.entropy_loss_weight:
             return LFQLosses(zero, zero, commitment)
-        of_samples, of_batch = (
-            self._by_codes(z, inv_temperature) if self.entropy == "codes" else self._by_bits(z, inv_temperature)
-        )
-        return LFQLosses(of_samples, of_batch, commitment)
+        return LFQLosses(*self._entropies(z, inv_temperature), commitment)
 
     def _by_codes(self, z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
         """Return the mean entropy per sample and that of the batch, from the probability of each code."""

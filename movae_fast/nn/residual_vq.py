@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from movae_fast.nn.options import refuse
+from movae_fast.nn.residual_chain import chain, chainable
 from movae_fast.nn.vector_quantizer import VectorQuantizer
 
 # Options of vector-quantize-pytorch that this layer has not, with the value that leaves them off.
@@ -125,14 +126,11 @@ class ResidualVQ(nn.Module):
         refuse("ResidualVQ.forward", unsupported, UNSUPPORTED_IN_FORWARD)
         residual = self.project_in(x)
         used = self._depth(x, rand_quantize_dropout_fixed_seed)
-        total, indices, losses = None, [], []
-        for layer in self._levels()[:used]:
-            z_q, index, loss = layer(residual, mask=mask, freeze_codebook=freeze_codebook)
-            residual = residual - z_q.detach()
-            total = z_q if total is None else total + z_q
-            indices.append(index)
-            losses.append(loss)
-        assert total is not None
+        levels = self._levels()[:used]
+        if chainable(residual, levels, mask):
+            total, indices, losses = chain(residual, levels, freeze_codebook)
+        else:
+            total, indices, losses = self._one_by_one(residual, levels, mask, freeze_codebook)
         left_out = self.num_quantizers - used
         index = F.pad(torch.stack(indices, -1), (0, left_out), value=-1)
         loss = F.pad(torch.stack(losses), (0, left_out))
@@ -142,6 +140,20 @@ class ResidualVQ(nn.Module):
         return (
             (out, index, loss, self.get_codes_from_indices(index)) if return_all_codes else (out, index, loss)
         )
+
+    def _one_by_one(
+        self, residual: Tensor, levels: list[VectorQuantizer], mask: Tensor | None, freeze_codebook: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return what `chain` does, by calling the levels."""
+        total, indices, losses = None, [], []
+        for layer in levels:
+            z_q, index, loss = layer(residual, mask=mask, freeze_codebook=freeze_codebook)
+            residual = residual - z_q.detach()
+            total = z_q if total is None else total + z_q
+            indices.append(index)
+            losses.append(loss)
+        assert total is not None
+        return total, indices, losses
 
     def _depth(self, x: Tensor, seed: int | None) -> int:
         """Return how many levels this step uses."""

@@ -87,6 +87,11 @@ def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:
     return values.mean()
 
 
+def of_whole_batch(statistic: Tensor, sample_weight: Tensor | None) -> Tensor:  # []
+    """Return a statistic of a batch, or of a part of one, times how much of the whole batch the part counts."""
+    return statistic if sample_weight is None else statistic * sample_weight.to(statistic).mean()
+
+
 def rung_kl(
     mu: Tensor,  # [B, D] of one rung
     logvar: Tensor,  # [B, D]

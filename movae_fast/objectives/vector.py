@@ -146,6 +146,10 @@ def _commitment(b: Outcome) -> Tensor:
     return terms.batch_mean(b.out.commitment, b.sample_weight)
 
 
+def _entropy(b: Outcome) -> Tensor:
+    return terms.of_whole_batch(b.out.entropy, b.sample_weight)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "reconstruction": _reconstruction,
     "kl": _kl,
@@ -156,6 +160,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mmd": _mmd,
     "embedding": _embedding,
     "commitment": _commitment,
+    "entropy": _entropy,
 }
 
 

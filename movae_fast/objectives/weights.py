@@ -30,9 +30,13 @@ def resolve_weights(
     if beta is not None and given is not None:
         raise ValueError(f"--beta and --loss_weights both set the weight of {model.beta_objective}; give one")
     if beta is not None:
-        for i, name in enumerate(names):
-            if name.partition("_")[0] == model.beta_objective:  # kl, or the kl_1, kl_2, … of a ladder
-                weights[i] = beta
+        # kl, or the kl_1, kl_2, … of a ladder; without a codebook to commit to, the entropy of its codes.
+        stems = [name.partition("_")[0] for name in names]
+        weighed = "entropy" if model.beta_objective == "commitment" and "entropy" in stems else None
+        weighed = weighed or model.beta_objective
+        if weighed not in stems:
+            raise ValueError(f"--beta is the weight of {weighed}, which there is not; objectives: {order}")
+        weights = [beta if stem == weighed else w for stem, w in zip(stems, weights, strict=True)]
     if isinstance(given, Mapping):
         for name, value in given.items():
             if name not in names:

@@ -1,7 +1,10 @@
-"""Provide the fused ops, each with one Python signature on every device.
+"""Provide the fused ops, each a function with the same signature on every device.
 
-from movae_fast import ops
-index = ops.nearest_code(z, codebook)
+For example:
+
+    from movae_fast import ops
+
+    index = ops.nearest_code(z, codebook)
 """
 
 from movae_fast.ops.combine import combine

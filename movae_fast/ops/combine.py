@@ -12,7 +12,7 @@ from movae_fast.ops.extension import DTYPES, csrc
 from movae_fast.ops.registration import launching_op, library, refuse_vmap, triton_kernels
 from movae_fast.ops.rows import check_rows, row_view
 
-# Bytes of a result that the allocator takes from the system each time rather than from what it has.
+# Bytes from which on the allocator asks the system for a result's memory at every call.
 LARGE = 8 << 20
 
 
@@ -23,12 +23,12 @@ def combine(
 ) -> Tensor:  # [P]
     """Return the update w' J = sum over i of weights[i] rows[i], in the rows' dtype and in one pass over them.
 
-    rows: [m, P] float32, float64, bfloat16 or float16, read where it lies if a row is contiguous.
-    weights: [m], any floating dtype; float64 as `project_weights` returns them.
-    out: where to write, contiguous [P] of the rows' dtype; it is returned. Not differentiable then.
+    rows: [m, P] float32, float64, bfloat16 or float16; not copied if each row is contiguous. weights: [m], any
+    floating dtype; float64 as `project_weights` returns them. out: where to write, contiguous [P] of the rows'
+    dtype; it is returned. Not differentiable then.
 
-    Added up row by row in float32 (float64 for float64 rows) and rounded once. Differentiable in rows and
-    weights; vmap is refused. m = 0 gives zeros.
+    The sum is accumulated row by row in float32 (float64 for float64 rows) and rounded once. Differentiable in
+    rows and weights; vmap is refused. m = 0 gives zeros.
 
     Raises ValueError (shapes, devices) or TypeError (dtypes), showing both operands.
     """

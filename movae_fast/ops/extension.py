@@ -1,4 +1,4 @@
-"""Load the compiled extension, say what it supports on this machine, and force its instruction set."""
+"""Load the compiled C++ extension, report what it supports on this machine, and force an instruction set."""
 
 import importlib
 import os
@@ -26,17 +26,18 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 
 def keep_freed_memory() -> None:
-    """Let a training process keep the memory that it frees and allocates again at every step, which saves
-    page faults.
+    """Make this process keep the memory that it frees, for its next allocations: training allocates the same
+    sizes at every step, and reuse saves page faults.
 
-    It changes the allocator of the whole process, so it is the trainer's to call, not an import's.
+    This changes the allocator of the whole process, so the trainer calls it; importing the package does not.
     """
     if csrc is not None:
         csrc.keep_freed_memory()
 
 
 def missing(z: Tensor) -> bool:
-    """Return whether an op on z has to fall back on movae_fast.reference; the first that does warns."""
+    """Return whether an op on the CPU tensor z must fall back on movae_fast.reference, because the compiled
+    extension was not built; the first fallback warns."""
     if csrc is not None or z.device.type != "cpu":
         return False
     _warn()
@@ -45,9 +46,11 @@ def missing(z: Tensor) -> bool:
 
 @cache
 def cuda_missing() -> str:
-    """Return why csrc's CUDA half is of no use on this machine's GPUs, in one line; empty where it is of use.
+    """Return, in one line, why the compiled extension's CUDA code cannot be used on this machine's GPUs; "" if
+    it can.
 
-    The ops have Triton or the host instead, so nothing raises because of it. Asked once per process.
+    Nothing raises for that reason, since each op also has a Triton or a host implementation. The answer is
+    computed once per process.
     """
     if csrc is None:
         return "movae_fast._csrc is not built"
@@ -57,13 +60,14 @@ def cuda_missing() -> str:
     driver, runtime = csrc.cuda_versions()
     if driver == 0:
         return "there is no CUDA driver"
-    # Any driver of the same major version runs what this runtime compiled; an older one runs nothing of it.
+    # A driver of an older major version than the runtime cannot run any of its code.
     if driver // 1000 < runtime // 1000:
         return f"the driver serves CUDA {_dotted(driver)}, the extension was built with {_dotted(runtime)}"
     compiled = [int(number) for number in built.get("architectures", "").split(",") if number]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        # A binary runs on GPUs of its own generation; PTX, kept of the newest, is compiled by a newer driver.
+        # A binary runs on GPUs of its own generation; for newer GPUs the driver compiles the PTX of the newest
+        # one.
         binary = any(number // 10 == major and number % 10 <= minor for number in compiled)
         if not binary and (max(compiled, default=0) > 10 * major + minor or driver < runtime):
             return f"the extension was built for {built['architectures']}, not for cuda:{i}'s {major}{minor}"
@@ -85,10 +89,11 @@ def _warn() -> None:
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Compute the CPU's ops with the instruction set `name` inside the block; "" takes the fastest.
+    """Run the CPU ops with the instruction set `name` inside the block; "" means the fastest one of this
+    machine.
 
-    It sets MOVAE_CPU_ISA, the one place where C++ looks, at each call: amx, avx512_bf16, avx512, avx2 or
-    portable. An op raises ValueError for a name that this machine has not.
+    It sets the environment variable MOVAE_CPU_ISA, which the C++ code reads at each call: amx, avx512_bf16,
+    avx512, avx2 or portable. An op raises ValueError for an instruction set that this machine does not have.
     """
     before = os.environ.get("MOVAE_CPU_ISA")
     os.environ["MOVAE_CPU_ISA"] = name
@@ -102,15 +107,17 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 def index_shape(z: Tensor) -> tuple[int, ...]:
-    """Return the shape of one number per vector: [N] for [N, D], [B, *spatial] for [B, D, *spatial]."""
+    """Return the shape of a tensor with one number per vector of z: [N] for z [N, D], [B, *spatial] for z
+    [B, D, *spatial]."""
     return (z.shape[0], *z.shape[2:])
 
 
 def as_rows(z: Tensor) -> Tensor:
-    """Return z, [N, D] or [B, D, *spatial], as [N, D]."""
+    """Reshape z, [N, D] or channel-first [B, D, *spatial], to one vector per row, [N, D]."""
     return z if z.dim() == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
 def as_map(rows: Tensor, z: Tensor) -> Tensor:
-    """Return rows, [N, D], in the shape of z."""
+    """Reshape `rows` [N, D] to the shape of z, [N, D] or channel-first [B, D, *spatial]; this undoes
+    `as_rows`."""
     return rows if z.dim() == 2 else rows.view(z.shape[0], *z.shape[2:], z.shape[1]).movedim(-1, 1)

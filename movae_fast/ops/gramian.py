@@ -17,13 +17,14 @@ from movae_fast.ops.rows import check_rows, row_view
 def gramian(
     rows: Tensor,  # [m, P]
 ) -> Tensor:  # [m, m] float64
-    """Return G = J J' of a Jacobian's rows J, accumulated in float64 whatever the dtype of the rows.
+    """Return the Gramian G = J J' of a Jacobian's rows J, accumulated in float64 whatever the dtype of the
+    rows.
 
-    rows: [m, P] float32, float64, bfloat16 or float16, read once where it lies if a row is contiguous.
+    rows: [m, P] float32, float64, bfloat16 or float16; read once, and not copied if each row is contiguous.
 
     The result is symmetric to the last bit and does not depend on the number of threads. Each entry G_ij is
-    within about 1e-15 |J_i| |J_j| of the exact product of the rows as stored. A NaN stays in its own row and
-    column. Differentiable; vmap is refused. m = 0 or P = 0 give [0, 0] and zeros.
+    within about 1e-15 |J_i| |J_j| of the exact product of the rows as stored. A NaN in row i affects only row
+    and column i of G. Differentiable; vmap is refused. m = 0 gives [0, 0], P = 0 gives zeros.
 
     Raises ValueError (not two-dimensional) or TypeError (dtype).
     """
@@ -88,7 +89,7 @@ def _gramian_backward_fake(grad: Tensor, rows: Tensor) -> Tensor:
 
 @torch.library.impl(library, "gramian_backward", "CompositeExplicitAutograd")
 def _gramian_backward(grad: Tensor, rows: Tensor) -> Tensor:
-    """Return (dG + dG') J, in the rows' dtype."""
+    """Return the gradient at the rows, (dG + dG') J, in the rows' dtype."""
     both = grad + grad.T
     return (both @ rows.double()).to(rows.dtype)
 

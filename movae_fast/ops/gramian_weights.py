@@ -1,10 +1,10 @@
 """Compute the weights of a Jacobian's rows from their Gramian alone: `movae::gramian_weights`.
 
-Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA (Sener & Koltun
-2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation in float64, so it
-runs in C++ on a CPU and in one warp on CUDA, from one source (csrc/weightings/gramian_weights.h). Where the
-extension has no CUDA half, CUDA's matrices are weighed on the host: m x m numbers are copied, and a warning
-says so once.
+The methods are Aligned-MTL (Senushkin et al. 2023), CAGrad (Liu et al. 2021), IMTL-G (Liu et al. 2021), MGDA
+(Sener & Koltun 2018) and PCGrad (Yu et al. 2020), as TorchJD defines them. Each is a small serial computation
+in float64, so it runs in C++ on a CPU and in one warp on CUDA, both from csrc/weightings/gramian_weights.h. If
+the extension has no usable CUDA code, the weights of a CUDA Gramian are computed on the host: m x m numbers are
+copied, and a warning says so once.
 """
 
 import math
@@ -36,30 +36,31 @@ def gramian_weights(
     epsilon: float = 1e-3,
     max_iters: int = 100,
 ) -> Tensor:  # [m] float64
-    """Return the weights w of the update w' J that `method` gives to a Jacobian J.
+    """Return the weights w [m] with which the aggregator `method` combines the rows of a Jacobian J to the
+    update w' J.
 
-    gramian: J J', symmetric; float64 as `ops.gramian` makes it, or any floating dtype (float64 is worked in).
+    gramian: J J', symmetric, of any floating dtype; computed with in float64.
     method:
-        "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse": the rows' singular values made equal to the
-            smallest, the (lower) median or the root mean square of those that are not rounding (eigenvalues of
-            the Gramian above m eps times the largest), weighted by `pref`; None is 1/m each.
-        "cagrad": the update within c |mean| of the rows' mean whose least inner product with a row is largest,
-            exact to rounding. With the Gramian over its trace: 0 where the trace, or the length of the vector
-            of the rows' hull that the optimum is found at, is below norm_eps, and where the mean is rounding.
-        "imtl_g": equal projections on every row's direction, by the pseudoinverse; 0 where the weights before
-            their normalisation add up to less than 1e-12.
-        "mgda": Frank-Wolfe steps to the shortest vector of the rows' hull, until one is shorter than `epsilon`
-            or there were `max_iters`.
-        "pcgrad": each row without its components against the others, which row i meets in the order order[i],
-            a permutation of 0..m-1. None draws the orders on the Gramian's device from torch's generator. On
-            CUDA a row whose order names no row has the weight NaN.
+        "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse": makes the singular values of J equal, to
+            the smallest, the (lower) median or the root mean square of those above rounding (eigenvalues of
+            the Gramian above m eps times the largest). The rows are then weighted by `pref`; None is 1/m each.
+        "cagrad": the update within a distance of c |mean| from the rows' mean whose smallest inner product
+            with a row is largest, exact to rounding. Computed with the Gramian over its trace. The weights
+            are 0 if the trace, or the length of the optimal convex combination of the rows, is below
+            norm_eps, or if the mean is zero to rounding.
+        "imtl_g": the update whose projections onto the directions of all rows are equal, by the
+            pseudoinverse; 0 if the weights before their normalisation add up to less than 1e-12.
+        "mgda": Frank-Wolfe steps towards the shortest vector in the convex hull of the rows, until a step is
+            shorter than `epsilon` or `max_iters` were made.
+        "pcgrad": each row without its components against other rows. Row i is projected against the other
+            rows in the order order[i], a permutation of 0..m-1; None draws the orders on the Gramian's device
+            from torch's generator. On CUDA, a row whose order has an index outside 0..m-1 gets the weight NaN.
 
     Returns NaN for a Gramian or a preference with a NaN or an infinity. Nothing is read on the host, except on
     CUDA where the extension was built without nvcc. Not differentiable; vmap is refused.
 
     Raises ValueError (shapes, m = 0, parameters, a preference or an order that the method does not take, on a
-    CPU an order that is no permutation) or
-    TypeError (dtype).
+    CPU an order that is no permutation) or TypeError (dtype).
     """
     m = _check(gramian)
     check_parameters(method, c, norm_eps, epsilon, max_iters)
@@ -82,7 +83,8 @@ def gramian_weights(
 def check_parameters(
     method: str, c: float = 0.5, norm_eps: float = 1e-4, epsilon: float = 1e-3, max_iters: int = 100
 ) -> None:
-    """Raise ValueError for a method, or a parameter of one, that there is not."""
+    """Raise ValueError for an unknown method of `gramian_weights`, or for a parameter of one outside its
+    range."""
     if method not in METHODS:
         raise ValueError(f"gramian_weights: method must be one of {METHODS}; got {method!r}")
     # Written so that a NaN is refused, too.
@@ -118,8 +120,10 @@ library.define(
 def _as_taken(
     gramian: Tensor, pref: Tensor | None, order: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return Gramian and preference as contiguous float64, and `order` contiguous, as C++ and CUDA read
-    them by address; the caller keeps them until the call is over."""
+    """Return Gramian and preference as contiguous float64 tensors, and `order` as a contiguous one.
+
+    C++ and CUDA read them by address, so the caller must keep the returned tensors alive during the call.
+    """
     pref = None if pref is None else pref.double().contiguous()
     return gramian.double().contiguous(), pref, None if order is None else order.contiguous()
 
@@ -152,7 +156,9 @@ def weigh_in_torch(
     b: float,
     iterations: int,
 ) -> Tensor:
-    """Weigh by movae_fast.reference, with csrc's answers to what is not finite or no permutation."""
+    """Compute the weights by movae_fast.reference, where the extension was not built, with the extension's
+    behaviour at the edges: NaN for a Gramian that is not finite, ValueError for an order that is no
+    permutation."""
     if not gramian.isfinite().all():
         return torch.full_like(gramian[0], torch.nan)
     m = len(gramian)
@@ -172,7 +178,7 @@ def _gramian_weights_cuda(
 ) -> Tensor:
     if reason := extension.cuda_missing():
         _warn_of_the_host(reason)
-        # m x m numbers each way, and the same C++ that a CPU runs; the device waits for the host.
+        # Copy the m x m numbers to the host, run the CPU's C++ there, and copy back; the device waits for it.
         pref, order = None if pref is None else pref.cpu(), None if order is None else order.cpu()
         return _gramian_weights(gramian.cpu(), method, pref, order, a, b, iterations).to(gramian.device)
     given, m = _as_taken(gramian, pref, order), len(gramian)
@@ -189,7 +195,7 @@ def _gramian_weights_cuda(
 
 @cache
 def _warn_of_the_host(reason: str) -> None:
-    """Say once that the step waits for the host."""
+    """Warn once per process that the weights are computed on the host, for which each step waits."""
     warnings.warn(
         "gramian_weights on CUDA: the weights are computed on the host, so that a step waits for it and is not "
         f"one CUDA graph ({reason}). UPGrad and DualProj run on the device everywhere; these do once the "

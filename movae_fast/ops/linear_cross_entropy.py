@@ -1,8 +1,9 @@
-"""Project onto a vocabulary and take the cross-entropy without the logits: `movae::linear_cross_entropy`.
+"""Compute the cross-entropy of a linear layer over a vocabulary without storing all logits:
+`movae::linear_cross_entropy`.
 
-The logits of a chunk of tokens are computed, used and overwritten. The gradients are formed in the same pass,
-so that no product is computed twice: the backward only scales them. What a step holds at once is a chunk's
-logits and the gradients themselves. The products are torch's on every device.
+The logits of a chunk of tokens are computed, used and overwritten. The gradients are computed in the same pass,
+so that no matrix product is computed twice; the backward pass only scales them. Memory holds one chunk's logits
+and the gradients at a time. The matrix products are torch's on every device.
 """
 
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from movae_fast.ops.registration import library, refuse_vmap
 
-# Logits that exist at once, 64 MB in float32. Larger chunks add to the weight's gradient less often; so much is
-# free besides, as a vocabulary's gradient and its scaled copy, at the backward, take more.
+# Logits that are computed at once, 64 MB in float32. Larger chunks mean fewer additions to the weight's
+# gradient. This size does not raise the peak memory, which the backward reaches with the weight's gradient and
+# its scaled copy.
 CHUNK = 1 << 24
-LEAST_ROWS = 128  # of a chunk: below, a product no longer fills the machine
+LEAST_ROWS = 128  # fewest rows of a chunk; smaller matrix products are inefficient
 
 
 def linear_cross_entropy(
@@ -25,16 +27,18 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,  # [B]
     ignored: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [], [B]
-    """Return the cross-entropy of softmax(hidden weight') summed over the batch, and each sentence's, in nats.
+    """Return the cross-entropy of softmax(hidden weight') in nats: its sum over the batch, and that of each
+    sentence [B].
 
-    A sentence's is the sum over its tokens; those whose target is `ignored`, the padding, do not count. The
-    batch's sum counts sentence b `sample_weight[b]` times (None: once), is differentiable in hidden and weight,
-    and any number of backwards may go through it. The sentences' sums carry no gradient: theirs would need the
-    weights that the gradient is formed with beforehand. Equals `movae_fast.reference.linear_cross_entropy`.
+    A sentence's cross-entropy is the sum over its tokens, without those whose target is `ignored` (padding).
+    The batch's sum counts sentence b `sample_weight[b]` times (None: once each) and is differentiable in hidden
+    and weight; several backward passes may go through it. The values per sentence carry no gradient, since the
+    gradients are computed in the forward pass, before an upstream gradient per sentence is known. Equals
+    `movae_fast.reference.linear_cross_entropy`.
 
     Sums and gradients are accumulated in float32, for bfloat16 and float16 too (under autocast the products
     have its dtype); in float64 for float64. A token whose hidden vector holds a NaN gives NaN. Memory: O(V H +
-    B T H) besides a chunk of logits, [B, T, V] nowhere.
+    B T H) and one chunk of logits, never [B, T, V].
 
     Raises ValueError where shapes or devices do not fit, TypeError for dtypes that do not.
     """
@@ -117,7 +121,7 @@ def _with_gradients(
     counts: Tensor,  # [N], 0 where the target is ignored
     ignored: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [N], [N, H], [V, H]
-    """Return the sum, each token's loss, and the sum's gradient in hidden and weight."""
+    """Return the batch's sum [], each token's loss [N], and the gradients of the sum at hidden and weight."""
     wide = _wide(hidden.dtype)
     losses = hidden.new_empty(len(hidden), dtype=wide)
     of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -132,8 +136,8 @@ def _with_gradients(
         else:
             scores = torch.mm(rows, weight.T, out=buffer[: len(rows)])
         losses[here], total = _exponentials_(scores, places)
-        # The gradient at the logits is (exponentials - total * one-hot) * factor; the factor is a row's, and
-        # goes where rows are short.
+        # The logits' gradient is (exponentials - total * one-hot) * factor. The factor is one number per row,
+        # so it is applied to rows of length H instead of V.
         scores.scatter_add_(1, places, -total)
         factor = counts[here, None] / total
         if buffer is None:
@@ -148,18 +152,24 @@ def _with_gradients(
 
 
 def rows_of_chunk(tokens: int, words: int) -> int:
-    """Return how many tokens' logits over so many words exist at once; chunks are of nearly one size."""
+    """Return how many tokens a chunk has, so that its logits over `words` words fit the limit; all chunks of a
+    batch have nearly the same size."""
     most = max(CHUNK // words, LEAST_ROWS)
     return max(-(-tokens // max(-(-tokens // most), 1)), 1)
 
 
 def _places(target: Tensor, ignored: int) -> Tensor:  # [n, 1]
-    """Return the targets as columns; an ignored one, which may be none, is column 0."""
+    """Return the targets as a column [n, 1] of indices into the logits; an ignored target, which may not be a
+    valid index, becomes 0."""
     return target.masked_fill(target == ignored, 0)[:, None]
 
 
 def _exponentials_(scores: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:  # [n], [n, 1]
-    """Turn logits [n, V] into exp(logit - the row's largest) in place; return the losses and the row sums."""
+    """Turn the logits `scores` [n, V] into exp(logit - largest logit of the row), in place.
+
+    Returns the cross-entropy of each row [n] for the target index in `places` [n, 1], and the row sums [n, 1]
+    of the exponentials.
+    """
     right = scores.gather(1, places)
     top = scores.amax(1, keepdim=True)
     total = scores.sub_(top).exp_().sum(1, keepdim=True)
@@ -194,7 +204,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, losses, of_hidden, of_weight = output
     ctx.save_for_backward(of_hidden, of_weight)
     ctx.mark_non_differentiable(losses, of_hidden, of_weight)
-    ctx.set_materialize_grads(False)  # or zeros of the weight's size would stand for the gradient of a gradient
+    ctx.set_materialize_grads(False)  # otherwise zeros of the weight's size would be made for unused gradients
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

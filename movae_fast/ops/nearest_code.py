@@ -1,8 +1,8 @@
-"""Find the code nearest to every row: `movae::nearest_code`.
+"""Find the code nearest to each vector: `movae::nearest_code`.
 
-On a CPU the search is C++ (csrc/nearest_code/nearest_code.cpp) and takes the fastest of the instruction sets
-that the CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of
-them, for the other ops too; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
+On a CPU the search is C++ (csrc/nearest_code/nearest_code.cpp) and uses the fastest instruction set that the
+CPU has: amx, avx512_bf16, avx512, avx2, portable. The environment variable MOVAE_CPU_ISA forces one of them,
+for the other ops too; all give the same indices. On CUDA it is Triton (kernels/nearest_code.py).
 """
 
 from itertools import pairwise
@@ -24,15 +24,16 @@ def nearest_code(
 ) -> Tensor:  # [N] or [B, *spatial] int64
     """Return the index of the codeword nearest to each vector in Euclidean distance; the lowest index on a tie.
 
-    z: [N, D], or [B, D, *spatial] (an image of features as a convolution returns it), read where it lies;
-        float32, float64, bfloat16 or float16. Where the dtypes of z and codebook differ, both are promoted.
+    z: [N, D], or [B, D, *spatial] (a convolution's channel-first output), read without a copy; float32,
+        float64, bfloat16 or float16. Where the dtypes of z and codebook differ, both are promoted.
     codebook: [K, D] on the same device. A code that holds a NaN or an infinity is never chosen.
-    exact: on a CPU the index is that of scores computed in float64, on CUDA it is float64's wherever float32
-        can tell. False returns the answer of bfloat16 screening where the device screens in bfloat16.
+    exact: True returns, on a CPU, the index that scores computed in float64 give; on CUDA the same, unless two
+        scores are closer than float32 can tell. False returns the answer of bfloat16 scores on devices that
+        screen the codes in bfloat16 first.
 
-    A vector that holds a NaN or an infinity gets index 0 and does not touch its neighbours. N = 0 gives an
-    empty result. Not differentiable. Memory: a packed copy of the codebook (at most 20 MiB of it at a time
-    for D <= 1024) and about 1 MiB per thread, never N x K.
+    A vector that holds a NaN or an infinity gets index 0 and does not affect other vectors. N = 0 gives an
+    empty result. Not differentiable. Memory: a packed copy of the codebook (at most 20 MiB of it at a time for
+    D <= 1024) and about 1 MiB per thread, never N x K.
 
     Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
     """
@@ -43,7 +44,11 @@ def nearest_code(
 
 
 def check_operands(op: str, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Return z and codebook in their common dtype, or raise one error that shows both."""
+    """Return z and codebook promoted to their common dtype.
+
+    Raises ValueError or TypeError, one line that names `op` and shows both operands, if they do not fit
+    together.
+    """
 
     def refuse(problem: str, error: type[Exception] = ValueError) -> NoReturn:
         operands = [
@@ -78,8 +83,12 @@ def _nearest_code(z: Tensor, codebook: Tensor, exact: bool) -> Tensor:
 
 
 def search_in_torch(z: Tensor, codebook: Tensor) -> Tensor:
-    """Return each vector's nearest code, found by movae_fast.reference in float64. Codes that are not
-    finite are never chosen; a vector that is not finite gets index 0, as in csrc."""
+    """Return each vector's nearest code, computed by movae_fast.reference in float64, where the extension was
+    not built.
+
+    As in the extension, codes that are not finite are never chosen, and a vector that is not finite gets index
+    0.
+    """
     rows = as_rows(z.detach()).double()
     codebook = codebook.detach().double()
     (usable,) = codebook.isfinite().all(1).nonzero(as_tuple=True)
@@ -92,21 +101,24 @@ def search_in_torch(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def is_flat(z: Tensor) -> bool:
-    """Return whether the spatial dimensions of [B, D, *spatial] can be walked with one stride."""
+    """Return whether the spatial dimensions of z [B, D, *spatial] lie in memory at one constant stride."""
     sizes, strides = z.shape[2:], z.stride()[2:]
     walked = [(n, s) for n, s in zip(sizes, strides, strict=True) if n != 1]
     return all(outer == inner * n for (_, outer), (n, inner) in pairwise(walked))
 
 
 def flat(z: Tensor) -> Tensor:
-    """Return z if its spatial dimensions have one common stride (`is_flat`), as C++ needs, else a
-    contiguous copy."""
+    """Return z if its spatial dimensions have one constant stride (see `is_flat`), as the C++ code requires,
+    else a contiguous copy."""
     return z if is_flat(z) else z.contiguous()
 
 
 def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
-    """Return z, [N, D] or flat [B, D, *spatial], as csrc's RowsView; None is an absent operand, shaped as
-    `like`."""
+    """Describe z, [N, D] or flat [B, D, *spatial], to the C++ code by address, dtype, sizes and strides (its
+    RowsView).
+
+    None describes an absent operand with a null address and the shape of `like`.
+    """
     shape = z if z is not None else like
     assert shape is not None
     data = 0 if z is None else z.data_ptr()
@@ -129,7 +141,7 @@ def rows_view(z: Tensor | None, like: Tensor | None = None) -> Any:
 
 
 def codebook_view(codebook: Tensor) -> Any:
-    """Return a contiguous [K, D] codebook as csrc's Codebook."""
+    """Describe a contiguous codebook [K, D] to the C++ code by address, dtype and sizes (its Codebook)."""
     return csrc.Codebook(codebook.data_ptr(), DTYPES[codebook.dtype], *codebook.shape)
 
 

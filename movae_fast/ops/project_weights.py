@@ -1,10 +1,10 @@
 """Project weights onto the dual cone of a Jacobian's rows, exactly: `movae::project_weights`.
 
 UPGrad (Quinton & Rey 2024, "Jacobian Descent for Multi-Objective Optimization", section 3) projects each
-objective's weight alone and adds up; DualProj projects the preference as a whole. Both are quadratic programs
-over the m x m Gramian: min v' A v subject to v >= u. The correction of a whole step (`step_multipliers`) is the
-same complementarity problem with another right-hand side. csrc/projection/solver.h solves them on a CPU, the
-Triton kernel of kernels/project_weights.py on CUDA.
+objective's weight on its own and adds the results; DualProj projects the preference vector as a whole. Both are
+quadratic programs over the m x m Gramian: min v' A v subject to v >= u. Projecting a whole step
+(`step_multipliers`) is the same complementarity problem with another right-hand side. They are solved on a CPU
+by csrc/projection/solver.h, on CUDA by the Triton kernel in kernels/project_weights.py.
 """
 
 import math
@@ -22,7 +22,7 @@ from movae_fast.reference import Regularizer
 
 Mode = Literal["upgrad", "dualproj"]
 
-# What the tableaus of CUDA's solvers are laid out for.
+# Largest m that the CUDA solvers have room for.
 MOST_ON_CUDA = 64
 
 # As csrc/projection/project_weights.h numbers the kinds of problem, and kernels/project_weights.py names them.
@@ -38,26 +38,25 @@ def project_weights(
     mode: Mode = "upgrad",
     regularizer: Regularizer = "trace",
 ) -> tuple[Tensor, Tensor]:  # [m] float64, [] int32
-    """Return weights w of the update w' J that conflicts with no row of the Jacobian J, and a status.
+    """Return weights w [m] of an update w' J that conflicts with no row of the Jacobian J, and a status [].
 
-    gramian: G = J J', symmetric positive semi-definite; float64 as `ops.gramian` makes it, or any floating
-        dtype (it is solved in float64). Only its upper triangle is read.
+    gramian: G = J J', symmetric positive semi-definite, of any floating dtype; solved in float64. Only its
+        upper triangle is read.
     pref: the preference u, any floating dtype; None is 1/m each. In mode "upgrad" an objective with a
         preference of zero or less adds nothing.
-    regularizer, norm_eps, reg_eps: what is solved is G with a little added to its diagonal.
-        "trace" (TorchJD's): A = G / tr G + reg_eps I, or reg_eps I alone where tr G < norm_eps (or is 0). A row
-        a hundred times shorter than the longest is hardly protected by reg_eps = 1e-4, and one a thousand times
-        shorter not by 1e-6 either.
-        "diagonal": A = G + reg_eps diag(G), as good for a short row as for a long one: for any positive
-        diagonal S, the weights of S G S and pref are S^-1 times the weights of G and S pref. reg_eps = 1e-6 is
-        strict. A row of norm zero keeps its preference and meets no other row; norm_eps is not used.
-    mode: "upgrad" solves min v' A v subject to v >= u_i e_i for every i and adds up the m solutions;
-        "dualproj" solves one problem with v >= u.
+    regularizer, norm_eps, reg_eps: the problem is solved for G with a little added to its diagonal. "trace"
+        (TorchJD's): A = G / tr G + reg_eps I, or reg_eps I alone where tr G < norm_eps (or is 0). This hardly
+        protects a row a hundred times shorter than the longest with reg_eps = 1e-4, nor one a thousand times
+        shorter with 1e-6. "diagonal": A = G + reg_eps diag(G), which protects short rows as well as long ones:
+        for any positive diagonal S, the weights of S G S and pref are S^-1 times the weights of G and S pref.
+        reg_eps = 1e-6 is strict. A row of norm zero keeps its preference and has no effect on others; norm_eps
+        is not used.
+    mode: "upgrad" solves min v' A v subject to v >= u_i e_i for every i and adds up the m solutions; "dualproj"
+        solves one problem with v >= u.
 
-    Returns the weights and, on the same device, a status: 0 when all is solved, -1 for a Gramian with a NaN or
-    an infinity, whose weights are NaN, else the number of problems that did not reach their solution (never
-    seen with a reg_eps of 1e-9 or more). Nothing is read on the host. Not
-    differentiable; vmap is refused. m is at most 64 on CUDA.
+    The status is 0 if everything was solved; -1 for a Gramian with a NaN or an infinity, whose weights are NaN;
+    else the number of problems that were not solved (never seen with a reg_eps of 1e-9 or more). It is on the
+    same device, and nothing is read on the host. Not differentiable; vmap is refused. m is at most 64 on CUDA.
 
     Raises ValueError (shapes, m = 0, a negative epsilon, mode, regularizer) or TypeError (dtype).
     """
@@ -77,9 +76,10 @@ def project_rows(
     reg_eps: float = 1e-4,
     regularizer: Regularizer = "trace",
 ) -> tuple[Tensor, Tensor]:  # as u, float64; [] int32
-    """Solve min v' A v subject to v >= u for each vector u, what a TorchJD `DualConeProjector` computes.
+    """Solve min v' A v subject to v >= u for each vector u of [..., m], as a TorchJD `DualConeProjector` does.
 
-    Arguments, status and errors as `project_weights`.
+    Returns the solutions v, shaped as u, and a status. Arguments, status and errors are those of
+    `project_weights`.
     """
     m = _check(gramian)
     check_options(norm_eps, reg_eps, "dualproj", regularizer)
@@ -94,7 +94,8 @@ def step_multipliers(
     *,
     reg_eps: float = 1e-9,
 ) -> tuple[Tensor, Tensor]:  # [m] float64, [] int32
-    """Return the lambda >= 0 with which s + D J' lambda is the step closest to s that worsens no objective.
+    """Return the multipliers lambda >= 0 [m] for which s + D J' lambda is the step closest to s that worsens no
+    objective.
 
     gramian: J D J' of the Jacobian's rows J in the metric D (D = I: `ops.gramian`), as in `project_weights`.
     slopes: J s, by how much each objective falls along the step s (parameters before minus after), to first
@@ -102,11 +103,11 @@ def step_multipliers(
     reg_eps: A = J D J' + reg_eps diag(J D J'), independent of the rows' lengths.
 
     The step is closest in the inverse of D: min (x - s)' D^-1 (x - s) subject to J x >= 0; lambda is the dual
-    solution, of min 1/2 lambda' A lambda + lambda' J s. Where no slope is negative it is zero.
+    solution, of min 1/2 lambda' A lambda + lambda' J s. If no slope is negative, it is zero.
 
-    Returns lambda and a status as `project_weights` does: NaN and -1 for a Gramian that is not finite, NaN
-    where a slope is not. Nothing is read on the host. Not differentiable; vmap is refused. m is at most 64 on
-    CUDA.
+    Also returns a status [], as `project_weights` does. A Gramian that is not finite gives NaN and status -1,
+    slopes that are not finite give NaN. Nothing is read on the host. Not differentiable; vmap is refused. m is
+    at most 64 on CUDA.
 
     Raises ValueError (shapes, m = 0, a negative epsilon) or TypeError (dtype).
     """
@@ -131,7 +132,8 @@ def _check(gramian: Tensor, op: str = "project_weights") -> int:
 
 
 def check_options(norm_eps: float, reg_eps: float, mode: str, regularizer: str = "trace") -> None:
-    """Raise ValueError for an epsilon, a mode or a regularizer that the projection does not have."""
+    """Raise ValueError for an unknown mode or regularizer of `project_weights`, or an epsilon that is negative
+    or not finite."""
     if not (0 <= norm_eps < math.inf and 0 <= reg_eps < math.inf):
         raise ValueError(
             f"project_weights: norm_eps and reg_eps must be >= 0 and finite; got {norm_eps}, {reg_eps}"
@@ -186,7 +188,8 @@ def _on_cpu(
     csrc.project_weights(
         gramian.data_ptr(),
         m,
-        0 if given is None else given.data_ptr(),  # the mean: to make it would cost as much as a projection
+        # Null means equal preferences: a tensor of them would cost as much as the projection.
+        0 if given is None else given.data_ptr(),
         out.numel() // m,
         KINDS.index(kind),
         diagonal,
@@ -202,7 +205,11 @@ def _on_cpu(
 def project_in_torch(
     gramian: Tensor, given: Tensor | None, kind: str, diagonal: bool, norm_eps: float, reg_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Solve by movae_fast.reference, with csrc's answers to what is not finite."""
+    """Solve the problems by movae_fast.reference, where the extension was not built; inputs that are not finite
+    give NaN, as in the extension.
+
+    `given` has the preferences or slopes, `kind` is one of KINDS. Returns the solutions and the status.
+    """
     m = len(gramian)
     given = torch.full((m,), 1 / m, dtype=torch.float64) if given is None else given.double()
     if not gramian.isfinite().all():
@@ -241,7 +248,7 @@ def _step_multipliers_cuda(gramian: Tensor, slopes: Tensor, reg_eps: float) -> t
 
 
 def mean_preference(like: Tensor) -> Tensor:  # [m] float64
-    """Return the preference 1/m for each row of `like` [m, ...], on its device."""
+    """Return the default preference, 1/m for each row of `like` [m, ...], on its device."""
     m = like.shape[0]
     return torch.full((m,), 1 / m, dtype=torch.float64, device=like.device)
 

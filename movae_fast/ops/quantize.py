@@ -1,8 +1,8 @@
-"""Compute a vector-quantisation layer's forward in one pass over z, and its gradients: `movae::quantize`.
+"""Compute a vector-quantisation layer's forward pass in one pass over z, and its gradients: `movae::quantize`.
 
     z_q, index, sq_err, count, code_sum = ops.quantize(z, codebook, gradient="rotation")
 
-The two losses of a VQ-VAE as separate objectives, each with the gradient of its own operand only:
+To have the two losses of a VQ-VAE as separate objectives, each with the gradient of one operand only:
 
     z_q, index, commitment, count, code_sum = ops.quantize(z, codebook.detach())
     embedding = ops.code_error(z.detach(), codebook, index)
@@ -36,24 +36,27 @@ def quantize(
     gradient: Gradient = "straight_through",
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Find each vector's nearest codeword, and all a VQ layer makes of it (van den Oord et al. 2017, eq. 1-3).
+    """Quantize each vector to its nearest code, and compute what a VQ layer needs besides (van den Oord et al.
+    2017, eq. 1-3).
 
     z, codebook: as `nearest_code` takes them.
-    gradient: what z_q hands back. "straight_through": its gradient goes to z unchanged. "rotation": it is
-        turned and stretched as z was to become its code (Fifty et al. 2024). "codebook": it goes to the code,
-        none to z (the derivative of codebook[index]).
-    deterministic: count and code_sum from one fixed order of summation. Always so on a CPU, and on CUDA under
+    gradient: where the gradient of z_q goes. "straight_through": to z, unchanged. "rotation": to z, rotated and
+        scaled by the map that takes z to its code (Fifty et al. 2024). "codebook": to the chosen code, none to
+        z (the derivative of codebook[index]).
+    deterministic: sum count and code_sum in a fixed order. This is always so on a CPU, and on CUDA under
         torch.use_deterministic_algorithms.
 
-    Returns, in this order,
-        z_q as z: exact copies of the codes;
-        index [N] or [B, *spatial], int64: see `nearest_code`, exact;
-        sq_err, shaped as index: ||z - z_q||^2, differentiable in z (commitment) and in codebook (embedding);
-            detach one operand to have the other's gradient alone;
-        count [K]: how many vectors chose a code;
-        code_sum [K, D]: the sum of those vectors.
-    sq_err, count and code_sum are float32, float64 where z is; on a CPU all sums are accumulated in float64.
-    A vector that holds a NaN has index 0 and a NaN sq_err, and enters count[0] and code_sum[0].
+    Returns, in this order:
+
+    z_q, shaped as z: exact copies of the codes;
+    index [N] or [B, *spatial], int64: as `nearest_code` with exact=True;
+    sq_err, shaped as index: ||z - z_q||^2, differentiable in z (commitment loss) and in codebook (embedding
+        loss); detach one operand to have only the other's gradient;
+    count [K]: how many vectors chose each code;
+    code_sum [K, D]: the sum of the vectors that chose each code.
+
+    sq_err, count and code_sum are float32, or float64 if z is; on a CPU all sums are accumulated in float64. A
+    vector that holds a NaN has index 0 and a NaN sq_err, and is counted in count[0] and code_sum[0].
 
     Raises as `nearest_code`, and ValueError for an unknown `gradient`.
     """
@@ -71,11 +74,12 @@ def code_error(
     codebook: Tensor,  # [K, D]
     index: Tensor,  # [N] or [B, *spatial] int64
 ) -> Tensor:  # as index
-    """Return ||z - codebook[index]||^2 for indices already found; differentiable in z and in codebook.
+    """Return ||z - codebook[index]||^2 for given indices, shaped as index; differentiable in z and in codebook.
 
-    float32, or float64 where z is. Indices must lie in [0, K); -1, which `nn.VectorQuantizer` gives to masked
-    vectors, does not. On a CPU another index raises IndexError; on CUDA, where that would stall the device, the
-    vector's error is NaN and its gradient void, but nothing is read or written outside the codebook.
+    The result is float32, or float64 if z is. Indices must lie in [0, K); `nn.VectorQuantizer` gives masked
+    vectors the index -1, which is not valid here. On a CPU an invalid index raises IndexError. On CUDA, where
+    raising would stall the device, that vector's error is NaN and its gradient meaningless, but nothing outside
+    the codebook is read or written.
 
     Raises as `nearest_code`, and ValueError or TypeError where index does not fit z.
     """
@@ -94,8 +98,8 @@ def code_error(
 
 
 def accumulation_dtype(z: Tensor) -> torch.dtype:
-    """Return the dtype of errors, counts and sums: float64 for float64, else float32 (a float16 cannot count to
-    2049)."""
+    """Return the dtype in which errors, counts and sums are accumulated and returned: float64 for float64, else
+    float32 (float16 cannot count beyond 2048)."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
@@ -177,7 +181,8 @@ def _quantize_backward(
 def quantize_in_torch(
     z: Tensor, codebook: Tensor, gradient: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return what `quantize` does, computed by movae_fast.reference and differentiated by autograd."""
+    """Return what `quantize` returns, computed by movae_fast.reference and differentiated by autograd, where
+    the extension was not built."""
     index = search_in_torch(z, codebook)
     wide = torch.promote_types(z.dtype, torch.float32)
     rows = as_rows(z).to(wide)
@@ -191,7 +196,10 @@ def quantize_in_torch(
 
 
 def code_error_in_torch(z: Tensor, codebook: Tensor, index: Tensor) -> Tensor:
-    """Compute by movae_fast.reference; a negative index, which would count from the codebook's end, raises."""
+    """Return what `code_error` returns, computed by movae_fast.reference, where the extension was not built.
+
+    Raises IndexError for an index outside the codebook; a negative one would otherwise count from its end.
+    """
     beyond = (index < 0) | (index >= len(codebook))
     if beyond.any():
         position = int(beyond.flatten().nonzero()[0])
@@ -238,7 +246,7 @@ def _quantize_backward_cuda(
     index = index.flatten().clamp(0, len(codebook) - 1)
     rows, code = as_rows(z).to(dtype), codebook[index].to(dtype)
     through = torch.zeros_like(rows) if grad_z_q is None else as_rows(grad_z_q).to(dtype)
-    pull = torch.zeros_like(rows)  # half the gradient of sq_err in z
+    pull = torch.zeros_like(rows)  # half the gradient of sq_err with respect to z
     if grad_sq_err is not None:
         pull = grad_sq_err.to(dtype).reshape(-1, 1) * (rows - code)
     if want_z:
@@ -256,8 +264,9 @@ def _quantize_backward_cuda(
 
 
 def _rotate_back(z: Tensor, code: Tensor, grad: Tensor) -> Tensor:
-    """Apply the transpose of z's scaled rotation onto its code to grad."""
-    # Where one of the two has no direction, grad passes as it is.
+    """Return the gradient at z, given `grad` at the z_q that the rotation trick makes: the transposed rotation
+    and the scale that take z to its code are applied to `grad`."""
+    # If z or its code is zero there is no rotation, and grad passes unchanged.
     length_z, length_code = z.norm(dim=1, keepdim=True), code.norm(dim=1, keepdim=True)
     e, q = torch.nn.functional.normalize(z, dim=1), torch.nn.functional.normalize(code, dim=1)
     r = torch.nn.functional.normalize(e + q, dim=1)
@@ -335,7 +344,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     z, codebook, index = ctx.saved_tensors
     want_z, want_codebook = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    # Nothing but the codebook's own gradient reaches it through z_q, and it alone.
+    # Through z_q the gradient goes to the codebook alone if `gradient` is "codebook", and to z alone otherwise.
     want_z = want_z and (grad_sq_err is not None or (grad_z_q is not None and gradient != "codebook"))
     want_codebook = want_codebook and (
         grad_sq_err is not None or (grad_z_q is not None and gradient == "codebook")

@@ -1,4 +1,5 @@
-"""Register the ops with torch: the library, the Triton files, and the refusal of vmap."""
+"""Hold the common steps of registering an op with torch: the op library, launchers of Triton kernels, and the
+refusal of vmap."""
 
 import functools
 import importlib
@@ -8,21 +9,25 @@ from typing import Any, NoReturn
 import torch
 from torch.library import triton_op
 
-# Library rather than custom_op: a third of the cost of a call, which is what a small Jacobian pays.
+# Library instead of custom_op: a call costs a third, which matters for a small Jacobian.
 library = torch.library.Library("movae", "FRAGMENT")
 
 
 def triton_kernels(stem: str) -> Any:
-    """Return movae_fast.kernels.<stem>, imported at the first CUDA tensor: Triton is not everywhere."""
+    """Import and return the module movae_fast.kernels.<stem>.
+
+    Called only for CUDA tensors, since Triton is not installed everywhere.
+    """
     return importlib.import_module(f"movae_fast.kernels.{stem}")
 
 
 def launching_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that registers a function as `torch.library.triton_op` does.
+    """Return a decorator that registers a function as an op that launches Triton kernels, as
+    `torch.library.triton_op` does.
 
-    torch would search the function's source for kernels: it imports its compiler for that, 1.3 CPU seconds
-    at every start, and finds none, since the launchers are imported later. A partial has no source to search.
-    A compiler sees the launches either way, when it traces the function.
+    It hides the function's source from torch, by a partial. torch would search the source for kernels, which
+    imports its compiler (1.3 CPU seconds at every start) and finds none here, since the launchers are imported
+    later. When a compiler traces the function, it sees the launches in either case.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -34,7 +39,7 @@ def launching_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def refuse_vmap(op: str, remedy: str) -> None:
-    """Make vmap over `op` a clear error."""
+    """Register a vmap rule for `op` that raises NotImplementedError with a `remedy`."""
 
     def refuse(*_: Any) -> NoReturn:
         raise NotImplementedError(f"movae::{op} has no vmap rule: {remedy}")

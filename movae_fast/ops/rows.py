@@ -11,13 +11,14 @@ cuda_path = ""
 
 
 def by_cuda_cpp() -> bool:
-    """Return whether the projection on CUDA is csrc's rather than Triton's."""
-    # Triton unless told: on an H200 it projects three times as fast (benchmarks/results/nvidia-h200.md).
+    """Return whether the projection on CUDA runs the C++ extension's kernel rather than the Triton one."""
+    # Triton is the default: on an H200 it projects three times as fast (benchmarks/results/nvidia-h200.md).
     return cuda_path == "cuda" and not extension.cuda_missing()
 
 
 def check_rows(op: str, rows: Tensor) -> None:
-    """Raise one error that shows what is wrong with rows."""
+    """Raise ValueError or TypeError if `rows` is not a Jacobian [m, P] of a supported dtype; the message names
+    `op`."""
     if rows.dim() != 2:
         raise ValueError(f"{op}: rows must be [m, P], got {list(rows.shape)}")
     if rows.dtype not in DTYPES:
@@ -25,7 +26,7 @@ def check_rows(op: str, rows: Tensor) -> None:
 
 
 def row_view(rows: Tensor) -> tuple[Tensor, int]:
-    """Return the rows with contiguous columns, and the stride from one to the next."""
+    """Return the rows, copied if their columns are not contiguous, and the stride between rows."""
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)

@@ -20,15 +20,15 @@ def tc_terms(
     n_data: int,
     estimator: TCEstimator = "mws",
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """Return log q(z_i) and sum_d log q(z_id) of the aggregate posterior q(z) = E_x q(z|x), in nats.
+    """Return log q(z_i) and sum_d log q(z_id) of the aggregate posterior q(z) = E_x q(z|x), in nats, [B] each.
 
-    Estimated from the batch by minibatch-weighted ("mws", biased) or minibatch-stratified ("mss", unbiased)
-    sampling from a data set of `n_data` examples: Chen et al. 2018, "Isolating Sources of Disentanglement in
-    VAEs", eq. S3-S6. E[log_q_z - log_prod_q_z] is the total correlation. Equals
+    They are estimated from the batch by minibatch-weighted ("mws", biased) or minibatch-stratified ("mss",
+    unbiased) sampling from a training set of `n_data` examples: Chen et al. 2018, "Isolating Sources of
+    Disentanglement in VAEs", eq. S3-S6. The mean of their difference is the total correlation. Equals
     `movae_fast.reference.tc_terms`, with memory O(B D).
 
     bfloat16 and float16 are computed in float32 and the terms stay float32; otherwise the result has the
-    inputs' common dtype. Differentiable once with respect to z, mu and logvar; vmap is not supported.
+    inputs' common dtype. Differentiable once with respect to z, mu and logvar; vmap is refused.
 
     Raises ValueError where shapes, devices, estimator or n_data do not fit, TypeError for tensors that hold
     integers.
@@ -153,8 +153,12 @@ def _tc_terms_backward_fake(
 
 
 def _outputs(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate log_q_z [B] and log_prod_q_z [B]; and for the backward, per dimension and (last) for the
-    joint, the largest log density and the sum of exp(log density - largest), both [B, D + 1]."""
+    """Allocate the forward pass's outputs: log_q_z [B] and log_prod_q_z [B], and two tensors [B, D + 1] for the
+    backward pass.
+
+    Those hold the largest log density and the sum of exp(log density - largest), for each dimension and, last,
+    for the joint density.
+    """
     batch, dims = z.shape
     return z.new_empty(batch), z.new_empty(batch), z.new_empty(batch, dims + 1), z.new_empty(batch, dims + 1)
 

@@ -1,4 +1,4 @@
-"""Compute UPGrad's weights from a Jacobian's rows in one launch: `movae::upgrad_weights`."""
+"""Compute the Gramian of a Jacobian's rows and UPGrad's weights in one launch: `movae::upgrad_weights`."""
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ def upgrad_weights(
     mode: Mode = "upgrad",
     regularizer: Regularizer = "trace",
 ) -> tuple[Tensor, Tensor, Tensor]:  # [m] float64, [m, m] float64, [] int32
-    """Compute `gramian` and `project_weights` in one: the weights, the Gramian, the status.
+    """Compute `gramian` and `project_weights` in one op: return the weights, the Gramian and the status.
 
-    On CUDA the last block to finish its part of the Gramian adds the parts in order, normalises and, up to
-    m = 16, solves: one launch, and `combine` is the second. Nothing is read on the host, and both can be
-    captured in a CUDA graph. Not differentiable; vmap is refused. Arguments and errors as those of the two.
+    On CUDA this is one launch: the last block to finish its part of the Gramian adds up the parts in a fixed
+    order and, up to m = 8 (16 in the C++ kernel), solves the projection; for more rows the projection is a
+    second launch. `combine` then makes the update. Nothing is read on the host, so that all of it can be
+    captured in a CUDA graph. Not differentiable; vmap is refused. Arguments and errors are those of the two
+    ops.
     """
     check_rows("upgrad_weights", rows)
     m = rows.shape[0]
@@ -75,7 +77,7 @@ def _upgrad_weights(
     pref = None if pref is None else pref.double().contiguous()
     weights, gramian = torch.empty(m, dtype=torch.float64), torch.empty((m, m), dtype=torch.float64)
     status = torch.empty((), dtype=torch.int32)
-    # Written out: through the two ops' functions a call for a small Jacobian took a tenth longer.
+    # Inlined: calls of the two ops' functions made a call for a small Jacobian 10 percent slower.
     threads, address = torch.get_num_threads(), gramian.data_ptr()
     csrc.gramian(rows.data_ptr(), DTYPES[rows.dtype], m, columns, stride, address, threads)
     csrc.project_weights(

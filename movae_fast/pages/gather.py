@@ -12,13 +12,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from movae_fast.data import Loader
+from movae_fast.data import Loader, to_unit
 from movae_fast.evaluation.curve_runs import of_images
 from movae_fast.evaluation.measure import Report, measure_elbo
 from movae_fast.evaluation.rate_distortion import curve_points, log_spaced, nominal_beta
+from movae_fast.evaluation.sampling import sample_images
 from movae_fast.evaluation.trained import adapt_config, beta_kept
 from movae_fast.models import NVAE, GaussianVAE
-from movae_fast.models.vq_vae import VQVAE
+from movae_fast.models.codebook_vae import CodebookVAE
 from movae_fast.names import first_line
 from movae_fast.pages.answers import (
     Answer,
@@ -38,6 +39,9 @@ from movae_fast.pages.charts import (
     usage_chart,
 )
 from movae_fast.pages.sheets import sheets_of
+from movae_fast.priors.base import find_prior, load_prior
+from movae_fast.priors.choice import Choice
+from movae_fast.priors.sampling import prior_images
 from movae_fast.training.build import Trained, load_trained, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.log_lines import read_lines
@@ -153,7 +157,7 @@ def add_model(page: RunPage, trained: Trained, loader: Loader, options: Options)
     n = len(loader.source)
     protocol = f"{n:,} evenly spaced test images, one draw of z each, seed {options.seed}"
     rates: Tensor | None = None
-    if isinstance(model, VQVAE):
+    if isinstance(model, CodebookVAE):
         add_codebook(page, model, loader)
     elif isinstance(model, GaussianVAE | NVAE):
         report = Report()
@@ -166,21 +170,47 @@ def add_model(page: RunPage, trained: Trained, loader: Loader, options: Options)
         if isinstance(model, GaussianVAE):
             page.answers.append(latents_answer(int(metrics["active_units"]), model.latent_dim))
         add_curve(page, trained, loader, options)
-    page.pictures = sheets_of(model, loader, rates, options.images, options.seed)
+    drawn, of = samples_of(page, trained, options)
+    page.pictures = sheets_of(model, loader, rates, options.images, drawn, of)
 
 
-def add_codebook(page: RunPage, model: VQVAE, loader: Loader) -> None:
-    """Add how the loader's images use the codebook."""
-    counts = torch.zeros(model.num_embeddings, dtype=torch.float64)
+def samples_of(page: RunPage, trained: Trained, options: Options) -> tuple[Tensor, str]:
+    """Return samples [n, C, S, S] in [0, 1], and a sentence on what they are drawn from: the prior that was
+    fitted to the run, where there is one, or the model's own."""
+    model, n = trained.model, options.images
+    normalize = trained.config.data.normalize
+    generator = torch.Generator().manual_seed(options.seed)
+    path = None if model.latents == "hierarchy" else find_prior(page.path, "auto")
+    if path is not None:
+        try:
+            fitted, prior = load_prior(path, trained.config, model)
+        except ValueError as error:  # of other weights
+            page.notes.append(f"The fitted prior is not used: {first_line(error)}")
+            path = None
+    if path is None:
+        if model.latents == "codebook":
+            of = "drawn code by code, without a fitted prior: texture and no shape (movae prior fits one)"
+        else:
+            of = "decoded from draws of the prior"
+        return sample_images(model, n, options.batch_size, generator, normalize), of
+    images = prior_images(model, prior, fitted.kind, n, options.batch_size, generator, Choice(), None)
+    return to_unit(torch.cat(list(images)), normalize), f"drawn from the fitted prior ({fitted.kind})"
+
+
+def add_codebook(page: RunPage, model: CodebookVAE, loader: Loader) -> None:
+    """Add how the loader's images use the codebook, or all codebooks of several."""
+    codes = sum(model.code_sizes)
+    counts = torch.zeros(codes, dtype=torch.float64)
     for x, _ in loader.epoch():
-        counts += model.quantize(model.encode(x)[0])[3].double().cpu()
-    metrics = codebook_metrics(counts)
+        (z,) = model.encode(x)
+        counts += model.code(z).usage.double().cpu()
+    metrics = codebook_metrics(counts, model.code_sizes)
     n, used = len(loader.source), int((counts > 0).sum())
-    page.answers.append(codebook_answer(used, model.num_embeddings, metrics["perplexity"], n))
+    page.answers.append(codebook_answer(used, codes, metrics["perplexity"], n))
     note = "A long flat line at zero is codes that no image uses."
     page.charts.append(usage_chart(counts.tolist(), note))
     protocol = f"{n:,} evenly spaced test images"
-    page.scores.append(Score("codes in use", f"{used:,} of {model.num_embeddings:,}", protocol))
+    page.scores.append(Score("codes in use", f"{used:,} of {codes:,}", protocol))
     page.scores.append(Score("perplexity of the codes", f"{metrics['perplexity']:.4g}", protocol))
 
 

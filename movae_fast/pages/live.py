@@ -102,7 +102,7 @@ def page(viewer: Viewer, title: str) -> Any:
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}")
-        if isinstance(viewer.model, VQVAE):
+        if isinstance(viewer.model, VQVAE) and len(viewer.model.code_sizes) == 1:
             codes_page(gr, viewer)
         elif isinstance(viewer.model, GaussianVAE):
             latents_page(gr, viewer)
@@ -199,10 +199,10 @@ def codes_page(gr: Any, viewer: Viewer) -> None:
 
 
 def draws_page(gr: Any, viewer: Viewer) -> None:
-    """Lay out draws from the prior of a hierarchy, whose latents are too many for sliders."""
-    assert isinstance(viewer.model, NVAE)
+    """Lay out draws from the prior of a hierarchy or of several codebooks, which are too many for sliders."""
     beta = beta_slider(gr, viewer)
-    warmth = gr.Slider(0.1, 1.2, value=0.8, step=0.05, label="temperature of the priors")
+    warm = isinstance(viewer.model, NVAE)
+    warmth = gr.Slider(0.1, 1.2, value=0.8, step=0.05, label="temperature of the priors", visible=warm)
     seed = gr.Number(0, label="seed", precision=0)
     button = gr.Button("Draw")
     image = gr.Image(label="sample", interactive=False)
@@ -211,8 +211,9 @@ def draws_page(gr: Any, viewer: Viewer) -> None:
     def drawn(k: float, temperature: float, log10_beta: float) -> np.ndarray:
         viewer.set_beta(log10_beta)
         generator = torch.Generator().manual_seed(int(k))
-        assert isinstance(viewer.model, NVAE)
-        return viewer.pixels(viewer.model.sample(1, generator, temperature))
+        if isinstance(viewer.model, NVAE):
+            return viewer.pixels(viewer.model.sample(1, generator, temperature))
+        return viewer.pixels(viewer.model.sample(1, generator))
 
     button.click(drawn, [seed, warmth, beta], image, api_name="draw", **ONE)
 

@@ -16,7 +16,6 @@ from movae_fast.evaluation.sampling import (
     decode_images,
     images_at_betas,
     reconstruct_images,
-    sample_images,
     traverse_around,
     traverse_part,
 )
@@ -33,16 +32,18 @@ BETAS = 6  # columns of images over beta
 AT_ONCE = 128  # images that are decoded at a time
 
 
-def sheets_of(model: VAE, loader: Loader, rates: Tensor | None, n: int, seed: int) -> list[Chart]:
+def sheets_of(
+    model: VAE, loader: Loader, rates: Tensor | None, n: int, samples: Tensor, of: str
+) -> list[Chart]:
     """Return the pictures of a model in evaluation mode, with n images of the loader's.
 
-    rates: nats per latent [D], by which the busiest are chosen. A multi-rate model keeps its beta.
+    rates: nats per latent [D], by which the busiest are chosen. samples: images [N, C, S, S] in [0, 1], and
+    `of` says what they are drawn from. A multi-rate model keeps its beta.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.cat([images for images, _ in loader.take(spaced_rows(loader, n))])
     normalize = loader.normalize
     copies = reconstruct_images(model, x, AT_ONCE, normalize)
-    drawn = sample_images(model, n, AT_ONCE, generator, normalize)
     made = [
         picture(
             "Originals and reconstructions",
@@ -51,20 +52,15 @@ def sheets_of(model: VAE, loader: Loader, rates: Tensor | None, n: int, seed: in
         ),
         picture(
             "Samples",
-            "Images that the model makes up: decoded from draws of the prior"
-            + (
-                ", code by code, without a learned prior: texture, not shape."
-                if isinstance(model, VQVAE)
-                else "."
-            ),
-            sheet(drawn, math.ceil(math.sqrt(n))),
+            f"Images that the model makes up, {of}.",
+            sheet(samples, math.ceil(math.sqrt(len(samples)))),
         ),
     ]
     if isinstance(model, NVAE):
         made.append(hierarchy_sheet(model, generator, normalize))
     elif isinstance(model, GaussianVAE):
         made.append(latents_sheet(model, x[:1], rates, normalize))
-    elif isinstance(model, VQVAE):
+    elif isinstance(model, VQVAE) and len(model.code_sizes) == 1:
         made.append(codes_sheet(model, normalize))
     if model.rates is not None:
         made.append(betas_sheet(model, x[:4], generator, normalize))

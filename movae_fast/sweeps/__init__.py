@@ -1,1 +1,1 @@
-"""Search over flags by many training runs; the published sweeps are the YAML files here."""
+"""Search over flags with many training runs; the YAML files in this folder are the published sweeps."""

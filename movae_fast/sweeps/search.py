@@ -1,4 +1,4 @@
-"""Define what a study searches over (ranges and choices of flags) and for (metrics of a run)."""
+"""Define what a sweep varies (ranges and choices of flags) and what it optimizes (metrics of a run)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from movae_fast.training.config import TrainConfig
 if TYPE_CHECKING:
     import optuna
 
-# Figures of `movae evaluate` besides its metrics of factors -> the metric that gives them.
+# Result of `movae evaluate`, other than those of factor metrics -> the metric that computes it.
 FIGURES = {
     **dict.fromkeys(("rate", "distortion", "elbo", "active_units"), "elbo"),
     **dict.fromkeys(("psnr", "ssim", "ms_ssim"), "images"),
@@ -26,7 +26,7 @@ FIGURES = {
 
 
 def check_space(name: str, space: Any) -> None:
-    """Refuse a range that is none."""
+    """Raise ValueError if `space`, the range or the choices given for the flag `name`, is not valid."""
     valid = "{low, high} with log or step, or {choices: [...]}"
     if not isinstance(space, dict) or not (set(space) == {"choices"} or {"low", "high"} <= set(space)):
         raise ValueError(f"search: {name}: give {valid}")
@@ -55,22 +55,23 @@ def check_space(name: str, space: Any) -> None:
 
 
 def bundles(search: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Yield every choice that is a mapping of flags."""
+    """Return every choice in the search that is a mapping of several flags rather than one flag's value."""
     return [choice for space in search.values() if is_bundle(space) for choice in space["choices"]]
 
 
 def parameter(name: str) -> str:
-    """Return the name under which the study stores the index of a choice."""
+    """Return the name of the Optuna parameter that holds the index of the choice made for a flag."""
     return f"{name} (choice)"
 
 
 def is_bundle(space: Any) -> bool:
-    """Return whether the choices are mappings of flags."""
+    """Return whether the choices of a search space are mappings of several flags rather than values of one
+    flag."""
     return "choices" in space and isinstance(space["choices"][0], dict)
 
 
 def assigned(values: dict[str, Any]) -> dict[str, Any]:
-    """Return flags by name from values of the search, with a mapping's own flags in its place."""
+    """Return the flags of a trial by name: a value that is a mapping of flags is replaced by its entries."""
     flags: dict[str, Any] = {}
     for name, value in values.items():
         flags |= value if isinstance(value, dict) else {name: value}
@@ -78,7 +79,8 @@ def assigned(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
-    """Return one flag's value; a range between whole numbers gives whole numbers."""
+    """Ask Optuna for the value of the flag `name` in this trial; a range between whole numbers gives whole
+    numbers."""
     if "choices" in space:
         # Optuna's own choices are scalars; ours may be lists.
         return space["choices"][trial.suggest_int(parameter(name), 0, len(space["choices"]) - 1)]
@@ -89,7 +91,7 @@ def suggest(trial: optuna.Trial, name: str, space: dict[str, Any]) -> Any:
 
 
 def check_objectives(objectives: Mapping[str, str]) -> None:
-    """Refuse a direction that there is not, and a figure that no run has."""
+    """Raise ValueError for a direction other than minimize or maximize, or a metric that no run has."""
     for name, direction in objectives.items():
         if direction not in ("minimize", "maximize"):
             raise ValueError(f"objectives: {name}: {direction}: valid: minimize, maximize")
@@ -105,9 +107,11 @@ def check_trials(
     fixed: Mapping[str, Any],
     check: Callable[[TrainConfig], None],
 ) -> None:
-    """Refuse a search with a value that makes no run, which `check` says, or whose runs lack an objective.
+    """Check the search by the configurations of its trials: raise ValueError if one is not valid, or if its
+    runs would not measure an objective.
 
-    Every value is tried by itself, with the first values of the other flags.
+    Each value of each flag is tried once, with the first values of the other flags. `check` raises ValueError
+    for an invalid configuration; `fixed` are the flags that do not vary.
     """
     first = {
         name: space["choices"][0] if "choices" in space else space["low"] for name, space in search.items()
@@ -132,17 +136,19 @@ def check_trials(
 
 
 def measured_by(config: TrainConfig, check: Callable[[TrainConfig], None]) -> dict[str, None]:
-    """Check the configuration; return the names of its runs' test metrics, in order."""
+    """Check a configuration with `check`, and return the names of the test metrics that its runs log, as the
+    keys of a dict."""
     check(config)
     names = list(config.model_info.weighted_objectives(vars(config.model), config.image_shape))
     names += ["loss", "mse", "mse_mean_image"]
-    if "commitment" in names:
+    if config.model_info.latents == "codebook":
         names += ["codebook_usage", "perplexity"]
     return dict.fromkeys(f"test/{name}" for name in names)
 
 
 def check_storage(storage: str | None) -> None:
-    """Refuse a storage that cannot be, before the folder of the study is made."""
+    """Raise ArgumentError for a study's storage (a file or a database URL) that cannot be opened, before any
+    folder is made."""
     if storage is None:
         return
     if "://" not in storage:
@@ -161,10 +167,11 @@ def check_storage(storage: str | None) -> None:
 def selected(
     objectives: Mapping[str, str], rows: Sequence[dict[str, Any]], over: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return the rows whose values of the names in `over` have the best first objective, everything else
-    being equal.
+    """Return the trials that use the best value of the parameters in `over`, separately for each setting of the
+    other parameters.
 
-    Seeds are not compared but averaged.
+    Best means the best first objective, averaged over seeds; trials that differ only by seed are kept together.
+    A row is a trial of `study.Report`.
     """
     worse = 1 if next(iter(objectives.values())) == "minimize" else -1
     mine, kept = {parameter(name) for name in over}, []

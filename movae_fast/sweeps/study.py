@@ -1,4 +1,4 @@
-"""Run a study: its trials, the runs of each trial, and their division among several processes."""
+"""Run a sweep's study: choose trials, train a run for each, and divide the trials among several processes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ if TYPE_CHECKING:
     import optuna
 
 
-UNSIGNED = datetime.timedelta(minutes=1)  # after which a trial's process is taken for gone
+UNSIGNED = datetime.timedelta(minutes=1)  # without a sign of life: a trial's process has then ended
 
 
 @dataclass
 class Report:
-    """Hold the complete trials: number, params, values, and whether one is the best or on the Pareto front."""
+    """Hold the results of a study.
+
+    `rows` has a dict per complete trial: number, params, values (one per objective in `names`), and `best`,
+    whether the trial is the best or on the Pareto front. `error` is the first failed trial's message.
+    """
 
     names: list[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -48,7 +52,7 @@ class Report:
 
 @dataclass
 class Study:
-    """Hold an Optuna study of training runs in `folder`."""
+    """Describe an Optuna study whose trials are training runs in `folder`, and run it."""
 
     name: str
     folder: Path
@@ -65,7 +69,10 @@ class Study:
     seed: int
 
     def create(self) -> None:
-        """Make the folder and the study, or find them. Raises ValueError for a study of other objectives."""
+        """Make the folder and the study, or check those that exist and queue the combinations of a grid.
+
+        Raises ArgumentError if the existing study has another search, objectives or fixed flags.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.journal is not None:
             check_journal(self.journal)
@@ -87,7 +94,10 @@ class Study:
                 study.enqueue_trial(dict(zip(names, point, strict=True)), skip_if_exists=True)
 
     def open(self, seed: int = 0) -> optuna.Study:
-        """Open the study in its storage."""
+        """Return the Optuna study in its storage, created if it is new; `seed` is that of the sampler.
+
+        Raises ValueError if Optuna is missing or the storage cannot be read.
+        """
         try:
             import optuna
         except ImportError:
@@ -127,28 +137,28 @@ class Study:
 
     @property
     def journal(self) -> Path | None:
-        """Return the file that holds the study; None where a database does."""
+        """Return the file that stores the study; None if a database does."""
         if self.storage is not None and "://" in self.storage:
             return None
         return Path(self.storage or self.folder / "study.journal")
 
     @property
     def pruned(self) -> bool:
-        """Return whether trials may be cut short: with one objective, if evaluations during training
-        report it."""
+        """Return whether trials may be stopped early: only in a search with one objective that is measured
+        during training."""
         return self.prune and not self.grid and len(self.objectives) == 1 and not self.metrics
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold a lock so that one process of this machine at a time counts trials and asks for the next
-        one."""
+        """Hold a lock while this process counts trials and asks for the next one, so that no other process of
+        this machine does so at the same time."""
         with open(self.folder / ".lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def counted(self, study: optuna.Study) -> int:
-        """Count the trials that are done or under way; one that was interrupted or waits does not
-        count."""
+        """Return the number of trials that are finished or running, without those that were interrupted or are
+        queued."""
         from optuna.trial import TrialState
 
         started = [t for t in study.trials if t.state != TrialState.WAITING]
@@ -158,7 +168,8 @@ class Study:
         return max(0, self.trials - self.counted(self.open()))
 
     def revive(self) -> None:
-        """Put the parameters of this machine's interrupted trials back in the queue."""
+        """Queue the parameters of interrupted trials again: those whose process ran on this machine and is
+        gone."""
         import optuna
 
         study = self.open()
@@ -170,7 +181,11 @@ class Study:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def work(self, worker: int) -> int:
-        """Run trials until the study has all of them; the exit status."""
+        """Run trials in this process until the study has all of them; return the process's exit status.
+
+        `worker` is this process's number among the sweep's workers. A trial that fails is recorded and the next
+        one runs.
+        """
         import optuna
 
         done = self.counted(self.open())
@@ -204,7 +219,7 @@ class Study:
             print(f"trial {trial.number}: {shown}", flush=True)
 
     def trial(self, trial: optuna.Trial) -> list[float]:
-        """Train once with the trial's flags; the objectives' values."""
+        """Train a run with the trial's flags, and return the objectives' values."""
         flags = self.fixed | assigned({n: suggest(trial, n, space) for n, space in self.search.items()})
         folder = free_path(self.folder / "trials" / f"{trial.number:04d}")
         config = TrainConfig.from_flat(flags | {"exp_dir": str(folder)})
@@ -232,7 +247,7 @@ class Study:
         return [metrics[name] for name in self.objectives]
 
     def write(self, results: Report) -> Path:
-        """Write results.json with every complete trial, from the study as it is now."""
+        """Write the objectives and the results' trials to results.json; return its path."""
         path = self.folder / "results.json"
         content = {"objectives": self.objectives, "trials": results.rows}
         with replacing(path) as file:
@@ -241,7 +256,8 @@ class Study:
 
 
 class Reporting:
-    """Write a run's logs, and report the objective's value at each evaluation to the trial."""
+    """Write a run's log lines as `Logs` does, and report the objective's value at each evaluation to the Optuna
+    trial, which may end the run early (TrialPruned)."""
 
     def __init__(self, logs: Any, trial: optuna.Trial, objective: str | None, steps: int) -> None:
         self.logs, self.trial, self.objective, self.steps = logs, trial, objective, steps
@@ -264,9 +280,10 @@ class Reporting:
 
 
 def lost(trial: optuna.trial.FrozenTrial) -> bool:
-    """Return whether the process of a running trial was on this machine and is gone.
+    """Return whether a running trial's process is gone: it ran on this machine and no longer exists.
 
-    One that stays unsigned was lost between being asked for and being signed.
+    A trial without a process number was interrupted between being created and being marked; it counts as lost
+    after a minute.
     """
     known = trial.user_attrs
     if "pid" not in known or "host" not in known:
@@ -276,8 +293,8 @@ def lost(trial: optuna.trial.FrozenTrial) -> bool:
 
 
 def check_journal(path: Path) -> None:
-    """Cut off a last line that a killed process wrote in part. Raises ValueError for any other damaged
-    line."""
+    """Repair the study's journal: cut off an incomplete last line, which a killed process leaves. Raises
+    ValueError for any other damaged line."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -315,7 +332,7 @@ def ends_whole(path: Path) -> bool:
 
 
 def report(study: Study) -> Report:
-    """Return the study's results: objectives, complete trials, and the best of them."""
+    """Return the study's complete trials, with the best of them marked, and the first error."""
     import optuna
 
     opened = study.open()

@@ -1,4 +1,4 @@
-"""Project the step that an optimizer applied to the shared parameters."""
+"""Project the optimizer's step on the shared parameters, for `--conflict_free step`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from movae_fast.training.flat import FlatParameters, Rows
 
 
 class StepProjection:
-    """Project the steps of an optimizer (see `projected_step`), in plain length or in the optimizer's
-    metric.
+    """Project the steps of an optimizer (see `projected_step`), in the identity metric or in the optimizer's
+    own.
 
-    Over several processes each takes its `columns` of the rows, and all find the same multipliers.
+    Each process works on its `columns` of the rows, and all compute the same multipliers.
     """
 
     def __init__(
@@ -28,10 +28,10 @@ class StepProjection:
 
     @torch.no_grad()
     def correct(self, rows: Rows, before: Tensor, loss_scale: Tensor | None, keep_rows: bool) -> None:
-        """Move the shared parameters, which were `before` [P] until the optimizer's step, to where the
-        projected step ends.
+        """Move the shared parameters from the end of the optimizer's step to the end of the projected step.
 
-        Without `keep_rows` the rows may be overwritten, since the next step writes them anew.
+        before: the shared parameters [P] before the optimizer's step. loss_scale: the factor by which fp16
+        training has scaled the rows. keep_rows: leave `rows` intact; otherwise they may be overwritten.
         """
         with record_function("step projection"):
             torch.sub(before, self.flat.shared_data, out=rows.step)

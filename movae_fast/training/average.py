@@ -1,4 +1,5 @@
-"""Average a model's parameters exponentially over the steps; the average is evaluated, sampled and exported."""
+"""Keep an exponential moving average of a model's parameters, which is evaluated, sampled and exported in their
+place."""
 
 from __future__ import annotations
 
@@ -12,8 +13,11 @@ from movae_fast.training.flat import FlatParameters
 
 
 class WeightAverage:
-    """Average parameters that lie in one flat tensor, by one operation per step, beginning with their
-    values."""
+    """Keep the exponential moving average of all parameters, as one flat tensor updated by one operation per
+    step.
+
+    It starts from the parameters' initial values.
+    """
 
     def __init__(self, flat: FlatParameters, decay: float) -> None:
         self.flat, self.decay = flat, decay
@@ -21,7 +25,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, left_out: Tensor | None = None) -> None:
-        """Move towards the parameters, by 1 - decay of the way; not where `left_out` [] is 1."""
+        """Move the average towards the parameters, by 1 - decay of the distance.
+
+        left_out: [] 1 if the optimizer's step was skipped; the average then stays.
+        """
         weight: float | Tensor = 1 - self.decay
         if left_out is not None:
             weight = (1 - left_out.to(self.values)) * weight
@@ -29,7 +36,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the parameters their averages, and their own values back afterwards."""
+        """Replace the parameters by their averages during the block, and restore them afterwards."""
         own = self.flat.data.clone()
         with torch.no_grad():
             self.flat.data.copy_(self.values)
@@ -40,11 +47,12 @@ class WeightAverage:
                 self.flat.data.copy_(own)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the averages by the names of the model's parameters, whatever the flat tensor's layout."""
+        """Return the averages by the names of the model's parameters, independent of the flat tensor's
+        layout."""
         return {name: view.clone() for name, view in self._views(model)}
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Take the averages from a `state_dict`."""
+        """Load the averages from the result of `state_dict`."""
         for name, view in self._views(model):
             view.copy_(state[name])
 

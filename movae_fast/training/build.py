@@ -37,10 +37,12 @@ from movae_fast.schedules import (
     restarted,
 )
 from movae_fast.training import checkpoint
+from movae_fast.training.aggressive import Aggressive
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
 from movae_fast.training.cuda_graph import CudaGraphs
 from movae_fast.training.optim import lr_factor, make_optimizer
+from movae_fast.training.plateau import Plateau
 from movae_fast.training.precision import Precision
 from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World
@@ -48,7 +50,8 @@ from movae_fast.training.world import World
 
 @dataclass(frozen=True)
 class Lengths:
-    """Hold the length of a run in steps; a run without stages has one stage."""
+    """Hold the lengths of an epoch, of a stage and of the whole run, in steps; a run without stages is one
+    stage."""
 
     epoch: int
     stage: int
@@ -83,7 +86,7 @@ def load_trained(path: Path, device: torch.device) -> Trained:
 
 
 def new_model(config: TrainConfig) -> VAE:
-    """Build the configuration's model with fresh weights, on the CPU."""
+    """Build the model that the configuration describes, with fresh weights, on the CPU."""
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
     likelihood = None if config.is_text else config.likelihood  # a model of sentences has its own
     model = build_model(config.model.arch, config.image_shape, config.activation, options, likelihood)
@@ -98,7 +101,8 @@ def new_model(config: TrainConfig) -> VAE:
 
 
 def build_network(config: TrainConfig, device: torch.device, world: World) -> VAE:
-    """Return the model that training starts from, on its device."""
+    """Return the model that training starts from, on its device: fresh weights, or those of the stage
+    before."""
     model = new_model(config).to(device)
     # The layout that convolutions are fastest in, on CUDA's tensor cores and on a CPU alike.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -113,7 +117,8 @@ def build_network(config: TrainConfig, device: torch.device, world: World) -> VA
 def build_aggregator(
     objective: ObjectiveConfig, weights: Sequence[float], needs_jacobian: bool, device: torch.device
 ) -> nn.Module | None:
-    """Return the aggregator of the weighted objectives; None where one backward pass of their sum will do."""
+    """Return the aggregator of the objectives whose weight is not 0; None if one backward pass of their
+    weighted sum is enough."""
     if needs_jacobian:
         return make_aggregator(
             objective.agg,
@@ -131,10 +136,18 @@ def build_aggregator(
     return Sum()
 
 
+def build_aggressive(optimizer: OptimizerConfig) -> Aggressive | None:
+    """Return the aggressive phase, in which the encoder is trained alone, or None if the configuration has
+    none."""
+    if not optimizer.aggressive:
+        return None
+    return Aggressive(optimizer.aggressive_steps, optimizer.aggressive_window)
+
+
 def build_losses(
     config: TrainConfig, model: VAE, weights: Sequence[float], n_data: int, lengths: Lengths, world: World
 ) -> LossVector:
-    """Return the objectives, with the schedules of their weights."""
+    """Return the vector of objectives, with their weights and the schedules of these."""
     together = world.size > 1 and config.run.sync_batchnorm
     objective = config.objective
     return LossVector(
@@ -149,14 +162,30 @@ def build_losses(
     )
 
 
+def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
+    """Return the schedule that lowers the learning rate by the validation loss, or None for other schedules."""
+    if optimizer.scheduler != "plateau":
+        return None
+    return Plateau(
+        optimizer.plateau_patience,
+        optimizer.plateau_after,
+        optimizer.scheduler_gamma,
+        optimizer.plateau_decays,
+        optimizer.plateau_reload,
+    )
+
+
 def build_optimizer(
-    optimizer: OptimizerConfig, model: VAE, lengths: Lengths
+    optimizer: OptimizerConfig, model: VAE, lengths: Lengths, plateau: Plateau | None = None
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Return the optimizer and its schedule, which begins anew with each stage."""
+    """Return the optimizer and its learning-rate scheduler, which starts anew with each stage."""
     built = make_optimizer(optimizer, model.parameters())
     factor: Factor = lr_factor(optimizer, lengths.stage, lengths.epoch)
     if lengths.total != lengths.stage:
         factor = restarted(factor, lengths.stage)
+    if plateau is not None:
+        base = factor
+        return built, torch.optim.lr_scheduler.LambdaLR(built, lambda step: base(step) * plateau.factor)
     return built, torch.optim.lr_scheduler.LambdaLR(built, factor)
 
 
@@ -169,7 +198,7 @@ def build_step(
     aggregator: nn.Module | None,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[TrainStep, str]:
-    """Return the step, and what keeps it from being one CUDA graph ("" where nothing does)."""
+    """Return the training step, and the reason why it cannot be recorded as one CUDA graph ("" if it can)."""
     objective, run = config.objective, config.run
     why_not = why_not_captured(run.compile, device, config.optimizer.optimizer, aggregator)
     step = TrainStep(
@@ -179,6 +208,7 @@ def build_step(
         optimizer,
         jacobian=config.jacobian,
         max_grad_norm=config.optimizer.max_grad_norm,
+        clip_apart=config.optimizer.clip_per == "part",
         skip_grad_norm=config.optimizer.skip_grad_norm,
         ema_decay=config.optimizer.ema_decay,
         step_metric=objective.step_metric if objective.conflict_free == "step" else None,
@@ -197,22 +227,29 @@ def build_step(
 def compile_mode(
     run: RunConfig, device: torch.device, world: World, captured: bool, part_of_batch: bool
 ) -> str:
-    """Return the mode of torch.compile for a step that is captured as a CUDA graph, or is not."""
-    # A layer that talks to other processes cannot be part of a compiled graph, nor can a batch that is cut.
+    """Return the torch.compile mode of a step.
+
+    captured: whether the step is recorded as a CUDA graph. part_of_batch: whether the Gramian is computed on a
+    part of the batch, which is not compiled.
+    """
+    # Layers that communicate with other processes cannot be compiled, nor can a batch that is divided.
     if part_of_batch or (run.sync_batchnorm and world.size > 1):
         return "off"
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
 
 
 def plan_lengths(config: TrainConfig, model: VAE, per_epoch: int) -> tuple[Lengths, Stages | None]:
-    """Return the run's lengths, and its stages if it has any: `epochs` or `steps` is the length of one."""
+    """Return the run's lengths in steps, and the stages of a progressive model (None for others).
+
+    `epochs` or `steps` of the configuration is the length of one stage; `per_epoch` is the steps per epoch.
+    """
     stage = config.run.steps or config.run.epochs * per_epoch
     stages = build_stages(config.ladder, model, stage)
     return Lengths(per_epoch, stage, stage if stages is None else stages.total), stages
 
 
 def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedule:
-    """Return how the loss changes over a stage of `steps` steps by the configuration."""
+    """Return the schedules that change the loss over a stage of `steps` steps, as the configuration asks."""
     ladder, objective = config.ladder, config.objective
     factor: Factor | None = None
     if ladder.use_kl_annealing:
@@ -229,7 +266,8 @@ def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedu
 
 
 def penalty_weight(config: TrainConfig, kl_factor: Factor | None) -> Factor | None:
-    """Return the weight of the model's penalty by the step: constant, or annealed with the KL's weight."""
+    """Return the schedule of the weight of the model's penalty: constant, or annealed along with the KL's
+    weight; None without a penalty."""
     first, last = config.objective.norm_penalty_init, config.norm_penalty
     if not last:
         return None
@@ -239,7 +277,7 @@ def penalty_weight(config: TrainConfig, kl_factor: Factor | None) -> Factor | No
 
 
 def build_stages(ladder: LadderConfig, model: VAE, steps: int) -> Stages | None:
-    """Return the stages, of `steps` steps each, that the configuration asks of a progressive model."""
+    """Return the stages of a progressive model, each of `steps` steps; None for a model without stages."""
     if not (isinstance(model, ProVLAE) and model.progressive):
         return None
     alone = ladder.mode == "indep_train"
@@ -248,7 +286,11 @@ def build_stages(ladder: LadderConfig, model: VAE, steps: int) -> Stages | None:
 
 
 def start_from(ladder: LadderConfig, model: VAE) -> None:
-    """Load the weights of the previous stage, for indep_train."""
+    """Load the weights that the previous stage ended with, if the configuration trains one stage alone
+    (indep_train).
+
+    Raises ValueError if `init_from` is a checkpoint of another stage.
+    """
     if ladder.mode != "indep_train" or ladder.train_seq == 1:
         return
     assert ladder.init_from is not None
@@ -269,8 +311,10 @@ def make_loader(
     world: World | None = None,
     in_order: bool = False,
 ) -> Loader:
-    """Build the loader of one split by the configuration; `in_order` reads the training split in order,
-    like a test split."""
+    """Build the image loader of one split that the configuration asks for.
+
+    in_order: read the training split in file order without random changes, as a test split is read.
+    """
     world = world or World()
     data, info = config.data, config.info
     train = split == "train"
@@ -311,13 +355,18 @@ def make_loader(
 
 
 def make_text_loader(
-    config: TrainConfig, device: torch.device, split: str, world: World | None = None
+    config: TrainConfig,
+    device: torch.device,
+    split: str,
+    world: World | None = None,
+    in_order: bool = False,
 ) -> TextLoader:
-    """Build the loader of a corpus's split (train, valid or test)."""
-    data, train, world = config.data, split == "train", world or World()
+    """Build the loader of one split ("train", "valid" or "test") of a corpus of sentences; `in_order` gives
+    each training sentence once, as of a test split."""
+    data, train, world = config.data, split == "train" and not in_order, world or World()
     source = read_text(data.dataset, config.text_options).split(split)
     return TextLoader(
-        limited_text(source, data.limit_train if train else data.limit_test),
+        limited_text(source, data.limit_train if split == "train" else data.limit_test),
         data.batch_size if train else data.eval_batch_size or data.batch_size,
         device,
         train=train,

@@ -1,7 +1,8 @@
-"""Read and write checkpoints: one file with all that a bit-exact resume needs, written atomically and durably.
+"""Read and write checkpoints: a file with everything that a bit-exact resume needs, written atomically and
+durably.
 
-A file holds plain containers and tensors only, so it loads with `weights_only=True`. Each section carries a
-digest of its contents, and a file whose contents do not match is refused with the sections' names.
+A file holds only plain containers and tensors, so it can be loaded with `weights_only=True`. It stores a digest
+of each of its sections; a file whose sections do not match their digests is refused.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from movae_fast.names import first_line
 from movae_fast.training.run_list import listed
 
 FORMAT = "movae-fast checkpoint 1"
-NOT_READABLE = (None, errno.EINVAL)  # OSErrors of torch's reader at a place that a truncated file does not have
+# Errno of OSErrors that torch's reader raises beyond a truncated file's end.
+NOT_READABLE = (None, errno.EINVAL)
 
 
 class CheckpointError(ValueError):
-    """Say why a checkpoint cannot be used, and what differs."""
+    """Report that a checkpoint cannot be used, and why."""
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 over nested containers, numbers, strings and the bytes, shapes and dtypes of
-    tensors."""
+    """Return the SHA-256 of a value: nested containers of numbers, strings and tensors (bytes, shape and
+    dtype)."""
     sha = hashlib.sha256()
 
     def feed(v: Any) -> None:
@@ -57,7 +59,8 @@ def digest(value: Any) -> str:
 
 
 class Failing:
-    """Wrap a file and remember its OSError, which torch's writer would replace by an error of its own."""
+    """Wrap a file that torch.save writes to, and keep the OSError of a failed write, which torch replaces by an
+    error of its own."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.error = file, OSError()
@@ -74,10 +77,10 @@ class Failing:
 
 
 def save(path: Path, sections: Mapping[str, Any]) -> None:
-    """Write the sections to `path`: to a temporary file, synced, then renamed over, then the folder synced.
+    """Write the sections to `path` atomically and durably.
 
-    Whatever moment the machine dies at, `path` is either the old file or the new one, whole. Raises the OSError
-    of a disk that is full, with `path`.
+    Whenever the machine fails, `path` is either the whole old file or the whole new one. Raises OSError, which
+    names `path`, for example for a full disk.
     """
     content = {"format": FORMAT, "digests": {k: digest(v) for k, v in sections.items()}, **sections}
     with replacing(path, durable=True) as file:
@@ -91,10 +94,10 @@ def save(path: Path, sections: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the sections of a checkpoint.
+    """Return the sections of the checkpoint at `path`, with tensors on `device`.
 
-    Raises CheckpointError for one that is missing, truncated or altered, OSError for one that may not be read
-    and MemoryError for one that is larger than the memory.
+    Raises CheckpointError for a file that is missing, truncated or altered, OSError for one that may not be
+    read, and MemoryError for one that does not fit the memory.
     """
     with naming(path):
         if not path.is_file():
@@ -125,9 +128,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that `path` means (see `find`) and its sections.
+    """Return the path of the checkpoint that `path` means (see `find`), and its sections.
 
-    Of one that is damaged, the CheckpointError names those beside it that are whole.
+    If it is damaged, the CheckpointError also names the undamaged checkpoints in the same folder.
     """
     path = find(path)
     try:
@@ -142,8 +145,10 @@ def read(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def whole(folder: Path) -> list[tuple[Path, int]]:
-    """Return the checkpoints of `folder` from which a run can go on, and their steps: the latest first, and
-    `last` before others of the same step."""
+    """Return the undamaged checkpoints in `folder` from which a run can be resumed, each with its step.
+
+    The latest comes first; of the same step, `last` comes before others.
+    """
     checkpoints = []
     for path in sorted(folder.glob("*.pt"), key=lambda p: (p.name != "last.pt", p.name)):
         try:
@@ -154,7 +159,8 @@ def whole(folder: Path) -> list[tuple[Path, int]]:
 
 
 def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load weights into the model; a CheckpointError says which tensors differ if they do not fit."""
+    """Load weights into the model; raise CheckpointError, which names the tensors that differ, if they do not
+    fit."""
     own = model.state_dict()
     missing = [k for k in own if k not in state]
     foreign = [k for k in state if k not in own]
@@ -176,7 +182,8 @@ def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) 
 
 
 def evaluated_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights that a checkpoint's model is used with: averages, where the run kept them."""
+    """Return the weights with which a checkpoint's model is evaluated: the averages if the run kept them, else
+    the parameters."""
     return {**content["model"], **content.get("average", {})}
 
 
@@ -186,9 +193,10 @@ def _few(names: list[str]) -> str:
 
 
 def rng_state(device: torch.device | None = None) -> dict[str, Any]:
-    """Return the state of every random generator that training on `device` draws from.
+    """Return the states of all random generators (torch, CUDA, NumPy, Python) that training on `device` draws
+    from.
 
-    device: the run's; None is the current one of CUDA, where there is CUDA.
+    device: the run's device; None is the current GPU, if there is CUDA.
     """
     numpy_state = np.random.get_state(legacy=True)
     assert isinstance(numpy_state, tuple)
@@ -209,9 +217,9 @@ def rng_state(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device | None = None) -> None:
-    """Put back what `rng_state` took, on whatever `device` this process has now.
+    """Restore the random states that `rng_state` returned; `device` is the one this process uses now.
 
-    Every process of a run draws the noise of the global batch and takes its slice of it, so all of them go on
+    Every process of a run draws the noise of the global batch and takes its slice of it, so all of them resume
     from the one state that process 0 saved, each on its own GPU.
     """
     torch.set_rng_state(state["torch"].cpu())
@@ -225,7 +233,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device | None = None) 
 
 
 def _cuda_index(device: torch.device | None) -> int | None:
-    """Return the number of the GPU that `device` names, the current one where it names none; None for a CPU
+    """Return the number of the GPU that `device` names, of the current GPU if it names none, and None for a CPU
     or without CUDA."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
@@ -235,16 +243,20 @@ def _cuda_index(device: torch.device | None) -> int | None:
 
 
 def _drawn_from(states: list[Tensor]) -> Tensor:
-    """Return the state of the generator that the run drew from.
+    """Return, from the saved states of several GPUs' generators, the one that the run drew from.
 
-    Older checkpoints hold one for each GPU that process 0 saw. They began alike, and only the run's own moved:
-    a state is a seed and, in its last eight bytes, how far it has been drawn from.
+    Older checkpoints hold one state for each GPU that process 0 saw. They started equal and only the run's own
+    advanced: the last eight bytes of a state count how far.
     """
     return max(states, key=lambda s: int.from_bytes(bytes(s[-8:].tolist()), "little"))
 
 
 def find(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or a run folder's `last`, or its `best`."""
+    """Return the checkpoint that `path` means: `path` itself if it is a file, else the run folder's last.pt or
+    best.pt.
+
+    Raises CheckpointError if there is none.
+    """
     if path.is_dir():
         for name in ("last.pt", "best.pt"):
             candidate = path / "checkpoints" / name

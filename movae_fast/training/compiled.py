@@ -1,5 +1,4 @@
-"""Compile the regions of a step with torch.compile: whole functions, without graph breaks, at their first
-use."""
+"""Compile the parts of a step with torch.compile at their first use: whole functions, without graph breaks."""
 
 from __future__ import annotations
 
@@ -11,8 +10,9 @@ import torch
 from movae_fast.choices import CompileMode
 from movae_fast.own_code import with_own_code
 
-# With inductor's own limits on what it recomputes, each gate's upstream gradient is kept beside the gradient
-# made of it: a fifth more activations at the step's peak (cnn_vae_28). With these it is formed twice instead.
+# With inductor's own limits on recomputation, each gate's upstream gradient is kept beside the gradient
+# computed from it: a fifth more activations at the step's peak (cnn_vae_28). With these limits it is computed
+# twice instead.
 MULTIRATE_LIMITS = {
     "realize_reads_threshold": 12,
     "realize_opcount_threshold": 120,
@@ -21,21 +21,19 @@ MULTIRATE_LIMITS = {
 
 
 def resolve_mode(mode: CompileMode, device: torch.device) -> str:
-    """Return the mode, with `auto` replaced by `default` on CUDA and by `off` on a CPU, where compiling
-    convolutions gains little.
-
-    benchmarks/bench_step.py measures both.
-    """
+    """Return the mode of torch.compile, with "auto" replaced by "default" on CUDA and by "off" on a CPU, where
+    compiling convolutions gains little (benchmarks/bench_step.py measures both)."""
     if mode == "auto":
         return "default" if device.type == "cuda" else "off"
     return mode
 
 
 class Compiled:
-    """Call a function of tensors, compiled as one graph at its first call (with mode "off" as it is).
+    """Wrap a function of tensors, which is compiled as one graph at its first call; with mode "off" it is
+    called as it is.
 
-    Gradients are taken inside: `torch.autograd.grad` is traced into the graph, so that forward, every backward
-    and what lies between them are one region for the compiler. `limits` are settings of inductor's besides.
+    `torch.autograd.grad` inside the function is traced too, so that the forward pass, every backward pass and
+    the operations between them form one region for the compiler. `limits` are further settings of inductor.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class Compiled:
 
 
 def graph_counters() -> dict[str, int]:
-    """Return the numbers of graphs compiled and of graph breaks so far in this process."""
+    """Return the numbers of compiled graphs and of graph breaks in this process so far."""
     from torch._dynamo.utils import counters
 
     return {

@@ -1,7 +1,7 @@
 """Define every setting of a run: one dataclass per subject, each field a flag of the same name.
 
-`config_checks.validate` says what may be asked for together. Torch is not imported for either, so
-there is no block for TYPE_CHECKING here: jsonargparse would run it.
+`config_checks.validate` checks which settings go together. Neither module imports torch. There is no
+TYPE_CHECKING block here, since jsonargparse would execute it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from movae_fast.choices import (
     LadderNet,
     PrecisionName,
     Preset,
+    Quantizer,
     ReconsDist,
     ReconsReduction,
     Regularizer,
@@ -76,9 +77,6 @@ class DataConfig:
         label_column: Whether lines are label<TAB>text (text); the default is the corpus's own.
         pad_multiple: Sentences of one batch have one length (1), or lengths that are padded to the next
             multiple of this, for fewer shapes.
-        vocabulary_size: Filled in: the words of the corpus, the special ones among them.
-        longest: Filled in: the tokens of its longest sentence.
-        corpus_digest: Filled in: SHA-256 of the corpus as the model sees it, by which a resumed run knows it.
     """
 
     dataset: str = "cifar10"
@@ -108,9 +106,6 @@ class DataConfig:
     too_long: TooLong = "error"
     label_column: bool | None = None
     pad_multiple: int = 1
-    vocabulary_size: int | None = None
-    longest: int | None = None
-    corpus_digest: str | None = None
 
 
 @dataclass
@@ -125,15 +120,26 @@ class ModelConfig:
         hidden_dims: Channels of the convolutions (vae: 32 64 128 256 512, betatc_vae: 32 32 32 32,
             vq_vae: 128 256), or widths of the layers (mlp_vae, betatc_mlp_vae: 1200 1200).
         layer_norm: Normalisation in vae (batch) and vq_vae (none).
-        embedding_dim: Dimension of a code (vq_vae: 64).
-        num_embeddings: Number of codes (vq_vae: 512).
-        num_residual_layers: Residual blocks in vq_vae's encoder and decoder (2; the published class has 6).
+        quantizer: What vq_vae and vq_vae_2 have between encoder and decoder: a codebook that is trained (vq) or
+            follows averages (ema), levels of each channel (fsq), codebooks that each quantize what is left over
+            (rvq), the same for groups of channels (grouped_rvq), signs (lfq; bsq on the sphere), or a frozen
+            codebook behind a learned layer (simvq).
+        embedding_dim: Dimension of a code (vq_vae, vq_vae_2: 64; fsq, lfq and bsq follow from their codes).
+        num_embeddings: Number of codes (vq_vae, vq_vae_2: 512), of each codebook; lfq, bsq: a power of two.
+        num_quantizers: Codebooks after each other (rvq, grouped_rvq: 4).
+        num_groups: Groups of channels (grouped_rvq: 2).
+        fsq_levels: Levels of each channel (fsq: 8 5 5 5, which are 1,000 codes).
+        quantize_dropout: Train each image with a random number of codebooks, so that the first few alone are a
+            code, too (rvq, grouped_rvq: false); `movae evaluate --metrics depth` has the curve.
+        codebook_decay: Decay per step of the averages that codes follow (ema: 0.99).
+        num_residual_layers: Residual blocks in vq_vae's and vq_vae_2's encoder and decoder (2; the published
+            vq_vae has 6).
         max_filters: Channels of the widest convolution (torch_vae, dcgan_vae: 128).
         dim: Base channels (cnn_vae, mmd_vae: 64).
         dim_mults: Multiples of dim, one per stage (cnn_vae, mmd_vae: 1 2 4 8 at 64x64).
         with_bn: BatchNorm in the convolutions (cnn_vae, mmd_vae: true).
         num_ladders: Rungs of the ladder (provlae, vlae: 3).
-        hidden_dim: Channels of the convolutions (provlae, vlae: 32).
+        hidden_dim: Channels of the convolutions (provlae, vlae: 32; vq_vae_2: 128).
         fc_dim: Width of the linear layers (provlae, vlae: 256).
         ladder_net: The ladder's network and order of stages (provlae, vlae): the authors', from the most
             abstract rung down, or the PyTorch port's, from the least abstract rung up.
@@ -164,8 +170,14 @@ class ModelConfig:
     latent_dim: int | None = None
     hidden_dims: list[int] | None = None
     layer_norm: Literal["batch", "layer", "none"] | None = None
+    quantizer: Quantizer | None = None
     embedding_dim: int | None = None
     num_embeddings: int | None = None
+    num_quantizers: int | None = None
+    num_groups: int | None = None
+    fsq_levels: list[int] | None = None
+    quantize_dropout: bool | None = None
+    codebook_decay: float | None = None
     num_residual_layers: int | None = None
     max_filters: int | None = None
     dim: int | None = None
@@ -211,7 +223,7 @@ class ObjectiveConfig:
         loss_weights: Weight of each objective, in order (`1 0.00025`) or by name (`--loss_weights.kl 4`); the
             default is the model's.
         beta: Weight of the model's regulariser alone: kl, tc for betatc_vae, mmd for mmd_vae,
-            commitment for vq_vae.
+            commitment for vq_vae and vq_vae_2 (entropy with lfq and bsq).
         coef_kl: Multiplies the model's default weight of kl (the collection's beta).
         anneal_steps: Steps over which the dimension-wise KL (of models with a tc) reaches its weight.
         kl_annealing: Factor on the KL's weight, by epoch: from 0 to 1 over the first 30 % of the epochs
@@ -368,18 +380,30 @@ class OptimizerConfig:
         eps: What keeps a division from zero; the default is the optimizer's own (not sgd). In adamax it is
             added to the gradient's size before the maximum; hierarchies of latents take 1e-3.
         max_grad_norm: Clip the gradient of all parameters to this norm; 0 does not clip.
+        clip_per: Whether that is the norm of the whole model's gradient, or that of each part's: the shared
+            parameters before the features, and the rest.
         skip_grad_norm: Leave out a step whose gradient is longer than this, or one of whose losses is not
             finite, as if it had not been (`train/skipped_steps` counts them); 0 leaves out none.
         ema_decay: Decay per step of an exponential moving average of the weights, which is then evaluated,
             sampled and exported in their place; 0 keeps none.
         scheduler: Learning-rate schedule after the warm-up; epoch_cosine warms up by steps, then changes with
-            the epoch and reaches scheduler_lr_min in the last one.
+            the epoch and reaches scheduler_lr_min in the last one; plateau decays where the loss on the
+            validation split (of text) stops falling.
         scheduler_per: Whether the learning rate, warm-up included, changes every step or every epoch.
         scheduler_lr_min: Learning rate at the end of cosine and epoch_cosine.
-        scheduler_gamma: Factor at each milestone of multi_step.
+        scheduler_gamma: Factor at each milestone of multi_step, and at each decay of plateau.
         scheduler_milestones: Epochs of multi_step's drops.
         warmup_steps: Steps of linear warm-up from lr / warmup_steps.
         warmup_epochs: The same in epochs.
+        plateau_patience: Epochs with a worse validation loss than the one before, until a decay.
+        plateau_after: Epochs without a decay at the run's beginning.
+        plateau_decays: Decays after which training is over; 0 for any number.
+        plateau_reload: At a decay, go on from the weights of the best validation loss with a new optimizer.
+        aggressive: Train the encoder alone before each step of the decoder, until the loss stops falling, in
+            epochs that raise the mutual information on the validation split (text; He et al. 2019).
+        aggressive_steps: Most steps of the encoder before one of the decoder.
+        aggressive_window: Steps of the encoder whose mean loss per token is compared with that of as many
+            before.
     """
 
     optimizer: Literal["adam", "adamw", "adamax", "sgd", "lamb", "diffgrad", "madgrad"] = "adam"
@@ -391,13 +415,21 @@ class OptimizerConfig:
     max_grad_norm: float = 0.0
     skip_grad_norm: float = 0.0
     ema_decay: float = 0.0
-    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step"] = "none"
+    clip_per: Literal["model", "part"] = "model"
+    scheduler: Literal["none", "cosine", "epoch_cosine", "multi_step", "plateau"] = "none"
     scheduler_per: Literal["step", "epoch"] = "step"
     scheduler_lr_min: float = 0.0
     scheduler_gamma: float = 0.1
     scheduler_milestones: list[int] = field(default_factory=list)
     warmup_steps: int = 0
     warmup_epochs: int = 0
+    plateau_patience: int = 2
+    plateau_after: int = 15
+    plateau_decays: int = 5
+    plateau_reload: bool = True
+    aggressive: bool = False
+    aggressive_steps: int = 99
+    aggressive_window: int = 15
 
 
 @dataclass
@@ -492,8 +524,22 @@ class MlflowConfig:
 
 
 @dataclass
+class CorpusFacts:
+    """Hold what a run on text found its corpus to be: no flags, but part of its configuration."""
+
+    vocabulary_size: int | None = None  # with the special words
+    longest: int | None = None  # tokens of the longest sentence
+    corpus_digest: str | None = (
+        None  # SHA-256 of the corpus as the model sees it, by which a resumed run knows it
+    )
+
+
+FILLED_IN = tuple(f.name for f in fields(CorpusFacts))
+
+
+@dataclass
 class TrainConfig:
-    """Hold all settings of `movae train`."""
+    """Hold all settings of `movae train`, by subject."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -504,20 +550,21 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    corpus: CorpusFacts = field(default_factory=CorpusFacts)
 
     @classmethod
     def from_flat(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build the configuration from flags by name, as on a command line or in a config.yaml; unknown
+        """Build the configuration from flags by name, as a command line or a config.yaml has them; unknown
         names are ignored."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for part in fields(cls):
-            section = SECTIONS[part.name]
+            section = CorpusFacts if part.name == "corpus" else SECTIONS[part.name]
             names = {f.name for f in fields(section)}
             parts[part.name] = section(**{k: v for k, v in values.items() if k in names})
         return cls(**parts)
 
     def flat(self) -> dict[str, Any]:
-        """Return flags by name; the inverse of `from_flat`."""
+        """Return all flags by name; the inverse of `from_flat`."""
         return {name: value for part in asdict(self).values() for name, value in part.items()}
 
     @property
@@ -535,26 +582,32 @@ class TrainConfig:
 
     @property
     def model_info(self) -> models.ModelInfo | type[models.VAE]:
-        """Return what is known of the model without importing it."""
+        """Return the facts about the model's class that are known without importing it."""
         return models.model_info(self.model.arch)
 
     @property
     def is_text(self) -> bool:
-        """Return whether the data are sentences."""
+        """Return whether the dataset consists of sentences rather than images."""
         return self.data.dataset in TEXT_SETS
 
     @property
+    def reads_valid(self) -> bool:
+        """Return whether training uses the validation split, for its learning rate or its aggressive phase."""
+        return self.optimizer.aggressive or self.optimizer.scheduler == "plateau"
+
+    @property
     def text_options(self) -> text.TextOptions:
-        """Return how the corpus is read."""
+        """Return the options for reading the corpus of sentences."""
         data = self.data
         root = Path(data.data_dir).expanduser()
         return text.TextOptions(root, data.label_column, data.max_length, data.too_long)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return [C, S, S] of an image; [V, 1, T] of sentences, as one-hot words, once the corpus is known."""
+        """Return the shape [C, S, S] of an image; for sentences [V, 1, T], as one-hot words, once the corpus is
+        known."""
         if self.is_text:
-            return self.data.vocabulary_size or 5, 1, self.data.longest or 2
+            return self.corpus.vocabulary_size or 5, 1, self.corpus.longest or 2
         size = self.data.image_size or self.info.default_size
         return self.info.channels, size, size
 
@@ -564,8 +617,8 @@ class TrainConfig:
 
     @property
     def needs_jacobian(self) -> bool:
-        """Return False where the rows' weights are ones whatever the rows are, so that one backward of
-        the sum is enough."""
+        """Return whether the aggregator needs Jacobian rows; plain sums need only one backward pass of the
+        summed loss."""
         return self.objective.agg not in ("sum", "jd_sum")
 
     @property
@@ -580,7 +633,8 @@ class TrainConfig:
 
     @property
     def likelihood(self) -> models.Likelihood:
-        """Return the likelihood of the images' values, which decides how wide the model's output is."""
+        """Return the likelihood of the images' values, which determines the number of the model's output
+        channels."""
         return models.make_likelihood(
             self.objective.recons_dist,
             self.info.channels,
@@ -599,13 +653,14 @@ class TrainConfig:
 
     @property
     def jacobian(self) -> Literal["shared", "all"]:
-        """Return which gradients are aggregated: without features all parameters are shared."""
+        """Return which gradients are aggregated: those of the shared parameters ("shared") or of all ("all"); a
+        model without features has only shared parameters, "all"."""
         return self.objective.jacobian or ("shared" if self.model_info.has_features else "all")
 
     @property
     def kl_warmup(self) -> float:
-        """Return the part of the steps in which the KL's weight rises; 0 where an aggregator or beta
-        weighs it."""
+        """Return the fraction of the steps over which the KL's weight rises to 1; by default 0 if an aggregator
+        or the drawn beta weighs the KL."""
         o = self.objective
         if o.kl_warmup is not None:
             return o.kl_warmup
@@ -623,19 +678,19 @@ class TrainConfig:
 
     @property
     def norm_penalty(self) -> float:
-        """Return the weight of the model's penalty."""
+        """Return the weight of the model's penalty on its weights' norms."""
         given = self.objective.norm_penalty
         return self.model_info.default_penalty(vars(self.model)) if given is None else given
 
     @property
     def gate_decoder(self) -> Literal["sqrt", "sigmoid"]:
-        """Return the gates of a multi-rate model's decoder."""
+        """Return the kind of gates in a multi-rate model's decoder."""
         return self.multirate.gate_decoder or self.model_info.default_decoder_gate
 
     @property
     def beta_per(self) -> Literal["example", "batch"]:
-        """Return whether a multi-rate model draws a beta per example or per batch: tc compares the
-        posteriors of a batch."""
+        """Return whether a multi-rate model draws one beta per example or one per batch; by default per batch
+        with a total correlation, which compares the posteriors of a batch."""
         return self.multirate.beta_per or ("batch" if self.model_info.beta_objective == "tc" else "example")
 
     def weights(self) -> list[float]:
@@ -656,7 +711,7 @@ class TrainConfig:
         return resolve_weights(self.model_info, self.image_shape, o.loss_weights, o.beta, defaults)
 
     def aggregator_options(self) -> dict[str, Any]:
-        """Return the arguments of `make_aggregator`, besides its name."""
+        """Return the keyword arguments of `make_aggregator`, without the aggregator's name."""
         o = self.objective
         return {
             "m": sum(weight != 0 for weight in self.weights()),

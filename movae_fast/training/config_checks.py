@@ -1,7 +1,7 @@
-"""Refuse settings that no run can have, before anything is allocated; a message names the flag and the remedy.
+"""Refuse invalid settings before anything is allocated, with a message that names the flag and the remedy.
 
-`check_settings` makes the checks of a configuration by itself, without importing torch; `validate` makes those
-of `device_checks` too, which ask torch, an aggregator or a library.
+`check_settings` runs the checks that need only the configuration, without importing torch; `validate` also runs
+those of `device_checks`, which need torch, an aggregator or a library. All raise ValueError.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,8 +43,10 @@ SECOND_MOMENTS = ("adam", "adamw", "adamax", "lamb", "diffgrad")
 
 
 def validate(config: TrainConfig) -> None:
-    """Replace names in `config` by their exact form, and raise ValueError for settings that cannot work,
-    before anything is allocated."""
+    """Run all checks of a configuration: raise ValueError for invalid settings before anything is allocated.
+
+    Names in `config` (dataset, model, aggregator) are replaced by their exact spelling.
+    """
     check_settings(config)
     # Imported here, with torch: a wrong flag is told of without it.
     from movae_fast.training.device_checks import check_machine
@@ -51,8 +54,21 @@ def validate(config: TrainConfig) -> None:
     check_machine(config)
 
 
+def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
+    """Call `check` on a configuration with --export left out.
+
+    The path to export to is checked where a run is started or resumed, because a resumed run may keep or change
+    it.
+    """
+    export, config.run.export = config.run.export, None
+    try:
+        check(config)
+    finally:
+        config.run.export = export
+
+
 def check_settings(config: TrainConfig) -> None:
-    """Make those of `validate`'s checks that need the configuration alone. Raises ValueError."""
+    """Run the checks that need only the configuration, without torch. Raises ValueError."""
     for section in vars(config).values():
         check_values(section)
     check_names(config)
@@ -60,6 +76,8 @@ def check_settings(config: TrainConfig) -> None:
     check_data(config)
     check_aggregation(config)
     check_optimizer(config.optimizer)
+    check_validation(config)
+    check_aggressive(config)
     check_likelihood(config)
     if not config.aggregated and (config.objective.agg_args or config.objective.pref_weights):
         raise ValueError("--agg_args and --pref_weights need an aggregator: --agg upgrad, …")
@@ -72,7 +90,8 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Replace dataset, arch and aggregator by their exact names, and set the image size."""
+    """Replace the names of dataset, model and aggregator by their exact spelling, and set the default image
+    size."""
     data, objective = config.data, config.objective
     data.dataset = pick("dataset", data.dataset, [*DATASETS, *TEXT_SETS])
     config.model.arch = pick("arch", config.model.arch, [*MODELS, *TEXT_MODELS])
@@ -84,13 +103,13 @@ def check_names(config: TrainConfig) -> None:
 
 
 def check_model(config: TrainConfig) -> None:
-    """Check that the model has the options given, and that its name is not one of another size."""
+    """Check that the model has the options that were given, and that images of this size suit it."""
     given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
     check_options(config.model.arch, config.image_shape, config.activation, given)
 
 
 OF_TEXT = ("max_length", "too_long", "label_column", "pad_multiple")
-# What a sentence does not have; --recons_* choose a likelihood of pixels.
+# Flags that do not apply to text; --recons_* choose a likelihood of pixels.
 OF_IMAGES = {
     "data": ("image_size", "resize", "crop", "normalize", "binarize", "flip", "antialias", "chn_num", "loader"),
     "objective": ("recons_dist", "recons_reduction", "recons_activation"),
@@ -98,7 +117,8 @@ OF_IMAGES = {
 
 
 def check_text(config: TrainConfig) -> None:
-    """Refuse a model of sentences on images, the reverse, and flags of the other kind."""
+    """Raise ValueError if a model of sentences is given images or the reverse, or a flag that applies only to
+    the other."""
     data, arch, dataset = config.data, config.model.arch, config.data.dataset
     if config.is_text != (arch in TEXT_MODELS):
         kind, able = ("text", TEXT_MODELS) if config.is_text else ("images", MODELS)
@@ -118,7 +138,10 @@ def check_text(config: TrainConfig) -> None:
     if config.objective.gramian_batch < 1:
         raise ValueError("--gramian_batch does not apply to text; leave it out, or use --gramian_every")
     if config.run.compile not in ("auto", "off"):
-        raise ValueError("--compile: torch.compile does not take an LSTM; leave it out")
+        raise ValueError(
+            f"--compile {config.run.compile}: torch.compile would unroll an LSTM, once for each length of the "
+            "sentences; leave it out"
+        )
     config.run.compile = "off"
     if config.run.accumulate > 1 and data.last_batch != "pad":
         raise ValueError("--accumulate on text needs batches of one size: add --last_batch pad")
@@ -128,7 +151,7 @@ def check_text(config: TrainConfig) -> None:
 
 
 def check_data(config: TrainConfig) -> None:
-    """Check the channels, and how a batch is divided on its device."""
+    """Check the number of channels, and that `accumulate` divides the batch."""
     data, run = config.data, config.run
     assert data.crop in CELEBA_CROPS
     if not config.is_text and data.chn_num not in (None, config.info.channels):
@@ -138,7 +161,7 @@ def check_data(config: TrainConfig) -> None:
 
 
 def check_likelihood(config: TrainConfig) -> None:
-    """Check that reconstructions can reach the images, and that the likelihood is one of such images."""
+    """Check that the likelihood and the output's activation suit the range of the images' values."""
     data, objective = config.data, config.objective
     if objective.recons_reduction == "scaled_sum" and objective.recons_dist != "gaussian":
         raise ValueError(
@@ -155,7 +178,8 @@ def check_likelihood(config: TrainConfig) -> None:
 
 
 def check_discrete(config: TrainConfig) -> None:
-    """Check that the images have the levels, and the colours, that a discretised likelihood is about."""
+    """Check that a discretised likelihood (logistic, dmol) is used only with images that have its levels and
+    colours."""
     data, o, dist = config.data, config.objective, config.objective.recons_dist
     if o.recons_components != COMPONENTS and dist != "dmol":
         raise ValueError(f"--recons_components is a setting of --recons_dist dmol; {dist} has no components")
@@ -179,7 +203,7 @@ def check_discrete(config: TrainConfig) -> None:
 
 
 def check_weights(config: TrainConfig) -> None:
-    """Check the objectives' weights, and that the aggregator and the batch suit the objectives."""
+    """Check the objectives' weights, and that the aggregator and the batch size suit these objectives."""
     objective = config.objective
     config.weights()
     if "tc" in config.model_info.objectives and config.data.batch_size < 2:
@@ -189,7 +213,7 @@ def check_weights(config: TrainConfig) -> None:
 
 
 def check_run(run: RunConfig) -> None:
-    """Check the number of processes, and the places that the run continues in or writes to."""
+    """Check the number of processes, and that resuming and exporting overwrite nothing."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if run.distributed is False and processes > 1:
         raise ValueError(
@@ -202,7 +226,8 @@ def check_run(run: RunConfig) -> None:
 
 
 def check_aggregation(config: TrainConfig) -> None:
-    """Check what is aggregated, the epsilons, approximations and the projection."""
+    """Check the settings of aggregation: which gradients, the projection's epsilons, approximations, the
+    projected step."""
     o, agg = config.objective, config.objective.agg
     check_cut(config)
     if o.upgrad_regularizer == "diagonal" and o.upgrad_norm_eps:
@@ -226,7 +251,7 @@ def check_aggregation(config: TrainConfig) -> None:
 
 
 def check_cut(config: TrainConfig) -> None:
-    """Check that a model whose network is not cut by features is not asked for what needs the cut."""
+    """Raise ValueError if a setting needs features that cut the network in two, and the model has none."""
     o, arch = config.objective, config.model.arch
     if config.model_info.has_features:
         return
@@ -243,7 +268,7 @@ def check_cut(config: TrainConfig) -> None:
 
 
 def check_approximations(config: TrainConfig) -> None:
-    """Raise ValueError for a `--gramian_*` approximation with settings that it does not go with."""
+    """Raise ValueError if an approximation (`--gramian_*`) is combined with a setting that excludes it."""
     o, agg = config.objective, config.objective.agg
     approximate = o.gramian_every > 1 or o.gramian_batch < 1 or o.gramian_at != "shared"
     if o.conflict_free == "step" and approximate:
@@ -275,7 +300,7 @@ def check_approximations(config: TrainConfig) -> None:
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Check the optimizer's parameters and its schedule."""
+    """Check the optimizer's parameters and its learning-rate schedule."""
     name, betas, eps = optimizer.optimizer, optimizer.betas, optimizer.eps
     if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(f"--betas {betas}: give two numbers from 0 to below 1")
@@ -296,6 +321,51 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise ValueError("--warmup_epochs and --warmup_steps both set the length of the warm-up; give one")
     if optimizer.scheduler == "multi_step" and not optimizer.scheduler_milestones:
         raise ValueError("--scheduler multi_step needs --scheduler_milestones, the epochs of its drops")
+
+
+def check_validation(config: TrainConfig) -> None:
+    """Raise ValueError for flags that need a validation split which the dataset lacks, or for wrong settings of
+    the plateau schedule and of --clip_per."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    if config.reads_valid and not config.is_text:
+        flag = "--aggressive" if optimizer.aggressive else "--scheduler plateau"
+        raise ValueError(
+            f"{flag} decides by a validation split, which --dataset {config.data.dataset} does not have; "
+            f"corpora have one: {', '.join(TEXT_SETS)}"
+        )
+    if optimizer.clip_per == "part" and not optimizer.max_grad_norm:
+        raise ValueError("--clip_per part: there is no norm to clip to; add --max_grad_norm")
+    if optimizer.clip_per == "part" and config.jacobian == "all":
+        raise ValueError("--clip_per part: with --jacobian all the parameters are one part; leave it out")
+    if optimizer.scheduler != "plateau":
+        names = ("plateau_patience", "plateau_after", "plateau_decays", "plateau_reload")
+        if given := [name for name in names if getattr(optimizer, name) != getattr(default, name)]:
+            raise ValueError(f"--{given[0]} is a setting of another schedule: add --scheduler plateau")
+        return
+    if optimizer.scheduler_gamma == 1:
+        raise ValueError("--scheduler_gamma 1 leaves the learning rate as it is; give plateau 0.5")
+    if optimizer.ema_decay and optimizer.plateau_reload:
+        raise ValueError(
+            "--ema_decay: the average of the weights would go on where --scheduler plateau takes them back; "
+            "leave it out, or add --plateau_reload false"
+        )
+
+
+def check_aggressive(config: TrainConfig) -> None:
+    """Raise ValueError if --aggressive is given with flags that rule out steps of the encoder alone, or its
+    settings without it."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    if not optimizer.aggressive:
+        for name in ("aggressive_steps", "aggressive_window"):
+            if getattr(optimizer, name) != getattr(default, name):
+                raise ValueError(f"--{name} is a setting of the encoder's own steps: add --aggressive")
+        return
+    if config.jacobian == "all":
+        raise ValueError("--aggressive steps the part before the features alone: leave --jacobian at shared")
+    if config.objective.conflict_free == "step":
+        raise ValueError("--aggressive does not project half a step; leave out --conflict_free step")
+    if config.objective.gramian_every > 1:
+        raise ValueError("--aggressive takes several steps per batch, which --gramian_every counts as one")
 
 
 def check_ladder(config: TrainConfig) -> None:
@@ -337,7 +407,8 @@ def check_ladder(config: TrainConfig) -> None:
 
 
 def check_hierarchy(config: TrainConfig) -> None:
-    """Check the network, the warm-up and balancing of the KLs, and the penalty of a hierarchy."""
+    """Check the settings of a model with a hierarchy of latents: its network, KL warm-up, KL balancing and
+    penalty."""
     o, arch, kind = config.objective, config.model.arch, config.model_info
     kind.check_options(vars(config.model), config.image_shape)
     if kind.latents != "hierarchy" and (
@@ -372,10 +443,10 @@ def check_hierarchy(config: TrainConfig) -> None:
 
 
 def check_multirate(config: TrainConfig) -> None:
-    """Check the multi-rate settings."""
+    """Check the settings of multi-rate training, or that none was given without `--multirate`."""
     rate, arch, o = config.multirate, config.model.arch, config.objective
     if not rate.multirate:
-        # Older runs have in their configuration what was the default of all models.
+        # Configurations of older runs hold the default that all models then shared.
         default = MultiRateConfig(gate_decoder="sqrt" if rate.gate_decoder == "sqrt" else None)
         given = [f.name for f in fields(rate) if getattr(rate, f.name) != getattr(default, f.name)]
         if given:

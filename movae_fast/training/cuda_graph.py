@@ -1,8 +1,8 @@
 """Record a function of tensors once, and replay it as one CUDA graph.
 
 A training step of a small network is hundreds of kernels of a few microseconds each, which the host cannot
-launch as fast as a GPU runs them. A CUDA graph launches all of them at once. What varies from call to call
-therefore reaches it as the contents of tensors that stay where they are.
+launch as fast as a GPU runs them. A CUDA graph launches all of them at once. Its tensors stay at fixed
+addresses, so whatever changes from call to call is copied into them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ Work = Callable[[], Outputs]
 
 
 class Recorder(Protocol):
-    """Make a graph of work on a device."""
+    """Record work on a device so that it can be replayed: the interface of `CudaGraphs`, which tests
+    replace."""
 
     def warm(self, work: Work) -> Outputs:
-        """Do the work as it will be recorded, without recording it."""
+        """Run the work under the conditions of a recording (such as its stream), without recording it."""
 
     def record(self, work: Work) -> Work:
-        """Record the work without doing it; the function returned does it, on the same tensors."""
+        """Record the work without running it; return a function that runs it on the same tensors."""
 
 
 class CudaGraphs:
-    """Record CUDA graphs in one pool of memory, which is safe since they never run at the same time."""
+    """Record CUDA graphs that share one memory pool, which is safe since they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -54,7 +55,7 @@ class CudaGraphs:
     def record(self, work: Work) -> Work:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # A loader's thread may pin memory meanwhile, which only this thread must not.
+            # A loader's thread may pin memory meanwhile; only this thread must not.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 outputs = work()
         except RuntimeError:
@@ -79,9 +80,9 @@ class CudaGraphs:
 class Recordings:
     """Call a function of tensors, and record each kind of call once it has been made `WARM` times.
 
-    `agree` tells every process whether all of them recorded: NCCL wants an exchange that is part of a graph in
-    one process to be part of a graph in all. If one could not, that is said once, `abandon` is called, and
-    every call from then on runs as it is.
+    `agree` returns whether all processes passed true: NCCL requires an exchange that is in a graph in one
+    process to be in a graph in all of them. If any process cannot record, a warning says so once, `abandon` is
+    called, and every later call runs without a graph.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class Recordings:
     def __call__(
         self, kind: Hashable, function: Callable[..., Outputs], inputs: Sequence[Tensor | None]
     ) -> Outputs:
-        """Return function(*inputs), whose operations depend on `kind`, shapes and which inputs are None.
+        """Return function(*inputs), by replaying the recording of this kind of call if there is one.
 
-        The outputs of a replay are overwritten by the next.
+        `kind` must determine the function's operations, together with the inputs' shapes and which of them are
+        None. A replay overwrites the outputs of the one before.
         """
         if self.recorder is None:
             return function(*inputs)
@@ -124,7 +126,7 @@ class Recordings:
         return recording()
 
     def _try(self, work: Work) -> tuple[Work | None, str]:
-        """Return the recording of the work, or None and why there is none."""
+        """Record the work; return the recording and "", or None and the reason why it failed."""
         assert self.recorder is not None
         try:
             return self.recorder.record(work), ""

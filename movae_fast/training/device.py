@@ -1,43 +1,28 @@
-"""Find the device that a flag names."""
+"""Turn the name of a device into a torch.device, and check it."""
 
 from __future__ import annotations
 
 import torch
 
+from movae_fast.training.limits import check_device
+
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`. Asking for CUDA where there is none is an error, never a silent CPU
-    run.
+    """Return the device called `name`, "auto" being CUDA where there is a GPU.
 
-    A GPU that is named by its number becomes the current one: streams and kernels are its own then.
+    Raises ValueError for a device that this machine does not have; CUDA never silently becomes a CPU. A GPU
+    that is named by number becomes torch's current device, so that streams and kernels are its own.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = parsed_device(name)
+    check_device(name)
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device; use --device cpu, or see `movae doctor`")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA device(s)")
-    if device.index is not None and device.type == "cuda":
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is not None:
         torch.cuda.set_device(device)
     return device
-
-
-def check_device(name: str) -> None:
-    """Raise ValueError for a device that no machine has; whether this one has it, `resolve_device` says."""
-    if name != "auto":
-        parsed_device(name)
-
-
-def parsed_device(name: str) -> torch.device:
-    """Return the device called `name`, whether this machine has it or not. Raises ValueError for a name
-    that is not a device's."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; valid: auto, cpu, cuda, cuda:0, …") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: only cpu and cuda devices are supported")
-    if device.type == "cpu" and device.index:
-        raise ValueError(f"--device {name}: there is one CPU device, whatever its processors: cpu")
-    return torch.device("cpu") if device.type == "cpu" else device

@@ -1,4 +1,4 @@
-"""Ask torch what a configuration needs of it: a device, an aggregator that runs, memory that is there.
+"""Check a configuration against this machine: the device, the aggregator, the loader, the memory.
 
 Nothing is allocated, and a message names the flag and the remedy.
 """
@@ -17,45 +17,47 @@ from movae_fast.data.text import read_text
 from movae_fast.models import build_model
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
-from movae_fast.training.device import check_device, resolve_device
+from movae_fast.training.device import resolve_device
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raise ValueError for a device that no machine has, a loader that is not installed, and an aggregator
-    that does not take the objectives' rows. To be called after `config_checks.check_settings`."""
+    """Raise ValueError for a loader that is not installed, or an aggregator that cannot handle this number of
+    objectives; read the size of a corpus of sentences. Called after `config_checks.check_settings`."""
     if config.is_text:
         read_size(config)
     if config.data.loader == "dali":
         require_dali()
-    check_device(config.run.device)
     if config.needs_jacobian:
         check_runs(config.objective.agg, **config.aggregator_options())
 
 
 def read_size(config: TrainConfig) -> None:
-    """Fill in a corpus's size, and see that a run which goes on has the corpus that it began with."""
-    data = config.data
+    """Fill in the vocabulary size, longest sentence and digest of the corpus in `config`.
+
+    Raises ValueError if a resumed run started with a different corpus.
+    """
+    data, facts = config.data, config.corpus
     corpus = read_text(data.dataset, config.text_options)
     digest = corpus.digest
-    if data.corpus_digest not in (None, digest):
+    if facts.corpus_digest not in (None, digest):
         raise ValueError(
-            f"--dataset {data.dataset}: the run began on another corpus (SHA-256 {data.corpus_digest[:16]}, "
+            f"--dataset {data.dataset}: the run began on another corpus (SHA-256 {facts.corpus_digest[:16]}, "
             f"now {digest[:16]}): give it the same files, the same Python for python_topics, or start a new run"
         )
-    data.corpus_digest, data.vocabulary_size = digest, len(corpus.vocabulary)
-    data.longest = 2 + max(int(s.lengths.max()) for s in (corpus.train, corpus.valid, corpus.test))
+    facts.corpus_digest, facts.vocabulary_size = digest, len(corpus.vocabulary)
+    facts.longest = 2 + max(int(s.lengths.max()) for s in (corpus.train, corpus.valid, corpus.test))
 
 
 def check_fits(config: TrainConfig) -> None:
-    """Raise ValueError for a batch or a model that the device cannot hold; nothing is allocated.
+    """Raise ValueError for a batch or a model that the device's memory cannot hold; nothing is allocated.
 
-    To be called after `validate`. What is counted is less than what training takes: of a batch its images,
-    their reconstruction and the gradient of that; of the model the weights, their gradient and two moments.
+    Called after `validate`. The estimate is a lower bound: for a batch its images, their reconstruction and its
+    gradient; for the model its weights, their gradient and two moments.
     """
     device = resolve_device(config.run.device)
     has, data = all_memory(device), config.data
     if config.is_text:
-        image = 8 * (data.longest or 0)  # the tokens; of the logits only a part exists at once
+        image = 8 * (config.corpus.longest or 0)  # the tokens; of the logits only a part exists at once
     else:
         channels, *sides = config.image_shape
         image = 4 * math.prod(sides) * (channels + 2 * config.likelihood.channels)
@@ -76,7 +78,10 @@ def check_fits(config: TrainConfig) -> None:
 
 
 def largest_option(given: dict[str, Any]) -> str:
-    """Return the option of a model that has the largest number, as it is written; "" where none has one."""
+    """Return the model option with the largest number, as a flag with its value; "" if there is none.
+
+    It is named in the error for a model that is too large.
+    """
     numbers = {k: v if isinstance(v, list) else [v] for k, v in given.items() if not isinstance(v, str)}
     largest = {name: max(values, default=0) for name, values in numbers.items()}
     if not largest:
@@ -86,9 +91,9 @@ def largest_option(given: dict[str, Any]) -> str:
 
 
 def check_room(flag: str, count: int, image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError, in the name of `flag`, for a picture of more images than this machine's memory holds.
+    """Raise ValueError, which names `flag`, if a picture of `count` images does not fit this machine's memory.
 
-    Small images are drawn larger, in three colours; they are there as numbers and as the picture.
+    Small images are drawn enlarged, in three colours, and exist both as numbers and as the picture.
     """
     device = torch.device("cpu")
     needed = 16 * count * max(math.prod(image_shape), 3 * 64 * 64)

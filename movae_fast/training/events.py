@@ -1,7 +1,7 @@
-"""Write TensorBoard's event file from the training thread.
+"""Write TensorBoard's event file in the training thread.
 
-TensorBoard's own writer works in a thread whose errors (a full disk) reach the terminal as a traceback, and
-keeps up to two minutes of metrics in memory, which a killed process loses.
+TensorBoard's own writer runs in a thread, whose errors (a full disk) appear as a traceback in the terminal, and
+it keeps up to two minutes of metrics in memory, which are lost when the process is killed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from movae_fast.files import naming
 class Events:
     """Append scalars, images and texts to a new event file in `folder`, with one event per call.
 
-    purge_step: TensorBoard drops what earlier files of the folder hold from this step on.
+    purge_step: when a run is resumed, TensorBoard ignores the scalars of earlier files from this step on.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Events:
             self.add(Event(wall_time=now, step=purge_step, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append the scalars of one step; they are in the file when this returns."""
+        """Append the scalars of one step; they are written to the file when this returns."""
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         summary = self.summary(value=values)
         self.add(self.event(wall_time=time.time(), step=step, summary=summary))

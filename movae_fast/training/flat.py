@@ -1,4 +1,4 @@
-"""Store parameters and gradients of a model as views of flat tensors, so that a step works on contiguous
+"""Store the parameters and gradients of a model as views of flat tensors, so that a step works on contiguous
 memory."""
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from movae_fast.jacobian import Gradients
 
-# Elements from one parameter's start to the next are a multiple of this: vector loads find 16 bytes and more.
+# Every parameter starts at a multiple of so many elements, which aligns vector loads to 16 bytes or more.
 ALIGNMENT = 16
 
 
 class FlatParameters:
-    """Move parameters into one tensor: the shared ones first, the task parameters behind them.
+    """Move parameters and gradients into two flat tensors, `data` and `grad` [P]: the shared parameters first,
+    then the task parameters.
 
-    `data` and `grad` [P] hold all values and gradients; `shared` is their first `n_shared` elements. Parameters
-    start at multiples of ALIGNMENT, and so do the columns of each of `align` ranks; elements between are zero.
-    Every parameter and its `.grad` become views of them and keep their strides, channels-last ones too. Nothing
-    else may move the parameters afterwards: neither `.to` nor `zero_grad(set_to_none=True)`.
+    The first `n_shared` elements belong to the shared parameters. Each parameter starts at a multiple of
+    ALIGNMENT, as does each of the `align` equal stretches into which processes divide the shared part; the
+    elements in between are zero. Every parameter and its `.grad` become views of the flat tensors and keep
+    their strides (channels-last too). Nothing may replace these views afterwards, such as `.to` or
+    `zero_grad(set_to_none=True)`.
     """
 
     def __init__(self, shared: Sequence[nn.Parameter], task: Sequence[nn.Parameter], align: int = 1) -> None:
@@ -44,7 +46,7 @@ class FlatParameters:
         self._shared_grads = [self.view(self.grad, p) for p in self.shared]
 
     def view(self, flat: Tensor, p: Tensor) -> Tensor:
-        """Return the elements of `flat` that belong to p, with p's shape and strides."""
+        """Return the elements of the tensor `flat` that belong to parameter p, with p's shape and strides."""
         dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
         strides = p.stride() if dense else torch.empty(p.shape).stride()
         return flat.as_strided(p.shape, strides, flat.storage_offset() + self.starts[id(p)])
@@ -69,10 +71,10 @@ class FlatParameters:
 
 
 class Rows:
-    """Hold the Jacobian's rows over the shared parameters, in one buffer with room for a step.
+    """Hold the Jacobian's rows over the shared parameters in one buffer, with space for the step as a last row.
 
-    `nonzero` are the objectives whose row is not zero by construction; only they have a row, in their order.
-    It is known once a batch has been differentiated.
+    Only objectives whose row is not zero by construction have a row here; `nonzero` lists their numbers, in
+    order. It is empty until the first batch has been differentiated.
     """
 
     def __init__(self, flat: FlatParameters, m: int) -> None:
@@ -80,7 +82,7 @@ class Rows:
         self._fit([])
 
     def resize(self, nonzero: Sequence[int]) -> None:
-        """Make room for the rows of these objectives, unless there is."""
+        """Allocate rows for the objectives `nonzero`, unless the buffer has them already."""
         if list(nonzero) != self.nonzero:
             self._fit(nonzero)
 
@@ -93,21 +95,22 @@ class Rows:
 
     @property
     def complete(self) -> bool:
-        """Return whether every objective has a row."""
+        """Return whether every objective has a row in the buffer."""
         return len(self.nonzero) == self.m
 
     def pick(self, values: Tensor) -> Tensor:  # [rows]
-        """Return those of the objectives' values [m] that belong to rows."""
+        """Select from values for all objectives [m] those of the objectives that have a row."""
         return values if self.complete else values[self.index]
 
     def spread(self, values: Tensor) -> Tensor:  # [m]
-        """Return the rows' values at the places of their objectives; NaN elsewhere."""
+        """Expand values for the stored rows to all objectives [m], with NaN for objectives without a row."""
         if self.complete:
             return values
         return values.new_full((self.m,), torch.nan).index_copy(0, self.index, values)
 
     def spread_square(self, gramian: Tensor) -> Tensor:  # [m, m]
-        """Return the Gramian of all objectives' rows, of which the missing ones are zero."""
+        """Expand the Gramian of the stored rows to all objectives [m, m], with zeros for objectives without a
+        row."""
         if self.complete:
             return gramian
         full = gramian.new_zeros(self.m, self.m)
@@ -115,7 +118,7 @@ class Rows:
         return full
 
     def spread_rows(self) -> Tensor:  # [m, n_shared]
-        """Return all objectives' rows, of which the missing ones are zero."""
+        """Return the rows of all objectives [m, n_shared], with zeros for objectives without a stored row."""
         if self.complete:
             return self.rows
         return self.rows.new_zeros(self.m, self.flat.n_shared).index_copy_(0, self.index, self.rows)
@@ -126,7 +129,7 @@ def _aligned(size: int, to: int = ALIGNMENT) -> int:
 
 
 def write(views: Sequence[Tensor], gradients: Gradients, add: bool = False) -> None:
-    """Copy (or add) gradients into views; a missing one is zero."""
+    """Copy gradients into views, or add them with `add`; a gradient that is None counts as zeros."""
     pairs = [(v, g) for v, g in zip(views, gradients, strict=True) if g is not None]
     if pairs:
         targets, values = [v for v, _ in pairs], [g for _, g in pairs]

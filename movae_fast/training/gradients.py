@@ -1,8 +1,9 @@
-"""Differentiate a batch's vector of losses, in the ways that a step can choose from.
+"""Differentiate a batch's vector of losses, in one of the ways that a training step chooses from.
 
-Each is a function of tensors that the compiler can take as one region: `exact_rows` gives every objective's
-gradient, `of_sum` that of the weighted sum, `of_weighted` that with an aggregator's weights. The last three
-find weights without the exact rows: `cheap_rows_of`, `of_cheaply_weighted` and `of_subset_weighted`.
+Each way is a function of tensors that torch.compile can take as one region. `exact_rows` computes every
+objective's gradient, `of_sum` that of the weighted sum, `of_weighted` that of the sum with an aggregator's
+weights. Three approximations compute the weights without the exact rows: `cheap_rows_of`, `of_cheaply_weighted`
+and `of_subset_weighted`.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ Weigh = Callable[[Tensor], Tensor]  # rows [m, Q] that stand for the exact ones 
 
 @dataclass(frozen=True)
 class Network:
-    """Hold the model, its losses and its parameters, for differentiation.
+    """Hold the model, its losses and its parameters, as the functions here differentiate them.
 
     Rows are the gradients at the `shared` parameters; the `task` parameters receive the gradient of the sum.
-    `cut`: whether the model's features lie between the two; otherwise every parameter is shared.
+    `cut`: whether the model's features separate the two; if not, every parameter is shared.
     """
 
     model: VAE
@@ -49,47 +50,51 @@ class Network:
 
 
 class Batch(NamedTuple):
-    """Hold the images of one step, or a part of them that is differentiated by itself."""
+    """Hold the images of one step, or a part of them that is differentiated on its own."""
 
     images: Tensor  # [B, C, S, S]
     noise: Noise  # of B images, see `VAE.draw_noise`
     sample_weight: Tensor | None  # [B] how often each image counts
 
     def split(self, count: int) -> list[Batch]:
-        """Return `count` parts of equal size."""
+        """Return the batch in `count` parts of nearly equal size, for gradient accumulation.
+
+        Raises ValueError if there are fewer images than parts.
+        """
         ends = list(itertools.accumulate(len(part) for part in self.images.chunk(count)))
         if len(ends) < count:
             raise ValueError(f"accumulate {count}: a batch of {len(self.images)} images has fewer such parts")
         return [self.of_images(*span) for span in itertools.pairwise([0, *ends])]
 
     def of_images(self, start: int, stop: int) -> Batch:
-        """Return the images `start` to `stop`, which is not one of them, and what belongs to them."""
+        """Return the part of the batch with the images `start` to `stop` (exclusive), their noise and sample
+        weights."""
         weights = None if self.sample_weight is None else self.sample_weight[start:stop]
         return Batch(self.images[start:stop], self.noise.of_images(start, stop), weights)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Return what the batch holds, in the order that `of_tensors` takes."""
+        """Return the batch as a flat tuple of tensors, the arguments of `of_tensors`."""
         return self.images, self.sample_weight, *self.noise
 
     @classmethod
     def of_tensors(cls, images: Tensor, sample_weight: Tensor | None, *noise: Tensor) -> Batch:
-        """Put a batch together from its `tensors`."""
+        """Build a batch from the tensors that `tensors` returned."""
         return cls(images, Noise(*noise), sample_weight)
 
 
 class Differentiated(NamedTuple):
-    """Hold one batch's losses and gradients."""
+    """Hold the losses and gradients of one batch."""
 
     losses: Tensor  # [m] unweighted
     usage: Tensor  # [K] how often each code was chosen; [0] without a codebook
     rates: Tensor  # [G] mean KL of each group in nats; [0] without a hierarchy
     task: Gradients = ()
-    shared: Iterable[Gradients] = ()  # rows, or the one gradient
-    nonzero: Sequence[int] = ()  # the rows' objectives: the others' rows are zero by construction
+    shared: Iterable[Gradients] = ()  # the Jacobian's rows, or the sum's gradient
+    nonzero: Sequence[int] = ()  # objectives with a row in `shared`; the rows of all others are zero
 
 
 class Forward(NamedTuple):
-    """Hold the results of a batch's forward pass."""
+    """Hold the results of a batch's forward pass that differentiation needs."""
 
     features: tuple[Tensor, ...]
     weighted: list[Tensor]  # the active objectives, as they are differentiated
@@ -99,7 +104,8 @@ class Forward(NamedTuple):
 
 
 def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
-    """Run the model on a batch and compute its losses; the active ones are multiplied by `scale` [a]."""
+    """Run the model on a batch and compute its losses; the active ones are multiplied by `scale` [a], their
+    weights."""
     images = batch.images  # [B, C, S, S], or tokens [B, T]
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -115,12 +121,13 @@ def forward(network: Network, batch: Batch, scale: Tensor) -> Forward:
 
 
 def group_rates(out: HierarchyOutput) -> Tensor:  # [G]
-    """Return the mean KL of each group over the batch in nats, neither balanced nor weighted."""
+    """Return the KL of each group of a hierarchy, averaged over the batch, in nats, neither balanced nor
+    weighted."""
     return torch.stack([kl.detach().sum(1).mean() for kl in out.kl])
 
 
 def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
-    """Differentiate every objective: one backward each through the shared part."""
+    """Differentiate every active objective on its own: one backward pass each through the shared part."""
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     if network.cut:
         at_cut = at_features(weighted, features, network.task)
@@ -129,13 +136,13 @@ def exact_rows(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
     else:
         task, nonzero = [], list(range(len(weighted)))
         rows = all_rows(weighted, network.shared)
-    # Eagerly, a row is differentiated when it is asked for: only one at a time lies outside the rows' buffer.
+    # Without compilation a row is computed when it is needed, so only one exists outside the rows' buffer.
     kept = list(rows) if torch.compiler.is_compiling() else rows
     return Differentiated(losses, usage, rates, task, kept, nonzero)
 
 
 def of_sum(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
-    """Differentiate the weighted sum, in one backward."""
+    """Differentiate the weighted sum of the losses, in one backward pass."""
     _, weighted, losses, usage, rates = forward(network, batch, scale)
     gradients = _gradient(torch.stack(weighted).sum(), [*network.shared, *network.task])
     n = len(network.shared)
@@ -143,8 +150,11 @@ def of_sum(network: Network, batch: Batch, scale: Tensor) -> Differentiated:
 
 
 def of_weighted(network: Network, batch: Batch, scale: Tensor, weights: Tensor) -> Differentiated:
-    """Differentiate with an aggregator's weights [a]: of the shared parameters' gradient alone, if there are
-    features."""
+    """Differentiate the losses' sum with an aggregator's weights [a], in one backward pass.
+
+    If the model has features, the weights apply to the shared parameters only; task parameters receive the
+    gradient of the unweighted sum.
+    """
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     if network.cut:
         at_cut = at_features(weighted, features, network.task)
@@ -155,7 +165,8 @@ def of_weighted(network: Network, batch: Batch, scale: Tensor, weights: Tensor) 
 
 
 def cheap_rows_of(network: Network, batch: Batch, scale: Tensor, last: Sequence[Tensor]) -> Tensor:  # [a, Q]
-    """Return the rows at `last`, the shared parameters next to the features; without any, at the features."""
+    """Return approximate Jacobian rows [a, Q]: the gradients at the parameters `last`, or at the features if it
+    is empty."""
     features, weighted, *_ = forward(network, batch, scale)
     return cheap_rows(features, at_features(weighted, features, []).features, last)
 
@@ -163,10 +174,14 @@ def cheap_rows_of(network: Network, batch: Batch, scale: Tensor, last: Sequence[
 def of_cheaply_weighted(
     network: Network, batch: Batch, scale: Tensor, last: Sequence[Tensor], weigh: Weigh
 ) -> tuple[Differentiated, Tensor]:
-    """Differentiate with the weights of the rows of `cheap_rows_of`, in one forward; return the weights too."""
+    """Compute aggregation weights from the rows of `cheap_rows_of` and differentiate with them, in one forward
+    pass.
+
+    `weigh` turns the rows into weights. Returns the gradients and the weights [a].
+    """
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     at_cut = at_features(weighted, features, network.task)
-    # Weighed once: an aggregator may draw or remember.
+    # Compute the weights only once: an aggregator may draw random numbers or keep state.
     weights = weigh(cheap_rows(features, at_cut.features, last))
     row = weighted_row(features, at_cut.features, weights, network.shared)
     return Differentiated(losses, usage, rates, at_cut.task, [row]), weights
@@ -175,11 +190,12 @@ def of_cheaply_weighted(
 def of_subset_weighted(
     network: Network, batch: Batch, scale: Tensor, count: int, weigh: Weigh
 ) -> tuple[Differentiated, Tensor]:
-    """Differentiate with the weights of the rows of the first `count` images; return the weights too.
+    """Compute aggregation weights from the exact rows of the first `count` images, and differentiate the whole
+    batch with them.
 
-    The losses are differentiated to the features once, for the whole batch; the shared part then goes forward
-    and, once per row, backward with the first images alone. Not for the compiler: the aggregator decides
-    between two backwards of one graph.
+    The losses of the whole batch are differentiated as far as the features once. The shared part is then run
+    forward, and backward once per row, with the first images alone. This is not compiled, since the aggregator
+    runs between two backward passes of one graph. Returns the gradients and the weights [a].
     """
     features, weighted, losses, usage, rates = forward(network, batch, scale)
     at_cut = at_features(weighted, features, network.task)
@@ -194,7 +210,7 @@ def of_subset_weighted(
 
 
 def of_penalty(model: VAE, penalised: Any, parameters: Sequence[Tensor], weight: Tensor) -> Gradients:
-    """Differentiate the model's penalty times `weight` [] at `parameters`."""
+    """Return the gradient at `parameters` of the model's penalty on its weights, times `weight` []."""
     return torch.autograd.grad(weight * model.penalty(penalised), parameters)
 
 
@@ -203,7 +219,8 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Gradients:
 
 
 def last_parameters(model: VAE, gramian_at: str) -> list[nn.Parameter]:
-    """Return the parameters that `gramian_at` "last:K" names; none for "shared" and "features".
+    """Return the parameters that the setting `gramian_at` names as "last:K", those of the last K shared layers;
+    none for "shared" and "features".
 
     Raises ValueError for another name, for a K that the model's shared part does not have, and for a model
     without features.
@@ -231,9 +248,11 @@ def last_parameters(model: VAE, gramian_at: str) -> list[nn.Parameter]:
 
 @contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Run the model on copies of its running statistics: a forward for its gradients alone leaves no mark.
+    """Run the block on copies of the model's buffers, so that an extra forward pass does not change running
+    statistics.
 
-    Copies, not values put back: BatchNorm's backward remembers the very tensors that its forward used.
+    The originals are put back as the same tensors, since BatchNorm's backward pass refers to the very tensors
+    that its forward pass used.
     """
     kept = [(module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False)]
     for module, name, buffer in kept:

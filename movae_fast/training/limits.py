@@ -1,41 +1,17 @@
-"""Define the values that a flag may have, whatever command it belongs to."""
+"""Define the range of values that each flag may have, for all commands."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
+from movae_fast.bounds import Bounds
 
-class Bounds(NamedTuple):
-    """Hold the range of a number: from `least` (or above it) to `most` (or below it)."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: bool = False  # least itself is refused
-    below: bool = False  # most itself is refused
-
-    def refusal(self, value: float) -> str:
-        """Return what `value` must be instead, or "" where it is right."""
-        low = value > self.least if self.above else value >= self.least
-        high = value < self.most if self.below else value <= self.most
-        if low and high and math.isfinite(value):
-            return ""
-        if math.isinf(self.most) and math.isinf(self.least):
-            return "must be finite"
-        first = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
-        if math.isinf(self.most) and isinstance(value, float):
-            words = ("zero or more", "positive")[self.above] if self.least == 0 else first
-            return f"must be {words} and finite"
-        if math.isinf(self.most):
-            return f"must be {first}"
-        last = f"below {self.most:,.15g}" if self.below else f"at most {self.most:,.15g}"
-        return f"must be {first} and {last}"
-
-
-MOST = 10**12  # of any whole number: beyond it lie slips of the hand
+MOST = 10**12  # largest whole number; larger ones are typing errors
 ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
-# Flags of all commands whose numbers are bounded by themselves; what depends on other flags is in `validate`.
+# Bounds on flags of all commands that do not depend on other flags; `validate` has those that do.
 BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
     **dict.fromkeys(("anneal_steps", "gramian_every", "cycle_period", "capacity_max_iter", "train_seq"), ONE),
@@ -44,6 +20,9 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("max_fid_samples", "max_images", "max_length", "free_bits"), ZERO),
     **dict.fromkeys(("dropout_in", "dropout_out", "word_dropout"), Bounds(0, 1, below=True)),
     **dict.fromkeys(("pad_multiple", "max_words", "top_k", "beam"), ONE),
+    "plateau_patience": ONE,
+    **dict.fromkeys(("plateau_after", "plateau_decays"), ZERO),
+    **dict.fromkeys(("aggressive_steps", "aggressive_window"), Bounds(1, 1_000_000)),
     "top_p": Bounds(0, 1, above=True),
     "temperature": POSITIVE,
     "iw": Bounds(0, 1_000_000),
@@ -53,8 +32,8 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("lr", "eps"), POSITIVE),
     **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
     **dict.fromkeys(("iw_images", "n", "trials"), ONE),
-    "log_every": Bounds(1, 1_000_000),  # as many steps' metrics wait on the device
     "log_images_every": ZERO,
+    "log_every": Bounds(1, 1_000_000),  # the metrics of so many steps are kept on the device
     "profile": Bounds(0, 10_000),
     "num_samples": Bounds(1, 10_000),
     "prefetch": Bounds(1, 1024),
@@ -73,6 +52,8 @@ BOUNDS: dict[str, Bounds] = {
     "bits": Bounds(2, 8),
     "recons_components": Bounds(1, 1000),
     "num_residual_layers": Bounds(0, 1000),
+    **dict.fromkeys(("num_quantizers", "num_groups"), Bounds(1, 64)),
+    "codebook_decay": Bounds(0, 1, below=True),
     "num_ladders": Bounds(1, 32),
     "num_scales": Bounds(1, 8),
     "groups_per_scale": Bounds(1, 64),
@@ -87,14 +68,15 @@ BOUNDS: dict[str, Bounds] = {
     "norm_penalty_init": POSITIVE,
 }
 FREE = Bounds()
+MOST_DEVICES = 127  # torch keeps a device's number in a signed byte
 PAIRS = ("beta_min", "beta_max")  # a range, which is checked as one where it is used
 
 
 def check_values(flags: Any, **own: Bounds) -> None:
-    """Raise ValueError if a flag of the dataclass is an empty text or a number outside its bounds: those in
-    `own`, else those in `BOUNDS`.
+    """Raise ValueError if a flag in the dataclass `flags` is an empty text or a number outside its bounds.
 
-    Every number must be finite, and a whole one at most MOST in magnitude.
+    The bounds are those in `own`, else those in `BOUNDS`. Every number must be finite, and a whole number at
+    most MOST in magnitude.
     """
     for entry in fields(flags):
         if entry.name in PAIRS:
@@ -108,6 +90,8 @@ def _check_value(name: str, value: Any, bounds: Bounds) -> None:
             raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
         if "\0" in value:
             raise ValueError(f"--{name} holds a zero byte, which no name has")
+        if name == "device":
+            check_device(value)
     elif isinstance(value, list | tuple):
         for part in value:
             _check_value(name, part, bounds)
@@ -124,7 +108,23 @@ def _check_value(name: str, value: Any, bounds: Bounds) -> None:
             raise ValueError(f"--{name} {value} {refusal}")
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that no machine has; whether this one has it, `device.resolve_device` says.
+
+    This is how torch writes the devices that movae trains on; torch itself takes seconds to import.
+    """
+    if name == "auto":
+        return
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not re.fullmatch(r"|:(0|[1-9]\d*)", name[len(kind) :]):
+        raise ValueError(f"--device {name}: unknown or not supported; valid: auto, cpu, cuda, cuda:0, …")
+    if kind == "cpu" and int(index or 0):
+        raise ValueError(f"--device {name}: there is one CPU device, whatever its processors: cpu")
+    if int(index or 0) > MOST_DEVICES:
+        raise ValueError(f"--device {name}: a device's number is at most {MOST_DEVICES}")
+
+
 def shortened(value: int) -> str:
-    """Return a whole number in digits, or how many digits it has."""
+    """Return a whole number as text; one of more than 20 digits as "of N digits"."""
     digits = math.floor(math.log10(abs(value))) + 1 if value else 1
     return str(value) if digits <= 20 else f"of {digits} digits"

@@ -1,4 +1,4 @@
-"""Read the lines of a metrics.jsonl; nothing heavy is imported."""
+"""Read the lines of a run's metrics.jsonl; this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from movae_fast.files import naming
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl without those that are damaged or that a crash cut short.
+    """Return the log lines of a metrics.jsonl, without lines that are damaged or incomplete; empty if there is
+    no file.
 
     Raises ValueError for a file that is not text.
     """
@@ -29,7 +30,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parsed(text: bytes) -> dict[str, Any] | None:
-    """Return the metrics of one line; None if it is damaged."""
+    """Return the content of one log line, or None if it is damaged."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -39,7 +40,7 @@ def parsed(text: bytes) -> dict[str, Any] | None:
 
 
 class Conflict(NamedTuple):
-    """Hold how often a run's measured steps conflicted with an objective."""
+    """Hold how often the measured steps of a run conflicted with an objective, and the smallest cosine."""
 
     fraction: float  # of the measured steps
     steps: int  # that were measured
@@ -47,9 +48,9 @@ class Conflict(NamedTuple):
 
 
 def conflict_of(lines: Sequence[Mapping[str, Any]], kind: str = "") -> Conflict | None:
-    """Return the conflict over a whole log, None where nothing was measured.
+    """Return the conflicts over a whole log, or None if no step was measured.
 
-    kind: "" for the update, the aggregated gradient; "step_" for the applied step.
+    kind: "" for the aggregated gradient, "step_" for the applied step.
     """
     seen = [line for line in lines if line.get(f"train/{kind}conflict_steps")]
     steps = sum(line[f"train/{kind}conflict_steps"] for line in seen)

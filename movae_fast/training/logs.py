@@ -49,9 +49,9 @@ def require_extras(wandb: WandbConfig, mlflow: MlflowConfig) -> None:
 class Logs:
     """Write each line of metrics, and pictures, to every log. Lines have `step` and `epoch`.
 
-    saved: `mark()` of the checkpoint from which the run goes on at `resume_step`; what was written after it is
-    taken back. None in a checkpoint of before there were marks.
-    note: what was amiss with the log of a resumed run, and what became of it; empty if nothing was.
+    resume_step: the step at which the run is resumed, None for a new run; what was logged after it is removed.
+    saved: the result of `mark` in the checkpoint that the run is resumed from; None in old checkpoints. `note`
+    says afterwards what was wrong with the log of a resumed run and how it was repaired; "" if nothing was.
     """
 
     def __init__(
@@ -89,15 +89,16 @@ class Logs:
             )
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; it is on its way to the disk when this returns."""
+        """Append one line, with `step`, `epoch` and metrics, to every log; it is handed to the operating system
+        when this returns."""
         data = (json.dumps(line) + "\n").encode()
         try:
             with naming(self.path):
                 written = self.file.write(data)
-                if written != len(data):  # the rest would not fit; this says why
+                if written != len(data):  # the disk is full: writing the rest raises the error
                     self.file.write(data[written:])
         except OSError:
-            with suppress(OSError):  # half a line is none
+            with suppress(OSError):  # remove the half-written line
                 self.file.truncate(self.length)
             raise
         self.sha.update(data)
@@ -121,8 +122,8 @@ class Logs:
             self.mlflow.write_images(step, pictures)
 
     def mark(self) -> dict[str, Any]:
-        """Return the state of metrics.jsonl for a checkpoint: its bytes and SHA-256, once they are on
-        the disk."""
+        """Return the length in bytes and the SHA-256 of metrics.jsonl, for a checkpoint; the file is on the
+        disk then."""
         with naming(self.path):
             sync(self.file)
         return {"bytes": self.length, "sha256": self.sha.hexdigest()}
@@ -158,7 +159,8 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wandb_id(path: Path) -> str:
-    """Return the run's name at Weights & Biases: the one in the file, or a new one."""
+    """Return the run's id at Weights & Biases: the one stored in the file `path`, or a new one, which is
+    stored."""
     known = path.read_text(encoding="utf-8").strip() if path.exists() else ""
     if known:
         return known
@@ -169,7 +171,8 @@ def wandb_id(path: Path) -> str:
 
 
 def hash_of(path: Path, length: int | None = None) -> tuple[Any, int]:
-    """Return the SHA-256 over the first `length` bytes of a file (all of it with None), and their number."""
+    """Return the SHA-256 object over the first `length` bytes of a file (all of it if None), and how many bytes
+    it covers."""
     sha, read = hashlib.sha256(), 0
     if path.exists():
         with path.open("rb") as file:
@@ -180,13 +183,12 @@ def hash_of(path: Path, length: int | None = None) -> tuple[Any, int]:
 
 
 def take_back(path: Path, step: int, saved: Mapping[str, Any] | None) -> str:
-    """Cut metrics.jsonl to its content when the checkpoint of `step` was written; return a note if it had
-    been altered.
+    """Cut metrics.jsonl back to what it held when the checkpoint of `step` was written; the resumed run writes
+    the rest again, with the same metrics.
 
-    The resumed run writes the rest again, with the same metrics.
-
-    saved: the checkpoint's `Logs.mark`. Where the file is no longer the one that it marks, the lines of steps
-    after `step` are taken back, and a file with damaged lines is kept beside as it was.
+    saved: the result of `Logs.mark` in the checkpoint. If the file no longer begins with the content that it
+    describes, the lines of steps after `step` are removed, and a file with damaged lines is kept under another
+    name. Returns a note on such a repair, or "".
     """
     if not path.exists():
         lost = step if saved is None else saved["bytes"]
@@ -197,7 +199,7 @@ def take_back(path: Path, step: int, saved: Mapping[str, Any] | None) -> str:
             with naming(path):
                 os.truncate(path, length)
             return ""
-    read_lines(path)  # or it is not text, and the user's to mend
+    read_lines(path)  # raises an error if the file is not text
     texts = path.read_bytes().split(b"\n")
     lines = [(text, parsed(text)) for text in texts]
     kept = [text + b"\n" for text, line in lines if line is not None and line["step"] <= step]

@@ -1,8 +1,8 @@
 """Run the training loop.
 
-A step (`TrainStep`) is: forward, Jacobian rows, Gramian, weights, combine, clipping, the optimizer; the
-learning rate's schedule follows. Nothing in it reads a value on the host; metrics stay on the device until a
-log line is due.
+A step (`TrainStep`) computes: forward, Jacobian rows, Gramian, weights, combine, clipping, the optimizer. The
+learning-rate schedule advances after it. Nothing in a step reads a value on the host; metrics stay on the
+device until a log line is due.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from movae_fast.data import Loader
+from movae_fast.data.text import TextLoader
+from movae_fast.training.encoder_steps import train_encoder
 from movae_fast.training.evaluate import MeanImage, evaluate, mean_image, reconstruction_mse
 from movae_fast.training.profiler import Profiler
 from movae_fast.training.progress import Bar
@@ -23,10 +25,11 @@ NOT_FINITE = 1 << 16  # sent in place of a signal number, and larger than any of
 def fit(run: Run, bar: Bar) -> dict[str, float]:
     """Train to the last step and return the final test metrics.
 
-    Raises Interrupted after a signal (the run is saved), NonFiniteError for a loss that became NaN or infinite.
+    Raises Interrupted after SIGTERM or SIGINT, once the run is saved, and NonFiniteError for a loss that became
+    NaN or infinite.
     """
     final: dict[str, float] = {}
-    failed: NonFiniteError | None = None  # until all processes know of it
+    failed: NonFiniteError | None = None  # kept until all processes know of it
     with Signals() as signals, Profiler(run) as profiler:
         while not run.ended:
             run.model.train()
@@ -35,7 +38,8 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 run.begin_step()
                 bar.compiling(run.train_step)
                 sample_weight = run.train_loader.sample_weight_of(run.batch)
-                metrics = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), sample_weight)
+                part = train_encoder(run)
+                metrics = run.train_step(x, run.step, run.noise(len(x)), log_due(run, 1), sample_weight, part)
                 run.scheduler.step()
                 run.telemetry.add(metrics, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
@@ -65,10 +69,11 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
 
 
 def log_unless_failed(run: Run, bar: Bar) -> NonFiniteError | None:
-    """Write the log lines that have arrived; return the error of a loss that is not finite.
+    """Write the log lines whose metrics have arrived; return the error of a loss that is not finite, or None.
 
-    On several GPUs a window arrives on each at its own time. A process that raised at once would leave the
-    others in an exchange that it never joins, so all of them agree first, and raise after the same step.
+    On several GPUs the metrics arrive at different times. A process that raised at once would leave the others
+    waiting in an exchange, so the error is returned; the processes then agree and all raise after the same
+    step.
     """
     try:
         log(run, bar)
@@ -80,7 +85,8 @@ def log_unless_failed(run: Run, bar: Bar) -> NonFiniteError | None:
 
 
 def failure_elsewhere(run: Run) -> Exception:
-    """Return the error that another process found, from this one's own copy of the window."""
+    """Return the NonFiniteError that another process reported, as found in this process's copy of the
+    metrics."""
     try:
         for _ in run.telemetry.lines(wait=True):
             pass
@@ -98,9 +104,13 @@ def log_due(run: Run, ahead: int = 0) -> bool:
 
 
 def position(run: Run) -> dict[str, Any]:
-    """Return the part of a log line that says where the run is: step, epoch, learning rate, and on a ladder the
-    stage and alpha."""
+    """Return the fields of a log line that locate it: step, epoch, learning rate, and what applies of two more.
+
+    These are the number of steps of the encoder alone, and a ladder's stage and alpha.
+    """
     line = {"step": run.step, "epoch": run.epoch, "train/lr": run.lr}
+    if run.aggressive is not None:
+        line["train/encoder_steps"] = run.aggressive.taken
     if run.progression is not None:
         last = run.step - 1
         line |= {"train/stage": run.progression.stage(last), "train/alpha": run.progression.alpha(last)}
@@ -112,7 +122,8 @@ def stage_ends(run: Run) -> bool:
 
 
 def end_stage(run: Run, bar: Bar) -> None:
-    """Keep the stage's checkpoint and draw its pictures; those of the last stage are drawn at the run's end."""
+    """Save the checkpoint of the stage that has ended and draw its pictures; those of the last stage are drawn
+    at the end of the run."""
     assert run.progression is not None
     stage = run.progression.stage(run.step - 1)
     log(run, bar, wait=True)
@@ -123,7 +134,7 @@ def end_stage(run: Run, bar: Bar) -> None:
 
 
 def log(run: Run, bar: Bar, wait: bool = False) -> None:
-    """Write the log lines whose metrics have arrived on the host."""
+    """Write the log lines whose metrics have arrived on the host; with `wait`, wait for all of them."""
     for line in run.telemetry.lines(wait):
         bar.log(line)
         write(run, line)
@@ -135,15 +146,16 @@ def write(run: Run, line: dict[str, Any]) -> None:
 
 
 def save(run: Run, bar: Bar) -> None:
-    """Write the `last` checkpoint and the log lines up to it, unless the losses since the last one are not
-    finite."""
+    """Write the `last` checkpoint, and the log lines up to it; raise NonFiniteError instead if a loss since the
+    last log line is not finite."""
     log(run, bar, wait=True)
     run.telemetry.check(run.step, run.world)
     run.save("last")
 
 
 def warn_of_collapse(run: Run, bar: Bar) -> None:
-    """Say that hardly a code is in use, and what to try, while little time is lost."""
+    """Print a warning, with remedies, if hardly any code of the codebook is in use at the end of the first
+    epoch."""
     used = run.telemetry.used
     if used is not None and used < COLLAPSED:
         bar.say(
@@ -154,7 +166,7 @@ def warn_of_collapse(run: Run, bar: Bar) -> None:
 
 
 def warn_of_skips(run: Run, bar: Bar) -> None:
-    """Say that every step so far was left out, and how not to."""
+    """Print a warning, with remedies, if every step so far was skipped."""
     seen, longest = run.telemetry.seen, run.config.optimizer.skip_grad_norm
     if seen and run.telemetry.left_out == seen:
         bar.say(
@@ -164,8 +176,8 @@ def warn_of_skips(run: Run, bar: Bar) -> None:
 
 
 def pictures_due(run: Run) -> str:
-    """Return the tag of the pictures that belong to the run's position, right after an epoch or at its end;
-    or ""."""
+    """Return the name for the pictures that are due now, at the end of an epoch or of the run; "" if none
+    are."""
     every = run.config.run.save_freq
     kept = run.batch == 0 and run.epoch > 0 and every > 0 and run.epoch % every == 0
     return f"epoch_{run.epoch + (run.batch > 0):04d}" if kept or run.ended else ""
@@ -179,14 +191,40 @@ def images_due(run: Run, drawn: bool) -> bool:
 
 
 def _besides(metrics: dict[str, float]) -> str:
-    """Return the metrics that an epoch's line has besides the objectives."""
-    names = ("mse", "token_perplexity", "active_units")
+    """Return, as text for the terminal, the test metrics other than the objectives."""
+    names = ("mse", "token_perplexity", "mutual_information", "active_units")
     shown = [(name, metrics.get(f"test/{name}")) for name in names]
     return "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in shown if value is not None)
 
 
+def validate(run: Run, loader: TextLoader, bar: Bar) -> None:
+    """Evaluate on the validation split and log the metrics; then let the plateau schedule and the aggressive
+    phase react."""
+    run.world.average_buffers(run.model)
+    with run.averaged():
+        metrics = evaluate(run.model, run.losses, loader, run.config.run.seed or 0, run.world)
+    line = {name.replace("test/", "valid/"): value for name, value in metrics.items()}
+    write(run, {"step": run.step, "epoch": run.epoch, **line})
+    if run.plateau is not None and run.plateau.end_epoch(metrics["test/loss"], run.epoch, run.model):
+        run.restart_optimizer()
+        bar.say(
+            f"epoch {run.epoch}: the validation loss does not fall; learning rate {run.next_lr:g} from here on"
+            + (", from the best weights so far" if run.plateau.reload else "")
+        )
+    if run.aggressive is not None and run.aggressive.on:
+        run.aggressive.end_epoch(metrics["test/mutual_information"])
+        if not run.aggressive.on:
+            bar.say(
+                f"epoch {run.epoch}: mutual information fell to {run.aggressive.information:.4g} nats; "
+                "every step trains encoder and decoder from here on"
+            )
+
+
 def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
-    """Evaluate, save and draw where it is due; the test metrics if there are any."""
+    """Evaluate, save checkpoints and draw pictures, whichever are due at the end of an epoch or of the run.
+
+    Returns the test metrics, empty if nothing was evaluated.
+    """
     log(run, bar, wait=True)
     every, number = run.config.run, run.epoch + 1
     whole = run.batch == len(run.train_loader)  # not where --steps ends a run inside an epoch
@@ -195,6 +233,8 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
     if number == 1:
         warn_of_collapse(run, bar)
     warn_of_skips(run, bar)
+    if whole and run.valid_loader is not None:
+        validate(run, run.valid_loader, bar)
     due = whole and every.eval_freq > 0 and number % every.eval_freq == 0
     metrics: dict[str, float] = {}
     better = False

@@ -13,11 +13,12 @@ from movae_fast.training.config import FROM_EXTRA, OptimizerConfig
 
 
 class Adamax(torch.optim.Optimizer):
-    """Adam by the infinity norm (Kingma and Ba 2015, section 7.1), with torch's Adamax's updates and state.
+    """Optimize by Adam with the infinity norm (Kingma and Ba 2015, section 7.1), with the updates and state of
+    torch's Adamax.
 
-    m <- beta1 m + (1 - beta1) g, u <- max(beta2 u, |g| + eps), p <- p - lr / (1 - beta1^t) m / u, where the
-    decay is part of g. Unlike torch's it keeps its step count t on the device, and leaves everything as it is
-    where `found_inf` is 1: a recorded step, fp16's loss scale and `StepGuard` ask for that.
+    m <- beta1 m + (1 - beta1) g, u <- max(beta2 u, |g| + eps), p <- p - lr / (1 - beta1^t) m / u, where weight
+    decay is part of g. Unlike torch's, it keeps the step count t on the device, and changes nothing if
+    `found_inf` is 1. CUDA graphs, fp16's loss scaling and `StepGuard` need that.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Adamax(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        # What torch asks a group: a loaded step count then goes to the device.
+        # torch reads `fused` from a group to put a loaded step count on the device.
         super().__init__(params, defaults | {"fused": True})
         self._step_supports_amp_scaling = True
 
@@ -50,7 +51,7 @@ class Adamax(torch.optim.Optimizer):
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
         taken = None if skip is None else 1 - skip.float()
         torch._foreach_add_(steps, 1 if taken is None else [taken] * len(steps))
-        # All steps of a group are alike. Float64, as 1 - beta1^t of float32 would lose digits.
+        # All parameters of a group have the same step count. In float32, 1 - beta1^t would lose digits.
         rate = group["lr"] / (1 - beta1 ** steps[0].double())
         if skip is not None:  # a gradient may be NaN, which times 0 is NaN
             gradients = [torch.where(skip, 0.0, g) for g in gradients]
@@ -61,7 +62,7 @@ class Adamax(torch.optim.Optimizer):
         if skip is None or taken is None:
             torch._foreach_lerp_(moments, gradients, 1 - beta1)
             torch._foreach_mul_(norms, beta2)
-        else:  # each factor then leaves its value as it is
+        else:  # in a skipped step each factor leaves its value unchanged
             if decay:
                 torch._foreach_mul_(gradients, taken)
             torch._foreach_mul_(sizes, taken)
@@ -89,7 +90,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, Adamax)
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the optimizer that the configuration names, over `parameters`: torch's as one fused kernel."""
+    """Make the optimizer that the configuration names, over `parameters`; torch's own as one fused kernel."""
     lr, decay = config.lr, config.weight_decay
     options: dict[str, Any] = {"lr": lr, "weight_decay": decay}
     if config.eps is not None:
@@ -111,15 +112,16 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         return kinds[config.optimizer](parameters, **options)
     made = torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=True)
     if config.momentum:
-        # torch makes them at the first step, of memory as it finds it: if fp16 overflows there, the step is
-        # skipped, and the next one goes on from garbage. Zeros are what a first step begins with.
+        # torch allocates them at the first step without setting them: if fp16 overflows there, the step is
+        # skipped, and the next one starts from garbage. A first step has to start from zeros.
         for parameter in made.param_groups[0]["params"]:
             made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return made
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
-    """Put what a recorded step reads, the learning rate, onto the device; a number again for None."""
+    """Put the learning rate on `device` as a tensor, which a step recorded as a CUDA graph reads; None makes it
+    a number again."""
     for group in optimizer.param_groups:
         rate = float(group["lr"])
         group["lr"] = rate if device is None else torch.tensor(rate, device=device)
@@ -127,10 +129,21 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device | Non
             group["capturable"] = device is not None
 
 
-def forget_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make an optimizer as good as new: no moments, no step count; its groups and rates stay.
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters in place, so that a step recorded as a CUDA graph reads it
+    too."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
-    The state of torch's own stays where it is, as a recorded step needs it: zeros are a new state.
+
+def forget_state(optimizer: torch.optim.Optimizer) -> None:
+    """Reset an optimizer's moments and step counts to their initial values; parameter groups and learning rates
+    stay.
+
+    The state tensors of torch's optimizers are zeroed in place, since a recorded step refers to them.
     """
     if isinstance(optimizer, FUSED):
         for state in optimizer.state.values():
@@ -145,9 +158,9 @@ def forget_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def lr_factor(config: OptimizerConfig, total_steps: int, steps_per_epoch: int) -> LearningRate:
-    """Return the learning rate's schedule that the configuration names, its epochs counted in steps."""
+    """Return the learning-rate schedule that the configuration names, with its epochs converted to steps."""
     return LearningRate(
-        schedule=config.scheduler,
+        schedule="none" if config.scheduler == "plateau" else config.scheduler,
         steps=total_steps,
         warmup=config.warmup_steps or config.warmup_epochs * steps_per_epoch,
         unit=steps_per_epoch if config.scheduler_per == "epoch" else 1,

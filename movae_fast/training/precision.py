@@ -14,11 +14,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """Hold the autocast of the networks, and for fp16 the loss scale.
+    """Provide the autocast context of the networks and, for fp16, the loss scaling.
 
-    Losses, the latents' parameters, the codebook's lookup, Gramian, projection and the optimizer stay outside
-    autocast. An fp16 step whose gradients overflow is skipped on the device and halves the scale; the Gramian
-    is taken free of the scale, so that it never decides which objectives count.
+    Losses, the latents' parameters, the codebook look-up, Gramian, projection and the optimizer run outside
+    autocast. An fp16 step whose gradients overflow is skipped on the device and halves the loss scale. The
+    Gramian is computed of unscaled rows, so that the scale does not influence the aggregation.
     """
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
@@ -38,27 +38,29 @@ class Precision:
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def scale(self, weights: Tensor) -> Tensor:
-        """Return the losses' weights times the loss scale."""
+        """Return the losses' weights times fp16's loss scale."""
         return self.scaler.scale(weights) if self.scaler is not None else weights
 
     def unscaled(self, gramian: Tensor) -> Tensor:
-        """Return the Gramian of the unscaled rows."""
+        """Return the Gramian that the unscaled rows would have."""
         if self.scaler is None:
             return gramian
         one = torch.ones((), dtype=gramian.dtype, device=gramian.device)
         return gramian / self.scaler.scale(one).square()
 
     def loss_scale(self) -> Tensor | None:  # []
-        """Return the factor on the rows, on the device; None without a loss scale."""
+        """Return the loss scale, a factor on all rows, as a tensor [] on the device; None without loss
+        scaling."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=self.device))
 
     def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide `.grad` by the loss scale; before clipping."""
+        """Divide the parameters' `.grad` by the loss scale, which must be done before clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def restart(self) -> None:
-        """Leave a step that broke off: the scaler counts on every step to come to its end."""
+        """Reset the loss scaler after a step that was broken off, since it expects every step to be
+        completed."""
         if self.scaler is not None:
             state = self.scaler.state_dict()
             self.scaler = torch.amp.GradScaler(self.device.type)

@@ -14,8 +14,8 @@ SKIPPED = WARM + 1  # steps before the trace: they compile, choose algorithms, a
 
 
 class Profiler:
-    """Record `--profile` steps after the first few into the run's trace.json, on rank 0, while entered as a
-    context."""
+    """Trace `--profile` steps after the first few, and write them to the run's trace.json, on process 0; used
+    as a context."""
 
     def __init__(self, run: Run) -> None:
         self.left, self.before = run.config.run.profile, SKIPPED
@@ -27,7 +27,7 @@ class Profiler:
         return self
 
     def step(self) -> None:
-        """Count a finished step."""
+        """Count a finished step; start or end the trace if it is time."""
         if not self.on:
             return
         if self.profile is None:
@@ -41,7 +41,7 @@ class Profiler:
             self.finish()
 
     def finish(self) -> None:
-        """Write the trace."""
+        """End the trace and write it to the file."""
         self.on = False
         if self.profile is not None:
             self.profile.stop()

@@ -1,5 +1,5 @@
-"""Show one progress bar: epoch, objectives, images per second, time left. Without a terminal, print one line
-per epoch."""
+"""Show a progress bar with epoch, objectives, images per second and time left; without a terminal, print one
+line per epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from movae_fast.training.train_step import TrainStep
 
 
 class Bar:
-    """Show the bar of one run, while entered as a context."""
+    """Show the progress bar of one run; used as a context."""
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run, self.console = run, console
@@ -53,17 +53,18 @@ class Bar:
         self.progress.stop()
 
     def step(self) -> None:
-        """Show that one optimizer step is done."""
+        """Advance the bar by one optimizer step."""
         self.progress.update(self.task, completed=self.run.step, epoch=self.epoch, metrics=self.metrics)
 
     def compiling(self, step: TrainStep) -> None:
-        """Say what the next step compiles, if it does: minutes that would look like a frozen screen."""
+        """Show what the next step will compile, if anything, since compiling takes minutes without other
+        output."""
         if region := step.compiles():
             self.progress.update(self.task, metrics=f"compiling the step ({region})…")
             self.progress.refresh()
 
     def log(self, line: dict[str, float]) -> None:
-        """Show a log line's objectives and speed."""
+        """Show the objectives and the speed of a log line."""
         names = self.run.losses.names
         parts = [f"{name} {line[f'train/{name}']:.4g}" for name in names if f"train/{name}" in line]
         self.metrics = f"{'  '.join(parts)}  {line['train/images_per_s']:,.0f} images/s"

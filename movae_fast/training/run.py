@@ -1,4 +1,4 @@
-"""Hold, save and restore the run that `fit` trains."""
+"""Hold, save and restore the state of a training run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from movae_fast.models import VAE, Noise, ProVLAE
 from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
+from movae_fast.training.aggressive import Aggressive
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
-from movae_fast.training.optim import forget_state
+from movae_fast.training.optim import forget_state, set_learning_rate
+from movae_fast.training.plateau import Plateau
 from movae_fast.training.stages import apply_stage
 from movae_fast.training.telemetry import Telemetry
 from movae_fast.training.train_step import TrainStep
@@ -30,7 +32,7 @@ from movae_fast.training.world import World
 
 @dataclass
 class Run:
-    """Hold everything of a training run; `epoch`, `batch` and `step` are its position."""
+    """Hold everything that a training run consists of; `epoch`, `batch` and `step` are its position."""
 
     config: TrainConfig
     folder: Path
@@ -47,6 +49,9 @@ class Run:
     world: World = field(default_factory=World)
     why_not_captured: str = ""  # what keeps the step from being one graph
     progression: Stages | None = None  # the stages of a progressive model
+    valid_loader: TextLoader | None = None  # where something reads the validation split
+    plateau: Plateau | None = None  # what lowers the learning rate by the validation loss
+    aggressive: Aggressive | None = None  # the phase in which the encoder is trained alone, too
     logs: Logs | None = None
     epoch: int = 0  # epochs that are complete
     batch: int = 0  # batches of the current epoch that are done
@@ -54,7 +59,7 @@ class Run:
     ended: bool = False  # the last step is done and its pictures are written
     best: float = math.inf
     good: Path | None = None  # the last checkpoint written
-    notes: list[str] = field(default_factory=list)  # what a resume found amiss, and mended
+    notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
     show: Callable[[Run], None] | None = field(default=None, repr=False)  # gives pictures to the logs alone
 
@@ -64,18 +69,31 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.total_steps
+        return self.step >= self.total_steps or (self.plateau is not None and self.plateau.over)
 
     @property
     def lr(self) -> float:
-        """Return the learning rate of the last finished step, without asking the device."""
+        """Return the learning rate of the last finished step, computed on the host."""
         last = max(self.scheduler.last_epoch - 1, 0)
         return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](last)
 
-    def begin_step(self) -> None:
-        """Bring a progressive model to the stage and alpha of the step to come.
+    @property
+    def next_lr(self) -> float:
+        """Return the learning rate of the next step."""
+        return float(self.scheduler.base_lrs[0]) * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
 
-        A stage begins with a new optimizer's state and a new best; the weights carry over.
+    def restart_optimizer(self) -> None:
+        """Set the plateau schedule's current learning rate, and reset the optimizer's state if the weights were
+        replaced."""
+        assert self.plateau is not None
+        if self.plateau.reload:
+            forget_state(self.optimizer)
+        set_learning_rate(self.optimizer, self.next_lr)
+
+    def begin_step(self) -> None:
+        """Set a progressive model to the stage and alpha of the coming step; other models need nothing.
+
+        At the start of a stage the optimizer's state and the best test loss are reset; the weights carry over.
         """
         if self.progression is None:
             return
@@ -87,13 +105,15 @@ class Run:
         apply_stage(self.progression, self.step, self.model, self.losses)
 
     def noise(self, n: int) -> Noise:
-        """Draw the forward pass's noise of this rank's n images: its slice of one draw for the global batch."""
+        """Draw the noise for the forward pass of this process's n images: its slice of a draw for the global
+        batch."""
         draw = self.model.draw_noise(n * self.world.size)
         return draw.of_images(self.world.rank * n, (self.world.rank + 1) * n)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Use the average of the weights in their place, if there is one: what is seen of a model is its."""
+        """Use the moving average of the weights in place of the parameters during the block, if the run keeps
+        one."""
         if self.train_step.average is None:
             yield
             return
@@ -101,7 +121,7 @@ class Run:
             yield
 
     def state(self) -> dict[str, Any]:
-        """Return the sections of a checkpoint."""
+        """Return the run's state as the sections of a checkpoint."""
         aggregator, average = self.train_step.aggregator, self.train_step.average
         return {
             "config": self.config.flat(),
@@ -122,11 +142,17 @@ class Run:
             },
             "rng": checkpoint.rng_state(self.device),
             **({"average": average.state_dict(self.model)} if average is not None else {}),
+            **({"plateau": self.plateau.state_dict()} if self.plateau is not None else {}),
+            **({"aggressive": self.aggressive.state_dict()} if self.aggressive is not None else {}),
             **({"log": self.logs.mark()} if self.logs is not None else {}),
         }
 
     def export(self, path: Path) -> None:
-        """Write configuration and weights alone to `path`, which holds these weights or does not exist."""
+        """Write the configuration and the weights alone to `path`.
+
+        If the file exists and holds the same weights, nothing is done; with other content a ValueError is
+        raised.
+        """
         with self.averaged():
             model = {name: value.clone() for name, value in self.model.state_dict().items()}
         if path.exists():
@@ -136,9 +162,10 @@ class Run:
         checkpoint.save(path, {"config": self.config.flat(), "model": model})
 
     def save(self, name: str) -> Path:
-        """Write checkpoints/<name>.pt, unless a parameter stopped being finite (FloatingPointError).
+        """Write checkpoints/<name>.pt and return its path; raise FloatingPointError if a parameter is not
+        finite.
 
-        All ranks call it; rank 0 writes.
+        All processes must call it; process 0 writes.
         """
         if not bool(self.train_step.flat.data.isfinite().all()):
             raise FloatingPointError(f"the model's parameters are not finite after step {self.step}")
@@ -151,18 +178,19 @@ class Run:
         return path
 
     def name_again(self, name: str, another: str) -> None:
-        """Make checkpoints/<another>.pt the file of `name`, which was saved in the state that the run is in."""
+        """Make checkpoints/<another>.pt the same file as <name>.pt, which was just saved in the run's present
+        state."""
         path = self.path_of(another)
         if self.world.main:
             give_name(self.path_of(name), path)
         self.good = path
 
     def path_of(self, name: str) -> Path:
-        """Return the path of the checkpoint of that name."""
+        """Return the path of the checkpoint with this name."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
-        """Restore the state from a checkpoint's sections."""
+        """Restore the run's state from a checkpoint's sections; `path` is the checkpoint's."""
         checkpoint.load_model(self.model, content["model"], path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.train_step.prepare_optimizer()
@@ -174,6 +202,10 @@ class Run:
         self.train_step.weights.copy_(content["reused_weights"])
         self.train_step.precision.load_state_dict(content["scaler"])
         self.telemetry.load_state_dict(content["telemetry"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(content["plateau"])
+        if self.aggressive is not None:
+            self.aggressive.load_state_dict(content["aggressive"])
         position = content["position"]
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best, self.good = position["best"], path
@@ -183,7 +215,8 @@ class Run:
             self.repeat_schedules()
 
     def repeat_schedules(self) -> None:
-        """Bring what the last step set by its number to where it was: an evaluation may be what comes next."""
+        """Set the stage and the loss weights of the last finished step again after a resume, since an
+        evaluation may come before the next step."""
         if self.progression is not None:
             assert isinstance(self.model, ProVLAE)
             apply_stage(self.progression, self.step - 1, self.model, self.losses)

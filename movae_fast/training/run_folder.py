@@ -1,5 +1,5 @@
-"""Find, make and fill a run's folder, without overwriting anything; checkpoints and logs have modules of their
-own."""
+"""Find, create and fill a run's folder without overwriting anything; checkpoints and logs are handled in
+modules of their own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ OURS = (
 
 
 def folder_of(path: Path) -> Path:
-    """Return the folder of the run at `path` (folder or checkpoint), or the one that other weights lie in."""
+    """Return the folder of the run that `path` belongs to, be it the folder or a checkpoint; for other weights,
+    the folder that they lie in."""
     if path.is_dir():
         return path
     folder = path.parent
@@ -38,7 +39,11 @@ def folder_of(path: Path) -> Path:
 
 
 def check_places(config: TrainConfig, take: bool) -> None:
-    """Refuse, before anything is read, places where the run could not write. Makes nothing."""
+    """Raise ValueError, before any data are read, if the run could not write its folder or its export; nothing
+    is created.
+
+    take: allow an exp_dir that holds files.
+    """
     if config.run.exp_dir is not None and not take:
         check_empty(Path(config.run.exp_dir))
     for flag, given in (("exp_dir", config.run.exp_dir), ("export", config.run.export)):
@@ -51,7 +56,7 @@ def check_places(config: TrainConfig, take: bool) -> None:
 
 
 def check_place(flag: str, path: Path) -> None:
-    """Refuse a path below which nothing can be made."""
+    """Raise ValueError if `path`, given as `--flag`, cannot be created or written."""
     above = path.absolute()
     while not above.exists():
         above = above.parent
@@ -62,10 +67,10 @@ def check_place(flag: str, path: Path) -> None:
 
 
 def make_folder(config: TrainConfig, take: bool = False) -> Path:
-    """Make the run's new folder: exp_dir, or save_path/dataset/arch/agg/time. Never a folder that holds
-    anything.
+    """Create the run's new folder, exp_dir or save_path/dataset/arch/agg/time, and return it; one that holds
+    anything is refused.
 
-    take: an exp_dir that holds no checkpoint may hold other files; those with names of ours are set aside.
+    take: allow an exp_dir with files but no checkpoint; files with names that a run uses are renamed first.
     """
     if config.run.exp_dir is not None:
         folder = Path(config.run.exp_dir)
@@ -91,7 +96,8 @@ def make_folder(config: TrainConfig, take: bool = False) -> Path:
 
 
 def check_empty(folder: Path) -> None:
-    """Refuse a folder that holds more than a run that was killed before its first checkpoint leaves."""
+    """Raise ValueError for a folder that is not empty, apart from what a run killed before its first checkpoint
+    leaves, which is removed."""
     clear_killed(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
@@ -101,7 +107,7 @@ def check_empty(folder: Path) -> None:
 
 
 def clear_killed(folder: Path) -> None:
-    """Remove what a run leaves that was killed before its first checkpoint was whole."""
+    """Remove from a folder what a run leaves that was killed before its first checkpoint was complete."""
     for inside in (folder / "checkpoints", folder):
         remove_leftovers(inside)
     with suppress(OSError):  # it is not there, or not empty
@@ -109,7 +115,8 @@ def clear_killed(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Write config.yaml with every flag's value, seed included; `movae train --config` reads it."""
+    """Write the run's config.yaml with the value of every flag, the seed included; `movae train --config` reads
+    it."""
     flat = {k: v for k, v in config.flat().items() if k not in ("resume", "exp_dir", "export")}
     options = model_options(config.model.arch)
     model_only = {k for k in vars(config.model) if k != "arch" and k not in options}
@@ -121,17 +128,17 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in a run's folder."""
+    """Remove the temporary files that killed processes left in a run's folder."""
     for inside in (folder, folder / "checkpoints", folder / "figures"):
         remove_leftovers(inside)
 
 
 def latest(folder: Path) -> tuple[Path | None, str]:
-    """Return the checkpoint from which the run in `folder` goes on, None if it has none; and a note on what
-    was damaged.
+    """Return the checkpoint from which the run in `folder` is to be resumed (None if it has none), and a note
+    on damage.
 
-    That is `last`, or where it is damaged the latest one that is whole; `last` is then set aside. Raises
-    CheckpointError if none is whole.
+    That is last.pt or, if it is damaged, the latest undamaged checkpoint; last.pt is then renamed. Raises
+    CheckpointError if all are damaged.
     """
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir() or not any(checkpoints.glob("*.pt")):

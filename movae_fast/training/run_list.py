@@ -1,4 +1,4 @@
-"""Find runs below a folder, say what each one is and reached, and find a run by a short name.
+"""List the runs below a folder with their settings and latest metrics, and find a run by a short name.
 
 Nothing here imports torch: listing hundreds of runs reads two files of each and takes less than a second.
 """
@@ -25,7 +25,7 @@ SCORES = ("test/loss", "test/mse", "train/conflict", "train/step_conflict", "tes
 
 @dataclass
 class RunSummary:
-    """Hold what a list of runs says of one run."""
+    """Hold the entry of one run in a list of runs."""
 
     path: Path
     started: datetime
@@ -35,11 +35,11 @@ class RunSummary:
 
     @property
     def name(self) -> str:
-        """Return the name of the run's folder, by which commands find it."""
+        """Return the name of the run's folder, which commands accept as the run's name."""
         return self.path.name
 
     def as_row(self) -> dict[str, Any]:
-        """Return the summary as plain values, for JSON and for sorting."""
+        """Return the entry as plain values, for JSON and for sorting."""
         keys = ("dataset", "arch", "agg", "multirate", "seed")
         return {
             "name": self.name,
@@ -52,7 +52,7 @@ class RunSummary:
 
 
 def run_folders(root: Path) -> Iterator[Path]:
-    """Yield every folder below `root` (itself included) that holds a run: a config.yaml beside checkpoints/."""
+    """Yield every folder at or below `root` that holds a run: a config.yaml and a folder checkpoints/."""
     for folder, inside, files in os.walk(root):
         if "config.yaml" in files and "checkpoints" in inside:
             inside.clear()  # a run holds no other run
@@ -61,9 +61,9 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def run_folder(path: Path) -> Path:
-    """Return the folder of the run that `path` names: its folder, or a checkpoint of it.
+    """Return the folder of the run that `path` names: either that folder or a checkpoint in it.
 
-    Raises ValueError for a path that is no run's.
+    Raises ValueError for a path that belongs to no run, and lists some runs that exist.
     """
     for folder in (path, path.parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
@@ -74,14 +74,14 @@ def run_folder(path: Path) -> Path:
 
 
 def listed(root: Path) -> str:
-    """Return the runs below `root` as the end of a message, those that were started last first; "" if there
-    is none."""
+    """Return text that lists the runs below `root`, latest first, for an error message; "" if there are
+    none."""
     folders = sorted(run_folders(root), key=lambda p: (p / "config.yaml").stat().st_mtime)
     return f"below {root} are {_shown(folders, root)}" if folders else ""
 
 
 def summary(path: Path) -> RunSummary:
-    """Return what the files of the run in `path` say; a file that is damaged or absent says nothing."""
+    """Return the entry of the run in folder `path`; what a damaged or missing file would say is left empty."""
     started = datetime.fromtimestamp((path / "config.yaml").stat().st_mtime)
     try:
         config = yaml.load((path / "config.yaml").read_bytes(), LOADER)
@@ -95,7 +95,7 @@ def summary(path: Path) -> RunSummary:
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines at the end of a metrics.jsonl that are whole, in order."""
+    """Return the undamaged log lines at the end of a metrics.jsonl, in order."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
@@ -106,16 +106,16 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def list_runs(root: Path) -> list[RunSummary]:
-    """Return the runs below `root`, the one that was started last at the end."""
+    """Return the entries of all runs below `root`, in the order in which they were started."""
     return sorted(map(summary, run_folders(root)), key=lambda run: (run.started, run.path))
 
 
 def find_run(name: str, root: Path = RUNS) -> Path:
-    """Return the run that `name` means: a path that exists, "latest", or the beginning of one run's name.
+    """Return the run that `name` means: an existing path, "latest", or the beginning of exactly one run's name.
 
-    A run below `root` is known by the name of its folder and by its path below root. Raises ValueError, which
-    lists the runs that there are, for a name of none or of several of them; without any run below root the
-    name is returned as a path.
+    A run below `root` is known by its folder's name and by its path relative to `root`. Raises ValueError,
+    which lists the runs, if the name fits none or several of them. If there is no run below `root`, the name is
+    returned as a path.
     """
     path = Path(name).expanduser()
     if path.exists() or name != name.strip() or not name:
@@ -141,7 +141,7 @@ def find_run(name: str, root: Path = RUNS) -> Path:
 
 
 def unlike_names(folders: Sequence[Path]) -> list[str]:
-    """Return a name per folder: its own, with as many folders above it as tell it from the others."""
+    """Return a name for each folder, with as many of its parents as are needed to tell all apart."""
     parts = [folder.absolute().parts for folder in folders]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(set(parts)):
@@ -150,7 +150,7 @@ def unlike_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _shown(folders: list[Path], root: Path, most: int = 5) -> str:
-    """Return the last few runs by their path below `root`, the one that was started last first."""
+    """Return the last few runs by their paths relative to `root`, as text for an error, the latest first."""
     names = [p.relative_to(root).as_posix() for p in reversed(folders[-most:])]
     more = len(folders) - len(names)
     return ", ".join(names) + (f" and {more} more (movae runs lists them)" if more > 0 else "")

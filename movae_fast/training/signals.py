@@ -1,4 +1,4 @@
-"""Turn SIGTERM and SIGINT into a flag that the loop reads after each step."""
+"""Turn SIGTERM and SIGINT into a flag that the training loop reads after each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
-    """Say that SIGTERM or SIGINT arrived and the run is saved."""
+    """Report that SIGTERM or SIGINT arrived and that the run was saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -16,8 +16,8 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error
 
 
 class Signals:
-    """Set `received` on SIGTERM and SIGINT while entered, instead of ending the process; a second signal
-    ends it."""
+    """Catch SIGTERM and SIGINT while used as a context: `received` holds the signal's number instead of the
+    process ending; a second signal ends it."""
 
     def __init__(self) -> None:
         self.received = 0

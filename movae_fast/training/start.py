@@ -17,9 +17,11 @@ from movae_fast.ops.extension import keep_freed_memory
 from movae_fast.training import checkpoint
 from movae_fast.training.build import (
     build_aggregator,
+    build_aggressive,
     build_losses,
     build_network,
     build_optimizer,
+    build_plateau,
     build_step,
     make_loader,
     make_text_loader,
@@ -36,12 +38,13 @@ from movae_fast.training.world import World, connect
 
 
 def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bool = False) -> Run:
-    """Start a new run from a validated configuration: read the data, build everything, make the run's
-    folder.
+    """Start a new run from a validated configuration: read the data, build everything, create the run's folder.
 
-    The folder is made last, so that a configuration that fails leaves nothing behind, and `last` is the first
-    file in it: a run that is killed can always go on.
-    joined: the processes and the device, where they are known. take: start in an exp_dir that holds files, too.
+    The folder is created last, so that a configuration that fails leaves nothing behind, and the checkpoint
+    `last` is the first file in it, so that a killed run can always be resumed.
+
+    joined: the processes and the device, if this process has joined them already (`world.connect`). take: allow
+    an exp_dir that holds files.
     """
     require_extras(config.wandb, config.mlflow)
     check_descriptors(config.data.num_workers)
@@ -57,7 +60,7 @@ def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bo
 
 
 def begin(run: Run, take: bool) -> Path:
-    """Make a new run's folder, its first checkpoint, its config.yaml and its logs; the folder."""
+    """Create a new run's folder with its first checkpoint, config.yaml and logs; return the folder."""
     run.folder = make_folder(run.config, take)
     checkpoint.save(run.path_of("last"), run.state())
     write_config(run.folder, run.config)
@@ -74,10 +77,13 @@ def resume(
 ) -> Run:
     """Load the run at `path` (its folder or a checkpoint in it) at the position where it was saved.
 
-    `changes` turns the saved flags into the configuration to continue with. On another number of processes the
-    global batch stays what it was, so that the run continues with the same steps. A run that is finished gets
-    no logs, and nothing of it is written. Raises CheckpointError for a checkpoint that is damaged or of another
-    model, ValueError for changes that end the run before the checkpoint.
+    `changes` turns the saved flags into the configuration to continue with. With another number of processes
+    the global batch keeps its size, so that the run continues with the same steps. For a finished run no logs
+    are opened and nothing is written.
+
+    joined: the processes and the device, if this process has joined them already. Raises CheckpointError for a
+    checkpoint that is damaged or of another model, ValueError for changes that end the run before the
+    checkpoint.
     """
     path, content = checkpoint.read(path)
     if "optimizer" not in content:
@@ -108,7 +114,11 @@ def resume(
 
 
 def go_on(run: Run, mark: dict[str, Any] | None) -> None:
-    """Clear a resumed run's folder of what a killed process left; open its logs, unless it is finished."""
+    """Remove what a killed process left in a resumed run's folder, and open its logs unless the run is
+    finished.
+
+    mark: the checkpoint's state of the logs (`Logs.mark`).
+    """
     tidy(run.folder)
     if not run.ended:
         open_logs(run, run.step, mark)
@@ -116,9 +126,10 @@ def go_on(run: Run, mark: dict[str, Any] | None) -> None:
 
 
 def start_or_resume(config: TrainConfig, changes: Callable[[dict[str, Any]], TrainConfig]) -> Run:
-    """Go on with the run in `exp_dir`, or start it there: whatever a process that was killed left in it.
+    """Resume the run in `exp_dir`, or start it there if the folder has no checkpoint, whatever a killed process
+    left.
 
-    config: of the run if it starts. changes: as for `resume`.
+    config: the run's configuration if it starts. changes: as for `resume`.
     """
     assert config.run.exp_dir is not None
     folder = Path(config.run.exp_dir)
@@ -133,12 +144,12 @@ def start_or_resume(config: TrainConfig, changes: Callable[[dict[str, Any]], Tra
 
 
 def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
-    """Return a run without its folder and logs, at position zero."""
+    """Build a run at step 0, without its folder and logs."""
     if device.type == "cpu":
         keep_freed_memory()
     set_seeds(config.run.seed or 0)
     torch.backends.cudnn.benchmark = config.run.on_cudnn_benchmark
-    # Built before any data is read: a size that does not fit is said at once.
+    # Build the model before reading any data, so that sizes that do not fit are reported at once.
     model = build_network(config, device, world)
     weights = config.weights()
     aggregator = build_aggregator(config.objective, weights, config.needs_jacobian, device)
@@ -146,9 +157,9 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
     train_loader, test_loader = (loader_of(config, device, split, world) for split in ("train", "test"))
     lengths, progression = plan_lengths(config, model, len(train_loader))
     losses = build_losses(config, model, weights, len(train_loader.source), lengths, world)
-    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths)
+    plateau = build_plateau(config.optimizer)
+    optimizer, scheduler = build_optimizer(config.optimizer, model, lengths, plateau)
     train_step, why_not = build_step(config, device, world, model, losses, aggregator, optimizer)
-    codes = getattr(model, "num_embeddings", 0)
     return Run(
         config=config,
         folder=Path(),
@@ -164,7 +175,7 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
             model.objectives,
             config.run.log_every,
             device,
-            codes,
+            model.code_sizes,
             count_skipped=config.optimizer.skip_grad_norm > 0,
             groups=model.groups,
         ),
@@ -172,18 +183,25 @@ def assemble(config: TrainConfig, device: torch.device, world: World) -> Run:
         world=world,
         why_not_captured=why_not,
         progression=progression,
+        valid_loader=make_text_loader(config, device, "valid", world) if config.reads_valid else None,
+        plateau=plateau,
+        aggressive=build_aggressive(config.optimizer),
     )
 
 
 def set_seeds(seed: int) -> None:
-    """Start the random states of Python, NumPy and torch from the run's seed."""
+    """Seed the random generators of Python, NumPy and torch with the run's seed."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
-    """Change the batch of each process so that the global batch keeps its size."""
+    """Change each process's batch size so that the global batch keeps its size when a run of `before` processes
+    is resumed on `now`.
+
+    Raises ValueError if that is not possible.
+    """
     if before == now:
         return
     old = config.data.batch_size
@@ -198,7 +216,10 @@ def keep_global_batch(config: TrainConfig, before: int, now: int) -> None:
 
 
 def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
-    """Open a run's logs, from `step` on if it was resumed, with the unreadable images in the first line."""
+    """Open a run's logs; a new log starts with a line on unreadable images, if there are any.
+
+    step, mark: for a resumed run its step and the checkpoint's state of the logs, else None.
+    """
     run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark, run.config.mlflow)
     run.notes += [run.logs.note] if run.logs.note else []
     write_machine(run.folder, run.device, run.step, run.world.size)
@@ -207,14 +228,15 @@ def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
 
 
 def left_out(run: Run) -> dict[str, int]:
-    """Return the number of unreadable images that each split leaves out, where there are any."""
+    """Return the number of unreadable images that each split leaves out, as metrics; empty if none."""
     loaders = {"train": run.train_loader, "test": run.test_loader}
     counts = {f"data/left_out_{split}": len(loader.left_out) for split, loader in loaders.items()}
     return counts if any(counts.values()) else {}
 
 
 def check_descriptors(workers: int) -> None:
-    """Raise this process's limit on open files to what it needs, where it may; ValueError where it may not."""
+    """Raise this process's limit on open files to what `workers` loader processes need; ValueError if it may
+    not."""
     need = 64 + 16 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY in (soft, hard) or soft >= need:

@@ -1,4 +1,5 @@
-"""Keep the metrics of the steps since the last log line on the device, and fetch them once per line."""
+"""Collect the metrics of the steps since the last log line on the device, and copy them to the host once per
+line."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ CONFLICT = -1e-3  # a cosine below it is a conflict; above it is what rounding l
 
 
 class NonFiniteError(FloatingPointError):
-    """Say that a loss became NaN or infinite, with the step and the objective."""
+    """Report that a loss became NaN or infinite, with the step and the objective."""
 
     def __init__(self, step: int, objective: str, value: float) -> None:
         super().__init__(f"{objective} became {value} at step {step}")
@@ -31,7 +32,8 @@ class NonFiniteError(FloatingPointError):
 
 
 class Times(NamedTuple):
-    """Hold the points in time of a window's steps: the host's clock, or events of the device's stream."""
+    """Hold the points in time of the steps of a window, as seconds of the host's clock or events of the CUDA
+    stream."""
 
     began: Mark
     ended: Mark
@@ -40,7 +42,7 @@ class Times(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Hold a full window on its way to the host."""
+    """Hold the metrics of a finished window while they are being copied to the host."""
 
     window: Tensor  # [steps, fields, m] on the host
     usage: Tensor  # [K] on the host
@@ -53,14 +55,14 @@ class Snapshot(NamedTuple):
 
 
 class Telemetry:
-    """Hold a window of steps: losses, weights, cosines, … [steps, m] each, and how often each code was
-    used.
+    """Collect the metrics of a window of steps (losses, weights, cosines, …, [steps, m] each) and the codes'
+    usage.
 
-    `close` ends a window and starts its copy to the host; `lines` gives the log lines of those that arrived.
-    On CUDA the copy goes on behind the next steps.
+    `close` ends a window and starts copying it to the host; `lines` yields the log lines of windows that have
+    arrived. On CUDA the copy runs while the next steps are computed.
     """
 
-    # Of a StepMetrics, with the prefix that each has in a log line.
+    # Fields of StepMetrics, with the prefix that each has in a log line.
     FIELDS: ClassVar = {
         "losses": "",
         "weights": "weight_",
@@ -74,27 +76,28 @@ class Telemetry:
         names: tuple[str, ...],
         size: int,
         device: torch.device,
-        codes: int = 0,
+        codes: Sequence[int] = (),  # of each codebook
         count_skipped: bool = False,
         groups: Sequence[int] = (),  # of each scale
     ) -> None:
         self.count_skipped = count_skipped  # whether steps can be left out, and the log tells how many were
         self.names, self.size, self.device, self.groups = names, size, device, groups
+        self.codes = tuple(codes)
         self.window = torch.full((size, len(self.FIELDS), len(names)), torch.nan, device=device)
-        self.usage = torch.zeros(codes, device=device)
+        self.usage = torch.zeros(sum(codes), device=device)
         self.rates = torch.zeros(sum(groups), device=device)  # summed over the window
         self.skipped = torch.zeros(size, device=device)
         self.filled = 0
         self.seen = self.left_out = 0  # steps whose log lines have been written, and those of them left out
-        self.used: float | None = None  # the share of codes in use in the last window that could tell
+        self.used: float | None = None  # fraction of codes in use in the last window with enough vectors
         self.queue: list[Snapshot] = []
         self.restart_clock()
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yield the same batches, and measure the time spent waiting for them.
+        """Yield the given batches, and measure the time spent waiting for them.
 
-        On CUDA that is the time for which the device had nothing to do: the host may wait as long as earlier
-        steps are still running there.
+        On CUDA that is the time during which the device was idle: a host that waits while the device is still
+        busy with earlier steps costs nothing.
         """
         iterator = iter(batches)
         while True:
@@ -107,7 +110,7 @@ class Telemetry:
             yield batch
 
     def add(self, metrics: StepMetrics, images: int) -> None:
-        """Keep one step, without reading anything on the host."""
+        """Store the metrics of one step of `images` images, without reading anything on the host."""
         self.window[self.filled] = torch.stack([getattr(metrics, k).to(self.window) for k in self.FIELDS])
         if self.count_skipped:
             self.skipped[self.filled] = metrics.skipped
@@ -120,15 +123,15 @@ class Telemetry:
         self.steps.append(self.mark())
 
     def merge(self, world: World) -> None:
-        """Average the window's losses and rates over ranks, and scale the usage to this rank's part of the
-        sum."""
+        """Average the window's losses, rates and code usage over the processes, in place."""
         if world.size > 1:
             world.sum_(self.rates).div_(world.size)
             world.sum_(self.window[: self.filled, 0]).div_(world.size)
             world.sum_(self.usage).div_(world.size)
 
     def check(self, last_step: int, world: World) -> None:
-        """Raise NonFiniteError for the window's first loss that is not finite (one host read)."""
+        """Raise NonFiniteError if a loss in the window, which ends with `last_step`, is not finite; this reads
+        the host once."""
         self.merge(world)
         self._check(self.window[: self.filled].cpu(), self.skipped[: self.filled].cpu(), last_step)
 
@@ -140,7 +143,8 @@ class Telemetry:
             raise NonFiniteError(step, self.names[column], float(window[row, 0, column]))
 
     def close(self, line: dict[str, Any], world: World) -> None:
-        """End the window; `line` (with its `step`) gets the window's metrics when they have arrived."""
+        """End the window; its metrics are added to `line` (which has `step`) once they have arrived on the
+        host."""
         self.merge(world)
         line = line | {"train/peak_memory_mib": self.peak_memory()}
         times = Times(self.began, self.mark(), self.waits, self.steps)
@@ -165,7 +169,11 @@ class Telemetry:
         self.rates.zero_()
 
     def lines(self, wait: bool = False) -> Iterator[dict[str, Any]]:
-        """Log lines of the windows that have arrived (all of them with `wait`)."""
+        """Yield the log lines of the windows that have arrived on the host; with `wait`, of all finished
+        windows.
+
+        Raises NonFiniteError for a loss that is not finite, unless its step was skipped.
+        """
         while self.queue:
             snapshot = self.queue[0]
             if snapshot.arrived is not None:
@@ -174,7 +182,7 @@ class Telemetry:
                 snapshot.arrived.synchronize()
             self.queue.pop(0)
             self._check(snapshot.window, snapshot.skipped, snapshot.line["step"])
-            # Of a step that was left out, what is not finite says nothing of the others.
+            # In a skipped step, values that are not finite do not count as a failure.
             useless = ~snapshot.window.isfinite() & (snapshot.skipped > 0)[:, None, None]
             window = torch.where(useless, torch.nan, snapshot.window)
             means = window.nanmean(0).tolist()
@@ -189,28 +197,30 @@ class Telemetry:
                         line[f"train/{kind}{name}"] = value
             for field, prefix in (("cosines", "train/"), ("step_cosines", "train/step_")):
                 line |= conflict_metrics(window[:, list(self.FIELDS).index(field)], prefix)
-            codebook = codebook_metrics(snapshot.usage)
+            codebook = codebook_metrics(snapshot.usage, self.codes)
             # Fewer vectors than codes would leave codes unused in any case.
-            if codebook and float(snapshot.usage.sum()) >= len(snapshot.usage):
+            if codebook and float(snapshot.usage[: self.codes[0]].sum()) >= self.codes[0]:
                 self.used = codebook["codebook_usage"]
             rates = rate_metrics(snapshot.rates, self.groups)
             yield line | {f"train/{k}": v for k, v in (codebook | rates).items()}
 
     def peak_memory(self) -> float:
-        """Return the peak memory in MiB: the device's peak allocation, or the process's peak resident
-        set on a CPU."""
+        """Return the peak memory in MiB: allocated on the GPU, or on a CPU the process's largest resident
+        set."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def restart_clock(self) -> None:
-        """Leave out of the speed what was not training (evaluation, checkpoints, metrics)."""
+        """Start measuring speed anew, so that evaluation, checkpoints and pictures do not count as training
+        time."""
         self.began, self.images = self.mark(), 0
         self.waits: list[tuple[Mark, Mark]] = []
         self.steps: list[Mark] = []
 
     def mark(self) -> Mark:
-        """Return this point in time: on CUDA that at which the device will have done what it was given."""
+        """Return the present point in time; on CUDA an event that is reached when the device has done its work
+        so far."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -228,7 +238,8 @@ class Telemetry:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.filled = state["filled"]
-        self.window[: self.filled, : state["window"].shape[1]] = state["window"]  # fewer fields once
+        # Older checkpoints have fewer fields.
+        self.window[: self.filled, : state["window"].shape[1]] = state["window"]
         self.usage.copy_(state["usage"])
         if "skipped" in state:  # not in the first checkpoints
             self.skipped[: self.filled] = state["skipped"]
@@ -238,14 +249,15 @@ class Telemetry:
 
 
 def seconds(start: Mark, end: Mark) -> float:
-    """Return the time from one mark to another, both of which have been reached."""
+    """Return the time in seconds between two marks, which must both have been reached."""
     if isinstance(start, float) or isinstance(end, float):
         return float(end) - float(start)  # type: ignore[arg-type]
     return start.elapsed_time(end) / 1e3
 
 
 def speed(times: Times, images: int) -> dict[str, float]:
-    """Return images per second, the share of the time spent waiting for data, and milliseconds per step."""
+    """Return, as metrics, images per second, the fraction of the time spent waiting for data, and milliseconds
+    per step (median and 95th percentile)."""
     elapsed = max(seconds(times.began, times.ended), 1e-9)
     metrics = {
         "train/images_per_s": images / elapsed,
@@ -259,10 +271,11 @@ def speed(times: Times, images: int) -> dict[str, float]:
 
 
 def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
-    """Return what cosines [steps, m] of an update with each objective's gradient say of conflict.
+    """Summarise how often an update conflicts, from its cosines [steps, m] with each objective's gradient.
 
-    `conflict` is the share of the measured steps whose smallest cosine is below CONFLICT, `min_cosine` the
-    smallest of all, `conflict_steps` how many steps were measured: those whose cosines are not NaN.
+    Keys, after `prefix`: `conflict`, the fraction of the measured steps whose smallest cosine is below
+    CONFLICT; `min_cosine`, the smallest of all; `conflict_steps`, the number of measured steps, whose cosines
+    are not NaN.
     """
     measured = cosines[~cosines.isnan().all(1)]
     if not len(measured):
@@ -275,19 +288,36 @@ def conflict_metrics(cosines: Tensor, prefix: str) -> dict[str, float]:
     }
 
 
-def codebook_metrics(usage: Tensor) -> dict[str, float]:
-    """Return the fraction of codes in use and the perplexity exp(entropy) from counts [K]."""
+def codebook_metrics(usage: Tensor, sizes: Sequence[int]) -> dict[str, float]:
+    """Return the fraction of codes in use and the perplexity exp(entropy), from the counts of how often each
+    was chosen.
+
+    usage: counts of all codebooks, one after the other; sizes: the number of codes of each. With several
+    codebooks the fraction is of all codes, the perplexity the geometric mean, and both are also given for each
+    codebook as `codebook_usage_1`, `perplexity_1`, … Returns {} without codes.
+    """
     if not usage.numel():
         return {}
-    p = usage.double() / usage.sum().clamp_min(1)
-    entropy = -torch.special.xlogy(p, p).sum()
-    metrics = torch.stack([(usage > 0).double().mean(), entropy.exp()]).tolist()
-    return {"codebook_usage": metrics[0], "perplexity": metrics[1]}
+    used, entropies = [], []
+    for counts in usage.double().split(list(sizes)):
+        p = counts / counts.sum().clamp_min(1)
+        entropies.append(-torch.special.xlogy(p, p).sum())
+        used.append((counts > 0).double().mean())
+    of_each = torch.stack(used).tolist(), torch.stack(entropies).exp().tolist()
+    mean = torch.stack(entropies).mean().exp()
+    metrics = {"codebook_usage": float((usage > 0).double().mean()), "perplexity": float(mean)}
+    if len(sizes) > 1:
+        for i, (part, perplexity) in enumerate(zip(*of_each, strict=True), 1):
+            metrics |= {f"codebook_usage_{i}": part, f"perplexity_{i}": perplexity}
+    return metrics
 
 
 def rate_metrics(rates: Tensor, groups: Sequence[int]) -> dict[str, float]:
-    """Return a hierarchy's rates [G] as `rate_group_01`, … and their sums as `rate_scale_1`, …; `groups`
-    has the number of groups per scale, scale 1 first. Empty without rates."""
+    """Return a hierarchy's rates [G] as metrics: `rate_group_01`, … per group and `rate_scale_1`, … summed per
+    scale.
+
+    `groups` is the number of groups per scale, scale 1 first. Empty without rates.
+    """
     if not rates.numel():
         return {}
     of_scales = [float(part.sum()) for part in rates.split(list(groups))]

@@ -1,13 +1,14 @@
 """Define a whole training step, from images to new parameters.
 
 `TrainStep.update` reads from top to bottom: forward, rows, exchange, Gramian, weights, combine, clipping, the
-optimizer. The ways to differentiate a batch are in `gradients`; on CUDA the whole of it is recorded once and
+optimizer. The ways to differentiate a batch are in `gradients`. On CUDA the whole step is recorded once and
 replayed as one graph (`cuda_graph`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -39,8 +40,8 @@ from movae_fast.training.world import Pending, World
 
 
 class StepMetrics(NamedTuple):
-    """Hold a step's metrics for the log, on the device: [m] each over all objectives, NaN where not
-    computed."""
+    """Hold the metrics of one step for the log, on the device: [m] each over all objectives unless stated, NaN
+    where not computed."""
 
     losses: Tensor  # unweighted, of this rank's images
     weights: Tensor  # the aggregator's
@@ -53,7 +54,7 @@ class StepMetrics(NamedTuple):
 
 
 class Gradient(Enum):
-    """Name the source of a step's gradient."""
+    """Enumerate the ways in which a step's gradient is computed."""
 
     SUM = "one backward of the weighted sum"
     ROWS = "the aggregated rows of the whole batch"
@@ -62,39 +63,50 @@ class Gradient(Enum):
     SUBSET = "one backward with the weights of the batch's first images"
 
 
+class Part(Enum):
+    """Name the parameters that a step updates. The gradients and the norm for clipping are of all parameters in
+    any case."""
+
+    ALL = "all parameters"
+    SHARED = "the shared parameters alone"
+    TASK = "the task parameters alone"
+
+
 class Kind(NamedTuple):
-    """Describe what a step does; all batches of a kind run the same kernels."""
+    """Describe what a step does; all batches of the same kind and shape run the same kernels."""
 
     gradient: Gradient
     rows: bool = False  # whether all rows of the whole batch are in `TrainStep.rows` afterwards
     log: bool = False  # whether the step is one that is logged
+    part: Part = Part.ALL
 
 
 class TrainStep:
     """Update every parameter by a batch's vector of losses.
 
-    `aggregator` None is the ordinary backward of the weighted sum; then the rows are computed on steps that are
-    logged only, and do not touch the update. `jacobian` "shared" aggregates the gradients of the part before
-    the features (what MO-VAE does), "all" those of every parameter. Without an `optimizer` there is
-    `differentiate` alone.
+    aggregator: None runs one ordinary backward pass of the weighted sum; rows are then computed only on steps
+        that are logged, and do not affect the update.
+    optimizer: without one, only `gradient` and `differentiate` can be used.
+    jacobian: "shared" aggregates the gradients of the part before the features (as MO-VAE does), "all" those of
+        every parameter.
+    gramian_every, gramian_batch, gramian_at: three approximations, off by default. With `gramian_every` k the
+        weights computed in one step are used in the k - 1 steps after it too; with `gramian_batch` f the
+        Gramian is that of the first fraction f of the batch; with `gramian_at` "features" or "last:K" it is
+        that of the gradients at the features, or at the parameters of the last K shared layers before them
+        (`VAE.shared_layers`). The update is then one backward pass of the weighted losses. On steps that are
+        logged the exact rows are computed too, so that the logged cosines are the true ones.
+    accumulate: k splits the batch into k parts that are differentiated one after the other. Rows are summed
+        before they are aggregated, so the update is that of the whole batch.
+    max_grad_norm, skip_grad_norm: the gradient (of the model's penalty too, if the losses' schedule gives it a
+        weight) is clipped to the first (0: not at all), and a step whose gradient is longer than the second (0:
+        none) is skipped (`guarded_step`).
+    clip_apart: clip the gradients of the shared and of the task parameters, each to `max_grad_norm`.
+    step_metric: project the optimizer's step in this metric (`projected_step`); None does not.
+    ema_decay: keep an average of the weights with this decay (0: none).
+    recorder: record each kind of step as one CUDA graph, the exchanges between processes and fp16's loss
+        scaling included. A replay overwrites the metrics of the one before.
 
-    Three approximations, off by default: with `gramian_every` k the weights found at a step serve the k - 1
-    steps after it too; with `gramian_batch` f the Gramian is that of the first fraction f of the batch; with
-    `gramian_at` "features" or "last:K" it is that of the gradients at the features, or at the parameters of the
-    last K shared layers before them (`VAE.shared_layers`). Either way the update is then one backward of the
-    weighted losses, and on steps that are logged the rows are computed once more, so that the cosines of the
-    log are the true ones.
-
-    `accumulate` k splits the batch into k parts that are differentiated one after the other; rows are summed
-    before they are aggregated, so the update is that of the whole batch. The gradient of the model's penalty,
-    where the losses' schedule has a weight for one, is added to the update; all of it is clipped to
-    `max_grad_norm` (0: not at all), and a step whose gradient is longer than `skip_grad_norm` (0: none) is left
-    out (`guarded_step`). With a `step_metric` the optimizer's step is projected (`projected_step`). With
-    `ema_decay` an average of the weights is kept (0: none). With a `recorder` each kind of step becomes one
-    graph, the exchanges between processes and fp16's loss scale included; a replay's metrics are overwritten by
-    the next.
-
-    Raises ValueError for a `gramian_at` that the model or the aggregator does not have.
+    Raises ValueError for a `gramian_at` that the model or the aggregator does not support.
     """
 
     def __init__(
@@ -106,6 +118,7 @@ class TrainStep:
         *,
         jacobian: str = "shared",
         max_grad_norm: float = 0.0,
+        clip_apart: bool = False,
         skip_grad_norm: float = 0.0,
         ema_decay: float = 0.0,
         step_metric: StepMetric | None = None,
@@ -121,7 +134,7 @@ class TrainStep:
         self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
         self.precision = precision or Precision("fp32", model.device)
         self.world = world or World()
-        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.accumulate, self.max_grad_norm, self.clip_apart = accumulate, max_grad_norm, clip_apart
         self.gramian_every, self.gramian_batch, self.gramian_at = gramian_every, gramian_batch, gramian_at
         self.last = gradients.last_parameters(model, gramian_at)
         if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
@@ -149,22 +162,30 @@ class TrainStep:
         self.guard = None
         if optimizer is not None and (skip_grad_norm or (ema_decay and self.precision.scaler is not None)):
             self.guard = StepGuard(optimizer, model, skip_grad_norm, self.world)
-        # Behind whatever aggregates: a penalty that an aggregator weighs could have the step for itself.
+        # Add the penalty after aggregation: as an objective it could dominate an aggregator's step.
         self.penalised = None if losses.schedule.penalty is None else model.penalised()
         self.compile_regions(compile_mode)
         self.recordings = Recordings(recorder, self.world.all, self.precision.restart)
         self.prepare_optimizer()
 
     def __call__(
-        self, images: Tensor, step: int, noise: Noise, log: bool = False, sample_weight: Tensor | None = None
+        self,
+        images: Tensor,
+        step: int,
+        noise: Noise,
+        log: bool = False,
+        sample_weight: Tensor | None = None,
+        part: Part = Part.ALL,
     ) -> StepMetrics:
-        """Update every parameter by this rank's images [B, C, S, S] of 0-based `step`.
+        """Run one step: update the parameters of `part` from this process's images [B, C, S, S].
 
-        noise: the model's, of the B images (`VAE.draw_noise`).
-        sample_weight: [B] how often each image counts, see `objectives`.
+        step: its 0-based number. noise: the model's noise for the B images (`VAE.draw_noise`). log: whether the
+        step is logged, so that rows and cosines are computed for its metrics. sample_weight: [B] how often each
+        image counts, see `objectives`.
         """
         self.losses.set_step(step)
-        kind, batch, scale = self.kind(step, log), Batch(images, noise, sample_weight), self.scale_at(step)
+        batch, scale = Batch(images, noise, sample_weight), self.scale_at(step)
+        kind = self.kind(step, log)._replace(part=part)
         if self.recordings.recorder is None:
             return self.update(kind, batch, scale)
         inputs = (scale, *batch.tensors())
@@ -178,7 +199,8 @@ class TrainStep:
         log: bool = False,
         sample_weight: Tensor | None = None,
     ) -> StepMetrics:
-        """Set every parameter's gradient as a step does, and update nothing; noise is drawn if not given."""
+        """Set every parameter's `.grad` as a step does, without updating the parameters; noise is drawn if not
+        given."""
         noise = self.model.draw_noise(len(images)) if noise is None else noise
         batch = Batch(images, noise, sample_weight)
         self.losses.set_step(step)
@@ -187,11 +209,15 @@ class TrainStep:
         return metrics
 
     def update_by_tensors(self, kind: Kind, scale: Tensor, *batch: Tensor) -> StepMetrics:
-        """Call `update` with the batch given as tensors, which is the form that a recording needs."""
+        """Call `update` with the batch as separate tensors, the form in which a CUDA graph is recorded."""
         return self.update(kind, Batch.of_tensors(*batch), scale)
 
     def update(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
-        """Differentiate, clip, let the optimizer step, project what it did, and average the weights."""
+        """Differentiate the batch, clip the gradient, run the optimizer, project its step, and average the
+        weights.
+
+        `scale` [a] has the factors on the active losses.
+        """
         assert self.optimizer is not None
         if self.guard is not None:
             self.guard.begin()
@@ -203,29 +229,30 @@ class TrainStep:
                 norm = torch.linalg.vector_norm(self.flat.grad)
                 if self.guard is not None:
                     self.guard.judge(norm, metrics.losses)
-                if self.max_grad_norm:
-                    factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-                    # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
-                    self.flat.grad.mul_(torch.where(norm.isfinite(), factor, 1.0))
+                self.clip(norm)
             looked_at = kind.rows and len(self.rows.nonzero) > 0 and (kind.log or self.projection is not None)
             before = self.flat.shared_data.clone() if looked_at else None
-            if self.precision.scaler is None:
-                self.optimizer.step()
-            else:  # the scaler leaves out a step whose gradients overflowed
-                self.precision.scaler.step(self.optimizer)
-                self.precision.scaler.update()
+            with without_gradients(self.left_alone(kind.part)):
+                if self.precision.scaler is None:
+                    self.optimizer.step()
+                else:  # the scaler leaves out a step whose gradients overflowed
+                    self.precision.scaler.step(self.optimizer)
+                    self.precision.scaler.update()
             left_out = None if self.guard is None else self.guard.end()
         if before is not None:
             if self.projection is not None:
                 self.projection.correct(self.rows, before, self.precision.loss_scale(), keep_rows=kind.log)
             if kind.log:
                 metrics = metrics._replace(step_cosines=self.step_cosines(before))
-        if self.average is not None:
+        if self.average is not None and kind.part is not Part.SHARED:  # once per batch
             self.average.update(left_out)
         return metrics if left_out is None else metrics._replace(skipped=left_out)
 
     def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
-        """Set every parameter's gradient: forward, rows, exchange, Gramian, weights, combine."""
+        """Set every parameter's `.grad`: forward, rows, exchange, Gramian, weights, combine.
+
+        `scale` [a] has the factors on the active losses.
+        """
         parts = batch.split(self.accumulate)
         if kind.gradient is Gradient.ROWS:
             results = self.fill_rows(parts, scale)
@@ -245,8 +272,24 @@ class TrainStep:
             results, weights, *cosines_with_update(self.gramian(), weights, self.rows.rows, None)
         )
 
+    def clip(self, norm: Tensor) -> None:
+        """Clip the gradient to `max_grad_norm`; with `clip_apart` the shared and the task part each.
+
+        norm: that of the whole gradient, [].
+        """
+        if not self.max_grad_norm:
+            return
+        clipped = [(self.flat.grad, norm)]
+        if self.clip_apart:
+            clipped = [(g, torch.linalg.vector_norm(g)) for g in (self.flat.shared_grad, self.flat.task_grad)]
+        for gradient, norm in clipped:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            # Times NaN, what lies between the parameters would be NaN for good, and so every norm.
+            gradient.mul_(torch.where(norm.isfinite(), factor, 1.0))
+
     def add_penalty(self, scale: Tensor | None = None) -> None:
-        """Add the gradient of the model's penalty, the same in every process, to `.grad`, times `scale` []."""
+        """Add the gradient of the model's penalty, times `scale` [], to `.grad`; it is the same in every
+        process."""
         if self.penalised is None:
             return
         weight, parameters = self.losses.penalty_weight, self.penalised.parameters()
@@ -258,11 +301,12 @@ class TrainStep:
 
     @property
     def approximate(self) -> bool:
-        """Return whether the update of some steps is computed without all rows of the whole batch."""
+        """Return whether an approximation is on, so that some updates are computed without the exact rows."""
         return self.gramian_every > 1 or self.gramian_batch < 1 or self.gramian_at != "shared"
 
     def kind(self, step: int, log: bool = False) -> Kind:
-        """Return what is done at 0-based `step`."""
+        """Return what is done at the 0-based `step`: how the gradient is computed, and whether exact rows
+        are."""
         if self.aggregator is None:
             return Kind(Gradient.SUM, log, log)
         if (step - self.first) % self.gramian_every:
@@ -273,26 +317,32 @@ class TrainStep:
             return Kind(Gradient.SUBSET, log, log)
         return Kind(Gradient.ROWS, True, log)
 
+    def left_alone(self, part: Part) -> list[nn.Parameter]:
+        """Return the parameters that a step of this part must not update."""
+        return {Part.ALL: [], Part.SHARED: self.flat.task, Part.TASK: self.flat.shared}[part]
+
     def scale_at(self, step: int) -> Tensor:  # [a]
-        """Return what the active losses are multiplied by at 0-based `step`."""
+        """Return the factors [a] on the active losses at the 0-based `step`: loss weights over parts and
+        processes, times fp16's loss scale."""
         # Sums over parts and ranks are means of the batch when each part's losses are divided beforehand.
         scale = self.losses.weights_at(step)[self.active] / (self.accumulate * self.world.size)
         return self.precision.scale(scale)
 
     def compile_regions(self, mode: str) -> None:
-        """Make the functions that differentiate, each compiled as one region where the mode asks for it."""
+        """Wrap the functions that differentiate, so that each is compiled as one region if `mode` asks for
+        it."""
         limits = MULTIRATE_LIMITS if getattr(self.model, "rates", None) is not None else None
         self.by_rows = Compiled(gradients.exact_rows, mode, limits)
         self.by_weights = Compiled(gradients.of_weighted, mode, limits)
         self.by_sum = Compiled(gradients.of_sum, mode, limits)
         self.by_penalty = Compiled(gradients.of_penalty, mode)
-        # One graph from the losses to the weighted gradient, where no other process and no host has to be
-        # asked.
+        # One graph from the losses to the weighted gradient, if that needs no other process and no host.
         one_graph = is_fused(self.aggregator) and self.world.size == 1
         self.by_cheap_gramian = Compiled(gradients.of_cheaply_weighted, mode if one_graph else "off", limits)
 
     def compiles(self) -> str:
-        """Return the names of what the next call may have to compile first; empty if nothing."""
+        """Return the names of the functions that the next call may compile first, for the progress bar; "" if
+        none."""
         if self.aggregator is None:
             regions = [self.by_sum]
         elif self.gramian_at != "shared":
@@ -303,8 +353,8 @@ class TrainStep:
         return ", ".join(region.name for region in regions if region.pending)
 
     def prepare_optimizer(self) -> None:
-        """Move the optimizer's state to the device if the step is recorded; to be called again after a
-        state was loaded."""
+        """Move the optimizer's learning rate to the device if the step is recorded; call this again after
+        loading a state."""
         if self.optimizer is not None:
             recorded = self.recordings.recorder is not None
             make_capturable(self.optimizer, self.flat.data.device if recorded else None)
@@ -312,8 +362,8 @@ class TrainStep:
     # Rows, their Gramian, their weights.
 
     def fill_rows(self, parts: Sequence[Batch], scale: Tensor) -> list[Differentiated]:
-        """Fill `rows` with those of the whole batch, and the task parameters' gradients; both summed over
-        ranks."""
+        """Compute the rows of the whole batch into `self.rows`, and the task parameters' gradients; both are
+        summed over the processes."""
         results: list[Differentiated] = []
         pending: list[Pending] = []
         for k, part in enumerate(parts):
@@ -326,7 +376,7 @@ class TrainStep:
             self.rows.resize(result.nonzero)
             for row, views, gradient in zip(self.rows.rows, self.rows.views, result.shared, strict=True):
                 write(views, gradient, add=k > 0)
-                if last:  # at once: the exchange goes on behind the next row's backward
+                if last:  # now, so that the exchange overlaps with the next row's backward
                     pending.append(self.world.start_scatter(row))
             results.append(self.kept(result))
         for exchange in pending:
@@ -334,15 +384,17 @@ class TrainStep:
         return results
 
     def gramian(self) -> Tensor:  # [m, m] float64
-        """Return the Gramian of all ranks' rows, each rank contributing its stretch of them."""
+        """Return the Gramian [m, m] of the rows, each process contributing its stretch of columns; unscaled for
+        fp16."""
         with record_function("gramian"):
             gramian = self.columns.gramian(self.rows.rows)
             return self.rows.spread_square(self.precision.unscaled(gramian))
 
     def weigh(self, gramian: Tensor) -> Tensor:  # [m]
-        """Return the aggregator's weights of a Gramian [m, m] of scaled rows, or the last ones if not finite.
+        """Return the aggregator's weights [m] for a Gramian [m, m] of scaled rows; the previous weights if they
+        are not finite.
 
-        An overflow in fp16 leaves out its own step, not those after it that reuse the weights.
+        A step that overflowed in fp16 is skipped, and must not spoil the weights that later steps reuse.
         """
         assert self.aggregator is not None
         gramian = self.precision.unscaled(gramian)
@@ -352,21 +404,26 @@ class TrainStep:
         return torch.where(weights.isfinite().all(), weights, self.weights)
 
     def hides(self, gramian: Tensor) -> bool:
-        """Return whether the aggregator must not see a Gramian, since the step will be left out.
+        """Return whether the aggregator must not be given this Gramian, which is not finite and whose step will
+        be skipped.
 
-        Of TorchJD's, on the host, some raise for one that is not finite, and some remember it for good.
+        This concerns TorchJD's aggregators on the host: some raise for such a Gramian, some keep it in their
+        state.
         """
         on_host = not is_fused(self.aggregator)
         left_out = self.guard is not None or self.precision.scaler is not None
         return on_host and left_out and not bool(gramian.isfinite().all())
 
     def aggregate_rows(self, gramian: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Write the aggregated rows into the shared parameters' `.grad`; return the weights [m] or
-        None, and the rows' cosines and norms [m]."""
+        """Write the aggregated rows into the shared parameters' `.grad`.
+
+        Returns the weights [m], or None, and the cosine of each row with the update and each row's norm, [m]
+        each.
+        """
         assert self.aggregator is not None
         rows = self.rows.rows
         if self.hides(gramian):
-            self.flat.shared_grad[:1].fill_(torch.nan)  # of a parameter, not between two: the step is left out
+            self.flat.shared_grad[:1].fill_(torch.nan)  # an element of a parameter, not padding: skips the step
             unknown = self.unknown[self.active]
             return None, unknown, unknown
         if is_weighting(self.aggregator):
@@ -392,7 +449,8 @@ class TrainStep:
     # Weights without all rows of the whole batch.
 
     def approximated(self, gradient: Gradient, parts: Sequence[Batch], scale: Tensor) -> list[Differentiated]:
-        """Find weights without all rows, or keep the last ones, and differentiate the losses so weighted."""
+        """Compute weights without the exact rows, or reuse the previous ones, and differentiate the weighted
+        losses."""
         done: list[Differentiated] = []
         if gradient is Gradient.SUBSET:
             count = max(2, round(len(parts[0].images) * self.gramian_batch))
@@ -408,7 +466,7 @@ class TrainStep:
             self.weights.copy_(weights)
             done = [self.write(result, 0)]
         elif gradient is Gradient.CHEAP_GRAMIAN:
-            # The weights are the whole batch's, so all parts go forward once before any goes back.
+            # The weights depend on the whole batch, so all parts go forward before any goes backward.
             with keeping_buffers(self.model):
                 rows = [gradients.cheap_rows_of(self.network, part, scale, self.last) for part in parts]
             self.weights.copy_(self.weigh_cheap_rows(*rows))
@@ -417,14 +475,17 @@ class TrainStep:
         return done
 
     def weigh_parameter_rows(self, *rows: Tensor) -> Tensor:  # [m]
-        """Return the weights of all parts' and ranks' rows at parameters, which add up."""
+        """Return the weights [m] for rows at parameters, which are added over the batch's parts and the
+        processes."""
         total = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
         return self.weigh(ops.gramian(self.world.sum_(total)))
 
     def weigh_cheap_rows(self, *rows: Tensor) -> Tensor:  # [m]
-        """Return the weights of all parts' and ranks' rows of `gramian_at`.
+        """Return the weights [m] for the approximate rows of `gramian_at`, over the batch's parts and the
+        processes.
 
-        Rows at features stand side by side, for each image has features of its own.
+        Rows at parameters are added. For rows at features the Gramians are added, since each image has its own
+        features.
         """
         if self.last:
             return self.weigh_parameter_rows(*rows)
@@ -434,16 +495,18 @@ class TrainStep:
     # From gradients to `.grad` and the metrics.
 
     def write(self, result: Differentiated, k: int) -> Differentiated:
-        """Write one backward's gradients into `.grad`, added to those of the k parts before."""
+        """Write the gradients of part k of the batch into `.grad`, adding them to those of the parts before."""
         self.flat.write_task(result.task, add=k > 0)
         (row,) = result.shared
         self.flat.write_shared(row, add=k > 0)
         return self.kept(result)
 
     def kept(self, result: Differentiated) -> Differentiated:
-        """Return what is still needed of a part once the next one is differentiated.
+        """Return the losses, usage and rates of a part, without its gradients, to be kept while other parts are
+        computed.
 
-        A copy: a graph that --compile reduce-overhead replays writes its outputs where they were before.
+        With several parts they are copied, since a graph replayed by `--compile reduce-overhead` overwrites its
+        outputs.
         """
         if self.accumulate == 1:
             return Differentiated(result.losses, result.usage, result.rates)
@@ -456,7 +519,7 @@ class TrainStep:
         cosines: Tensor | None = None,
         norms: Tensor | None = None,
     ) -> StepMetrics:
-        """Put what a step computed in the order of all objectives."""
+        """Combine the results of the batch's parts into the step's metrics, in the order of all objectives."""
         losses = results[0].losses if len(results) == 1 else torch.stack([r.losses for r in results]).mean(0)
         usage = results[0].usage if len(results) == 1 else torch.stack([r.usage for r in results]).sum(0)
         rates = results[0].rates if len(results) == 1 else torch.stack([r.rates for r in results]).mean(0)
@@ -464,16 +527,30 @@ class TrainStep:
         return StepMetrics(losses, weights, cosines, norms, self.unknown, usage, self.never, rates)
 
     def step_cosines(self, before: Tensor) -> Tensor:  # [m] over all objectives
-        """Return the cosine of the applied change of the shared parameters with each row."""
+        """Return the cosine of each objective's row with the step that was applied to the shared parameters,
+        [m]; `before` holds them before it."""
         torch.sub(before, self.flat.shared_data, out=self.rows.step)
         return self.of_all(self.rows.spread(step_cosines(self.columns.gramian(self.rows.with_step))))
 
     def of_all(self, values: Tensor | None) -> Tensor:
-        """Return values of the active objectives [a] at their places among all m; NaN elsewhere."""
+        """Expand values of the active objectives [a] to all objectives [m], with NaN for the others."""
         if values is None:
             return self.unknown
         values = values.detach().to(self.unknown)
         return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Hide the gradients of these parameters inside a `with` block, so that an optimizer skips them."""
+    kept = [(p, p.grad) for p in parameters]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
 
 
 NOT_ASKED = "not asked for"
@@ -484,7 +561,7 @@ CAPTURED_MODES = {"auto": "default", "reduce-overhead": "default", "max-autotune
 def why_not_captured(
     mode: CompileMode, device: torch.device, optimizer: str, aggregator: nn.Module | None
 ) -> str:
-    """Return what keeps a step from being one CUDA graph; empty if nothing does."""
+    """Return the reason why a step cannot be recorded as one CUDA graph; "" if it can."""
     if device.type != "cuda" or mode not in CAPTURED_MODES:
         return NOT_ASKED
     if optimizer in FROM_EXTRA:
@@ -492,7 +569,8 @@ def why_not_captured(
     if aggregator is not None and not is_fused(aggregator):
         return f"TorchJD's {type(aggregator).__name__}"
     if aggregator is not None and (missing := extension.cuda_missing()):
-        from movae_fast.aggregation.weightings import MethodAggregator  # with TorchJD, which is there by now
+        # Imports TorchJD, which is loaded by now.
+        from movae_fast.aggregation.weightings import MethodAggregator
 
         if isinstance(aggregator, MethodAggregator):
             return f"weights on the host: {missing}"

@@ -1,7 +1,8 @@
-"""Describe the processes of a run: their number and rank, their exchanges, and how they stop together.
+"""Describe the processes that train together: their number and rank, how they exchange tensors and stop
+together.
 
-Started by torchrun, every rank computes its slice of the global batch; Jacobian rows are summed over ranks,
-never local Gramians, so that every rank applies the update of the union of the batches.
+torchrun starts them. Each process computes its slice of the global batch. Jacobian rows are summed over
+processes, rather than their Gramians, so that every process applies the update of the union of the batches.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ T = TypeVar("T")
 
 @dataclass
 class World:
-    """Exchange tensors among `size` processes, of which this is number `rank`; with one process every
-    exchange does nothing."""
+    """Exchange tensors among `size` processes, of which this one has the number `rank`; with one process every
+    exchange returns its input."""
 
     rank: int = 0
     size: int = 1
@@ -32,13 +33,13 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Return whether this process writes files and the terminal."""
+        """Return whether this is process 0, which writes files and to the terminal."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place; any strides."""
+        """Sum a tensor of any strides over the processes, in place, and return it."""
         if self.size > 1:
-            # gloo takes the memory behind a strided view for the view's elements, without a word.
+            # gloo reads a strided view's memory as if the view were contiguous, without an error.
             whole = tensor.contiguous()
             dist.all_reduce(whole)
             if whole is not tensor:
@@ -46,11 +47,12 @@ class World:
         return tensor
 
     def start_sum(self, tensor: Tensor) -> Pending:
-        """Start a `sum_` that goes on while the caller computes."""
+        """Start summing a contiguous tensor over the processes while the caller goes on computing; `wait` on
+        the result."""
         return Pending(dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
 
     def start_scatter(self, row: Tensor) -> Pending:
-        """Sum a row [P] over the ranks in place; afterwards `shard(row)` is right and the rest void."""
+        """Start summing a row [P] over the processes; afterwards only this process's `shard(row)` is valid."""
         if self.size == 1:
             return Pending(None)
         if dist.get_backend() == "gloo":  # whose reduce_scatter is five times slower than its all_reduce
@@ -58,31 +60,32 @@ class World:
         return Pending(dist.reduce_scatter_tensor(self.shard(row), row, async_op=True))
 
     def gather_(self, flat: Tensor) -> None:
-        """Put every rank's `shard(flat)` in its place in flat [P] on every rank."""
+        """Collect every process's `shard(flat)` into `flat` [P] on all processes, in place."""
         if self.size > 1:
             mine = self.shard(flat)
             dist.all_gather_into_tensor(flat, mine.clone() if dist.get_backend() == "gloo" else mine)
 
     def shard(self, flat: Tensor) -> Tensor:
-        """Return the columns of flat [..., P] that belong to this rank."""
+        """Return this process's stretch of columns of `flat` [..., P], a view of 1/size of them."""
         width = flat.shape[-1] // self.size
         return flat[..., self.rank * width : (self.rank + 1) * width]
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Make running statistics the mean over ranks (each saw its own slices of the batches)."""
+        """Average a model's floating-point buffers, such as running statistics, over the processes, which each
+        saw other images."""
         if self.size > 1:
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     self.sum_(buffer).div_(self.size)
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, in place on every rank."""
+        """Overwrite the tensor on every process with process 0's values, in place."""
         if self.size > 1:
             dist.broadcast(tensor, 0)
         return tensor
 
     def broadcast(self, value: object) -> object:
-        """Return rank 0's Python value on every rank."""
+        """Return process 0's Python value on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -90,7 +93,8 @@ class World:
         return box[0]
 
     def all(self, value: bool) -> bool:
-        """Return whether every rank passed true. All ranks call it at the same point, and wait there."""
+        """Return whether every process passed true. All processes must call it at the same point, and wait for
+        each other."""
         if self.size == 1:
             return value
         flag = torch.tensor(int(value))
@@ -98,7 +102,8 @@ class World:
         return bool(flag)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 and return its result, or raise its error, on every rank."""
+        """Run `work` on process 0 alone; every process returns its result, or raises its OSError or
+        ValueError."""
         if self.size == 1:
             return work()
         answer: object = None
@@ -113,10 +118,10 @@ class World:
         return answer  # type: ignore[return-value]
 
     def agree(self, signum: int) -> int:
-        """Return the largest signal number that any rank passed to the previous call: the same answer
-        on all ranks.
+        """Return the largest signal number that any process passed to the previous call, the same on all
+        processes.
 
-        One step late, so that the exchange runs behind the step and nobody waits for it.
+        The answer is one step late, so that the exchange runs in the background and no process waits for it.
         """
         if self.size == 1:
             return signum
@@ -131,7 +136,7 @@ class World:
         return answer
 
     def close(self) -> None:
-        """Leave the process group: its threads would be torn down in the middle of things at exit."""
+        """Leave the process group, which would otherwise be torn down uncleanly at the interpreter's exit."""
         if self._stop is not None:
             self._stop[1].wait()
             self._stop = None
@@ -140,7 +145,8 @@ class World:
 
 
 class Pending:
-    """Wait for an exchange of memory that the caller keeps contiguous."""
+    """Stand for an exchange that is in progress, on memory that the caller keeps; `wait` returns when it is
+    done."""
 
     def __init__(self, work: dist.Work | None) -> None:
         self.work = work
@@ -151,9 +157,10 @@ class Pending:
 
 
 def connect(device: str) -> tuple[World, str]:
-    """Join the processes that torchrun started; the world, and the device that this process uses.
+    """Join the processes that torchrun started; return the world and the name of the device that this process
+    uses.
 
-    Without torchrun a world of one. CUDA exchanges by nccl, a CPU by gloo.
+    Without torchrun the world has one process. GPUs exchange by nccl, CPUs by gloo.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -175,7 +182,7 @@ def connect(device: str) -> tuple[World, str]:
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=30)
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps the store when it starts processes anew, and with it the addresses of the dead ones
+        # torchrun keeps the store when it restarts processes, and with it the addresses of the ended ones
         # (torch 2.11): the new ones would wait for those until the timeout.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt_{attempt}", store)

@@ -28,7 +28,7 @@ class CurveConfig:
         split: Images to evaluate on.
         out: Folder for the files; the default is curve/ in the first run's folder.
         limit: Use this many evenly spaced images; 0 means all.
-        batch_size: Rows at a time, a row being an image at one beta: a pass over the images takes all betas
+        batch_size: Rows at a time, a row being an image (or sentence) at one beta: a pass takes all betas
             at once, batch_size / betas images at a time; more betas than batch_size take several passes.
         samples: Images whose codes give MIG, for data with known discrete factors; 0 leaves it out.
         seed: Seed of the draws.

@@ -20,20 +20,24 @@ class EvaluateConfig:
 
     Args:
         weights: The run's folder or a checkpoint; may stand first without its flag.
-        metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units), `images` (PSNR,
-            SSIM, MS-SSIM) and, for data with factors, mig, mig_sup, mig_sampled, mig_sup_sampled, modularity,
-            jemmig, factor_vae, sap, dci; `all` is every one that applies, `auto` leaves out the slow ones.
+        metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units; of text perplexity
+            and mutual information too), `images` (PSNR, SSIM, MS-SSIM), `depth` (of codes: bits and error by
+            the number of codebooks used) and, for data with factors, mig, mig_sup, mig_sampled,
+            mig_sup_sampled, modularity, jemmig, factor_vae, sap, dci; `all` is every one that applies, `auto`
+            leaves out the slow ones.
         samples: Images whose codes the factor metrics are fitted on; half as many more test dci and sap.
         seed: Seed of the choice of images and of every draw.
         iw: Draws of the importance-weighted bound; 0 leaves it out.
-        iw_images: Test images of the importance-weighted bound.
+        iw_images: Test images, or sentences, of the importance-weighted bound.
+        oracle: Of `lstm_text`, compute the true likelihood of the sentences of --iw (seconds each), and the
+            bound's gap to it.
         fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
             reconstructions and (not for a codebook) of samples.
         fid_images: Test images, reconstructions and samples of FID and KID; published values take 10,000
             or more.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         limit_test: Use this many evenly spaced test images; 0 means all.
-        batch_size: Images at a time.
+        batch_size: Images (500) or sentences (32, which bounds their mutual information) at a time.
         save_dir: Folder for the files; the default is evaluation/ in the run's folder.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         data_dir: Folder of the original files, if not where training had it.
@@ -45,11 +49,12 @@ class EvaluateConfig:
     seed: int = 0
     iw: int = 0
     iw_images: int = 256
+    oracle: bool = False
     fid_weights: str | None = None
     fid_images: int = 10_000
     beta: float | None = None
     limit_test: int = 0
-    batch_size: int = 500
+    batch_size: int | None = None
     save_dir: str | None = None
     device: str = "auto"
     data_dir: str | None = None

@@ -43,14 +43,19 @@ class SampleConfig:
         data_dir: Folder of the original files, for modes that need test images, if not where training had it.
         decoding: How a model of text chooses words: the most probable (greedy), drawn from all (ancestral),
             from the top_k most probable, from the fewest with probability top_p (nucleus), or by beam search.
+            Of codes, top_k and nucleus leave out the less probable ones; else all are drawn from.
         max_words: Most words of a sentence.
         top_k: Words that top_k draws from.
         top_p: Probability of the words that nucleus draws from.
         temperature: What the standard deviation of the prior is multiplied by, of nvae that of each group's; of
-            text, what the logits of drawn words are divided by.
+            text and of a prior over codes, what the logits are divided by.
         bn_passes: Before sampling, estimate BatchNorm's statistics anew over this many batches of samples (500
             in NVAE's published pictures); 0 keeps those of training.
         beam: Width of the beam.
+        prior: What images of mode sample are drawn from: the prior that `movae prior` fitted last (auto), one
+            by name, or none; then codes are drawn by their usage, and latents from N(0, I).
+        label: Label of the images, for a prior that was fitted with --labels.
+        guidance: How far towards that label: 1 is the prior's own distribution, above it is more typical.
     """
 
     weights: str
@@ -79,6 +84,9 @@ class SampleConfig:
     temperature: float = 1.0
     bn_passes: int = 0
     beam: int = 5
+    prior: str = "auto"
+    label: int | None = None
+    guidance: float = 1.0
 
 
 def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]]:
@@ -90,7 +98,9 @@ def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]
         raise ValueError("which model? give the run's folder: movae sample RUN, or --weights FILE")
     parser = parsing.build_parser("sample", [SampleConfig], DESCRIPTION)
     config = SampleConfig(**parsing.parse(parser, words, {}))
-    check_values(config, traverse_dim=Bounds(-1), bn_passes=Bounds(0, 100_000))
+    check_values(
+        config, traverse_dim=Bounds(-1), bn_passes=Bounds(0, 100_000), label=Bounds(0), guidance=Bounds(0)
+    )
     kinds = parsing.flag_types([TrainConfig, *SECTIONS.values()])
     config.weights = str(find_run(config.weights))
     return config, name, {} if name is None else parsing.read_config(name, kinds)

@@ -12,12 +12,12 @@ from typing import Any
 
 from movae_fast.cli import parsing
 from movae_fast.cli.flags.curve import CurveConfig, check_curve
-from movae_fast.cli.yaml_file import read_yaml
 from movae_fast.names import nearest
 from movae_fast.sweeps.search import bundles, check_objectives, check_space, check_trials, is_bundle
 from movae_fast.training.config import SECTIONS
 from movae_fast.training.config_checks import check_settings
 from movae_fast.training.limits import ONE, ZERO, check_values
+from movae_fast.training.yaml_file import read_yaml
 
 DESCRIPTION = "Search over flags of `movae train`: movae sweep --config provlae, or a YAML file"
 SWEEPS = Path(__file__).parents[2] / "sweeps"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from movae_fast.cli import parsing
 from movae_fast.training.config import SECTIONS, TrainConfig
-from movae_fast.training.config_checks import check_settings
+from movae_fast.training.config_checks import check_settings, without_export
 from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Train a variational autoencoder whose loss is a vector of objectives."
@@ -124,15 +124,6 @@ def completed(values: dict[str, Any], system: System) -> list[str]:
         flags = "  ".join(f"--{k} {values[k]}" for k in (*PORT, "image_size"))
         notes.append(f"proVLAE's flags, as its PyTorch port has them: {flags}")
     return notes
-
-
-def without_export(config: TrainConfig, check: Callable[[TrainConfig], None]) -> None:
-    """Check a configuration but for its --export, which a run that starts or goes on checks itself."""
-    export, config.run.export = config.run.export, None
-    try:
-        check(config)
-    finally:
-        config.run.export = export
 
 
 def torch_vae_export(values: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Read the original files of every dataset, a module for each kind; `DATASETS` says what is known of each."""
+"""Read the original files of every dataset, in one module per kind of dataset; `DATASETS` describes each."""
 
 from movae_fast.data.datasets.catalog import DATASETS
 from movae_fast.data.datasets.info import DatasetInfo

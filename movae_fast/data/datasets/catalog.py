@@ -1,4 +1,4 @@
-"""List every dataset that has a name, with what is known of it and the function that reads it."""
+"""List every dataset by name, with its description and the function that reads it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ from movae_fast.lazy import Later
 
 
 def reader(place: str, *made_from: str) -> Later:
-    """Return a stand-in for the function at `place`, "module:name" in this folder, imported at its first
-    call; with `made_from`, for what that function returns for these arguments."""
+    """Return a function that imports and calls the reader at `place`, "module:name" in this folder.
+
+    With `made_from`, the object at `place` is a factory that is called with these arguments to get the reader.
+    """
     return Later(f"movae_fast.data.datasets.{place}", made_from)
 
 
 def grid_info(name: str) -> DatasetInfo:
-    """Return what is known of a set whose images are a full grid of factors."""
+    """Return the description of a dataset whose images cover all combinations of its factors."""
     grid = GRIDS[name]
     return DatasetInfo(
         name=name,

@@ -1,4 +1,4 @@
-"""Read CelebA: aligned JPEGs, from their folder or the archive beside it."""
+"""Read CelebA's aligned JPEGs, from their folder or from the zip archive beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ WHOLE = (0, 0, 218, 178)  # top, left, height, width
 
 
 def read_celeba(options: ReadOptions) -> ImageFiles:
-    """Return a split of CelebA, cropped as the options say; the archive is unpacked first if need be."""
+    """Return a split of CelebA, cropped as the options say; the archive is unpacked first if necessary.
+
+    Raises FileNotFoundError if files are missing.
+    """
     from torchvision.datasets import CelebA
 
     base = next((name for name in ("celeba", "CelebA") if (options.root / name).is_dir()), "celeba")
@@ -38,7 +41,10 @@ def read_celeba(options: ReadOptions) -> ImageFiles:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `folder` from the archive beside it, unless it exists already; all of it or nothing."""
+    """Unpack `folder` from the zip archive beside it, completely or not at all, unless the folder exists.
+
+    Raises ValueError for a damaged archive.
+    """
     if folder.exists() or not archive.is_file():
         return
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")

@@ -1,8 +1,9 @@
-"""Read the sets whose images are a full grid of ground-truth factors: dSprites, 3D Shapes and MPI3D.
+"""Read the datasets that have one image for every combination of ground-truth factors: dSprites, 3D Shapes,
+MPI3D.
 
-The factor values of image number i are the digits of i in the mixed base of the factors' sizes, and the last
-factor varies fastest. The sets have no published splits: one fixed shuffle, its last 10,000 images (at most a
-tenth of all) for testing.
+The factor values of image number i are the digits of i in the mixed base of the factors' sizes; the last factor
+varies fastest. These datasets have no published splits: they are shuffled once in a fixed order, and the last
+10,000 images (at most a tenth of all) are the test split.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _LOADED: weakref.WeakValueDictionary[tuple[str, int], np.ndarray] = weakref.Weak
 
 
 class GridImages(ImageSource):
-    """Hold one split of a grid: some of the file's images, loaded at the first use. Labels are the shapes."""
+    """Hold one split of such a dataset: the images `rows` of a file, which is loaded at the first use. Labels
+    are the values of the shape factor."""
 
     def __init__(
         self,
@@ -49,24 +51,25 @@ class GridImages(ImageSource):
 
     @property
     def images(self) -> Tensor:  # [grid.size or N, H, W(, 3)] uint8
-        """Return the images in memory; the file is loaded if it is not yet."""
+        """Return the array of images in memory, loading the file at the first use."""
         if self._images is None:
             self._images = torch.from_numpy(_load(self.path, self.grid))
         return self._images
 
     def to(self, device: torch.device) -> None:
-        """Copy the split to a GPU, in the split's order; on a CPU both splits share the whole array."""
+        """Copy the split's images to a GPU, in the split's order; on a CPU both splits share the file's whole
+        array."""
         if device.type != "cpu" and self._places is self.rows:  # not copied yet
             self._images = self.images.index_select(0, self.rows).to(device)
             self._places = torch.arange(len(self.rows), device=device)
             self.labels = self.labels.to(device)
 
     def factors(self, rows: Tensor) -> Tensor:
-        """Return the factor values [B, F] int64 of rows [B] of this split."""
+        """Return the factor values [B, F] int64 of the given rows [B] of this split."""
         return factors_of(self.rows[rows.cpu()], self.grid.sizes)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images [B, C, S, S] of `rows`, resized, and their shapes [B]."""
+        """Return the images [B, C, S, S] of `rows`, resized, and their values of the shape factor [B]."""
         rows = rows.to(self._places.device)
         images = self.images.index_select(0, self._places[rows])
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
@@ -74,7 +77,8 @@ class GridImages(ImageSource):
 
 
 def factors_of(index: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Return the factor values [B, F] int64 of image numbers [B] in a grid of these sizes."""
+    """Return the factor values [B, F] int64 of the images numbered `index` [B]; `sizes` is the number of values
+    of each factor."""
     values = []
     for size in reversed(sizes):
         values.append(index % size)
@@ -83,14 +87,15 @@ def factors_of(index: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def split_rows(n: int, split: str) -> Tensor:  # int64
-    """Return which of n images are in the "train" or the "test" split."""
+    """Return which of n images belong to the "train" or "test" split, in the split's order."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     test = min(N_TEST, n // 10)
     return order[n - test :] if split == "test" else order[: n - test]
 
 
 def grid_reader(name: str) -> Callable[[ReadOptions], GridImages]:
-    """Return the function that reads a split of the grid called `name`."""
+    """Return the function that reads a split of the dataset `name`; it downloads the file if that is allowed
+    and possible."""
 
     def read(options: ReadOptions) -> GridImages:
         grid = GRIDS[name]
@@ -118,7 +123,7 @@ def grid_reader(name: str) -> Callable[[ReadOptions], GridImages]:
 
 
 def _header(path: Path, member: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and dtype of the array called `member`, without reading the array."""
+    """Return shape and dtype of the array `member` in a .npz or .h5 file, without reading the array."""
     if path.suffix == ".h5":
         import h5py
 
@@ -132,7 +137,8 @@ def _header(path: Path, member: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _load(path: Path, grid: Grid) -> np.ndarray:
-    """Return the array of images in a file, or the one that the other split has loaded."""
+    """Return the array of images in a file, shared with the other split if that has loaded it. Raises
+    ValueError for a damaged file."""
     key = (str(path.resolve()), path.stat().st_mtime_ns)
     images = _LOADED.get(key)
     if images is None:

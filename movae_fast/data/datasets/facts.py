@@ -1,6 +1,7 @@
-"""Name the files of every dataset, the factors and sizes of its images; what can be known without reading any.
+"""State what is known of datasets without reading them: the names of their files, their factors, crops and
+sizes.
 
-No module that reads images is imported here, nor any that they need.
+This module imports no module that reads images, so that flags can be checked quickly.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ N_TEST = 10_000
 
 @dataclass(frozen=True)
 class Grid:
-    """Describe one file of images over a grid of factors."""
+    """Describe a file with one image for every combination of ground-truth factors."""
 
     filename: str
     member: str  # the name of the array of images in the file
@@ -96,12 +97,12 @@ class Grid:
 
     @property
     def shape_column(self) -> int:
-        """Return which factor is the object's shape."""
+        """Return the number of the factor that is the object's shape; its values serve as labels."""
         return next(i for i, name in enumerate(self.names) if name.endswith("shape"))
 
     @property
     def files(self) -> str:
-        """Return the file to put into data_dir, with its source."""
+        """Return, for an error, the name of the file that belongs into data_dir and its source."""
         return f"{self.filename} from {self.home}"
 
 

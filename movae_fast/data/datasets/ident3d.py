@@ -14,22 +14,22 @@ from movae_fast.names import first_line
 
 
 class Ident3D(ImageFiles):
-    """Decode 3DIdent's image files, and give each image's factors."""
+    """Decode 3DIdent's image files, and provide the ten factor values of each image."""
 
     latents: Tensor  # [N, 10] float32
 
     def factors(self, rows: Tensor) -> Tensor:
-        """Return the factor values [B, 10] float32 of rows [B]; they are continuous."""
+        """Return the factor values [B, 10] float32, which are continuous, of the given rows [B]."""
         return self.latents[rows.cpu()]
 
     def keep(self, rows: list[int]) -> None:
-        """Keep these rows alone, in this order."""
+        """Keep only the given rows, in this order."""
         self.latents = self.latents[torch.tensor(rows, dtype=torch.long)]
         super().keep(rows)
 
 
 def read_ident3d(options: ReadOptions) -> Ident3D:
-    """Return a split of 3DIdent."""
+    """Return a split of 3DIdent. Raises FileNotFoundError if files are missing or do not fit together."""
     folders = [options.root / d / options.split for d in ("3dident", "ident3d", "3DIdent", ".")]
     folder = next((f for f in folders if (f / "raw_latents.npy").is_file()), None)
     if folder is None:

@@ -1,4 +1,4 @@
-"""Read folders, lists and tars of image files: the user's own, and ImageNet's class folders."""
+"""Read image files from folders, lists and tars: the user's own images, and ImageNet's class folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from movae_fast.names import shown
 
 
 def read_folder(options: ReadOptions) -> ImageFiles:
-    """Return a split of the images below data_dir: its train/ and test/, else every tenth image for testing.
+    """Return a split of the user's images in data_dir: its train/ or test/; without those, every tenth image is
+    for testing.
 
-    Where no image lies there but tars do, the images in those are taken. data_dir may also be a tar, or a text
-    file that lists images and tars, one per line and relative to its folder.
+    If the folder has no image files but tars, their images are read. data_dir may also be a tar, or a text file
+    that lists images and tars, one per line and relative to its own folder.
     """
     root = options.root
     if os.path.isfile(root):  # Path.is_file raises an error if a folder above may not be read.
@@ -39,7 +40,8 @@ def read_folder(options: ReadOptions) -> ImageFiles:
 
 
 def read_imagenet(options: ReadOptions) -> ImageFiles:
-    """Return imagenet/train/n01440764/*.JPEG or imagenet/val/…; class numbers are in the folders' order."""
+    """Return a split of ImageNet: imagenet/train/CLASS/*.JPEG or imagenet/val/CLASS/*.JPEG; classes are
+    numbered in the order of their folders' names."""
     splits = ("train",) if options.split == "train" else ("val", "test")
     folders = [options.root / d / split for d in ("imagenet", "ImageNet", ".") for split in splits]
     folder = next((f for f in folders if f.is_dir()), None)
@@ -75,7 +77,11 @@ def image_files(
     channels: int = 3,
     aside: LeftAside | None = None,
 ) -> ImageFiles:
-    """Return image files as a source of their central squares. Raises FileNotFoundError if there are none."""
+    """Return image files as an image source that crops each to its central square.
+
+    aside: the files that were found and are not read; they are mentioned in the source's `note`. Raises
+    FileNotFoundError if there are no files.
+    """
     note = str(aside or "")
     if not files:
         why = f"No {options.split} image was found{note and f' ({note})'}."
@@ -92,7 +98,8 @@ def _every_tenth(files: list[File], labels: list[int], split: str) -> tuple[list
 
 
 def _listed_files(options: ReadOptions) -> list[Path]:
-    """Return the files that data_dir, a text file, names. Raises FileNotFoundError if some are missing."""
+    """Return the files listed in data_dir, which is a text file. Raises FileNotFoundError if some are
+    missing."""
     root = options.root
     files = [_listed_file(root.parent, line) for line in _lines(root) if line.strip()]
     absent = [f for f in files if not os.path.isfile(f)]
@@ -103,13 +110,15 @@ def _listed_files(options: ReadOptions) -> list[Path]:
 
 
 def _listed_file(folder: Path, line: str) -> Path:
-    """Return the file that a line names; blanks around it belong to the name if there is such a file."""
+    """Return the file that a line of a list names; spaces around the name are removed unless a file of that
+    exact name exists."""
     exact = folder / line
     return exact if line == line.strip() or os.path.isfile(exact) else folder / line.strip()
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a list of files, whichever editor wrote it. Raises ValueError if it is not a text."""
+    """Return the lines of a list of files, in any usual encoding. Raises ValueError if the file is not a
+    text."""
     try:
         with opened(path) as file:
             data = file.read()

@@ -1,4 +1,4 @@
-"""Describe a dataset, and give its reader what all readers need."""
+"""Define the description of a dataset, and helpers for the functions that read one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Tell what a dataset is, how large it is, where its files are, and which function reads them."""
+    """Describe a dataset: its sizes, the files it needs, its factors, and the function that reads it."""
 
     name: str
     channels: int
@@ -37,7 +37,7 @@ def images_in_memory(
     labels: ArrayLike,  # [N]
     options: ReadOptions,
 ) -> Images:
-    """Return arrays as a source of images that are resized as the options say."""
+    """Return arrays of images and labels as an image source in memory, resized as the options say."""
     # Imported here: what is known of a dataset is wanted where none is read.
     import numpy as np
     import torch
@@ -55,7 +55,7 @@ def images_in_memory(
 
 
 def missing(name: str, files: str, options: ReadOptions, error: Exception | str) -> FileNotFoundError:
-    """Return the error for files that are absent or damaged, which says which files to put where."""
+    """Return the error for a dataset whose files are absent or damaged; it says which files belong where."""
     how = "" if options.download else " (--download false: nothing was fetched)"
     return FileNotFoundError(
         f"--dataset {name}: not found or damaged in --data_dir {shown(options.root)}{how}; wanted there: "

@@ -1,4 +1,5 @@
-"""Read the sets whose published files no library reads: Larochelle's binary MNIST, and Omniglot at 28x28."""
+"""Read two datasets whose published files no library reads: Larochelle's binary MNIST, and Omniglot at
+28x28."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from movae_fast.names import first_line
 
 
 def read_binary_mnist(options: ReadOptions) -> Images:
-    """Return a split of Larochelle's fixed binarisation; its validation images are left out."""
+    """Return the train or test split of Larochelle's binarised MNIST, without its validation images.
+
+    Raises FileNotFoundError if the file is missing or damaged.
+    """
     filename = f"binarized_mnist_{options.split}.amat"
     path = next((p for d in ("binary_mnist", ".") if (p := options.root / d / filename).is_file()), None)
     if path is None and options.download:
@@ -36,7 +40,11 @@ def read_binary_mnist(options: ReadOptions) -> Images:
 
 
 def read_omniglot(options: ReadOptions) -> Images:
-    """Return the 28x28 split of Burda et al. (IWAE), from chardata.mat; labels are alphabets."""
+    """Return a split of Omniglot at 28x28 as Burda et al. (IWAE) use it, from chardata.mat; labels are the
+    alphabets.
+
+    Raises FileNotFoundError if the file is missing or damaged.
+    """
     from scipy.io import loadmat
 
     path = next((p for d in ("omniglot", ".") if (p := options.root / d / "chardata.mat").is_file()), None)

@@ -1,8 +1,8 @@
 """Render sprites with dSprites' five factors, on the device where they are needed.
 
-dSprites (Matthey et al. 2017) is 3 shapes x 6 scales x 40 orientations x 32 x 32 positions = 737,280 white
-shapes on black. Here every index has its image and its factors without a file: the shapes are implicit
-functions, evaluated for a whole batch at once on the device that uses it.
+dSprites (Matthey et al. 2017) has 3 shapes x 6 scales x 40 orientations x 32 x 32 positions = 737,280 white
+shapes on black. Here each index determines an image and its factors without any file: the shapes are implicit
+functions, evaluated for a whole batch at once.
 """
 
 import math
@@ -34,7 +34,8 @@ def index_of(factors: Tensor) -> Tensor:
 
 
 def _signed_distances(u: Tensor, v: Tensor) -> Tensor:
-    """Return approximate signed distances (negative inside) of points to each unit shape, as [3, ...]."""
+    """Return the approximate signed distances [3, ...] of points (u, v) to the three unit shapes, negative
+    inside."""
     square = torch.maximum(u.abs(), v.abs()) - 0.8
     # f / |grad f| is the distance to first order, which is enough for antialiasing over one pixel.
     a, b = 1.0, 0.6
@@ -54,7 +55,7 @@ def render(
     size: int = 64,
     antialias: bool = False,
 ) -> Tensor:  # [B, 1, size, size] uint8, 0 or 255 (in between with antialias)
-    """Return images of the given factor values, on the factors' device."""
+    """Render the images of the given factor values, on the factors' device."""
     shape, scale, orientation, pos_x, pos_y = factors.unbind(1)
 
     def column(x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def render(
 
 
 class Sprites(ImageSource):
-    """Render the images of one split on demand. Labels are the shapes."""
+    """Render the images of one split when they are asked for. Labels are the shapes."""
 
     def __init__(self, index: Tensor, size: int, device: torch.device, antialias: bool = False) -> None:
         self.index, self.size, self.antialias = index.to(device), size, antialias
@@ -88,12 +89,13 @@ class Sprites(ImageSource):
         return factors_of(self.index[rows.to(self.index.device)])
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Render the images [B, 1, S, S] of `rows`, and return them with their shapes [B]."""
+        """Return the images [B, 1, S, S] of `rows`, rendered now, and their shapes [B]."""
         factors = factors_of(self.index[rows])
         return render(factors, self.size, self.antialias), factors[:, 0]
 
 
 def split_index(split: str, test_size: int = 10_000) -> Tensor:
-    """Return a split's indices: one fixed shuffle, of which the last `test_size` are for testing."""
+    """Return the indices of a split's images: all are shuffled once in a fixed order, and the last `test_size`
+    are the test split."""
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(0))
     return order[-test_size:] if split == "test" else order[:-test_size]

@@ -1,4 +1,4 @@
-"""Read the datasets whose files torchvision finds, checks and downloads."""
+"""Read the datasets whose files torchvision locates, checks and downloads."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def open_torchvision(
     options: ReadOptions,
     **kwargs: str | bool,  # arguments of the reader
 ) -> VisionDataset:
-    """Return torchvision's dataset of the class `reader` if its files are there and whole.
+    """Return torchvision's dataset of the class `reader`, downloading its files first if they are absent and
+    that is allowed.
 
-    They are downloaded first if that is allowed. Raises FileNotFoundError, which lists `files`.
+    Raises FileNotFoundError, which lists `files`, if they are absent or damaged.
     """
     from torchvision import datasets
 
@@ -49,7 +50,8 @@ def open_torchvision(
 
 
 def train_or_test(name: str, reader: str, files: str) -> Callable[[ReadOptions], Images]:
-    """Return a function that reads a set which torchvision keeps in memory and opens by `train=`."""
+    """Return the function that reads a dataset which torchvision holds in memory and opens with the argument
+    `train=`."""
 
     def read(options: ReadOptions) -> Images:
         data = open_torchvision(name, reader, files, options, train=options.split == "train")
@@ -69,7 +71,8 @@ def read_svhn(options: ReadOptions) -> Images:
 
 
 def read_omniglot_105(options: ReadOptions) -> ImageFiles:
-    """Return Omniglot's drawings: background alphabets for training, evaluation alphabets for testing."""
+    """Return Omniglot's drawings at 105x105: the background alphabets as train, the evaluation alphabets as
+    test split."""
     background = options.split == "train"
     data = open_torchvision("omniglot_105", "Omniglot", OMNIGLOT_105_FILES, options, background=background)
     folder = Path(data.target_folder)
@@ -80,7 +83,8 @@ def read_omniglot_105(options: ReadOptions) -> ImageFiles:
 
 
 def listed_files(name: str, reader: str, wanted: str) -> Callable[[ReadOptions], ImageFiles]:
-    """Return a function that reads a set of image files which torchvision lists by `split=`."""
+    """Return the function that reads a dataset of image files which torchvision lists with the argument
+    `split=`."""
 
     def read(options: ReadOptions) -> ImageFiles:
         data = open_torchvision(name, reader, wanted, options, split=options.split)

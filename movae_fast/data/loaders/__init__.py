@@ -1,4 +1,4 @@
-"""Feed batches of a source's images to a model: `resident`, `dali` and `torch` give the same batches."""
+"""Feed batches of images to a model; the loaders `resident`, `dali` and `torch` give the same batches."""
 
 from movae_fast.data.loaders.choose import LOADERS, choose_loader, make_loader
 from movae_fast.data.loaders.dali import DaliLoader

@@ -1,4 +1,4 @@
-"""Choose the loader for a source by name or, for `auto`, by the memory that is free; and make it."""
+"""Choose the loader for an image source, by name or by the free memory (`auto`), and make it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ LOADERS: dict[str, type[Loader]] = {
 def choose_loader(
     name: str, source: ImageSource, device: torch.device, fraction: float = RESIDENT_FRACTION
 ) -> tuple[str, str]:
-    """Return a loader's name, which is `name` itself unless that is `auto`, and the reason for a choice.
+    """Return the name of the loader to use, and the reason if it was chosen automatically ("" otherwise).
 
-    `auto` means resident where images lie in memory (or are mapped, or rendered) or their decoded set takes at
-    most `fraction` of the device's free memory; for larger sets dali if it is installed, else torch.
+    `name` is returned unless it is "auto". "auto" means resident if the images are in memory, mapped or
+    rendered, or if the decoded files take at most `fraction` of the device's free memory; otherwise dali if it
+    is installed, else torch.
     """
     if name != "auto":
         return name, ""
@@ -55,9 +56,10 @@ def make_loader(
     compiled: bool = True,
     **options: Unpack[LoaderOptions],
 ) -> Loader:
-    """Return the loader called `kind` over `source`.
+    """Make the loader `kind` over `source`.
 
-    Of `num_workers`, `prefetch` and `compiled` it gets those that it knows; all loaders know the other options.
+    `num_workers`, `prefetch` and `compiled` are passed on to the loaders that have them; all loaders have the
+    other options.
     """
     make: Callable[..., Loader] = LOADERS[kind]
     if kind == "torch":

@@ -1,9 +1,9 @@
-"""Feed batches that DALI decodes, crops and resizes, on a GPU or on a CPU's threads.
+"""Feed batches that DALI decodes, crops and resizes, on a GPU or on CPU threads.
 
-Files are read here, in the order of the plan that all loaders share, so processes and resuming work as they do
-elsewhere. DALI decodes only files that every decoder reads alike, which `plain_size` tells. Any other file, and
-one that DALI refuses, is decoded by `decode` and reaches DALI as raw pixels: so a file has one meaning, and one
-error, in all loaders.
+This module reads the files, in the order of the epoch plan that all loaders share, so several processes and
+resuming work as in the other loaders. DALI decodes only files that every decoder reads alike (`plain_size`).
+Any other file, and one that DALI refuses, is decoded by `decode` and passed to DALI as raw pixels, so that a
+file gives the same image, or the same error, in all loaders.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def require() -> None:
 
 
 class DaliLoader(Loader):
-    """Read image files through a DALI pipeline of `num_threads` threads that is `prefetch` batches ahead."""
+    """Read image files through a DALI pipeline with `num_threads` threads, which works `prefetch` batches
+    ahead."""
 
     def __init__(
         self,
@@ -82,12 +83,13 @@ class DaliLoader(Loader):
     def finished(
         self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """Yield what Loader does; on a CPU a thread converts to floats, so that no step waits for it."""
+        """Yield what `Loader.finished` yields; on a CPU a thread converts images to floats in advance."""
         batches = super().finished(rows, start, flip, epoch)
         return prefetched(batches) if self.device.type == "cpu" else batches
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Yield what Loader says; on a CPU images are DALI's buffer, valid until the next request."""
+        """Yield what `Loader.batches` yields; on a CPU the images are DALI's own buffer, valid until the next
+        batch."""
         at = start * self.batch_size
         while at < len(rows):
             with suppress(_RefusedError), closing(self._decoded(rows[at:].tolist())) as decoded:
@@ -97,8 +99,10 @@ class DaliLoader(Loader):
                     at += len(images)
 
     def _decoded(self, rows: list[int]) -> Generator[Tensor, None, None]:
-        """Yield the images of `rows` in batches, uint8 [B, C, S, S]. Raises _RefusedError once a file
-        that DALI refuses is identified; a new call with the remaining rows lets Pillow decode it.
+        """Yield the images of `rows` in batches, uint8 [B, C, S, S].
+
+        Raises _RefusedError once a file that DALI refuses has been identified; the caller then calls again with
+        the remaining rows, and Pillow decodes that file.
         """
         pipe, feed = self._idle.pop() if self._idle else self._build(self.batch_size, self.prefetch)
         feed.begin(rows)
@@ -136,7 +140,8 @@ class DaliLoader(Loader):
         return out
 
     def _find_refused(self, rows: list[int]) -> set[int]:
-        """Return the rows of files that DALI refuses and Pillow, which reads around some damage, does not."""
+        """Return the rows of files that DALI cannot decode although Pillow can, since Pillow tolerates some
+        damage."""
         refused = set()
         while rows:
             pipe, feed = self._build(1, prefetch=1)
@@ -151,7 +156,8 @@ class DaliLoader(Loader):
         return refused - self._pillow_rows
 
     def _build(self, batch_size: int, prefetch: int) -> tuple[Pipeline, _Feed]:
-        """Return a pipeline that decodes, crops and resizes, and what it calls for its batches."""
+        """Build a DALI pipeline that decodes, crops and resizes; return it with the callable that supplies its
+        batches."""
         from nvidia.dali import Pipeline, fn, types
 
         _keep_pipelines_from_children()
@@ -188,7 +194,7 @@ class DaliLoader(Loader):
         return pipe, feed
 
     def _to_torch(self, out: TensorListCPU | TensorListGPU) -> Tensor:  # [B, C, S, S] uint8, channels last
-        """Return DALI's batch as a tensor: on a CPU the same memory, on a GPU a copy."""
+        """Return a batch of DALI's as a tensor: on a CPU the same memory, on a GPU a copy."""
         tensor = out.as_tensor()
         if self.device.type != "cuda":
             return torch.from_dlpack(tensor).permute(0, 3, 1, 2)
@@ -213,20 +219,21 @@ _Encoded = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]
 
 
 class _RefusedError(Exception):
-    """Say that DALI refused a file of the batch, and that the loader knows which."""
+    """Report that DALI refused a file of the batch, and that the loader has identified it."""
 
 
 @cache
 def _keep_pipelines_from_children() -> None:
-    """Keep forked workers from collecting the pipelines that they inherit.
+    """Prevent forked worker processes from garbage-collecting the DALI pipelines that they inherit.
 
-    A worker crashes when it does, since the pipelines' threads exist in its parent only.
+    A worker that did so would crash, since the pipelines' threads exist only in its parent.
     """
     os.register_at_fork(after_in_child=gc.freeze)
 
 
 class _Feed:
-    """Give the pipeline, which calls it, its next batch: encoded files, and where the crop lies in each."""
+    """Supply a DALI pipeline, which calls this object, with its next batch: encoded files and the crop in
+    each."""
 
     def __init__(self, source: ImageFiles, batch_size: int, pillow_rows: set[int], kept: int) -> None:
         self.source, self.batch_size, self.pillow_rows = source, batch_size, pillow_rows
@@ -236,7 +243,7 @@ class _Feed:
         self.ended = False
 
     def begin(self, rows: list[int]) -> None:
-        """Start an epoch of these rows."""
+        """Start a pass over the given rows."""
         self.coming.close()
         batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
         # Files are read while a step is computed. DALI asks for them only while the step waits for images.
@@ -255,12 +262,13 @@ class _Feed:
         return encoded
 
     def read_all(self, rows: list[int]) -> _Encoded:
-        """Read the files of a batch."""
+        """Read the files of a batch; return their bytes, and the crops' corners and extents."""
         data, anchors, shapes = zip(*(self.read(row) for row in rows), strict=True)
         return list(data), list(anchors), list(shapes)
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a file as bytes that DALI decodes, and the crop's corner and extent in it."""
+        """Return a file as bytes that DALI can decode, and the crop's corner (top, left) and extent (height,
+        width)."""
         path, channels = self.source.files[row], self.source.channels
         try:
             with opened(path) as file:
@@ -280,7 +288,7 @@ class _Feed:
         )
 
     def raise_cause(self) -> None:
-        """Raise, after the pipeline has failed, the error of the file that caused it, if one did."""
+        """Raise the error of the file that made the pipeline fail, if there is such a file."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error from None

@@ -1,12 +1,13 @@
-"""Plan an epoch: the order of its images, which of them are mirrored, and each process's part.
+"""Plan an epoch: the order of its images, which of them are mirrored, and which of them each process gets.
 
-Order and mirroring of an epoch are a function of the seed, the epoch's number and nothing else. So a position
-is two integers, a resumed epoch continues exactly, and all loaders give the same batches.
+The order and mirroring of an epoch depend only on the seed and the epoch's number. So two integers, epoch and
+batch, are a position from which training resumes exactly, and all loaders give the same batches.
 
-Several processes share the global batches of one: if their number changes on resume and the global batch is
-kept, training goes on with the same images in the same steps. The last images of an epoch that do not fill a
-global batch are left out of it, and another epoch's shuffle leaves out others; or the batch is filled up
-(`pad`) with images of the same epoch, which then have weight 0. Evaluation counts every image exactly once.
+Several processes divide the global batches of a single process among them. If their number changes on resume
+and the global batch keeps its size, training continues with the same images in the same steps. The last images
+of an epoch, which do not fill a global batch, are left out of this epoch (another epoch leaves out others). Or,
+with `pad`, the batch is filled up with images of the same epoch, which get the sample weight 0. Evaluation
+counts every image exactly once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 @dataclass
 class EpochPlan:
-    """Hold the order of an epoch, or of one process's part of it."""
+    """Hold the order of the images in an epoch, of all processes or of one."""
 
     rows: Tensor  # [N] int64 on the CPU, rows of the source
     flip: Tensor | None  # [N] bool on the CPU, which of them to mirror
@@ -27,7 +28,7 @@ class EpochPlan:
 
 @dataclass(frozen=True)
 class Batching:
-    """Say how the images of a source are divided into batches and among processes."""
+    """Describe how the images of a source are divided into batches and among processes."""
 
     n: int  # images in the source
     batch_size: int  # of one process
@@ -52,9 +53,10 @@ class Batching:
         return len(range(self.rank, all_batches, self.world))
 
     def part_of_rank(self, plan: EpochPlan) -> EpochPlan:
-        """Return this process's part of an epoch: its slice of each global batch, or every world-th test batch.
+        """Return this process's part of an epoch: its slice of each global batch or, in evaluation, every
+        `world`-th batch.
 
-        The global batches are those of one process with a batch `world` times as large.
+        The global batches are those of one process whose batch is `world` times as large.
         """
         if self.train:
             places = torch.arange(len(self) * self.global_batch) % len(plan.rows)
@@ -65,9 +67,10 @@ class Batching:
         return EpochPlan(plan.rows[places], None if plan.flip is None else plan.flip[places])
 
     def last_weights(self) -> Tensor:  # [B] float32
-        """Return the images' weights in a last batch that is filled up: 0 for those that fill it.
+        """Return the sample weights of the images in a last batch that was filled up; those that fill it have
+        weight 0.
 
-        Over all processes they are 1 on average.
+        Over all processes the weights are 1 on average.
         """
         first = (len(self) - 1) * self.global_batch + self.rank * self.batch_size
         real = self.n - (len(self) - 1) * self.global_batch
@@ -76,7 +79,8 @@ class Batching:
 
 
 def plan_epoch(n: int, seed: int, number: int, flip: bool) -> EpochPlan:
-    """Return the order of training epoch `number` over n images; with `flip` half of them are mirrored."""
+    """Return the shuffled order of n images for training epoch `number`; with `flip` a random half of them is
+    mirrored."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     rows = torch.randperm(n, generator=generator)
     return EpochPlan(rows, torch.rand(n, generator=generator) < 0.5 if flip else None)

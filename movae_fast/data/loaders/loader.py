@@ -1,7 +1,8 @@
-"""Give batches of a source on the device: what the three loaders have in common.
+"""Define the base class of the three loaders, which gives batches of an image source on the device.
 
 `epoch(number, start)` yields images, float32 [B, C, S, S] in the model's data range, and labels, int64 [B]. All
-loaders yield the same ones; only `dali`'s pixels come from another decoder, within a grey level or two.
+loaders yield the same batches; only the pixels of `dali` come from another decoder and may differ by a grey
+level or two.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class _Options(TypedDict):
 
 
 class LoaderOptions(_Options, total=False):
-    """List the arguments by name that every loader has; `Loader` says what they mean."""
+    """List the keyword arguments that every loader has, for type checkers; `Loader` explains them."""
 
     seed: int
     flip: bool
@@ -36,21 +37,23 @@ class LoaderOptions(_Options, total=False):
 
 
 class Loader:
-    """Plan epochs, and bring uint8 batches to the model's data range. Derived classes write `batches`.
+    """Plan epochs, and convert uint8 batches to the model's data range. Subclasses implement `batches`.
 
     Args:
         source: The images of one split.
         batch_size: Images per batch of this process.
-        device: Where the batches are wanted.
-        train: Shuffle and mirror, and have complete batches only; otherwise rows in order, each once.
+        device: The device of the batches.
+        train: Shuffle, mirror and give complete batches only; otherwise give the rows in order, each once.
         seed: Seed of the orders, of mirroring, and of binarization unless there is a binarizer.
-        flip: Mirror half of the training images.
+        flip: Mirror a random half of the training images.
         normalize: Give images in [-1, 1] instead of [0, 1].
-        bits: The bits of a value that are kept.
-        binarizer: What makes pixels black or white.
+        bits: The number of bits of a pixel's value that are kept.
+        binarizer: Converts pixels to black and white; None does not.
         rank: This process's number, of `world`.
         world: Number of processes.
         pad: Fill up the last training batch instead of leaving it out.
+
+    Raises ValueError if the training images do not fill one batch and `pad` is False.
     """
 
     def __init__(
@@ -93,12 +96,12 @@ class Loader:
 
     @property
     def note(self) -> str:
-        """Return one line for the user about the source, such as an outdated prepared file, or ""."""
+        """Return the source's message to the user, such as an outdated prepared file, or ""."""
         return self.source.note
 
     @property
     def left_out(self) -> list[str]:
-        """Return the unreadable files that the source does without, each with the reason."""
+        """Return the unreadable files that the source leaves out, each with the reason."""
         return list(self.source.skipped)
 
     def __len__(self) -> int:
@@ -111,16 +114,17 @@ class Loader:
         return self.batching.global_batch
 
     def sample_weight_of(self, batch: int) -> Tensor | None:  # [B] float32
-        """Return the weight of each image of an epoch's batch, 1 on average over all processes' images.
+        """Return the sample weight of each image in batch number `batch` of an epoch; None if all weights are
+        1.
 
-        None where all images have weight 1; else images that fill up the last batch have weight 0.
+        Images that fill up the last batch have weight 0. Over all processes the weights are 1 on average.
         """
         if not self.pad:
             return None
         return self._weights[batch == len(self) - 1]
 
     def plan(self, number: int) -> EpochPlan:
-        """Return the order of epoch `number` over all processes; a test split is read in order."""
+        """Return the order of epoch `number` for all processes together; a test split is read in file order."""
         if not self.train:
             return EpochPlan(torch.arange(len(self.source)), None)
         return plan_epoch(len(self.source), self.seed, number, self.flip)
@@ -131,7 +135,7 @@ class Loader:
         yield from self.finished(plan.rows, start, plan.flip, number if self.train else None)
 
     def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of the given rows [N] of the source, in order, unmirrored."""
+        """Yield batches of the given rows [N] of the source, in order and not mirrored."""
         yield from self.finished(rows, 0, None, None)
 
     def finished(
@@ -141,9 +145,9 @@ class Loader:
         flip: Tensor | None,  # [N] bool
         epoch: int | None,
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """Yield batches of `rows` in the model's data range, from batch `start` on.
+        """Yield batches of `rows` in the model's data range, from batch number `start` on, with their labels.
 
-        Images are mirrored where `flip` says so. `epoch` is that of the binarizer's draw, None for the static
+        flip: which images are mirrored. epoch: the epoch of a dynamic binarizer's draw; None makes the static
         draw.
         """
         flip = None if flip is None else flip.to(self.device)
@@ -154,5 +158,8 @@ class Loader:
             yield finish(images, flip_here, self.normalize, self.bits), labels
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Yield (offset in `rows`, (uint8 images, labels)) on the device, from batch `start` on."""
+        """Yield (offset in `rows`, (uint8 images, labels)) on the device, from batch number `start` on.
+
+        Implemented by each loader.
+        """
         raise NotImplementedError

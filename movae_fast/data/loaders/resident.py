@@ -1,4 +1,4 @@
-"""Keep the whole set on the device as uint8, so that a batch is one indexing away."""
+"""Keep a whole dataset on the device as uint8, so that giving a batch is one indexing operation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class ResidentLoader(Loader):
-    """Index a set that lies on the device as uint8, or is rendered there.
+    """Index images that lie on the device as uint8, or are rendered there.
 
-    Image files come to lie there as they are used: the first epoch decodes them, on all processors. A prepared
-    file stays where it is mapped.
+    Image files are decoded in the first epoch, on all processors, and then stay on the device. A prepared file
+    stays memory-mapped.
 
-    On CUDA gathering, mirroring and normalising are one compiled kernel, unless `compiled` is False or pixels
-    are made black or white. They are not compiled on a CPU: there the kernel took 0.6 to 0.8 of the time of
-    `pick` and `finish` without mirroring, but 3 to 20 times as long with it, since it goes byte by byte where
-    those copy whole images.
+    On CUDA indexing, mirroring and normalising are one compiled kernel, unless `compiled` is False or images
+    are binarized. On a CPU they are not compiled: there the kernel took 0.6 to 0.8 of the time of `pick` and
+    `finish` without mirroring, but 3 to 20 times as long with it, since it goes byte by byte where those copy
+    whole images.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class ResidentLoader(Loader):
     def finished(
         self, rows: Tensor, start: int, flip: Tensor | None, epoch: int | None
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """Yield what Loader does; images on a GPU are indexed there, and nothing waits for the device."""
+        """Yield what `Loader.finished` yields; images on a GPU are indexed there, without waiting for the
+        device."""
         fused = self.compiled and self.binarizer.mode == "none"
         table = self.source.table(rows) if fused else None
         if table is None:
@@ -63,11 +64,13 @@ class ResidentLoader(Loader):
 
     @cached_property
     def batch_of(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Compile this loader's own kernel, so that the shapes of other loaders do not recompile it."""
+        """Return this loader's own compiled copy of `batch_of`, so that other loaders' shapes do not recompile
+        it."""
         return compiled_batch_of()
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Yield what Loader says; decoding and reading of mapped files run two batches ahead of the step."""
+        """Yield what `Loader.batches` yields; files are decoded or read two batches ahead of the training
+        step."""
         starts = range(start * self.batch_size, len(rows), self.batch_size)
         if not self.source.on_host:
             rows = rows.to(self.device)
@@ -87,12 +90,15 @@ class ResidentLoader(Loader):
 
 
 def compiled_batch_of() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return `batch_of`, compiled in a code object of its own."""
+    """Return a compiled copy of `batch_of`, which torch.compile counts separately from other copies."""
     return torch.compile(with_own_code(batch_of), fullgraph=True)
 
 
 class DecodedFiles(ImageSource):
-    """Decode image files at their first use, and keep them on the device as uint8 from then on."""
+    """Decode image files at their first use, and keep them on the device as uint8 afterwards.
+
+    Raises ValueError if the device's memory cannot hold all of them.
+    """
 
     on_host = True  # The host knows which rows are wanted, without asking the device.
 
@@ -116,7 +122,7 @@ class DecodedFiles(ImageSource):
         return len(self.source)
 
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images of `rows` on the device and their labels; `rows` and labels are on the host."""
+        """Return the images of `rows` on the device, and their labels; `rows` and labels are on the host."""
         new = rows[~self.present[rows]]
         if len(new):
             items = in_threads(self.source.__getitem__, new.tolist())
@@ -125,10 +131,10 @@ class DecodedFiles(ImageSource):
         return pick(self.images, rows.to(self.device)), self.labels[rows]
 
     def table(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return all images and labels on the device once every one of `rows` is decoded."""
+        """Return all images and labels on the device if every image of `rows` has been decoded, else None."""
         return (self.images, self.labels.to(self.device)) if bool(self.present[rows].all()) else None
 
 
 def set_bytes(source: ImageFiles) -> int:
-    """Return the bytes that the decoded images take."""
+    """Return the number of bytes that all images take once decoded."""
     return len(source) * source.channels * source.size**2

@@ -1,4 +1,4 @@
-"""Feed batches from the processes of torch's DataLoader."""
+"""Feed batches from the worker processes of torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class TorchLoader(Loader):
-    """Read a source in `num_workers` processes: the fallback for sets that do not fit on the device."""
+    """Read an image source in `num_workers` processes; used for datasets that do not fit on the device, without
+    DALI."""
 
     def __init__(
         self,
@@ -32,7 +33,8 @@ class TorchLoader(Loader):
         self.num_workers = num_workers
 
     def batches(self, rows: Tensor, start: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """Yield what Loader says. A worker's ValueError is raised here without the worker's traceback."""
+        """Yield what `Loader.batches` yields. A worker's ValueError is raised here without the worker's
+        traceback."""
         at = start * self.batch_size
         loader: DataLoader = DataLoader(
             cast("Dataset", self.source),  # All that a DataLoader asks for is __len__ and __getitem__.
@@ -56,7 +58,8 @@ class TorchLoader(Loader):
 
 
 def started(loader: DataLoader) -> Iterator[Any]:
-    """Return the loader's iterator; if not all of its workers can be started, end those that were and raise."""
+    """Return the loader's iterator; if some workers cannot be started, end those that were started, and
+    raise."""
     try:
         return iter(loader)
     except (OSError, RuntimeError) as error:

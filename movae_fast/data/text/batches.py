@@ -176,10 +176,14 @@ class TextLoader:
         None is once for each.
         """
         self._planned = list(self.batching.epoch(self.seed, number))
-        for batch in self._planned[start:]:
-            tokens, labels = self.source.gather(batch.rows, batch.length)
-            weights = None if batch.weights is None else batch.weights.to(self.device)
-            yield tokens.to(self.device), labels.to(self.device), weights
+        for place in range(start, len(self._planned)):
+            yield self.batch(place)
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:  # [B, T], [B], [B] float32 or None
+        """Return one batch of the epoch that was begun last, as `weighted_epoch` yields it."""
+        batch = self._planned[number]
+        tokens, labels = self.source.gather(batch.rows, batch.length)
+        return tokens.to(self.device), labels.to(self.device), self.sample_weight_of(number)
 
     def sample_weight_of(self, batch: int) -> Tensor | None:  # [B] float32
         """Return how often each sentence counts of a batch of the epoch that was begun last; None is once."""

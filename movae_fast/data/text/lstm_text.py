@@ -94,6 +94,11 @@ def random_network(generator: torch.Generator, words: int = 1000, hidden: int = 
     )
 
 
+def generating_network(seed: int = 0) -> TextNetwork:
+    """Return the network that the corpus of this seed is drawn from."""
+    return random_network(torch.Generator().manual_seed(seed))
+
+
 def log_prior(z: Tensor) -> Tensor:  # [B, 2] -> [B]
     """Return the log density of the four components' mixture at z, in nats."""
     distances = (z[:, None] - CENTRES.to(z)).square().sum(2)

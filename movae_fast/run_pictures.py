@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from movae_fast.cli.ladder import SECONDS, traversal_pictures
-from movae_fast.cli.trained import beta_of, caption_of
 from movae_fast.data import to_unit
+from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
+from movae_fast.evaluation.trained import beta_of, caption_of
 from movae_fast.files import give_name
 from movae_fast.models import ProVLAE
 from movae_fast.pictures import pairs, sheet, write_gif, write_png
@@ -19,14 +20,16 @@ from movae_fast.training.logs import read_lines
 from movae_fast.training.loop import images_due, pictures_due
 from movae_fast.training.run import Run
 
+SECONDS = 0.2  # per picture: 5 a second
+
 
 @torch.no_grad()
 def draw_run(run: Run, tag: str) -> None:
-    """Draw figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run, and give its logs
-    what shows images.
+    """Write figures/samples_<tag>.png, reconstructions_<tag>.png and loss_curves.png of a run while it trains.
 
-    The curves come first: where the pictures of a tag are, the curves are up to date. Those of a ladder's end
-    are the pictures of its last stage, too.
+    The curves are written first: if the pictures of a tag exist, the curves are up to date as well. For text
+    only the curves are written; a ladder VAE also gets traversals, and at its end those of its last stage under
+    the stage's names.
     """
     folder = run.folder / "figures"
     lines = read_lines(run.folder / "metrics.jsonl")
@@ -85,8 +88,37 @@ def images_of_run(run: Run) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     return made, frames
 
 
+def traversal_pictures(
+    model: ProVLAE, x: Tensor, normalize: bool, caption: str
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the latent traversals of one image x [1, C, S, S]: the frames of a GIF, uint8 [h, w, 3] each, and
+    a sheet with a latent per row and a value per column.
+
+    In a frame rungs are rows and latents are columns. normalize: whether x is in [-1, 1] instead of [0, 1].
+    """
+    values, images = ladder_traversals(model, x, normalize)
+    rungs = [f"rung {rung}" for rung in range(model.num_ladders, 0, -1)]
+    latents = [f"latent {dim + 1}" for dim in range(model.z_dim)]
+    cells = images.flatten(0, 1)  # [L * latent_dim, FRAMES, C, S, S]
+    frames = [
+        sheet(cells[:, k], model.z_dim, f"value {value:+.1f}\n{caption}", rungs, latents)
+        for k, value in enumerate(values.tolist())
+    ]
+    rows = [f"{rung}, {latent}" for rung in rungs for latent in latents]
+    heads = [f"{value:+.1f}" for value in values.tolist()]
+    return frames, sheet(cells.flatten(0, 1), FRAMES, caption, rows, heads)
+
+
+def draw_traversals(
+    model: ProVLAE, x: Tensor, normalize: bool, gif: Path, picture: Path, caption: str
+) -> list[Path]:
+    """Write the latent traversals of one image x [1, C, S, S] as a GIF and a sheet, and return both paths."""
+    frames, whole = traversal_pictures(model, x, normalize, caption)
+    return [write_gif(gif, frames, SECONDS), write_png(picture, whole)]
+
+
 def pictures(run: Run, tag: str) -> dict[str, Path]:
-    """Return the files of the pictures that belong to a tag."""
+    """Return the paths of the pictures that `draw_run` writes for a tag, by kind, such as "samples"."""
     if run.config.is_text:  # its sentences are printed by `movae sample`
         return {"curves": run.folder / "figures" / "loss_curves.png"}
     names = {"samples": f"samples_{tag}.png", "reconstructions": f"reconstructions_{tag}.png"}
@@ -100,14 +132,15 @@ def pictures(run: Run, tag: str) -> dict[str, Path]:
 
 
 def draw_missing(run: Run) -> None:
-    """Draw what a run that was killed between a checkpoint and its pictures lacks of them."""
+    """Draw the pictures that a resumed run lacks because it was killed between writing a checkpoint and its
+    pictures."""
     tag = pictures_due(run)
     if run.world.main and tag and not all(path.exists() for path in pictures(run, tag).values()):
         draw_run(run, tag)
 
 
 def _first(run: Run, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the first test batches that hold n images."""
+    """Return as many (images, labels) batches from the start of the test split as are needed for n images."""
     batches: list[tuple[torch.Tensor, torch.Tensor]] = []
     for batch in run.test_loader.epoch():
         batches.append(batch)

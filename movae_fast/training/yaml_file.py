@@ -1,5 +1,5 @@
-"""Read YAML files of flags, within bounds on size and depth, with every key once and numbers as people write
-them."""
+"""Read YAML files of flags, with limits on size and depth, no key twice, and numbers such as 1e-4 read as
+numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ KNOWN_TAGS = [None, *(f"tag:yaml.org,2002:{tag}" for tag in "null bool int float
 
 
 class BeyondBoundsError(yaml.YAMLError):
-    """Say that a document is deeper or larger than flags are, or contains itself."""
+    """Report that a document is deeper or larger than a file of flags can be, or contains itself."""
 
 
 class FlagsLoader(BASE):
-    """Load plain values only: `1e-4` is a number, `off` and dates are text, and a key may occur once."""
+    """Load plain YAML values only: `1e-4` is a number, `off` and dates are text, and a key may occur only
+    once."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, Any]]]] = {}
     yaml_constructors: ClassVar = {tag: BASE.yaml_constructors[tag] for tag in KNOWN_TAGS}
@@ -58,8 +59,8 @@ FlagsLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(lo
 def read_yaml(path: Path, what: str) -> Any:
     """Return the value in the YAML file at `path`.
 
-    Raises ValueError, of one line that begins with `what`, for a file that cannot be read, is no YAML, is
-    larger or deeper than a file of flags can be, repeats a key, or contains itself.
+    Raises ValueError, with a one-line message that begins with `what`, for a file that cannot be read, is not
+    YAML, is larger or deeper than a file of flags can be, repeats a key, or contains itself.
     """
     try:
         if path.stat().st_size > LARGEST:
@@ -80,10 +81,10 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def check_shape(text: str) -> None:
-    """Refuse a document that is too deep, too long when its aliases are filled in, or that contains itself.
+    """Check a YAML document's depth and size without building its values; aliases count as what they stand for.
 
-    Raises BeyondBoundsError, or yaml.YAMLError for what is no YAML. The events of a document are read without
-    recursion, whatever its depth.
+    Raises BeyondBoundsError if it is too deep or too large, or contains itself, and yaml.YAMLError if it is not
+    YAML. The events of the document are read without recursion, so that depth does no harm.
     """
     sizes: dict[str | None, int] = {}  # anchor -> values that an alias to it stands for
     parents: list[tuple[str | None, int]] = []  # of each open collection: its anchor, and the values before it

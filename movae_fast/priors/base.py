@@ -1,0 +1,132 @@
+"""Say what every prior offers, and build and save one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast.lazy import resolve
+from movae_fast.models import VAE
+from movae_fast.names import nearest, shown
+from movae_fast.priors.catalog import KINDS, WORDS, kinds_for
+from movae_fast.priors.codes import Grid, Grids, grids_of
+from movae_fast.priors.config import PriorConfig
+from movae_fast.priors.latents import Latents, identity
+from movae_fast.training import checkpoint
+from movae_fast.training.config import TrainConfig
+
+FOLDER, FILE = "priors", "prior.pt"  # below a run; in a prior's folder
+
+
+class Stepped(Protocol):
+    """Say what steps of an optimizer need of a prior, which is a module as well."""
+
+    def draws(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw the random numbers [n, ...] of n rows."""
+
+    def loss(self, values: Tensor, label: Tensor, draws: Tensor) -> Tensor:
+        """Return the loss [] of rows: codes [B, T], or latents [B, 2, D] as means and log-variances."""
+
+
+def drawn_latents(values: Tensor, noise: Tensor) -> Tensor:  # [B, D]
+    """Return a draw from each posterior of values [B, 2, D] (means and log-variances), by noise [B, D]."""
+    mean, logvar = values.unbind(1)
+    return mean + torch.exp(0.5 * logvar) * noise
+
+
+def check_kind(config: PriorConfig, model: VAE, arch: str, classes: int) -> None:
+    """Raise ValueError for a kind that is not for the model's latents, and for labels where there are none."""
+    info = KINDS[config.kind]
+    if info.latents != model.latents:
+        valid = ", ".join(kinds_for(model.latents)) or "none"
+        has = WORDS.get(model.latents, "a hierarchy of latents, which has a prior of its own")
+        raise ValueError(
+            f"--kind {config.kind} is over {WORDS[info.latents]}; {arch} has {has}: valid: {valid}"
+        )
+    if config.labels and classes < 2:
+        raise ValueError("--labels: the dataset has no labels; leave it out")
+
+
+def build_prior(config: PriorConfig, shape: tuple[int, ...], grids: Grids, classes: int) -> nn.Module:
+    """Return the prior that the configuration describes, with fresh weights.
+
+    shape: of a row of the latents: (T,) codes, or (2, D). classes: of the dataset's labels.
+    """
+    build = resolve(f"movae_fast.priors.{KINDS[config.kind].place}")
+    made: nn.Module
+    if grids:
+        made = build(config, grids, classes if config.option("labels") else 0)
+    else:
+        made = build(config, shape[-1])
+    return made
+
+
+def save_prior(
+    path: Path, config: PriorConfig, latents: Latents, classes: int, prior: nn.Module, scores: dict[str, Any]
+) -> None:
+    """Write a fitted prior: its settings, what it was fitted to, its weights, and its scores."""
+    checkpoint.save(
+        path,
+        {
+            "prior": config.flat(),
+            "of": {name: latents.header[name] for name in ("weights", "transform", "beta", "grids")},
+            "shape": list(latents.header["shape"][1:]),
+            "classes": classes,
+            "model": {name: value.clone() for name, value in prior.state_dict().items()},
+            "scores": scores,
+        },
+    )
+
+
+def prior_paths(run: Path) -> list[Path]:
+    """Return the fitted priors of a run, the one that was fitted last at the end."""
+    return sorted((run / FOLDER).glob(f"*/{FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
+
+
+def find_prior(run: Path, name: str) -> Path | None:
+    """Return the file of the prior called `name`: `auto` is the one that was fitted last, or None if there is
+    none; `none` is None. Raises ValueError for a name that there is not."""
+    paths = prior_paths(run)
+    if name == "none" or (name == "auto" and not paths):
+        return None
+    if name == "auto":
+        return paths[-1]
+    names = {path.parent.name: path for path in paths}
+    if name not in names:
+        has = f"it has {', '.join(names)}" if names else "it has none: fit one with movae prior"
+        raise ValueError(f"--prior {name}: {shown(run)} has no such prior{nearest(name, names)}; {has}")
+    return names[name]
+
+
+def load_prior(path: Path, trained: TrainConfig, model: VAE) -> tuple[PriorConfig, nn.Module]:
+    """Return a fitted prior of this model, in evaluation mode on the model's device.
+
+    Raises ValueError for one of another run, of other weights, or of codes of another grid.
+    """
+    content = checkpoint.load(path)
+    if "prior" not in content:
+        raise ValueError(f"{shown(path)} is no prior of movae-fast")
+    config, of = PriorConfig(**content["prior"]), content["of"]
+    grids = tuple(Grid(*grid) for grid in of["grids"])
+    own = grids_of(model) if model.latents == "codebook" else ()
+    again = f"fit it again (movae prior RUN --kind {config.kind} --name NEW), or leave it out (--prior none)"
+    if grids != own:
+        raise ValueError(f"{shown(path)} is over codes {words(grids)}, the model has {words(own)}: {again}")
+    known = identity(trained, model, "train")
+    if known["weights"] != of["weights"]:
+        raise ValueError(
+            f"{shown(path)} is of weights {of['weights'][:12]}, the model has {known['weights'][:12]}: {again}"
+        )
+    if known["beta"] != of["beta"]:
+        raise ValueError(f"{shown(path)} was fitted at beta {of['beta']}, here it is {known['beta']}: {again}")
+    prior = build_prior(config, tuple(content["shape"]), grids, content["classes"])
+    checkpoint.load_model(prior, content["model"], path)
+    return config, prior.to(model.device).eval()
+
+
+def words(grids: Grids) -> str:
+    """Return the sizes of maps of codes in words."""
+    return " + ".join(f"{g.height}x{g.width} of {g.codes:,}" for g in grids) or "none"

@@ -1,0 +1,147 @@
+"""Define MaskGIT (Chang et al. 2022): a transformer that sees all places and fills in masked codes.
+
+It has no likelihood. A sample takes a few passes, each of which fills in many places.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from movae_fast.priors.choice import Choice, guided, label_rows, pick, probabilities
+from movae_fast.priors.codes import Grids
+from movae_fast.priors.config import PriorConfig
+from movae_fast.priors.transformer import CodeTransformer, kept_labels
+
+PASSES = 8  # of a sample
+
+
+class MaskedPrior(CodeTransformer):
+    """Predict masked codes from all others."""
+
+    exact = False
+
+    def __init__(
+        self,
+        grids: Grids,
+        width: int,
+        depth: int,
+        dropout: float,
+        classes: int = 0,
+        label_dropout: float = 0.1,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__(grids, width, depth, dropout, classes)
+        self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
+
+    def logits(self, codes: Tensor, masked: Tensor, label: Tensor | None = None) -> list[Tensor]:
+        """Return for each map the logits [B, places, K], of codes [B, T] of which some are masked [B, T]."""
+        tokens = torch.where(masked, self.mask_token, codes + self.offsets)
+        x = self.tokens(tokens) + self.positions() + self.label_vectors(label, len(codes))[:, None]
+        x = self.dropout(x)
+        for layer in self.layers:
+            x = layer(x, causal=False)
+        return [self.logits_at(x[:, self.places_of(k)], k) for k in range(len(self.grids))]
+
+    def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, 2 + T]
+        """Draw which labels are left out, how much is masked, and in which order places are."""
+        return torch.rand(n, 2 + self.length, generator=generator)
+
+    def loss(self, codes: Tensor, label: Tensor, draws: Tensor) -> Tensor:  # []
+        """Return the smoothed cross-entropy per masked code of a batch, codes [B, T] and labels [B]."""
+        known = kept_labels(label, draws, self.label_dropout) if self.classes else None
+        count = masked_at(draws[:, 1], self.length)
+        masked = draws[:, 2:].argsort(1).argsort(1) < count[:, None]
+        total = draws.new_zeros(())
+        for number, logits in enumerate(self.logits(codes, masked, known)):
+            here = self.places_of(number)
+            each = F.cross_entropy(
+                logits.flatten(0, 1),
+                codes[:, here].flatten(),
+                reduction="none",
+                label_smoothing=self.label_smoothing if self.training else 0.0,
+            )
+            total = total + (each * masked[:, here].flatten()).sum()
+        return total / count.sum()
+
+
+def masked_at(progress: Tensor, length: int) -> Tensor:
+    """Return how many of `length` places are masked at a progress in [0, 1): the cosine schedule, 1 at
+    least."""
+    return torch.ceil(torch.cos(progress * math.pi / 2) * length).clamp(min=1, max=length).long()
+
+
+@lru_cache
+def halton_order(height: int, width: int) -> tuple[int, ...]:
+    """Return the places of a map in the order of a Halton sequence of bases 2 and 3 (Besnier et al. 2025).
+
+    Places that are filled in together then lie far apart, and depend little on each other.
+    """
+
+    def radical_inverse(number: int, base: int) -> float:
+        value, part = 0.0, 1.0 / base
+        while number:
+            number, digit = divmod(number, base)
+            value, part = value + digit * part, part / base
+        return value
+
+    order: dict[int, None] = {}  # keeps the order of insertion
+    number = 1
+    while len(order) < height * width:
+        row, column = int(radical_inverse(number, 2) * height), int(radical_inverse(number, 3) * width)
+        order.setdefault(row * width + column)
+        number += 1
+    return tuple(order)
+
+
+@torch.no_grad()
+def draw_masked(
+    prior: MaskedPrior,
+    n: int,
+    generator: torch.Generator,
+    label: Tensor | None,
+    choice: Choice,
+    passes: int = PASSES,
+) -> Tensor:  # [n, T] int64
+    """Draw n sequences of codes: one map after the other, each filled in by `passes` passes in Halton's
+    order."""
+    device = prior.head.weight.device
+    labels = label_rows(label, n, choice, device)
+    codes = torch.zeros(n, prior.length, dtype=torch.int64, device=device)
+    masked = torch.ones(n, prior.length, dtype=torch.bool, device=device)
+    twice = len(labels) // n
+    for number, grid in enumerate(prior.grids):
+        first, order = prior.places_of(number).start, torch.tensor(halton_order(grid.height, grid.width))
+        count = min(passes, grid.places)
+        left = masked_at(torch.arange(1, count + 1) / count, grid.places)
+        left[-1] = 0
+        done = 0
+        for behind in left.tolist():
+            until = max(done + 1, grid.places - behind)
+            here = (order[done:until]).to(device)
+            logits = prior.logits(codes.repeat(twice, 1), masked.repeat(twice, 1), labels)[number][:, here]
+            p = probabilities(guided(logits, choice.guidance), choice)
+            uniform = torch.rand(n, len(here), generator=generator).to(device)
+            codes[:, first + here], masked[:, first + here] = pick(p, uniform), False
+            done = until
+            if done >= grid.places:
+                break
+    return codes
+
+
+def draw_n(
+    prior: MaskedPrior, n: int, generator: torch.Generator, label: Tensor | None, choice: Choice
+) -> Tensor:  # [n, T] int64
+    """Draw n sequences of codes."""
+    return draw_masked(prior, n, generator, label, choice)
+
+
+def build(config: PriorConfig, grids: Grids, classes: int) -> MaskedPrior:
+    """Build the prior that the configuration describes, over codes of `classes` labels (0: without)."""
+    sizes = (config.option("width"), config.option("depth"), config.option("dropout"))
+    left_out = (config.option("label_dropout"), config.option("label_smoothing"))
+    return MaskedPrior(grids, *sizes, classes, *left_out)

@@ -1,0 +1,221 @@
+"""Define a transformer over the codes of an image, and the likelihood of a decoder-only one.
+
+Layers are those of recent language models: RMSNorm before each part (Zhang and Sennrich 2019), normalised
+queries and keys, SwiGLU (Shazeer 2020), no biases. A place's position is a learned row, a learned column and
+its map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from movae_fast.priors.codes import Grid, Grids, places
+from movae_fast.priors.config import PriorConfig
+
+HEAD = 64  # width of an attention head
+
+
+class Attention(nn.Module):
+    """Attend among the places of a sequence; with a cache, from one place to those before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = width // HEAD
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(HEAD), nn.RMSNorm(HEAD)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, heads, T, 64] each
+        """Return queries, keys and values of x [B, T, width]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, HEAD)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q, k, v = self.project(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+
+    def step(
+        self,
+        x: Tensor,  # [B, 1, width]
+        cache: Tensor,  # [2, B, heads, T, 64]
+        position: Tensor,  # [1] int64
+        span: int | None,
+    ) -> Tensor:
+        """Attend from one place to itself and those before it, whose keys and values are in the cache.
+
+        span: the number of those places, where the host knows it; with None all T are read and those behind
+        `position` are masked, so that every step is the same kernels.
+        """
+        q, k, v = self.project(x)
+        cache[0].index_copy_(2, position, k.to(cache.dtype))
+        cache[1].index_copy_(2, position, v.to(cache.dtype))
+        mask = None
+        if span is None:
+            mask = torch.arange(cache.shape[3], device=x.device)[None] <= position
+        keys, values = cache[:, :, :, :span]
+        return self.out(F.scaled_dot_product_attention(q, keys, values, mask).transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Add attention and a SwiGLU to the sequence, each of its RMSNorm."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        hidden = -(-8 * width // 3 // HEAD) * HEAD
+        self.before_attention, self.before_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention = Attention(width)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.dropout(self.attention(self.before_attention(x), causal))
+        return x + self.dropout(self.mlp(self.before_mlp(x)))
+
+    def step(self, x: Tensor, cache: Tensor, position: Tensor, span: int | None) -> Tensor:
+        """Do the same for one place, in evaluation."""
+        x = x + self.attention.step(self.before_attention(x), cache, position, span)
+        return x + self.mlp(self.before_mlp(x))
+
+
+class CodeTransformer(nn.Module):
+    """Turn a sequence of tokens into the logits of each place's code.
+
+    Tokens are codes, those of the k-th map behind those of the maps before it, and one more that stands for a
+    masked code. What begins the sequence is the label's vector, the last one for no label.
+    """
+
+    def __init__(self, grids: Grids, width: int, depth: int, dropout: float, classes: int) -> None:
+        super().__init__()
+        self.grids, self.width, self.classes = grids, width, classes
+        self.length, self.mask_token = places(grids), sum(grid.codes for grid in grids)
+        self.tokens = nn.Embedding(self.mask_token + 1, width)
+        self.labels = nn.Embedding(classes + 1, width)
+        self.rows = nn.ParameterList(nn.Parameter(0.02 * torch.randn(g.height, 1, width)) for g in grids)
+        self.columns = nn.ParameterList(nn.Parameter(0.02 * torch.randn(1, g.width, width)) for g in grids)
+        self.layers = nn.ModuleList(Layer(width, dropout) for _ in range(depth))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, self.mask_token, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        starts = [sum(grid.codes for grid in grids[:k]) for k in range(len(grids))]
+        self.starts = starts
+        each = [torch.full((grid.places,), start) for grid, start in zip(grids, starts, strict=True)]
+        self.register_buffer("offsets", torch.cat(each), persistent=False)
+        self.offsets: Tensor  # [T] what is added to a place's code to make it a token
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if residual else 0.02)
+
+    def positions(self) -> Tensor:  # [T, width]
+        """Return the vector of each place."""
+        maps = zip(self.rows, self.columns, strict=True)
+        return torch.cat([(rows + columns).flatten(0, 1) for rows, columns in maps])
+
+    def label_vectors(self, label: Tensor | None, n: int) -> Tensor:  # [n, width]
+        """Return the vectors of labels [n], or of no label; a label of -1 is none as well."""
+        if label is None:
+            return self.labels.weight[self.classes].expand(n, -1)
+        return self.labels(torch.where(label < 0, self.classes, label))
+
+    def places_of(self, number: int) -> slice:
+        """Return the places of map `number` in the sequence."""
+        first = places(self.grids[:number])
+        return slice(first, first + self.grids[number].places)
+
+    def logits_at(self, hidden: Tensor, number: int) -> Tensor:  # [..., K] float32
+        """Return the logits of codes of map `number` from hidden [..., width]."""
+        start = self.starts[number]
+        weight = self.head.weight[start : start + self.grids[number].codes]
+        return F.linear(self.norm(hidden), weight).float()
+
+
+class CausalPrior(CodeTransformer):
+    """Model the codes of an image one after the other, each given those before it: exact likelihood."""
+
+    exact = True
+
+    def __init__(
+        self, grids: Grids, width: int, depth: int, dropout: float, classes: int = 0, label_dropout: float = 0.1
+    ) -> None:
+        super().__init__(grids, width, depth, dropout, classes)
+        self.label_dropout = label_dropout
+
+    def inputs(self, codes: Tensor, label: Tensor | None) -> Tensor:  # [B, T, width]
+        """Return what the layers read at each place: the token before it, and its own position."""
+        before = self.tokens(codes[:, :-1] + self.offsets[:-1])
+        first = self.label_vectors(label, len(codes))[:, None].to(before)
+        return torch.cat([first, before], 1) + self.positions()
+
+    def hidden(self, codes: Tensor, label: Tensor | None) -> Tensor:  # [B, T, width]
+        """Return the layers' output at each place, which depends on the codes before it alone."""
+        x = self.dropout(self.inputs(codes, label))
+        for layer in self.layers:
+            x = layer(x, causal=True)
+        return x
+
+    def logits(self, codes: Tensor, label: Tensor | None = None) -> list[Tensor]:
+        """Return for each map the logits [B, places, K] of its codes, of codes [B, T]."""
+        x = self.hidden(codes, label)
+        return [self.logits_at(x[:, self.places_of(k)], k) for k in range(len(self.grids))]
+
+    def nats(self, codes: Tensor, label: Tensor | None = None) -> Tensor:  # [B]
+        """Return -log p of the codes [B, T] of each image, in nats."""
+        return nats_under(self.logits(codes, label), codes, self.grids)
+
+    def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, 1]
+        """Draw what decides which labels are left out."""
+        return torch.rand(n, 1, generator=generator)
+
+    def loss(self, codes: Tensor, label: Tensor, draws: Tensor) -> Tensor:  # []
+        """Return the nats per code of a batch, codes [B, T] and labels [B]."""
+        known = kept_labels(label, draws, self.label_dropout) if self.classes else None
+        return self.nats(codes, known).mean() / self.length
+
+    # --- one place at a time ---
+
+    def new_cache(self, n: int) -> Tensor:  # [depth, 2, n, heads, T, 64]
+        """Return room for the keys and values of n sequences."""
+        heads, like = self.width // HEAD, self.head.weight
+        return like.new_zeros(len(self.layers), 2, n, heads, self.length, HEAD)
+
+    def step(self, x: Tensor, cache: Tensor, position: Tensor, span: int | None, number: int) -> Tensor:
+        """Return the logits [n, K] of the place `position` [1] of map `number`.
+
+        x [n, width]: the token before it, or the label's vector. span: as for `Attention.step`.
+        """
+        x = (x + self.positions()[position])[:, None]
+        for layer, kept in zip(self.layers, cache, strict=True):
+            assert isinstance(layer, Layer)
+            x = layer.step(x, kept, position, span)
+        return self.logits_at(x[:, 0], number)
+
+
+def kept_labels(label: Tensor, draws: Tensor, dropout: float) -> Tensor:
+    """Return labels [B] of which a fraction is left out (-1): where draws [B, 1] are below it."""
+    return torch.where(draws[:, 0] < dropout, -1, label)
+
+
+def nats_under(logits: Sequence[Tensor], codes: Tensor, grids: Sequence[Grid]) -> Tensor:  # [B]
+    """Return -log p of codes [B, T] under the logits [B, places, K] of each map."""
+    total, at = codes.new_zeros(len(codes), dtype=torch.float32), 0
+    for each, grid in zip(logits, grids, strict=True):
+        target = codes[:, at : at + grid.places]
+        nats = F.cross_entropy(each.flatten(0, 1), target.flatten(), reduction="none")
+        total = total + nats.view(target.shape).sum(1)
+        at += grid.places
+    return total
+
+
+def build_causal(config: PriorConfig, grids: Grids, classes: int) -> CausalPrior:
+    """Build the prior that the configuration describes, over codes of `classes` labels (0: without)."""
+    sizes = (config.option("width"), config.option("depth"), config.option("dropout"))
+    return CausalPrior(grids, *sizes, classes, config.option("label_dropout"))
