@@ -175,7 +175,7 @@ def test_the_answer_says_which_beta_to_take():
     assert said.tone == "good"
     half = (points[0].distortion + points[-1].distortion) / 2
     kept = answers.thrifty(points)
-    assert kept.beta == 1.0
+    assert kept.beta == pytest.approx(1 / 3)
     assert kept.distortion <= half < points[-1].distortion
     assert answers.beta_answer(points[:1]) is None
     assert "end of the range" in answers.beta_answer(points[1:]).why
