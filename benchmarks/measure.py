@@ -36,12 +36,12 @@ def warm_up(call: Call) -> None:
         torch.cuda.synchronize()
 
 
-def milliseconds(call: Call) -> float:
-    """Return how long one call takes, on a GPU until its work on the device is done."""
+def milliseconds(call: Call, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return how long one call takes: on a CPU by `clock`, on a GPU until its work on the device is done."""
     if not on_gpu():
-        began = time.perf_counter()
+        began = clock()
         call()
-        return 1e3 * (time.perf_counter() - began)
+        return 1e3 * (clock() - began)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -50,17 +50,20 @@ def milliseconds(call: Call) -> float:
     return start.elapsed_time(end)
 
 
-def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+def interleaved(
+    calls: Mapping[str, Call], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median milliseconds of each call over `rounds` rounds, in each of which all are called once.
 
-    So other load on the machine affects all of them alike.
+    So other load on the machine affects all of them alike. With `time.process_time`, on a CPU, the work of this
+    process alone is counted.
     """
     for call in calls.values():
         warm_up(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(milliseconds(call))
+            times[name].append(milliseconds(call, clock))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -107,6 +110,26 @@ def extra_memory(call: Call) -> float:
     before = resident("VmRSS")
     call()
     return (resident("VmHWM") - before) / 1024
+
+
+def allocated_memory(call: Call) -> float:
+    """Return the MiB that torch's allocator has handed out at most during the call, beyond those before it.
+
+    Unlike the resident set it does not depend on what the C library keeps of freed memory.
+    """
+    if on_gpu():
+        return extra_memory(call)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
 
 
 def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:

@@ -89,6 +89,7 @@ PYBIND11_MODULE(_csrc, m) {
     bind_gramian(m);
     bind_gramian_weights(m);
     bind_nearest_code(m);
+    bind_norm_swish(m);
     bind_project_weights(m);
     bind_quantize(m);
     bind_tc_terms(m);

@@ -346,3 +346,23 @@ def linear_cross_entropy(
     losses = -torch.where(kept, right, 0.0).sum(1)
     counted = losses if sample_weight is None else losses * sample_weight.to(losses)
     return counted.sum(), losses.detach()
+
+
+def norm_swish(
+    y: Tensor,  # [B, C, h, w]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    gate: Tensor | None = None,  # [B, C] or [1, C]
+    eps: float = 1e-5,
+    swish: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, C, h, w], [C], [C]
+    """Return x sigmoid(x), or without `swish` x; and mean and var.
+
+    x = weight (z - mean) / sqrt(var + eps) + bias with z = gate y; mean and biased variance are those of a
+    channel over the batch and the pixels.
+    """
+    z = y if gate is None else y * gate[:, :, None, None]
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    per_channel = (slice(None), None, None)
+    x = (z - mean[per_channel]) / (var[per_channel] + eps).sqrt() * weight[per_channel] + bias[per_channel]
+    return x * torch.sigmoid(x) if swish else x, mean.detach(), var.detach()

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-OPS = ["gramian", "nearest_code", "projection", "quantize", "tc_terms", "weightings"]
+OPS = ["gramian", "nearest_code", "norm_swish", "projection", "quantize", "tc_terms", "weightings"]
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 
 

@@ -95,6 +95,7 @@ NOTICED = {
     "combine": "gramian, combine float32",
     "linear_cross_entropy": "linear_cross_entropy float32",
     "tc_terms": "tc_terms mss float32",
+    "norm_swish": "norm_swish float32",
     "project_weights": "project diagonal, Triton",
     "project_rows": "project diagonal, Triton",
     "step_multipliers": "project trace, Triton",

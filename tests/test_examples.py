@@ -25,6 +25,18 @@ def test_vq_layer() -> None:
     assert 20 < perplexity <= 64
 
 
+def test_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    source = (EXAMPLES / "ten_lines.py").read_text()
+    lines = [line for line in source.split('"""')[2].splitlines() if line.strip()]
+    assert len(lines) <= 10
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / "ten_lines.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "squared error per value" in shown
+    assert "'reconstruction': " in shown
+    assert len(list(tmp_path.glob("runs/digits/vae/upgrad/*/checkpoints/last.pt"))) == 1
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("pytorch_lightning") is None,
     reason="Lightning is not installed: pip install 'movae-fast[examples]'",

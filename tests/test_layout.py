@@ -28,11 +28,10 @@ IN_TRAINING = {
     "data",
 }
 ALLOWED = {
-    "__init__": {"api", "version"},
+    "__init__": {"api"},  # for type checkers: a name of it is imported when it is first used
     "__main__": {"cli", *LEAVES},
     "bounds": set(),
     "choices": set(),
-    "version": set(),
     "exchange": set(),
     "files": set(),
     "lazy": set(),
@@ -57,7 +56,7 @@ ALLOWED = {
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
     "run_pictures": {"evaluation", "training", *IN_TRAINING, "pictures", "plots", *LEAVES},
-    "api": {"run_pictures", "evaluation", "training", *IN_TRAINING, "pictures", "plots", "version", *LEAVES},
+    "api": {"run_pictures", "evaluation", "training", *IN_TRAINING, "pictures", "plots", *LEAVES},
 }
 # A search does not follow the link to the kernels.
 FILES = sorted({*ROOT.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")})

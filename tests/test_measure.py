@@ -87,6 +87,17 @@ def test_the_hosts_time_and_memory():
     assert 250 < measure.extra_memory(touch_pages) < 350
 
 
+def test_what_torchs_allocator_hands_out():
+    if measure.on_gpu():
+        pytest.skip("this process has used CUDA")
+
+    def call():
+        torch.empty(64 << 18)  # MiB of float32, freed at once
+        return torch.empty(16 << 18), torch.empty(16 << 18)
+
+    assert measure.allocated_memory(call) == pytest.approx(64, abs=0.1)
+
+
 def test_a_benchmark_is_timed_to_the_end(monkeypatch):
     gpu = Gpu(monkeypatch)
 

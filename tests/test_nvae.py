@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from movae_fast.evaluation.sampling import estimate_statistics, sample_images
 from movae_fast.models import NVAE, Noise, build_model, make_likelihood, make_multirate
 from movae_fast.models.multirate import gated_layers
+from movae_fast.models.nvae import branch
+from movae_fast.models.nvae.branch import is_fusible
 from movae_fast.models.nvae.cells import Cell, decoder_cell, encoder_cell
 from movae_fast.models.nvae.convs import MaskedConv2d, NormedConv2d
 from movae_fast.models.nvae.flows import ShiftFlow, flow_pairs
@@ -142,8 +144,8 @@ def test_modules_are_passed_in_the_published_order():
     """Two scales: 1 group at the smallest resolution, 2 at the largest; 2 cells per outer block."""
     model, passed = small().eval(), []
     names = {Cell: "cell", Group: "group", NormedConv2d: "conv"}
-    for module in model.modules():
-        if type(module) in names:
+    for name, module in model.named_modules():
+        if type(module) in names and ".skip." not in name:
             module.register_forward_hook(
                 lambda m, _, out: passed.append(
                     (names[type(m)], type(getattr(m, "skip", m)).__name__, out.shape[1:])
@@ -493,3 +495,34 @@ def test_a_codebook_has_no_temperature() -> None:
         sample_images(model, 2, 2, generator, False, 0.5)
     with pytest.raises(ArgumentError, match="no BatchNorm"):
         estimate_statistics(build_model("linear_vae", (1, 8, 8), "none", {}), 1, 2, generator)
+
+
+@pytest.mark.parametrize("rates", [None, ("sigmoid", "example"), ("sqrt", "example")], ids=str)
+def test_gate_batchnorm_and_swish_as_one_op_are_the_modules(rates, monkeypatch) -> None:
+    """Values, gradients and running statistics; the modules are what runs without the extension."""
+    found = []
+    for fused in (True, False):
+        model = small()
+        if rates is not None:
+            make_multirate(model, gate_encoder="sigmoid", gate_decoder=rates[0], beta_per=rates[1])
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "gate_" in name:
+                        p.copy_(torch.linspace(-1, 1, p.numel()))
+        calls = []
+        monkeypatch.setattr(branch, "is_fusible", is_fusible if fused else lambda layer: False)
+        original = branch.norm_swish
+        with monkeypatch.context() as patch:
+            patch.setattr(branch, "norm_swish", lambda *a, of=original, into=calls: into.append(a) or of(*a))
+            torch.manual_seed(5)
+            noise = model.draw_noise(3)
+            model.condition(noise)
+            out = model.train().forward_features(model.encode(images()), noise)
+        loss = out.preactivation.square().sum() + sum(kl.sum() for kl in out.kl)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        found.append([loss.detach(), out.preactivation.detach(), *grads, *model.buffers()])
+        gated = [a for a in calls if a[2] is not None]
+        assert bool(calls) == fused
+        assert bool(gated) == (fused and rates is not None)
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)

@@ -193,6 +193,9 @@ def test_a_multi_rate_run_gives_a_curve(tmp_path):
         ("--arch vae --norm_penalty 1", "--norm_penalty is a setting of nvae"),
         ("--arch vq_vae --kl_warmup 0.3", "--kl_warmup needs a KL; vq_vae has none"),
         ("--kl_rows group --groups_per_scale 60", "--kl_rows group: 90 groups"),
+        ("--arch vae --recompute", "--recompute is for nvae, and vae is none"),
+        ("--recompute --compile default", "--recompute runs eagerly: leave out --compile default"),
+        ("--recompute --sync_batchnorm true", "leave out --sync_batchnorm"),
     ],
 )
 def test_what_cannot_be_is_said_before_data_is_read(tmp_path, capsys, monkeypatch, flags, message):

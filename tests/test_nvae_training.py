@@ -328,6 +328,50 @@ def test_a_curve_is_the_model_at_each_beta_whatever_the_batches():
     assert len({round(p.rate, 6) for p in one}) == 3
 
 
+# Cells that are computed again in the backward.
+
+
+def bytes_kept(call):
+    """The bytes of all storages that a call's graph keeps for its backward."""
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        call()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("agg", "multirate"), [(None, False), ("upgrad", True)])
+def test_recomputed_cells_give_the_same_bits(agg, multirate):
+    """Parameters, running statistics and their counts after two steps; with rows, one backward per row."""
+    found = []
+    for recompute in (False, True):
+        model = small().to(memory_format=torch.channels_last)
+        if multirate:
+            make_multirate(model, gate_encoder="sigmoid", gate_decoder="sigmoid")
+        if recompute:
+            model.recompute_cells()
+        step = step_of(model, None if agg is None else UPGrad.strict(), penalty=0.01, lr=0.01)
+        torch.manual_seed(3)
+        for number in range(2):
+            step(images(4), number, model.draw_noise(4), log=number == 1)
+        found.append(model.state_dict())
+    counts = [v for name, v in found[1].items() if name.endswith("num_batches_tracked")]
+    assert {int(count) for count in counts} == {2}
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
+
+
+def test_recomputed_cells_keep_less():
+    model = small().to(memory_format=torch.channels_last)
+    before = bytes_kept(lambda: model(images(16)))
+    model.recompute_cells()
+    assert bytes_kept(lambda: model(images(16))) < 0.6 * before
+
+
 # The compiler.
 
 

@@ -43,6 +43,10 @@ def results() -> dict[str, Any]:
         terms = ops.tc_terms(*leaves, 100, estimator)
         grads = torch.autograd.grad(sum(t.sum() for t in terms), leaves)
         found[f"tc_terms {estimator}"] = [*(t.detach() for t in terms), *grads]
+    leaves = [torch.randn(s, generator=generator).requires_grad_() for s in ((4, 7, 5, 5), 7, 7, (4, 7))]
+    terms = ops.norm_swish(*leaves)
+    grads = torch.autograd.grad(terms[0].square().sum(), leaves)
+    found["norm_swish"] = [*(t.detach() for t in terms), *grads]
     rows = torch.randn(5, 40, generator=generator)
     rows[1] = -rows[0] + 0.1 * rows[1]
     found["gramian"], found["combine"] = ops.gramian(rows), ops.combine(rows, torch.arange(5.0))
@@ -114,6 +118,7 @@ EVERY_CPU_OP = {
     "step_multipliers": lambda: ops.step_multipliers(torch.eye(2), torch.ones(2)),
     "upgrad_weights": lambda: ops.upgrad_weights(torch.ones(2, 3)),
     "tc_terms": lambda: ops.tc_terms(*torch.ones(3, 4, 2), 10),
+    "norm_swish": lambda: ops.norm_swish(torch.ones(2, 3, 2, 2), *torch.ones(2, 3)),
 }
 
 

@@ -73,13 +73,15 @@ def test_a_prior_over_codes_is_fitted_and_sampled(runs, capsys, kind):
     run = runs["vq"]
     sample(run)
     assert "codes are drawn without a prior" in capsys.readouterr().err
-    prior(run, f"--kind {kind} {STEPPED} --labels")
+    prior(run, f"--kind {kind} {STEPPED} --labels --precision bf16")
     assert "which was there" in capsys.readouterr().out
     scores = scores_of(run, kind)
     if kind != "maskgit":
         assert 0 < scores["bits_per_code"] < 4.5
         assert scores["code_bits_per_dim"] == pytest.approx(scores["bits_per_code"] * 16 / 256)
     assert scores["bits_per_code_by_usage"] < 4.1
+    sample(run, "--label 10", status=2)
+    assert "--label 10: the labels are 0 to 9" in capsys.readouterr().err
     sample(run)
     said = capsys.readouterr()
     assert f"drawn from the prior {run / 'priors' / kind / 'prior.pt'}" in said.err

@@ -9,7 +9,7 @@ import torch
 from movae_fast.cli import main
 from movae_fast.models import build_model
 from movae_fast.priors import latents
-from movae_fast.priors.codes import Grid, codes_of, grids_of, images_of, unigram_bits
+from movae_fast.priors.codes import Grid, codes_of, grids_of, images_of, usage_bits
 from movae_fast.training.build import load_model, make_loader
 
 CPU = torch.device("cpu")
@@ -132,10 +132,15 @@ def test_a_hierarchy_is_refused():
         latents.check_encodable(model, "nvae")
 
 
-def test_unigram_bits_are_the_entropy_of_the_usage():
-    codes = torch.arange(4000).remainder(4).view(-1, 4)
-    bits = unigram_bits(codes, [Grid(2, 2, 4)], codes)
-    assert bits == pytest.approx(2.0, abs=1e-3)
+def test_bits_by_usage_are_the_entropy_of_the_usage():
+    codes = np.arange(4000).astype(np.uint16).reshape(-1, 4) % 4
+    assert usage_bits(codes, [Grid(2, 2, 4)], codes) == pytest.approx(2.0, abs=1e-3)
+    # Each map has its own: the first place is always 3, which costs nothing.
+    maps, skewed = [Grid(1, 1, 4), Grid(1, 3, 4)], codes.copy()
+    skewed[:, 0] = 3
+    other = np.bincount(skewed[:, 1:].reshape(-1)) / 3000
+    expected = -3 / 4 * float(other @ np.log2(np.maximum(other, 1e-9)))
+    assert usage_bits(skewed, maps, skewed) == pytest.approx(expected, abs=5e-3)
 
 
 def test_codes_of_two_batches_are_those_of_one(runs):

@@ -175,12 +175,12 @@ def test_command_parses(words: list[str], parsed) -> None:
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """Every flag that some command's help has, and other systems' spellings."""
-    found = {"gpu", "help", "print_config", "nproc_per_node", "recons_objective"}
+    found = {"gpu", "help", "help-all", "print_config", "nproc_per_node", "recons_objective"}
     for command in COMMANDS:
         words = ["data", "list"] if command == "data" else [command]
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-            main([*words, "--help"])
+            main([*words, "--help-all" if command == "train" else "--help"])
         found |= set(re.findall(r"--([\w.]+)", shown.getvalue()))
     return found | set(ALIASES)
 

@@ -104,6 +104,8 @@ def test_a_run_goes_on_bit_for_bit_through_a_decay(text_run, capsys):
     )
     assert mine[-4:] == theirs[-4:]
     capsys.readouterr()
+    assert main(["train", "--resume", str(part), "--steps", "0", "--limit_test", "5"]) == 2
+    assert "a resumed run keeps it" in capsys.readouterr().err
     assert main(["train", "--resume", str(whole)]) == 0
     assert "decayed --plateau_decays times" in capsys.readouterr().out
 

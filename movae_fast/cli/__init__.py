@@ -25,12 +25,22 @@ COMMANDS = {
     "sample": "pictures from a trained model: samples, interpolation, traversal, reconstruction, latents, beta",
     "reconstruct": "original beside reconstruction, one file an image",
     "generate": "samples from the prior, one file an image and a grid",
+    "export": "a trained model for other programs: safetensors with a model card, torch.export, ONNX",
     "runs": "list the runs below a folder, with their scores",
     "compare": "runs beside each other: flags that differ, scores, curves in one plot",
     "report": "one page on one or several runs, for any browser: curves, pictures, answers",
     "serve": "a page to look into a model: sliders for latents and beta, a map of codes (extra web)",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
+    "init": "write every setting of train, with what it does, to a YAML file",
+    "completion": "a script that completes commands, flags and names in bash, zsh or tcsh",
     "doctor": "versions, devices, which path each op takes, what is missing and how to get it",
+}
+
+TASKS = {
+    "Train": ("train", "sweep", "init"),
+    "Look at runs": ("runs", "compare", "report", "evaluate", "curve"),
+    "Use a trained model": ("sample", "reconstruct", "generate", "serve", "encode", "prior", "export"),
+    "Data and machine": ("data", "doctor", "completion"),
 }
 
 
@@ -41,12 +51,15 @@ def usage() -> str:
         "usage: movae COMMAND [flags]",
         "",
     ]
-    lines += [f"  {name:<12} {text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "movae COMMAND --help lists a command's flags."])
+    others = tuple(name for name in COMMANDS if not any(name in names for names in TASKS.values()))
+    tasks = TASKS | ({"More": others} if others else {})
+    for task, names in tasks.items():
+        lines += [task, *(f"  {name:<12} {COMMANDS[name]}" for name in names), ""]
+    return "\n".join([*lines, "movae COMMAND --help lists a command's flags."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
+    """Run the command that `argv` holds (default: the process's arguments) and return the exit status."""
     try:
         return guarded(list(sys.argv[1:] if argv is None else argv))
     finally:
@@ -72,7 +85,10 @@ def uncollected() -> Iterator[None]:
 
 
 def guarded(args: list[str]) -> int:
-    """Run one command. What the user can mend is one line; anything else is a defect, with its traceback."""
+    """Run one command and return its exit status; print errors that the user can correct as one line on stderr.
+
+    Any other exception is a defect of the program and is raised on, so that its traceback is shown.
+    """
     name = f"movae {args[0]}" if args and args[0] in COMMANDS else "movae"
     try:
         return dispatch(args)
@@ -110,7 +126,8 @@ def dispatch(args: list[str]) -> int:
 
 
 def mendable(error: Exception) -> bool:
-    """Return whether an error's message is for the user: whether this package raised it itself."""
+    """Return whether this package itself raised the error, so that its message can be shown to the user as it
+    is."""
     checkpoint = sys.modules.get("movae_fast.training.checkpoint")
     return type(error) in (ValueError, ArgumentError) or (
         checkpoint is not None and type(error) is checkpoint.CheckpointError
@@ -118,13 +135,17 @@ def mendable(error: Exception) -> bool:
 
 
 def in_flags(error: Exception) -> str:
-    """Return an error's message as it is said to who gave flags."""
+    """Return an error's message for a user of the command line: an argument's name is written as a flag,
+    `--name`."""
     return f"--{error}" if isinstance(error, ArgumentError) else str(error)
 
 
 def say(text: str) -> None:
-    """Write a line to stderr. Where stdout is a full disk, buffered text would only raise an error when the
-    process ends."""
+    """Flush stdout and write a line to stderr.
+
+    If stdout cannot be flushed, for example because the disk is full, its buffer is discarded: it would raise
+    the same error again when the process ends.
+    """
     try:
         sys.stdout.flush()
     except OSError:
@@ -133,6 +154,6 @@ def say(text: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let what a stream still holds go nowhere."""
+    """Redirect a stream to the null device, so that its buffered text raises no error when the process ends."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

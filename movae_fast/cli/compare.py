@@ -1,4 +1,5 @@
-"""Run `movae compare`: the flags by which runs differ, their scores, and their curves in one plot."""
+"""Run `movae compare`: print the flags in which runs differ and their scores, and plot their curves
+together."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ SCORES = {
 
 
 def run(config: CompareConfig) -> int:
-    """Print both tables, write the plot, and return the exit status."""
+    """Print the tables of flags and scores, write the plot, and return the exit status."""
     runs = [summary(run_folder(Path(name))) for name in config.runs]
     lines = [read_lines(run.path / "metrics.jsonl") for run in runs]
     names = unlike_names([run.path for run in runs])
@@ -48,15 +49,15 @@ def run(config: CompareConfig) -> int:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return by name the flags whose values are not the same in all runs, with their values; "" for a flag
-    that a run does not have."""
+    """Return flag -> its value in each run, for the flags that differ; "" stands for a flag that a run does not
+    have."""
     names = dict.fromkeys(name for config in configs for name in config if name not in PLACES)
     values = {name: [config.get(name, "") for config in configs] for name in names}
     return {name: each for name, each in values.items() if any(v != each[0] for v in each)}
 
 
 def flags_table(names: Sequence[str], runs: Sequence[RunSummary]) -> Table:
-    """Return the flags that differ as a table, one column per run."""
+    """Return a table of the flags that differ, with one column per run."""
     made = Table("flag", *map(shown, names), title="flags that differ")
     for name, values in differing([run.config for run in runs]).items():
         made.add_row(name, *("" if value is None else shown(value) for value in values))
@@ -64,12 +65,13 @@ def flags_table(names: Sequence[str], runs: Sequence[RunSummary]) -> Table:
 
 
 def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the last value of each metric of a log."""
+    """Return metric -> its last value in a log."""
     return {key: value for line in lines for key, value in line.items() if isinstance(value, int | float)}
 
 
 def scores_table(names: Sequence[str], logs: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
-    """Return the last scores of each run as a table, with the fraction of all measured steps in conflict."""
+    """Return a table of each run's last scores, and of the fraction of its measured steps that were in
+    conflict."""
     made = Table("score", title="scores: the last values, and conflict over the whole run")
     for name in names:
         made.add_column(shown(name), justify="right")

@@ -13,7 +13,8 @@ from movae_fast.evaluation.curve_runs import expanded
 
 
 def run(config: CurveConfig) -> int:
-    """Evaluate, write; the exit status."""
+    """Evaluate the runs, write the rate-distortion curves, print the files' paths, and return the exit
+    status."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     for path in draw(config, expanded(config.runs), console):
         console.print(str(path), highlight=False, soft_wrap=True)

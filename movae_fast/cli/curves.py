@@ -1,4 +1,4 @@
-"""Draw rate-distortion curves for `movae curve` and for the end of a sweep: flags, progress, tables, files."""
+"""Evaluate runs and write their rate-distortion curves, for `movae curve` and for the end of a sweep."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ COLUMNS = (
 
 
 def betas_within(config: CurveConfig, trained_min: float, trained_max: float) -> list[float]:
-    """Return the betas of a curve of a run that was trained for this range."""
+    """Return the betas at which to evaluate a run that was trained for betas from `trained_min` to
+    `trained_max`.
+
+    --beta_min and --beta_max replace the ends of that range. Raises ValueError if the ends are in the wrong
+    order.
+    """
     least = trained_min if config.beta_min is None else config.beta_min
     most = trained_max if config.beta_max is None else config.beta_max
     if not 0 < least < most or not math.isfinite(most):
@@ -50,7 +55,7 @@ def betas_within(config: CurveConfig, trained_min: float, trained_max: float) ->
 
 
 def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[Path]:
-    """Evaluate the runs at `paths` and write the files; their paths."""
+    """Evaluate the runs at `paths`, print their tables, write the curve files, and return the files' paths."""
     check_curve(config)
     device = resolve_device(config.device)
     members = [read_member(p, device, partial(betas_within, config)) for p in paths]
@@ -74,7 +79,12 @@ def draw(config: CurveConfig, paths: Sequence[Path], console: Console) -> list[P
 
 @contextmanager
 def run_progress(console: Console, count: int) -> Iterator[Started]:
-    """Show a bar for the run under way, of so many: it begins anew with each."""
+    """Show a progress bar that starts again for each of `count` runs; yield the function to call when a run
+    starts.
+
+    It takes the run's number and how many rows it will evaluate, and returns the function that advances the
+    bar.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -87,7 +97,7 @@ def run_progress(console: Console, count: int) -> Iterator[Started]:
 
 
 def warn_of_extrapolation(members: Sequence[Member]) -> None:
-    """Print one line if betas lie outside the range that a run was trained for."""
+    """Print one line to stderr if betas of any run lie outside the range that it was trained for."""
     for member in members:
         if member.multirate:
             trained = member.config.multirate
@@ -113,8 +123,11 @@ def write(
     members: Sequence[Member],
     gates: dict[str, Responses],
 ) -> list[Path]:
-    """Write curve.json, curve.csv, curve.png and one responses.png per multi-rate run, numbered where files
-    of these names exist."""
+    """Write curve.json, curve.csv, curve.png and one responses.png per multi-rate run; return the files' paths.
+
+    Existing files are kept: new ones then get a number. gates: label of a multi-rate run -> its gates'
+    responses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     first = members[0].config
     values = math.prod(first.image_shape)
@@ -138,7 +151,7 @@ def write(
 
 
 def described(member: Member) -> dict[str, Any]:
-    """Return a run's part of curve.json."""
+    """Return the entry for one run in curve.json."""
     trained = member.config.multirate if member.multirate else None
     return {
         "run": str(member.path),
@@ -155,7 +168,8 @@ def described(member: Member) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """Return the value with None in place of numbers that JSON does not have."""
+    """Return a copy of nested dicts and lists in which NaN and infinities are None, as JSON has no such
+    numbers."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -164,7 +178,7 @@ def finite(value: Any) -> Any:
 
 
 def write_csv(path: Path, members: Sequence[Member]) -> Path:
-    """Write a line per run and beta."""
+    """Write a CSV file with one line per run and beta, and return its path."""
     rows = [
         {"run": str(m.path), "label": m.label, "multirate": m.multirate, **row}
         for m in members

@@ -32,14 +32,18 @@ MAX_SIZE = math.isqrt(MAX_PIXELS)
 
 
 def run(flags: tuple[str, str | None, DataCommand]) -> int:
-    """Run one of the four commands and return the exit status."""
+    """Run one of `list`, `verify`, `prepare` and `synthetic_jpeg`, and return the exit status."""
     command, target, config = flags
     return COMMANDS[command](target, config, Console())
 
 
 def chosen(target: str, config: DataCommand) -> tuple[DatasetInfo, Callable[[str], ReadOptions]]:
-    """Return the dataset that `target` names (a folder is the dataset `folder`) and the options of its
-    splits."""
+    """Return the dataset that `target` names, and a function from a split's name to the options to read it
+    with.
+
+    An existing folder that is not a dataset's name is read as the dataset `folder`. Raises ValueError for an
+    unknown name or a flag out of range.
+    """
     for flag, given in (("NAME or FOLDER", target), ("--data_dir", config.data_dir)):
         if not given.strip():
             raise ValueError(f"{flag} is empty")
@@ -86,7 +90,8 @@ def list_sets(_: str | None, config: DataCommand, console: Console) -> int:
 
 
 def text_there(text: TextInfo, config: DataCommand) -> str:
-    """Return "built in" for a corpus without files, "files" if its training split is in data_dir, else ""."""
+    """Return "built in" for a corpus without files, "files" if its training split is in data_dir, and ""
+    otherwise."""
     if not text.files:
         return "built in"
     root = Path(config.data_dir).expanduser()
@@ -96,7 +101,8 @@ def text_there(text: TextInfo, config: DataCommand) -> str:
 
 
 def verify_text(name: str, config: DataCommand, console: Console) -> int:
-    """Read every line of a corpus, and print each split's size, its unknown words, and the corpus's digest."""
+    """Read every line of a corpus; print each split's size and unknown words, and the corpus's digest. Return
+    the exit status 0."""
     corpus = read_text(name, TextOptions(Path(config.data_dir).expanduser(), config.label_column))
     for split in ("train", "valid", "test"):
         say(console, f"{name} {split}: {corpus.split(split).summary}")
@@ -105,7 +111,8 @@ def verify_text(name: str, config: DataCommand, console: Console) -> int:
 
 
 def there(info: DatasetInfo, config: DataCommand) -> str:
-    """Return whether a dataset's first file is in data_dir, and which of its splits are prepared."""
+    """Return what of a dataset is in data_dir, for the list: "files" for the originals, and each prepared
+    split."""
     if info.files.startswith("nothing"):
         return "built in"
     root = Path(config.data_dir).expanduser()
@@ -121,7 +128,10 @@ def there(info: DatasetInfo, config: DataCommand) -> str:
 
 
 def verify(target: str | None, config: DataCommand, console: Console) -> int:
-    """Read every split's originals, decode every image file, compare every prepared file with its checksums."""
+    """Check a dataset's files and print a line per split; return the exit status, 1 if any file is damaged.
+
+    All originals are read, every image file is decoded, and every prepared file is compared with its checksums.
+    """
     if str(target) in TEXTS:
         return verify_text(str(target), config, console)
     info, options = chosen(str(target), config)
@@ -202,7 +212,7 @@ def prepare_splits(target: str | None, config: DataCommand, console: Console) ->
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is, whatever the names in it."""
+    """Print a line without interpreting any markup in it, as file names may contain brackets."""
     console.print(shown(line), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -221,8 +231,7 @@ def splits(config: DataCommand) -> tuple[str, ...]:
 
 @contextmanager
 def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal and nothing elsewhere; yield the function to call with (done,
-    total)."""
+    """Show a progress bar if the output is a terminal; yield the function to call with (done, total)."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title)

@@ -1,5 +1,5 @@
-"""Run `movae doctor`: show versions, devices, the implementation of each op, and what is missing and how to get
-it."""
+"""Run `movae doctor`: print versions, devices, which implementation each op uses, and which optional packages
+are missing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ TRITON = {
 
 
 def run(flags: DoctorFlags) -> int:
-    """Print the report; the exit status is 1 if the extension is missing, or a check of --gpu failed."""
+    """Print the report, or with --gpu run the checks of the GPUs, and return the exit status.
+
+    It is 1 if the compiled extension is missing; with --gpu, if a check failed or there is no GPU.
+    """
     if flags.gpu:
         return try_gpus()
     print("\n".join(report()))
@@ -54,7 +57,8 @@ def run(flags: DoctorFlags) -> int:
 
 
 def try_gpus() -> int:
-    """Run every check on every GPU and print the rows; the exit status."""
+    """Run every check on every GPU and print a row for each; return the exit status, 1 if one failed or there
+    is no GPU."""
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
         print(f"movae doctor --gpu: no GPU to try ({built}, and sees no device)", flush=True)
@@ -96,7 +100,7 @@ def report() -> list[str]:
 
 
 def op_paths() -> dict[str, str]:
-    """Return the implementation that a call of each op takes, on a CPU and on CUDA."""
+    """Return for each op which implementation it uses here, on a CPU and on CUDA, as text for the report."""
     return {name: _paths(name) for name in ops.__all__}
 
 
@@ -125,7 +129,7 @@ def _paths(op: str) -> str:
 
 
 def _no_cuda_cpp() -> str:
-    """Return the reason why CUDA C++ is not used; without a GPU, why it would not be."""
+    """Return why the ops in CUDA C++ are not used, or "" if they are (without a GPU: would be)."""
     if torch.cuda.is_available() or extension.csrc is None or not extension.csrc.build_info()["cuda"]:
         return extension.cuda_missing()
     return ""

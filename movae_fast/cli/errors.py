@@ -1,5 +1,5 @@
-"""Turn errors that the user can remove into one line that names the file, the size or the flag, and the
-remedy."""
+"""Turn errors that the user can correct into one line that names the file, the size or the flag, and what to
+do."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ RESOURCES = {
 
 
 def explained(error: BaseException) -> str | None:
-    """Return one line for an error of the machine (files, memory, processes); None for any other error,
-    which is a defect."""
+    """Return one line for an error that comes from the machine: files, memory, or the limits on processes.
+
+    Returns None for any other error, which is a defect of the program.
+    """
     if isinstance(error, OSError):
         return shortened(of_system(error))
     if isinstance(error, MemoryError):
@@ -63,7 +65,8 @@ def explained(error: BaseException) -> str | None:
 
 
 def of_system(error: OSError) -> str:
-    """Return the file of an OSError, its cause and the remedy."""
+    """Return the message of an OSError: the files concerned, the cause, and what to do about it where that is
+    known."""
     if error.errno is None:  # one of ours, or of a library, with words of its own
         return str(error)
     reason = error.strerror or os.strerror(error.errno)
@@ -73,7 +76,8 @@ def of_system(error: OSError) -> str:
 
 
 def allocation(text: str) -> str | None:
-    """Return how much memory torch could not allocate."""
+    """Return "out of memory" with the size that torch tried to allocate, read from its message; None if it has
+    none."""
     match = re.search(r"[Tt]ried to allocate ([\d.]+) ?([KMGT]iB|bytes)", text)
     if match is None:
         return None

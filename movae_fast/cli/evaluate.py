@@ -16,12 +16,13 @@ from rich.table import Table
 from movae_fast.cli.flags.evaluate import EvaluateConfig
 from movae_fast.cli.trained import choose_beta
 from movae_fast.evaluation.inception import load_inception
-from movae_fast.evaluation.measure import Report, applies, inception_distances, measure
-from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, QUICK, named
+from movae_fast.evaluation.measure import Report, inception_distances, measure
+from movae_fast.evaluation.metric_choice import chosen_metrics
+from movae_fast.evaluation.metric_names import named
 from movae_fast.evaluation.text_report import ON_TEXT, measure_sentences
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
-from movae_fast.models import LATENT_WORDS, LSTMVAE, VAE
+from movae_fast.models import LSTMVAE, VAE
 from movae_fast.plots import evaluation_plot
 from movae_fast.training.build import load_model
 from movae_fast.training.config import TrainConfig
@@ -33,7 +34,7 @@ IMAGES, SENTENCES = 500, 32  # at a time; published mutual informations are esti
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate the model that the command line names, write the report, and return the exit status."""
+    """Evaluate the model that the flags name, print and write the report, and return the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.weights), device)
     size = config.batch_size or (SENTENCES if trained.is_text else IMAGES)
@@ -76,7 +77,7 @@ def of_images(
     """Measure a model of images, `size` of them at a time."""
     if config.oracle:
         raise ValueError("--oracle is for runs on lstm_text, whose true likelihood is known; leave it out")
-    names = chosen(config, trained, model)
+    names = chosen_metrics(config.metrics, trained, model, config.iw)
     inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
     report = measure(trained, model, names, device, config.samples, config.seed, config.iw, config.iw_images)
     if inception is not None:
@@ -86,36 +87,6 @@ def of_images(
             trained, model, inception, device, count, size, config.seed, shown
         )
     return report
-
-
-def chosen(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> list[str]:
-    """Return the metrics to compute, in order. Raises ValueError for one that the model or the data do not
-    have."""
-    info, arch = trained.info, trained.model.arch
-    # Continuous factors have names and no sizes.
-    factors, has = bool(info.factor_sizes), LATENT_WORDS[model.latents]
-    if config.iw and model.latents == "codebook":
-        raise ValueError(f"--iw needs a model with a Gaussian posterior; {arch} has {has}")
-    if config.iw and trained.objective.recons_dist == "gaussian_optimal":
-        raise ValueError(
-            "--iw weights draws by their likelihood; gaussian_optimal fits its variance to each image and "
-            "draw: leave it out"
-        )
-    if config.metrics in ("auto", "all"):
-        wanted = ON_FACTORS if config.metrics == "all" else QUICK
-        return [n for n in (*ON_IMAGES, *wanted) if applies(n, model.latents, factors)]
-    names = named(config.metrics)
-    for name in names:
-        if name in ON_FACTORS and not factors:
-            known = "continuous ones" if info.factor_names else "none"
-            raise ValueError(
-                f"--metrics {name} needs data with known discrete factors; {info.name} has {known}"
-            )
-        if not applies(name, model.latents, factors):
-            needs = LATENT_WORDS["vector"] if name in ON_FACTORS else "latents"
-            needs = "codes" if name == "depth" else needs
-            raise ValueError(f"--metrics {name} needs a model with {needs}; {arch} has {has}")
-    return names
 
 
 def table(trained: TrainConfig, report: Report) -> Table:
@@ -128,7 +99,8 @@ def table(trained: TrainConfig, report: Report) -> Table:
 
 
 def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Report) -> list[Path]:
-    """Write metrics.json and metrics.png, numbered where files of these names exist."""
+    """Write metrics.json and metrics.png and return their paths; existing files are kept, new ones then get a
+    number."""
     folder.mkdir(parents=True, exist_ok=True)
     factors = () if trained.is_text else trained.info.factor_names
     content: dict[str, Any] = {

@@ -1,4 +1,5 @@
-"""Run `movae generate`: samples from the prior, one file per image and a grid, with torch-vae's flags."""
+"""Run `movae generate`: draw samples from the prior, with torch-vae's flags, and write one file per image and a
+grid."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from movae_fast.training.device_checks import check_room
 
 @torch.no_grad()
 def run(config: GenerateConfig) -> int:
-    """Load, draw; the exit status."""
+    """Load the model, write samples from its prior as PNG files, and return the exit status."""
     trained, model = load_model(Path(config.model), resolve_device(config.device))
     for name in ("latent_dim", "max_filters"):
         check_option(trained, model, name, getattr(config, name))

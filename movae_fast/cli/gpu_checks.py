@@ -1,7 +1,7 @@
 """Check GPUs for `movae doctor --gpu`: every op, CUDA graphs, a short training, and the exchange between GPUs.
 
-`run_checks` prints a row for each check as it ends, so that a machine which is lent for minutes has told what
-it knows when they are over. What may end a process, or wait for ever, has a process of its own.
+`run_checks` prints a row as soon as a check ends, so that the results so far are kept if the time on the
+machine runs out. Checks that could crash or hang run in a process of their own, with a time limit.
 """
 
 from __future__ import annotations
@@ -46,11 +46,16 @@ sys.exit(status)
 
 
 class NothingToCheckError(Exception):
-    """Say that this machine lacks what a check needs, which is not a failure."""
+    """Report that a check does not apply because this machine lacks what it needs; it does not count as a
+    failure."""
 
 
 def run_checks(checks: Iterable[tuple[str, str, Check]]) -> tuple[int, int]:
-    """Run the checks (where, name, check), printing a row for each; return how many ran and failed."""
+    """Run the checks (where, name, check) and print a row for each; return (how many ran, how many failed).
+
+    where: the device as text; check: a function that returns a note for the row, and raises if something is
+    wrong.
+    """
     ran = failed = 0
     for where, name, check in checks:
         started = time.perf_counter()
@@ -71,7 +76,7 @@ def run_checks(checks: Iterable[tuple[str, str, Check]]) -> tuple[int, int]:
 
 
 def every_check() -> Iterator[tuple[str, str, Check]]:
-    """Yield the checks of every visible GPU, and those of all of them together."""
+    """Yield (device, name, check) for every visible GPU, then for all GPUs together."""
     count = torch.cuda.device_count()
     known: set[tuple[int, int]] = set()
     for i in range(count):
@@ -90,10 +95,11 @@ def every_check() -> Iterator[tuple[str, str, Check]]:
 
 
 def compiled_ahead(device: torch.device) -> str:
-    """Run the op checks, divided among several processes, to fill Triton's cache; return the number of
-    processes as text. Raises RuntimeError if one fails.
+    """Fill Triton's cache by running the op checks in several processes, and return the number of processes as
+    text.
 
-    One process alone would compile for minutes. A check that fails fails again in its own row, which says why.
+    In one process the compilation would take minutes. A check that fails here is ignored; it fails again in its
+    own row, with the reason. Raises RuntimeError if a process ends with an error.
     """
     count = max(1, min(8, (os.cpu_count() or 1) // 2))
     command = [sys.executable, "-m", "movae_fast.cli.gpu_checks", "compile", str(device), str(count)]
@@ -109,14 +115,15 @@ def compiled_ahead(device: torch.device) -> str:
 
 
 def compile_part(device: torch.device, count: int, k: int) -> None:
-    """Compile every `count`-th kernel from the k-th on, as one of the processes of `compiled_ahead`."""
+    """Run every `count`-th op check from the k-th on, to compile its kernels: the work of one process of
+    `compiled_ahead`."""
     for _, check in list(op_checks(device))[k::count]:
         with suppress(Exception):
             check()
 
 
 def capture_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
-    """Yield what has to run without waiting for the host, and inside a CUDA graph."""
+    """Yield (name, check) for the ops that must run without waiting for the GPU and inside a CUDA graph."""
     rows = conflicting(4).to(device)
     z, codebook = random(4, 16, 8, 8).to(device), random(64, 16, seed=1).to(device)
     yield "UPGrad without a wait, in a CUDA graph", partial(captured, device, lambda: UPGrad()(rows))
@@ -125,7 +132,12 @@ def capture_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
 
 
 def captured(device: torch.device, work: Callable[[], Tensor]) -> str:
-    """Do the work, with waiting for the device an error, and by a graph: the same result."""
+    """Check that `work` runs without synchronizing with the GPU, and that a CUDA graph of it gives the same
+    result.
+
+    Returns the relative error and the time of a replay as text. Raises if `work` synchronizes or the results
+    differ.
+    """
     with torch.cuda.device(device):
         expected = work()
         torch.cuda.synchronize()
@@ -146,7 +158,7 @@ def captured(device: torch.device, work: Callable[[], Tensor]) -> str:
 
 
 def training_checks(index: int) -> Iterator[tuple[str, Check]]:
-    """Yield training through the command line on GPU `index`, alone in the process's sight."""
+    """Yield (name, check) for short trainings through the command line that see GPU `index` only."""
     for arch in ("vae", "vq_vae"):
         yield f"two steps of {arch}", partial(trained, index, f"--arch {arch} --compile off --steps 2")
     if index == 0:
@@ -154,7 +166,11 @@ def training_checks(index: int) -> Iterator[tuple[str, Check]]:
 
 
 def trained(index: int, flags: str, replays: int = 0) -> str:
-    """Train in a temporary folder. Raises RuntimeError with the last lines of what was said."""
+    """Train with the given flags on GPU `index` in a new process, and return its line about the epoch.
+
+    Raises RuntimeError with the end of the output if the training fails, or if `replays` is given and the
+    step's CUDA graph was not replayed that often.
+    """
     with tempfile.TemporaryDirectory() as folder:
         words = f"train {TRAINING} {flags} --exp_dir {folder}/run".split()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -167,7 +183,7 @@ def trained(index: int, flags: str, replays: int = 0) -> str:
 
 
 def trained_by_torchrun(count: int) -> str:
-    """Train on all GPUs together."""
+    """Train two steps on `count` GPUs together, started by torchrun, and return the line about the epoch."""
     with tempfile.TemporaryDirectory() as folder:
         words = f"train {TRAINING} --arch vae --compile off --steps 2".split()
         launcher = f"-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc_per_node {count}"
@@ -177,7 +193,8 @@ def trained_by_torchrun(count: int) -> str:
 
 
 def spoken(command: list[str], **environment: str) -> str:
-    """Return what a process wrote. Raises RuntimeError with the end of it if the process failed."""
+    """Run a command and return its output (stdout and stderr). Raises RuntimeError with the end of it if it
+    fails."""
     done = subprocess.run(
         command,
         env={**os.environ, **environment},
@@ -193,7 +210,10 @@ def spoken(command: list[str], **environment: str) -> str:
 
 
 def decodes(device: torch.device) -> str:
-    """Compare the dali loader's images on the device with its images on the CPU."""
+    """Compare the images that the dali loader decodes on the device with those it decodes on the CPU.
+
+    Returns the mean difference as text. Raises NothingToCheckError if DALI is not installed.
+    """
     if not dali.available():
         raise NothingToCheckError("not installed")
     with tempfile.TemporaryDirectory() as folder:
@@ -214,7 +234,10 @@ def decodes(device: torch.device) -> str:
 
 
 def exchanged(count: int, captured: bool) -> str:
-    """Sum, scatter and gather among one process a GPU, by nccl."""
+    """Check reduce-scatter, all-gather and all-reduce among one process per GPU, by nccl, and return a note.
+
+    captured: run them inside a CUDA graph. Raises RuntimeError if a process fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -243,7 +266,12 @@ def exchanged(count: int, captured: bool) -> str:
 
 
 def exchange(count: int, meeting: str, rank: int, kind: str, backend: str = "nccl") -> None:
-    """Take part as process `rank` of `exchanged`. Raises AssertionError for a wrong sum."""
+    """Exchange tensors as process `rank` of the `count` that `exchanged` starts. Raises AssertionError for a
+    wrong sum.
+
+    meeting: path of the file by which the processes find each other; kind: "captured" for a CUDA graph, or
+    "plain".
+    """
     device = torch.device("cuda", rank) if backend == "nccl" else CPU
     if device.type == "cuda":
         torch.cuda.set_device(device)

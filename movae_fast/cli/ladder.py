@@ -17,7 +17,7 @@ from movae_fast.training.run_folder import folder_of
 
 
 def visualize(config: TrainConfig, console: Console) -> int:
-    """Draw the traversals of a checkpoint into figures/ of its run, for `movae train --mode visualize`."""
+    """Write the traversals of a checkpoint into figures/ of its run, for `movae train --mode visualize`."""
     assert config.ladder.init_from is not None
     path, device = Path(config.ladder.init_from), resolve_device(config.run.device)
     trained, model = load_model(path, device)

@@ -1,4 +1,4 @@
-"""Show how encoding goes, and describe an encoded file, for the commands that encode."""
+"""Show the progress of encoding and describe an encoded file, for the commands that encode."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from movae_fast.priors.latents import Latents
 
 
 def shown(console: Console, batches: Iterable[Tensor], count: int) -> Iterable[Tensor]:
-    """Pass batches on, under a bar that shows how many of `count` are done."""
+    """Yield the batches, and show a progress bar with how many of `count` are done."""
     return track(batches, "encoding", count, console=console, transient=True, disable=not console.is_terminal)
 
 
 def described(latents: Latents, there: bool) -> str:
-    """Return a line on an encoded file."""
+    """Return one line that describes an encoded file; `there` says that it existed before."""
     rows = len(latents.values)
     if latents.grids:
         each = " + ".join(f"{grid.height}x{grid.width} of {grid.codes:,}" for grid in latents.grids)

@@ -1,6 +1,7 @@
-"""Compare every op on a device with the CPU: the part of `movae doctor --gpu` that needs one process.
+"""Compare every op on a device with the same op on the CPU: the checks of `movae doctor --gpu` that need no
+process of their own.
 
-Each check is a function that returns a note to print and raises where something is wrong.
+Each check is a function that returns a note to print beside "ok", and raises an exception if a result is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0
 
 
 def error_of(actual: Tensor, expected: Tensor) -> float:
-    """Return ||actual - expected|| / ||expected||; NaN where `actual` is not finite."""
+    """Return the relative error ||actual - expected|| / ||expected||; it is NaN if `actual` has values that are
+    not finite."""
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
     if actual.shape != expected.shape:
         raise AssertionError(f"the shape is {list(actual.shape)}, not {list(expected.shape)}")
@@ -48,14 +50,17 @@ def close(pairs: Iterable[tuple[Tensor, Tensor]], limit: float) -> float:
 
 
 def same(actual: Tensor, expected: Tensor, what: str) -> None:
-    """Raise AssertionError unless the two are equal to the last bit."""
+    """Raise AssertionError, beginning with `what`, unless the two tensors are equal in every bit."""
     if not torch.equal(actual.cpu(), expected.cpu()):
         different = int((actual.cpu() != expected.cpu()).sum())
         raise AssertionError(f"{what}: {different} of {expected.numel()} differ")
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, rounds: int = 20) -> str:
-    """Return the mean time of a call on the device, as words; the first, which compiles, does not count."""
+    """Return the mean time of a call on the device, as text such as "0.123 ms".
+
+    One call before the timing, which may compile kernels, does not count.
+    """
     if device.type != "cuda":
         return "not timed"
     with torch.cuda.device(device):
@@ -70,12 +75,13 @@ def milliseconds(call: Callable[[], Any], device: torch.device, rounds: int = 20
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the same normal numbers on every machine, on the CPU."""
+    """Return normally distributed numbers of the given shape on the CPU; the seed makes them the same on every
+    machine."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def conflicting(m: int, P: int = 3000) -> Tensor:  # [m, P]
-    """Return rows that conflict with each other."""
+    """Return m rows of P numbers that conflict pairwise: most of their inner products are negative."""
     rows = random(m, P, seed=m)
     return rows - 0.9 * rows.mean(0)
 
@@ -84,7 +90,7 @@ def conflicting(m: int, P: int = 3000) -> Tensor:  # [m, P]
 
 
 def op_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
-    """Yield a check of each op, in the dtypes and by the paths that it has."""
+    """Yield (name, check) for each op, in every dtype and implementation that it has on the device."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         yield f"nearest_code {name_of(dtype)}", partial(nearest_code, device, dtype)
     if device.type == "cuda":
@@ -99,6 +105,8 @@ def op_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
         for dtype in (torch.float32, torch.float64):
             name = f"tc_terms {estimator} {name_of(dtype)}"
             yield name, partial(tc_terms, device, estimator, dtype)
+    for dtype in (torch.float32, torch.float64):
+        yield f"norm_swish {name_of(dtype)}", partial(norm_swish, device, dtype)
     for path in ("triton", *(() if extension.cuda_missing() else ("cuda",))):
         for regularizer in get_args(reference.Regularizer):
             label = f"{regularizer}, {'Triton' if path == 'triton' else 'CUDA C++'}"
@@ -112,8 +120,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def nearest_code(device: torch.device, dtype: torch.dtype) -> str:
-    """Compare rows and images, with a depth that fills tiles and one that does not, with float64 on the
-    CPU."""
+    """Check the indices of `ops.nearest_code` against float64 on the CPU, and return a note with its time.
+
+    The shapes include images, and depths D that do and do not fill a kernel's tiles.
+    """
     for shape, K in (((1000, 64), 512), ((2, 64, 12, 9), 512), ((300, 20), 33)):
         z, codebook = random(*shape, dtype=dtype), random(K, shape[1], seed=1, dtype=dtype)
         expected = reference.nearest_code(extension.as_rows(z).double(), codebook.double())
@@ -127,8 +137,12 @@ def nearest_code(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def nearest_code_variants(device: torch.device) -> str:
-    """Compare every tile that the launcher may choose for this GPU, TF32, and screening without the
-    certificate."""
+    """Check `nearest_code` with every tile shape that may be chosen for this GPU, with TF32, and without its
+    exact step.
+
+    In the last case the kernel takes the nearest code of the reduced-precision search without verifying it;
+    then 90 percent of the indices have to agree. Returns a note.
+    """
     kernels = triton_kernels("nearest_code")
     z, codebook = random(700, 64), random(300, 64, seed=1)
     expected = reference.nearest_code(z.double(), codebook.double())
@@ -144,8 +158,8 @@ def nearest_code_variants(device: torch.device) -> str:
 
 
 def quantize(device: torch.device, gradient: Gradient) -> str:
-    """Compare the layer's forward, in both orders of summation, and its backward with the same op on the
-    CPU."""
+    """Check the outputs and gradients of `ops.quantize` against the CPU, with and without deterministic
+    summation."""
 
     def results(where: torch.device, z: Tensor, deterministic: bool) -> list[Tensor]:
         leaves = [t.clone().to(where).requires_grad_() for t in (z, random(64, 32, seed=1))]
@@ -170,7 +184,8 @@ def quantize(device: torch.device, gradient: Gradient) -> str:
 
 
 def code_error(device: torch.device) -> str:
-    """Compare the distance to given codes and its gradients with the same op on the CPU."""
+    """Check the output and gradients of `ops.code_error` against the CPU, and return the largest error as a
+    note."""
 
     def results(where: torch.device, z: Tensor) -> list[Tensor]:
         leaves = [t.clone().to(where).requires_grad_() for t in (z, random(64, 40, seed=1))]
@@ -185,7 +200,8 @@ def code_error(device: torch.device) -> str:
 
 
 def gramian_combine(device: torch.device, dtype: torch.dtype) -> str:
-    """Compare inner products and weighted sums of few and of many rows with float64 on the CPU."""
+    """Check `ops.gramian` and `ops.combine` for m of 1, 4 and 20 rows against float64 on the CPU; return a
+    note."""
     worst = 0.0
     for m in (1, 4, 20):
         rows, weights = conflicting(m).to(dtype), random(m, seed=1).double()
@@ -216,7 +232,8 @@ def linear_cross_entropy(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torch.dtype) -> str:
-    """Compare the terms and their gradients with float64 on the CPU."""
+    """Check the outputs and gradients of `ops.tc_terms` against float64 on the CPU, and return the error as a
+    note."""
 
     def results(where: torch.device, kind: torch.dtype, op: Callable[..., Any]) -> list[Tensor]:
         leaves = [random(100, 10, seed=s, dtype=dtype).to(where, kind).requires_grad_() for s in range(3)]
@@ -229,9 +246,24 @@ def tc_terms(device: torch.device, estimator: reference.TCEstimator, dtype: torc
     return f"error {close(pairs, 1e-4 if dtype == torch.float32 else 1e-11):.1e}"
 
 
+def norm_swish(device: torch.device, dtype: torch.dtype) -> str:
+    """Compare the map, its statistics and the gradients with float64 on the CPU."""
+
+    def results(where: torch.device, kind: torch.dtype, op: Callable[..., Any]) -> list[Tensor]:
+        shapes = ((8, 20, 9, 9), (20,), (20,), (8, 20))
+        leaves = [random(*shape, seed=k).to(where, kind).requires_grad_() for k, shape in enumerate(shapes)]
+        out, mean, var = op(*leaves)
+        upstream = random(*out.shape, seed=7).to(where, kind)
+        return [out, mean, var, *torch.autograd.grad(out, leaves, upstream)]
+
+    expected = results(CPU, torch.float64, reference.norm_swish)
+    pairs = zip(results(device, dtype, ops.norm_swish), expected, strict=True)
+    return f"error {close(pairs, 1e-4 if dtype == torch.float32 else 1e-11):.1e}"
+
+
 @contextmanager
 def projected_by(path: str) -> Iterator[None]:
-    """Use "triton" or "cuda" for the projection on CUDA inside a `with` block."""
+    """Make the ops that project gradients use "triton" or "cuda" on CUDA inside a `with` block."""
     before, rows_of.cuda_path = rows_of.cuda_path, path
     try:
         yield
@@ -240,14 +272,21 @@ def projected_by(path: str) -> Iterator[None]:
 
 
 def strict(regularizer: reference.Regularizer) -> dict[str, Any]:
-    """Return the trainer's epsilons; TorchJD's where the trace regularises."""
+    """Return the options of a projection for a regularizer: its name and epsilons.
+
+    For "diagonal" these are the trainer's epsilons, for "trace" TorchJD's.
+    """
     if regularizer == "diagonal":
         return {"norm_eps": 0.0, "reg_eps": 1e-6, "regularizer": "diagonal"}
     return {"norm_eps": 1e-4, "reg_eps": 1e-4, "regularizer": "trace"}
 
 
 def projected(kind: str, G: Tensor, u: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return what the op for one kind of problem gives, and its status."""
+    """Return the result and the status of the projection that `kind` names: upgrad, dualproj, rows or
+    multipliers.
+
+    G [m, m] is a Gramian and u [5, m] holds vectors, for the kinds that project given ones.
+    """
     if kind == "rows":
         return ops.project_rows(u, G, **options)
     if kind == "multipliers":
@@ -256,8 +295,11 @@ def projected(kind: str, G: Tensor, u: Tensor, options: dict[str, Any]) -> tuple
 
 
 def projections(device: torch.device, regularizer: reference.Regularizer, path: str) -> str:
-    """Compare the weights of both modes, of many vectors, and a step's multipliers with the same ops on the
-    CPU."""
+    """Check all projection ops of m = 1 to 64 objectives against the CPU, with one implementation; return a
+    note.
+
+    path: "triton" or "cuda". A Gramian with a NaN has to give NaN weights and the status -1.
+    """
     worst, options = 0.0, strict(regularizer)
     with projected_by(path):
         for m in (1, 2, 4, 9, 20, 64):
@@ -285,7 +327,10 @@ def projections(device: torch.device, regularizer: reference.Regularizer, path: 
 
 
 def upgrad_weights(device: torch.device, regularizer: reference.Regularizer, path: str) -> str:
-    """Compare the weights computed from rows with those of the same op on the CPU."""
+    """Check `ops.upgrad_weights`, which starts from the rows of a Jacobian, against the CPU; return a note.
+
+    path: the implementation, "triton" or "cuda".
+    """
     worst, options = 0.0, strict(regularizer)
     with projected_by(path):
         for m in (2, 4, 16, 20):
@@ -303,8 +348,10 @@ def upgrad_weights(device: torch.device, regularizer: reference.Regularizer, pat
 
 
 def gramian_weights(device: torch.device) -> str:
-    """Compare every method on `device` with the CPU's and return the largest error as a note. Raises
-    AssertionError above 1e-7."""
+    """Check `ops.gramian_weights` for every method against the CPU, and return the largest error as a note.
+
+    Raises AssertionError above 1e-7.
+    """
     worst = 0.0
     for m in (1, 3, 8, 20):
         G = ops.gramian(conflicting(m))

@@ -1,5 +1,5 @@
-"""Make flags from dataclasses, report errors in one line, and accept other systems' spellings of the same
-settings."""
+"""Make flags from dataclasses, report errors in one line, and accept other systems' names for the same
+flags."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ Flags = typing.TypeVar("Flags")
 
 
 class OneLineParser(ArgumentParser):
-    """Parse flags, with errors of one line that names the flag."""
+    """Parse flags, and raise ValueError with a single line that names the flag if one is invalid."""
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         raise ValueError(tidy(message))
 
 
 def tidy(message: str) -> str:
-    """Return jsonargparse's message as one line: the flag, the value given, the value expected."""
+    """Return an error message of jsonargparse as one line: the flag, the given value, and the expected ones."""
     message = re.sub(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", r"\1 \2", message)
     key = re.search(r'Parser key "([\w.]+)"', message) or re.search(r'key "([\w.]+)"', message)
     if key is None:
@@ -129,10 +129,11 @@ def is_list(kind: Any) -> bool:
 
 
 def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
-    """Rewrite an argument list in any supported spelling to `--flag=value` words.
+    """Rewrite an argument list in any supported spelling to words `--flag=value`, which `parse` takes.
 
-    Aliases become our names, `--hidden_dims 32 64` a list, a bare switch true, `--flag value` one word. Raises
-    ValueError for a flag that does not exist, with the nearest that do.
+    Other systems' flags get our names, `--hidden_dims 32 64` becomes a list, and a switch without a value true.
+    kinds: flag -> type; extra: further flags to let through. Raises ValueError for an unknown flag, and names
+    similar ones.
     """
     known = [*kinds, "config", "print_config", "help", *extra]
     words = [SHORT.get(w, w) for w in argv]
@@ -190,10 +191,10 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
 
 
 def our_name(name: str, values: list[str], spelt: dict[str, tuple[str, list[str]]]) -> str:
-    """Return our name of another system's flag; `name` itself where it is none.
+    """Return our name for another system's flag, or `name` itself if it is not one.
 
-    spelt: what was given for each flag of ours so far, and by which other name. Raises ValueError for two
-    names of one flag with different values.
+    spelt: our flag -> the name and values by which it was given so far; updated in place. Raises ValueError if
+    two names of the same flag are given with different values.
     """
     ours = ALIASES.get(name, ALIASES.get(name.replace("-", "_"), name))
     if ours != name:
@@ -207,7 +208,8 @@ def our_name(name: str, values: list[str], spelt: dict[str, tuple[str, list[str]
 
 
 def check_words(name: str, values: Sequence[str]) -> None:
-    """Refuse values that YAML would read as lists without end or bottom."""
+    """Raise ValueError for a value that YAML would read as a list that is too deep, too large, or contains
+    itself."""
     for value in values:
         if not value.startswith(("[", "{", "&", "*", "!")):
             continue
@@ -224,7 +226,7 @@ def quoted(value: str, kind: Any) -> str:
 
 
 def is_flag(word: str) -> bool:
-    """Return whether a word begins a flag; -0.5 and -1e3 are values."""
+    """Return whether a word begins a flag; negative numbers such as -0.5 and -1e3 are values."""
     return word.startswith("-") and not re.fullmatch(r"-(\d|\.\d|inf|nan).*", word)
 
 
@@ -252,7 +254,12 @@ def _built(command: str, sections: tuple[type, ...], description: str, recipes: 
 
 
 def parse(parser: OneLineParser, words: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flags by name: `defaults` (of a recipe or a saved run) overridden by the words of `normalise`."""
+    """Return flag -> value for the words that `normalise` returns; flags that they leave out have the
+    `defaults`.
+
+    defaults: values from a recipe or a saved run; those of the dataclasses count for the rest. Raises
+    ValueError.
+    """
     kept, own = dict(parser._defaults), [(action, action.default) for action in parser._actions]
     try:
         parser.set_defaults(dict(defaults))
@@ -278,9 +285,10 @@ def read_flags(
     needed: str = "",
     question: str = "",
 ) -> Flags:
-    """Return the flags of a command that the dataclass `kind` describes.
+    """Read the flags of a command into its dataclass `kind`, from `argv` in any supported spelling.
 
-    needed: a flag that has to be given; `question` is the error where it is not. Raises ValueError.
+    needed: a flag that must be given; if it is not, ValueError is raised with `question` as its message.
+    ValueError is also raised for an invalid flag.
     """
     words = normalise(argv, flag_types([kind]))
     if needed and not any(w.startswith((f"--{needed}=", "--help", "--print_config")) for w in words):
@@ -289,18 +297,18 @@ def read_flags(
 
 
 def first_word_as(flag: str, argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the first one, if that is no flag, as the value of `flag`."""
+    """Return the arguments, in which a first word that is not a flag has become the value of `flag`."""
     return [f"--{flag}={argv[0]}", *argv[1:]] if argv and not argv[0].startswith("-") else list(argv)
 
 
 def first_words_as(flag: str, argv: Sequence[str]) -> list[str]:
-    """Return the arguments with all that stand before the first flag as the values of `flag`."""
+    """Return the arguments, in which all words before the first flag have become the values of `flag`."""
     count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     return [*([f"--{flag}", *argv[:count]] if count else []), *argv[count:]]
 
 
 def take(words: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Return the last value of `--flag=value` among normalised words, and the words without it."""
+    """Remove the flag from words `--flag=value`: return its last value, or None, and the other words."""
     prefix = f"--{flag}="
     values = [w[len(prefix) :] for w in words if w.startswith(prefix)]
     return (values[-1] if values else None), [w for w in words if not w.startswith(prefix)]

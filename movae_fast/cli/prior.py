@@ -21,7 +21,7 @@ from movae_fast.evaluation.trained import adapt_config
 from movae_fast.models import VAE, GaussianVAE
 from movae_fast.names import shown as printable
 from movae_fast.priors import fit
-from movae_fast.priors.base import FILE, FOLDER, build_prior, check_kind, save_prior
+from movae_fast.priors.base import FILE, FOLDER, build_prior, check_kind, classes_of, save_prior
 from movae_fast.priors.catalog import KINDS
 from movae_fast.priors.config import PriorConfig
 from movae_fast.priors.latents import Latents, check_encodable, encode_split
@@ -45,7 +45,7 @@ def run(flags: tuple[PriorRunConfig, PriorConfig]) -> int:
     adapt_config(trained, command.device, command.data_dir, command.encode_batch_size)
     validate(trained)
     check_encodable(model, trained.model.arch)
-    check_kind(config, model, trained.model.arch, trained.info.classes)
+    check_kind(config, model, trained.model.arch)
     if command.beta is not None:
         choose_beta("prior", command.beta, trained, model)
     above = folder_of(Path(command.weights))
@@ -57,9 +57,10 @@ def run(flags: tuple[PriorRunConfig, PriorConfig]) -> int:
         there = world.on_main(lambda: encode()[1])  # noqa: B023
         latents[split], _ = encode()
         console.print(described(latents[split], there), highlight=False, soft_wrap=True, markup=False)
+    classes = classes_of(config, latents["train"])
     try:
         began = time.perf_counter()
-        prior = fitted(command, config, folder, trained, latents["train"], world, console)
+        prior = fitted(command, config, folder, classes, latents["train"], world, console)
     except Interrupted as interrupt:
         console.print(f"{interrupt}: saved; go on with the same command and --resume", highlight=False)
         return 128 + interrupt.signum
@@ -68,7 +69,7 @@ def run(flags: tuple[PriorRunConfig, PriorConfig]) -> int:
         return 1
     if world.main:
         scores = scores_of(prior, trained, model, latents)
-        save_prior(folder / FILE, config, latents["train"], trained.info.classes, prior, scores)
+        save_prior(folder / FILE, config, latents["train"], classes, prior, scores)
         console.print(table(config, trained, scores))
         said = f"{folder / FILE}, after {time.perf_counter() - began:.0f} s; movae sample {above} draws from it"
         console.print(printable(said), highlight=False, soft_wrap=True, markup=False)
@@ -96,13 +97,13 @@ def fitted(
     command: PriorRunConfig,
     config: PriorConfig,
     folder: Path,
-    trained: TrainConfig,
+    classes: int,
     latents: Latents,
     world: World,
     console: Console,
 ) -> nn.Module:
     """Return the fitted prior, in evaluation mode."""
-    device, classes = resolve_device(command.device), trained.info.classes
+    device = resolve_device(command.device)
     if not KINDS[config.kind].stepped:
         prior = build_prior(config, latents.values.shape[1:], latents.grids, classes)
         prior.fit(latents.tensor(), config.seed)  # type: ignore[operator]

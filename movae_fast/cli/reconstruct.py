@@ -1,4 +1,4 @@
-"""Run `movae reconstruct`: originals beside their reconstructions, one file per image, with torch-vae's
+"""Run `movae reconstruct`: write each image beside its reconstruction, one file per pair, with torch-vae's
 flags."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from movae_fast.training.run_folder import folder_of
 
 @torch.no_grad()
 def run(config: ReconstructConfig) -> int:
-    """Load, reconstruct, write; the exit status."""
+    """Load the model, write its reconstructions beside the originals, and return the exit status."""
     device = resolve_device(config.device)
     trained, model = load_model(Path(config.model), device)
     for name in ("latent_dim", "max_filters"):

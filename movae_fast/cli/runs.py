@@ -1,4 +1,4 @@
-"""Run `movae runs`: list the runs below a folder, with what each one is and reached."""
+"""Run `movae runs`: list the runs below a folder, with their settings and scores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def run(config: RunsConfig) -> int:
 
 
 def order(value: Any) -> tuple[int, Any]:
-    """Return what values of one kind are sorted by; a value that is missing comes first."""
+    """Return the sort key of a value in a column of the list; missing values come first, numbers before
+    text."""
     if value is None:
         return 0, 0
     return (1, value) if isinstance(value, int | float) else (2, str(value))

@@ -51,7 +51,8 @@ FittedPrior = tuple[Path, str, nn.Module]  # its file, its kind, itself
 
 @dataclass
 class Job:
-    """Hold one call of the command: a loaded model and what to do with it."""
+    """Hold one call of `movae sample`: its flags, the loaded model and its configuration, and the random
+    generator."""
 
     config: SampleConfig
     trained: TrainConfig
@@ -67,7 +68,7 @@ class Job:
 
     @property
     def normalize(self) -> bool:
-        """Return whether the model's images are in [-1, 1]."""
+        """Return whether the model takes and returns images in [-1, 1] instead of [0, 1]."""
         return self.trained.data.normalize
 
     def decode(self, z: Tensor) -> Tensor:
@@ -85,7 +86,8 @@ class Job:
 
 
 def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
-    """Load, draw; the exit status."""
+    """Load the model, write the pictures or sentences of the chosen mode, print their paths, and return the
+    exit status."""
     config, name, expected = flags
     job = load(config, name, expected)
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "figures"
@@ -97,7 +99,8 @@ def run(flags: tuple[SampleConfig, str | None, dict[str, Any]]) -> int:
 
 
 def print_sentences(job: Job, folder: Path) -> list[Path]:
-    """Print the sentences of a model of text, and return the paths of the files that hold them."""
+    """Print the sentences of a text model in the chosen mode, and return the paths of the files that hold
+    them."""
     c, model = job.config, job.model
     assert isinstance(model, LSTMVAE)
     how = Decoding(c.decoding, c.max_words, c.top_k, c.top_p, c.temperature, c.beam)
@@ -108,7 +111,11 @@ def print_sentences(job: Job, folder: Path) -> list[Path]:
 
 
 def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Job:
-    """Load the model to draw from. `expected` is a training configuration that it must agree with."""
+    """Load the model that the flags name and check that the chosen mode can be done with it.
+
+    name, expected: a training configuration, by --config, whose flags must agree with the checkpoint. Raises
+    ValueError if they do not, or for a flag that does not apply to the model.
+    """
     device = resolve_device(config.device)
     trained, model, _, step = load_trained(Path(config.weights), device)
     if name is not None:
@@ -144,7 +151,10 @@ def check_ends(config: SampleConfig, model: VAE) -> None:
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:
-    """Refuse a configuration whose model is not the checkpoint's."""
+    """Raise ValueError if the configuration `name` describes another model than the checkpoint's.
+
+    wanted: the configuration's flags; those on which it is silent are not compared.
+    """
     has = {"arch": trained.model.arch, "image_size": trained.image_shape[1]}
     has |= {key: option_of(trained, model, key) for key in ("latent_dim", "dim", "dim_mults")}
     for key, value in has.items():
@@ -153,8 +163,11 @@ def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str
 
 
 def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> list[Path]:
-    """Write one PNG per picture into a folder of the mode's name, if asked for (each [N, C, S, S] is a
-    strip)."""
+    """Write each picture to a PNG of its own if --single_files is given, in a new folder named after the mode.
+
+    Each of `pictures` is [N, C, S, S] and becomes one row of N images. Returns [the folder], or [] without the
+    flag.
+    """
     if not job.config.single_files:
         return []
     target = free_path(folder / mode)
@@ -217,7 +230,8 @@ def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> Fit
             say(f"codes are drawn without a prior (movae prior {run} --kind transformer fits one)")
         return None
     fitted, prior = load_prior(path, trained, model)
-    check_choice(fitted, trained.info.classes, config.label, choice_of(config))
+    assert isinstance(prior.classes, int)
+    check_choice(fitted, prior.classes, config.label, choice_of(config))
     if config.bn_passes:
         raise ValueError(f"--bn_passes {config.bn_passes} draws from N(0, I); give --prior none with it")
     return path, fitted.kind, prior
@@ -278,7 +292,11 @@ def traverse_latents(job: Job, folder: Path) -> list[Path]:
 
 
 def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
-    """Write a labelled sheet with one strip per row, and a GIF that runs along all of them."""
+    """Write the traversals of an NVAE by scale or group: a labelled sheet with one strip per row, and a GIF of
+    them.
+
+    Returns the paths. Raises ValueError for a latent, scale or group that cannot be traversed.
+    """
     config, kind = job.config, job.config.traverse_by or "scale"
     if kind == "latent":
         raise ValueError("--traverse_by latent: one latent of a map changes little; give scale or group")
@@ -339,8 +357,12 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
 
 
 def beta_sweep(job: Job, folder: Path) -> list[Path]:
-    """Write a GIF with one frame per beta: test images, their reconstructions below them, samples at the
-    bottom."""
+    """Write reconstructions and samples of a multi-rate model over its betas, as a PNG and as a GIF; return the
+    paths.
+
+    Each frame of the GIF is for one beta: test images, their reconstructions below them, and samples at the
+    bottom.
+    """
     model, n = job.model, job.config.n_samples
     assert model.rates is not None
     x, _ = job.test_images()

@@ -1,5 +1,4 @@
-"""Print what a model of sentences makes: samples, interpolations, reconstructions; on the terminal and to a
-file."""
+"""Print what a text model makes (samples, interpolations, reconstructions), and write it to a file."""
 
 from __future__ import annotations
 
@@ -9,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from movae_fast.data.text import Vocabulary, limited_text
+from movae_fast.api.sentence_model import vocabulary_beside
+from movae_fast.data.text import limited_text
 from movae_fast.evaluation.text_decoding import (
     Decoded,
     Decoding,
@@ -30,7 +30,8 @@ from movae_fast.training.run_folder import folder_of
 
 
 class Sentences:
-    """Hold one call of the command: a model of sentences and how it decodes."""
+    """Hold one call of `movae sample` on a text model: the model, its vocabulary, how words are chosen, and how
+    many."""
 
     def __init__(
         self,
@@ -44,14 +45,14 @@ class Sentences:
     ) -> None:
         self.model, self.trained, self.how, self.generator = model, trained, how, generator
         self.n, self.steps = n, steps
-        self.vocabulary = vocabulary_of(trained, weights)
+        self.vocabulary = vocabulary_beside(folder_of(weights), trained)
 
     def text(self, decoded: Decoded) -> str:
-        """Return a sentence as words."""
+        """Return a decoded sentence as text."""
         return self.vocabulary.decode(decoded.words)
 
     def test_sentences(self) -> tuple[Tensor, Tensor]:
-        """Return n evenly spaced test sentences [n, T] and their labels."""
+        """Return n evenly spaced test sentences as token ids [n, T], and their labels."""
         validate(self.trained)  # which sees that the corpus is still the run's
         loader = make_text_loader(self.trained, resolve_device(self.trained.run.device), "test")
         source = limited_text(loader.source, self.n)
@@ -59,28 +60,14 @@ class Sentences:
         return tokens.to(self.model.device), labels
 
 
-def vocabulary_of(trained: TrainConfig, weights: Path) -> Vocabulary:
-    """Return the vocabulary that lies in the run's folder. Raises ValueError for one that is not the
-    model's."""
-    path = folder_of(weights) / "vocab.txt"
-    if not path.is_file():
-        raise ValueError(f"{shown(path)}, the words of the model's ids, is missing: put the run's file there")
-    vocabulary = Vocabulary.read(path)
-    if len(vocabulary) != trained.corpus.vocabulary_size:
-        raise ValueError(
-            f"{shown(path)} has {len(vocabulary):,} words, the model {trained.corpus.vocabulary_size:,}: it is "
-            "another run's"
-        )
-    return vocabulary
-
-
 def sample(job: Sentences) -> list[str]:
-    """Return sentences of latents from the prior."""
+    """Return n sentences decoded from draws of the prior."""
     return [job.text(one) for one in sample_sentences(job.model, job.n, job.how, job.generator)]
 
 
 def interpolate(job: Sentences) -> list[str]:
-    """Return sentences on the way from one draw of the prior to another, a paragraph for each pair."""
+    """Return the sentences decoded on the way between two draws of the prior, for n pairs with a blank line in
+    between."""
     first, second = job.model.sample_latents(2 * job.n, job.generator).chunk(2)
     lines = []
     for one, other in zip(first, second, strict=True):
@@ -91,7 +78,7 @@ def interpolate(job: Sentences) -> list[str]:
 
 
 def reconstruct(job: Sentences) -> list[str]:
-    """Return test sentences and, beside each, what is decoded from its posterior's mean."""
+    """Return lines with a test sentence and, beside it, the sentence decoded from its posterior mean."""
     tokens, _ = job.test_sentences()
     decoded = reconstructions(job.model, tokens, job.how, job.generator)
     originals = [job.vocabulary.decode(row) for row in tokens.tolist()]
@@ -106,7 +93,11 @@ MODES: dict[str, Callable[[Sentences], list[str]]] = {
 
 
 def write(job: Sentences, mode: str, folder: Path) -> list[Path]:
-    """Print the mode's sentences and write them to a new file below `folder`; the paths of what was written."""
+    """Print the sentences of a mode and write them to a new file in `folder`; return the paths of the files.
+
+    The mode visualize_latent writes a scatter plot instead. Raises ValueError for a mode that text does not
+    have.
+    """
     if mode == "visualize_latent":
         if job.model.latent_dim != 2:
             raise ValueError(

@@ -36,7 +36,10 @@ STOPPED = (-signal.SIGTERM, -signal.SIGINT)  # a process that the signal itself 
 
 
 def run(asked: SweepAsked) -> int:
-    """Search, report; the exit status."""
+    """Run the trials of a sweep in worker processes, report the results, and return the exit status.
+
+    With the flag --worker this process is one of the workers, and only runs trials.
+    """
     flags, spec = asked.flags, asked.spec
     study = make_study(flags, spec, asked.stem)
     if flags.worker is not None:
@@ -68,13 +71,15 @@ def run(asked: SweepAsked) -> int:
 
 
 def check_runs(config: TrainConfig) -> None:
-    """Make all checks of a configuration. Raises ValueError."""
+    """Check a trial's configuration completely, with its device and memory. Raises ValueError if a run would
+    fail."""
     validate(config)
     check_fits(config)
 
 
 def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for the workers and return their exit statuses; SIGTERM and SIGINT are passed on to them."""
+    """Wait for the workers and return their exit statuses; end them by SIGTERM if this process gets SIGTERM or
+    SIGINT."""
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
         for worker in workers:
@@ -89,8 +94,10 @@ def wait(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
-    """Build the study called `stem` from flags and file. Raises ValueError for what can be found wrong
-    before a trial runs."""
+    """Build the study called `stem` from the flags and the sweep's file.
+
+    Raises ValueError for errors that can be found before a trial runs, such as a trial with invalid flags.
+    """
     fixed = check_sweep(flags, spec)
     check_trials(spec.search, spec.objectives, fixed, check_runs)
     every = math.prod(len(space["choices"]) for space in spec.search.values()) if spec.sampler == "grid" else 20
@@ -115,7 +122,8 @@ def make_study(flags: SweepFlags, spec: SweepFile, stem: str) -> Study:
 
 
 def draw_curve(study: Study, spec: SweepFile, results: Report, console: Console) -> None:
-    """Draw the trials' rate-distortion curves, without the trials that the selection leaves out."""
+    """Write the rate-distortion curves of the trials that the file's `curve: select` keeps, and print the
+    paths."""
     assert spec.curve is not None
     rows = selected(study.objectives, results.rows, spec.curve.get("select", []))
     paths = [trial_folder(study.folder, row["number"]) for row in rows]
@@ -126,7 +134,7 @@ def draw_curve(study: Study, spec: SweepFile, results: Report, console: Console)
 
 
 def show(console: Console, results: Report) -> None:
-    """Print the best trial, or the Pareto front."""
+    """Print a table of the best trial, or with several objectives of the trials on the Pareto front."""
     title = "best trial" if len(results.names) == 1 else "Pareto front"
     table = Table(title=f"{title} of {len(results.rows)} complete trials")
     best = [row for row in results.rows if row["best"]]

@@ -37,7 +37,8 @@ from movae_fast.training.train_step import NOT_ASKED
 
 
 def run(flags: TrainFlags) -> int:
-    """Train; the exit status (130 or 143 after SIGINT or SIGTERM, with the run saved)."""
+    """Train as the flags say and return the exit status: 130 after SIGINT and 143 after SIGTERM, with the run
+    saved."""
     try:
         return set_up_and_trained(flags)
     except RuntimeError as error:  # before the first step; `train` sees the later ones
@@ -49,7 +50,7 @@ def run(flags: TrainFlags) -> int:
 
 
 def set_up_and_trained(flags: TrainFlags) -> int:
-    """Check what needs torch, set up or resume, train."""
+    """Make the checks that need torch, set up or resume the run, train it, and return the exit status."""
     # A log file wants whole lines; a terminal its own width.
     quiet = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
     console = Console(width=None if sys.stdout.isatty() else 200, quiet=quiet)
@@ -75,14 +76,20 @@ def set_up_and_trained(flags: TrainFlags) -> int:
 
 
 def continued(flags: TrainFlags, saved: dict[str, Any], resumed: str) -> TrainConfig:
-    """Return the saved configuration with the flags that a resumed run may change; `resumed` is its folder
-    or checkpoint."""
+    """Return the configuration of a resumed run: the saved one, with those of the new flags that may change.
+
+    saved: the flags that the run was saved with; resumed: its folder or checkpoint. Raises ValueError for a
+    flag that has to stay the same within a run.
+    """
     values = parsing.parse(build_parser(), flags.words, {**settings_of(saved), **flags.recipe})
     return continued_config(values, saved, resumed)
 
 
 def train(work: Run, console: Console) -> int:
-    """Fit, report, clean up."""
+    """Train a run that is set up, report the result, export the weights, and return the exit status.
+
+    Interruptions and the errors that end a run are reported in one line, with the command that resumes it.
+    """
     work.draw, work.show = draw_run, show_run
     started = time.perf_counter()
     again = f"go on with: movae train --resume {work.folder}"
@@ -135,7 +142,8 @@ def train(work: Run, console: Console) -> int:
 
 
 def leave(work: Run, status: int) -> int:
-    """Return the status; with several processes end this one at once, so that the others notice."""
+    """Return the exit status; in a run of several processes end this process at once instead, so that the rest
+    stop too."""
     if work.world.size > 1:
         sys.stderr.flush()
         os._exit(status)
@@ -149,7 +157,7 @@ def close_logs(work: Run) -> None:
 
 
 def export(work: Run, console: Console) -> None:
-    """Write the weights where --export asks for them."""
+    """Write the model's weights to the path that --export names, if it is given."""
     path = work.config.run.export
     if path is not None and work.world.main:
         work.export(Path(path))
@@ -157,14 +165,15 @@ def export(work: Run, console: Console) -> None:
 
 
 def lost_a_process(processes: int, error: RuntimeError) -> bool:
-    """Return whether an exchange among several processes failed because another process is gone."""
+    """Return whether an error of torch.distributed means that another process of the run has ended."""
     text = str(error).lower()
     signs = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "timeout")
     return processes > 1 and any(sign in text for sign in signs)
 
 
 def describe(work: Run, console: Console) -> None:
-    """Print what is about to be trained, in a few lines."""
+    """Print a few lines before training: the model, dataset, objectives, aggregator, steps, device and
+    folder."""
     config, model = work.config, work.model
     size = sum(p.numel() for p in model.parameters())
     weights = "  ".join(
@@ -195,8 +204,11 @@ def describe(work: Run, console: Console) -> None:
 
 
 def aggregation(config: TrainConfig, eager: bool) -> str:
-    """Return a line on the aggregator, what it aggregates, and whether the gradient or the whole step is
-    without conflict."""
+    """Return a line on the aggregator, what it aggregates, and whether the whole step is projected to be
+    conflict-free.
+
+    eager: whether it runs outside the compiled step.
+    """
     o = config.objective
     text = f"aggregator {o.agg}"
     if config.aggregated:
@@ -232,7 +244,7 @@ def notes(work: Run) -> list[str]:
 
 
 def stage_line(work: Run) -> list[str]:
-    """Return a line on the stages of a progressive model."""
+    """Return one line on the stages of a progressive ladder VAE; [] for any other run."""
     stages = work.progression
     if stages is None:
         return []
@@ -241,7 +253,7 @@ def stage_line(work: Run) -> list[str]:
 
 
 def graph_note(work: Run) -> str:
-    """Return the end of a line: that a step is one CUDA graph, or why not; "" if none was asked for."""
+    """Return ", one CUDA graph a step", or why a step is not captured in one; "" if that was not asked for."""
     reason = work.why_not_captured
     if reason == NOT_ASKED:
         return ""
@@ -249,7 +261,7 @@ def graph_note(work: Run) -> str:
 
 
 def rate_line(config: TrainConfig) -> list[str]:
-    """Return a line on the betas and gates of a multi-rate model."""
+    """Return one line on the betas and gates of a multi-rate model; [] for any other model."""
     rate = config.multirate
     if not rate.multirate:
         return []
@@ -266,8 +278,12 @@ def rate_line(config: TrainConfig) -> list[str]:
 
 
 def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return rows of the final table: how many of the measured steps conflicted with an objective, and the
-    worst cosine."""
+    """Return rows (label, value, note) of the final table: the share of steps in conflict, and the smallest
+    cosine.
+
+    lines: the run's log. A step conflicts if the update has a negative inner product with an objective's
+    gradient. There is a row for the aggregated gradient and one for the applied step, where they were measured.
+    """
     rows = []
     for kind, text in (("", "update (gradient)"), ("step_", "applied step")):
         if conflict := conflict_of(lines, kind):
@@ -277,13 +293,14 @@ def conflict_rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
 
 
 def skipped_row(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Row of the final table: how many steps were left out, where any were."""
+    """Return the row of the final table with the number of steps skipped by --skip_grad_norm; [] if there were
+    none."""
     count = sum(line.get("train/skipped_steps", 0) for line in lines)
     return [("steps left out (skip_grad_norm)", f"{count:,}", "")] if count else []
 
 
 def report(work: Run, metrics: dict[str, float], console: Console, seconds: float) -> None:
-    """Print the final table of objectives and the paths of what was written."""
+    """Print the final table of test objectives, with the time it took and where the pictures are."""
     table = Table(title=f"{work.config.model.arch} on {work.config.data.dataset}, {work.config.objective.agg}")
     table.add_column("test split")
     table.add_column("value", justify="right")
@@ -314,7 +331,10 @@ def report(work: Run, metrics: dict[str, float], console: Console, seconds: floa
 
 
 def against_mean_image(metrics: Mapping[str, float]) -> str:
-    """Return the reconstruction's error beside the mean image's, in words; "" where all images are alike."""
+    """Return text that compares the reconstruction error with that of the mean training image, as the baseline.
+
+    Returns "" if there is no such baseline or its error is 0.
+    """
     mean = metrics.get("test/mse_mean_image")
     if not mean:
         return ""

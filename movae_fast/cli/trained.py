@@ -1,4 +1,4 @@
-"""Choose beta and a new output folder, for the commands on a trained model."""
+"""Set beta and create the output folder, for the commands that take a trained model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from movae_fast.training.config import TrainConfig
 
 
 def choose_beta(command: str, beta: float, trained: TrainConfig, model: VAE) -> None:
-    """Set a multi-rate model to the beta asked for. Raises ValueError for a model that has one beta only."""
+    """Set a multi-rate model to `beta`, and warn if it was not trained for it.
+
+    command: name for the warning. Raises ValueError for a model that is not multi-rate, or a beta that is not
+    positive.
+    """
     rates = rates_of(trained, model, "beta")
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"--beta {beta:g} must be above 0 and finite")
@@ -21,7 +25,7 @@ def choose_beta(command: str, beta: float, trained: TrainConfig, model: VAE) -> 
 
 
 def say_extrapolation(command: str, least: float, most: float, beta_min: float, beta_max: float) -> bool:
-    """Warn on standard error of betas outside the trained range; whether there are any."""
+    """Warn on stderr if betas from `least` to `most` leave the trained range, and return whether they do."""
     # A range that went through float32 and back is still itself.
     outside = least < beta_min * (1 - 1e-6) or most > beta_max * (1 + 1e-6)
     if outside:
@@ -34,7 +38,7 @@ def say_extrapolation(command: str, least: float, most: float, beta_min: float, 
 
 
 def new_outdir(folder: Path) -> Path:
-    """Make the folder and return it; refuse one that holds anything."""
+    """Create the output folder and return it. Raises ValueError if it already holds files."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--outdir: {folder} is not empty and is not overwritten; name another folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Measure the rate-distortion curve of one model by how many of its codebooks are used."""
+"""Measure rate and distortion of a model with several codebooks, by how many of them are used."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from movae_fast.models import CodebookVAE
 def depth_curve(
     model: CodebookVAE, batches: Iterable[tuple[Tensor, Tensor]], normalize: bool
 ) -> dict[str, float]:
-    """Return for each depth q, the first q codebooks of each group, what an image costs and how far off it is.
+    """Return rate and distortion for each depth q, at which the first q codebooks of each group are used.
 
-    `bits_depth_q`: bits per image of codes of one length, log2 K each. `entropy_bits_depth_q`: bits per image
-    of a code for each codebook by itself whose lengths follow the frequencies in these images. `mse_depth_q`:
-    squared error per value, images in [0, 1].
+    Keys: `bits_depth_q`, bits per image if every code takes log2 K bits; `entropy_bits_depth_q`, bits per image
+    of an entropy code per codebook, with the frequencies in these images; `mse_depth_q`, squared error per
+    value of images in [0, 1].
     """
     levels, sizes = model.settings.num_quantizers, model.code_sizes
     errors = torch.zeros(levels, dtype=torch.float64, device=model.device)

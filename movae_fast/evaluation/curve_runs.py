@@ -1,4 +1,4 @@
-"""Find and read the runs of a curve, check that they are comparable, and name them."""
+"""Find and read the runs of a rate-distortion plot, check that they are comparable, and label them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLOSE = 1e-3  # betas that differ by less than this share are one: recipes round
 
 @dataclass
 class Member:
-    """Hold one run of a curve."""
+    """Hold one run of a rate-distortion plot, with its measured points."""
 
     path: Path
     config: TrainConfig
@@ -39,7 +39,7 @@ class Member:
 
     @property
     def train_seconds(self) -> float:
-        """Return the seconds spent in training steps according to the run's log; 0 without a log."""
+        """Return the seconds that the run spent in training steps according to its log; 0 without a log."""
         metrics = read_lines(folder_of(self.path) / "metrics.jsonl")
         lines = [line for line in metrics if line.get("train/images_per_s")]
         steps = [0, *(line["step"] for line in lines)]
@@ -51,8 +51,8 @@ class Member:
 
 
 def expanded(names: Sequence[str]) -> list[Path]:
-    """Return runs and checkpoints as they are, and for a folder the runs in it; of a sweep, its complete
-    trials."""
+    """Return the paths of the runs that are named: a run or checkpoint itself, the runs in a folder, or the
+    complete trials of a sweep. Raises ValueError if a name has none."""
     paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
@@ -83,7 +83,7 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def trial_folder(sweep: Path, number: int) -> Path:
-    """Return the folder of a complete trial: the last run that was started under its number."""
+    """Return the folder of a sweep's complete trial; if it was started several times, that of the last run."""
     tails = [p for p in (sweep / "trials").glob(f"{number:04d}*") if is_run(p)]
     if not tails:
         raise ValueError(f"{sweep}: trial {number} has no run in trials/{number:04d}")
@@ -93,9 +93,9 @@ def trial_folder(sweep: Path, number: int) -> Path:
 def read_member(
     path: Path, device: torch.device, betas_within: Callable[[float, float], list[float]]
 ) -> Member:
-    """Read one run; `betas_within` picks a curve's betas by the range that the run was trained for.
+    """Read one run; `betas_within` chooses the betas of a multi-rate run, given the range it was trained for.
 
-    Raises ValueError, with the path, for a model that has no place on a curve.
+    Raises ValueError, which names the path, for a model that is neither multi-rate nor has a single beta.
     """
     trained, model, processes, _ = load_trained(path, device)
     multirate = is_multirate(model)
@@ -111,7 +111,7 @@ def read_member(
 
 
 def check_alike(members: Sequence[Member]) -> None:
-    """Raise ValueError for runs of different images or likelihoods, whose curves cannot have the same axes."""
+    """Raise ValueError if runs have different images or likelihoods, so that their curves cannot share axes."""
     first = members[0]
     mine = of_images(first.config)
     for member in members:
@@ -125,16 +125,16 @@ def check_alike(members: Sequence[Member]) -> None:
 
 
 def of_images(config: TrainConfig) -> dict[str, Any]:
-    """Return what two runs must have in common for their distortions to be comparable: images and
-    likelihood."""
+    """Return the settings of images and likelihood that two runs must share for their distortions to be
+    comparable."""
     names = ("dataset", "image_size", "resize", "crop", "normalize", "binarize", "bits", "antialias")
     others = {"corpus_digest": config.corpus.corpus_digest, "recons_dist": config.objective.recons_dist}
     return {n: getattr(config.data, n) for n in names} | others
 
 
 def add_plain_betas(members: Sequence[Member]) -> None:
-    """Add the beta of each plain run to every curve whose range holds it, so that the two can be compared
-    there."""
+    """Add the beta of each single-beta run to every multi-rate run whose range includes it, so that they can be
+    compared."""
     plain = {m.betas[0] for m in members if not m.multirate}
     for member in members:
         if member.multirate:
@@ -145,7 +145,7 @@ def add_plain_betas(members: Sequence[Member]) -> None:
 
 
 def label_members(members: Sequence[Member]) -> None:
-    """Return a label per run: its kind, and the flags by which runs of that kind differ."""
+    """Set each run's label for the plot: its kind, and the flags in which runs of that kind differ."""
     for multirate, name in ((True, "multi-rate"), (False, "beta-VAEs")):
         same = [m for m in members if m.multirate is multirate]
         flags = [kind_flags(m) for m in same]
@@ -155,8 +155,7 @@ def label_members(members: Sequence[Member]) -> None:
 
 
 def kind_flags(member: Member) -> dict[str, Any]:
-    """Return the flags that make a run one of its kind: all but the optimizer's, the run's, and
-    `NOT_A_KIND`."""
+    """Return the flags that distinguish kinds of runs: all but those of optimizer and run, and `NOT_A_KIND`."""
     config = member.config
     parts = [config.data, config.model, config.objective, config.ladder]
     if member.multirate:

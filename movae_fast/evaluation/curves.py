@@ -1,5 +1,5 @@
-"""Measure the curves of several runs: each run's points, MIG, gates, and the oracle's values at the same
-betas."""
+"""Measure the rate-distortion curves of several runs: each run's points, MIG and gates, and the linear oracle's
+values at the same betas."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def evaluate_runs(
     seed: int,
     started: Started = lambda number, rows: lambda done: None,
 ) -> dict[str, Responses]:
-    """Fill in every run's points; return the response functions of the multi-rate ones, by run.
+    """Measure every run's points, in place; return the response functions of the multi-rate runs, by path.
 
-    batch_size: rows at a time, a row being an image at one beta. samples: images whose codes give MIG, for data
-    with known discrete factors; 0 leaves it out.
+    batch_size: rows of a forward pass, a row being an image at one beta. samples: number of images whose codes
+    give MIG, for data with known discrete factors; 0 leaves MIG out. started: called with a run's number and
+    its number of rows; returns a function that is called as rows are done.
     """
     gates: dict[str, Responses] = {}
     oracles: dict[int, LinearOracle] = {}
@@ -80,7 +81,8 @@ def loader_of(config: TrainConfig, device: torch.device, split: str, size: int) 
 def add_mig(
     member: Member, model: GaussianVAE, device: torch.device, batch_size: int, samples: int, seed: int
 ) -> None:
-    """Add MIG to every point, from the means of the same images."""
+    """Add MIG to each of the run's points, computed from the posterior means of the same images at each
+    beta."""
     member.config.data.limit_train = 0
     loader, rows = factor_images(member.config, device, samples, 0, seed)
     factors = loader.source.factors(rows.to(device))
@@ -96,7 +98,11 @@ def add_mig(
 
 
 def oracle_of(member: Member, loader: Loader, known: dict[int, LinearOracle]) -> LinearOracle | None:
-    """Return the optimum of a linear model with a linear output and squared error, over the loader's images."""
+    """Return the oracle that computes a run's optimum over the loader's images, if the run is a linear VAE with
+    squared error and linear output; else None.
+
+    `known` caches the oracles by number of latents.
+    """
     config = member.config
     exact = config.objective.recons_dist == "gaussian" and config.activation == "none"
     if config.model.arch != "linear_vae" or not exact:
@@ -110,7 +116,7 @@ def oracle_of(member: Member, loader: Loader, known: dict[int, LinearOracle]) ->
 
 @torch.no_grad()
 def responses(member: Member, model: VAE) -> Responses:
-    """Return betas [N] over the member's range, and each gated layer's values at them [N, C] on the CPU."""
+    """Return betas [N] over the run's range, and each gated layer's gate values at them [N, C], on the CPU."""
     betas = log_spaced(member.betas[0], member.betas[-1], RESPONSES)
     logs = torch.tensor(betas, device=model.device).log()
     values = {name: layer.gate_values(logs).cpu() for name, layer in gated_layers(model).items()}
@@ -119,13 +125,14 @@ def responses(member: Member, model: VAE) -> Responses:
 
 
 def metrics_of(member: Member) -> list[dict[str, float]]:
-    """Return a dict of metrics per point, the oracle's included."""
+    """Return the metrics of each point of a run as a dict, including the oracle's."""
     beside = member.beside or [{} for _ in member.points]
     return [p.metrics() | b for p, b in zip(member.points, beside, strict=True)]
 
 
 def comparisons(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """Compare every curve with every plain run, curve minus run; see `against_run`."""
+    """Compare every multi-rate run with every single-beta run, the former minus the latter; see
+    `against_run`."""
     return [
         {"curve": str(curve.path), "run": str(plain.path), **against_run(curve.points, plain.points[0])}
         for curve in members

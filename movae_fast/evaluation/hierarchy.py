@@ -1,6 +1,7 @@
-"""Measure a hierarchy on images: rate, distortion, bounds on log p(x), as `likelihood` does for other models.
+"""Measure a hierarchy of latents on images: rate, distortion, bounds on log p(x), as `likelihood` does for
+other models.
 
-Nats per image, in evaluation mode. The posterior of a group depends on the latents drawn before it, so
+All in nats per image, in evaluation mode. The posterior of a group depends on the latents drawn before it, so
 inference is one pass through the decoder, and K draws are K rows of a batch.
 """
 
@@ -21,12 +22,12 @@ ACTIVE_RATE = 0.1  # nats: a channel of a group is active if its KL, summed over
 
 
 def channel_rates(kl: tuple[Tensor, ...], batch: int) -> Tensor:  # [N / batch, G * z] float64
-    """Return the rate of each channel of each group, summed over images."""
+    """Return the rate of each channel of each group, summed over the images of each block of `batch` rows."""
     return torch.cat(kl, dim=1).double().unflatten(0, (-1, batch)).sum(1)
 
 
 def group_noise(model: NVAE, n: int, generator: torch.Generator) -> Noise:
-    """Draw the noise of n images one after the other, so that an image's does not depend on the batches."""
+    """Draw the noise of n images one image at a time, so that it does not depend on the batch size."""
     drawn = [torch.randn(model.latent_dim, generator=generator) for _ in range(n)]
     return Noise(torch.stack(drawn).to(model.decoder.constant))
 
@@ -35,8 +36,8 @@ def group_noise(model: NVAE, n: int, generator: torch.Generator) -> Noise:
 def elbo(
     model: NVAE, batches: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, seed: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Return rate, distortion, ELBO, active channels, the rates of scales and groups; and the latter as
-    [G]."""
+    """Return a hierarchy's metrics over the batches (rate, distortion, ELBO, active channels, rates of scales
+    and groups), and the rates of the groups [G]."""
     likelihood = model.likelihood_as(dist)
     generator = torch.Generator().manual_seed(seed)
     distortion, count = 0.0, 0
@@ -65,7 +66,8 @@ def importance_weighted_bound(
     seed: int,
     at_once: int = 256,
 ) -> float:
-    """Return the mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws`, in nats.
+    """Return the importance-weighted bound on log p(x), log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws`, in
+    nats, averaged over images.
 
     At most `at_once` draws are decoded at a time.
     """

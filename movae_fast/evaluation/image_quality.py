@@ -1,4 +1,4 @@
-"""Compare reconstructions with their images: PSNR, SSIM and MS-SSIM."""
+"""Compare reconstructions with the original images: PSNR, SSIM and MS-SSIM."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ KERNEL, SSIM_SIGMA, SSIM_C1, SSIM_C2 = 11, 1.5, 0.01**2, 0.03**2
 def image_quality(
     model: VAE, batches: Iterable[tuple[Tensor, Tensor]], normalize: bool, device: torch.device
 ) -> dict[str, float]:
-    """Return PSNR (dB), SSIM and MS-SSIM of reconstructions by posterior means, images in [0, 1].
+    """Return PSNR (dB), SSIM and MS-SSIM of reconstructions from posterior means, for images in [0, 1].
 
-    SSIM and MS-SSIM are means over images. MS-SSIM has the published five scales where the image is large
-    enough, else as many as fit (`ms_ssim_scales`) with their published weights made to sum to one. An image
-    smaller than SSIM's window has PSNR alone.
+    SSIM and MS-SSIM are averaged over images. MS-SSIM has the published five scales if the image is large
+    enough, else as many as fit (`ms_ssim_scales`), with their published weights normalised to sum to one.
+    Images smaller than SSIM's window get PSNR alone.
     """
     from torchmetrics.image import PeakSignalNoiseRatio
 
@@ -48,10 +48,10 @@ def ssim(
     x: Tensor,  # [N, C, H, W] in [0, 1]
     y: Tensor,  # [N, C, H, W] in [0, 1]
 ) -> Tensor:  # [N] float64
-    """Return the structural similarity of each pair of images (Wang et al. 2004), the mean over its channels.
+    """Return the structural similarity of each pair of images (Wang et al. 2004), averaged over channels.
 
-    The window is a Gaussian of standard deviation 1.5, 11 x 11 pixels, and is laid only where it lies whole
-    within the image, as published: nothing is padded. Images have at least 11 x 11 pixels.
+    The window is a Gaussian of standard deviation 1.5 and 11 x 11 pixels. As published it is placed only where
+    it lies completely within the image: nothing is padded. Images must have at least 11 x 11 pixels.
     """
     luminance, contrast = ssim_terms(x.double(), y.double())
     return (luminance * contrast).flatten(1).mean(1)
@@ -64,8 +64,8 @@ def ms_ssim(
 ) -> Tensor:  # [N] float64
     """Return the multi-scale structural similarity of each pair of images (Wang et al. 2003), in [0, 1].
 
-    From one scale to the next, images are averaged over 2 x 2 pixels; a contrast term below zero counts as
-    zero. With fewer `scales` than five the published exponents of those are divided by their sum.
+    From one scale to the next, images are averaged over 2 x 2 pixels; a negative contrast term counts as zero.
+    With fewer than five `scales` the published exponents are divided by their sum.
     """
     x, y = x.double(), y.double()
     total = x.new_ones(len(x))
@@ -81,7 +81,7 @@ def ssim_terms(
     x: Tensor,  # [N, C, H, W] float64
     y: Tensor,  # [N, C, H, W] float64
 ) -> tuple[Tensor, Tensor]:  # [N, C, H - 10, W - 10] each
-    """Return the luminance and the contrast-structure factor of SSIM at every place of the window."""
+    """Return SSIM's luminance factor and contrast-structure factor at every position of the window."""
     at = torch.arange(KERNEL, dtype=x.dtype, device=x.device) - KERNEL // 2
     window = torch.exp(-(at**2) / (2 * SSIM_SIGMA**2))
     window = window / window.sum()

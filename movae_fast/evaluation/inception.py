@@ -1,7 +1,7 @@
 """Measure distances between sets of images: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
 
-The features are the 2,048 of the Inception network that the published metrics are of, in torch-fidelity's
-PyTorch form. Its weights are a file that the user has: nothing is downloaded.
+The features are the 2,048 of the Inception network on which the published metrics are based, in
+torch-fidelity's PyTorch version. The user provides the file of its weights; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def require() -> None:
 
 
 def load_inception(path: Path, device: torch.device) -> nn.Module:
-    """Load the feature network, from uint8 images [N, 3, H, W] to a tuple of features [N, 2048] float32.
+    """Load the feature network, which maps uint8 images [N, 3, H, W] to a tuple with features [N, 2048]
+    float32.
 
-    Raises ArgumentError for a file that is missing or is not these weights.
+    Raises ArgumentError for a file that is missing or does not hold these weights.
     """
     require()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -49,8 +50,11 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Return the features [N, 2048] of images in [0, 1], [B, C, H, W] per batch, with one or three
-    channels, as 8-bit pixels."""
+    """Return the Inception features [N, 2048] of batches of images [B, C, H, W] in [0, 1], with one or three
+    channels.
+
+    Images are first rounded to 8-bit pixels.
+    """
     features = []
     for images in batches:
         pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -60,10 +64,10 @@ def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def distances(real: Tensor, fake: Tensor, seed: int) -> dict[str, float]:
-    """Return fid, and kid with its standard deviation over subsets, of features [N, 2048] and [M, 2048]; by
-    torchmetrics.
+    """Return FID, and KID with its standard deviation over subsets, between features [N, 2048] and [M, 2048].
 
-    KID's subsets, drawn by the seed, are of 1,000 images, or as many as there are.
+    They are computed by torchmetrics. KID's subsets, drawn with the seed, have 1,000 images, or as many as
+    there are.
     """
     from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
 

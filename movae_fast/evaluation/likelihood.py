@@ -1,8 +1,9 @@
-"""Measure the rate, the distortion and bounds on log p(x) of a trained model.
+"""Measure rate, distortion and bounds on log p(x) of a trained model.
 
-All in nats per image, in evaluation mode. Up to a constant the reconstruction objective is -log p(x|z) of a
-likelihood (`models.likelihoods`): a Gaussian of variance 1/2 for the squared error, a Laplacian of scale 1, ...
-Bits per dimension are given of proper likelihoods alone: of densities of pixels they would compare nothing.
+All in nats per image, in evaluation mode. The reconstruction objective is -log p(x|z) of a likelihood
+(`models.likelihoods`) up to a constant: of a Gaussian of variance 1/2 for the squared error, a Laplacian of
+scale 1, ... Bits per dimension are given only for proper likelihoods; those of densities would not be
+comparable.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def log_likelihood(
     x: Tensor,  # [B, C, H, W]
     likelihood: Likelihood,
 ) -> Tensor:  # [B] float64
-    """Return log p(x|z) in nats per image, its constants included."""
+    """Return log p(x|z) in nats per image, including its constants."""
     return -summed_error(preactivation, x, likelihood) - likelihood.constant * x[0].numel()
 
 
@@ -35,16 +36,17 @@ def summed_error(
     x: Tensor,  # [B, C, H, W]
     likelihood: Likelihood,
 ) -> Tensor:  # [B] float64
-    """Return each image's reconstruction objective, summed over its values: -log p(x|z) less the constant."""
+    """Return each image's reconstruction objective, summed over its values: -log p(x|z) without the
+    constant."""
     return likelihood.errors(preactivation.double(), x.double()).flatten(1).sum(1)
 
 
 def elbo_metrics(
     rate: float, distortion: float, active_units: int, likelihood: Likelihood, values: int
 ) -> dict[str, float]:
-    """Return the metrics of an ELBO in nats per image of `values` values.
+    """Return the metrics derived from rate and distortion, in nats per image of `values` values.
 
-    Of a proper likelihood also `nats` (the negative ELBO) and `bits_per_dim`.
+    For a proper likelihood also `nats` (the negative ELBO) and `bits_per_dim`.
     """
     nats = rate + distortion
     metrics = {"rate": rate, "distortion": distortion, "elbo": -rate - distortion, "active_units": active_units}
@@ -57,9 +59,11 @@ def elbo_metrics(
 def elbo(
     model: GaussianVAE, batches: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, seed: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Return rate, distortion, ELBO and active units over the batches, and the rate of each latent [D].
+    """Return rate, distortion, ELBO and active units over the batches as metrics, and the rate of each latent
+    [D].
 
-    Of a proper likelihood also `nats` (the negative ELBO) and `bits_per_dim`, of the same draws.
+    For a proper likelihood the metrics include `nats` (the negative ELBO) and `bits_per_dim`, from the same
+    draws.
     """
     likelihood = model.likelihood_as(dist)
     generator = torch.Generator().manual_seed(seed)
@@ -92,11 +96,11 @@ def importance_weighted_bound(
     seed: int,
     at_once: int = 1024,
 ) -> float:
-    """Return the mean over images of log 1/K sum_k p(x, z_k) / q(z_k|x) with K `draws` (Burda et al. 2016),
-    in nats.
+    """Return the importance-weighted bound on log p(x) (Burda et al. 2016), log 1/K sum_k p(x, z_k) / q(z_k|x)
+    with K `draws`, in nats, averaged over images.
 
     At most `at_once` latents are decoded at a time. Raises ValueError for gaussian_optimal, whose variance is
-    fitted to each image and each z: no likelihood that draws could be weighted by.
+    fitted to each image and each z, so that draws cannot be weighted by it.
     """
     if dist == "gaussian_optimal":
         raise ValueError("the importance-weighted bound is of a likelihood; gaussian_optimal fits its variance")
@@ -124,10 +128,12 @@ def mean_bound(
     at_once: int,
     log_weights: Callable[[Tensor], Callable[[int], Tensor]],
 ) -> float:
-    """Return the mean over images of log 1/K sum_k w_k with K `draws`, at most `at_once` at a time.
+    """Return log 1/K sum_k w_k with K `draws` of importance weights w_k, averaged over images.
 
-    log_weights: from an image x [1, C, S, S] to a function that draws k latents of it and returns their
-        log p(x, z) - log q(z|x) [k].
+    At most `at_once` weights are computed at a time.
+
+    log_weights: takes an image x [1, C, S, S] and returns a function that draws k latents for it and returns
+        their log p(x, z) - log q(z|x) [k].
     """
     total, count = 0.0, 0
     for images, _ in batches:

@@ -1,14 +1,14 @@
-"""Compute the linear VAE's optimum at a given beta in closed form, as the reference of a trained curve.
+"""Compute the optimum of the linear VAE at a given beta in closed form, as a reference for trained curves.
 
-The model is p(z) = N(0, I_k), decoder W z + m, encoder N(V (x - m), diag c) with one c for all x; m is the
-data's mean and S its covariance (divided by N). The loss is D + beta R in nats per image, with the distortion
-D = a E||x - W z - m||^2 + const by one of two conventions:
+The model has prior p(z) = N(0, I_k), decoder W z + m and encoder N(V (x - m), diag c) with one c for all x; m
+is the data's mean and S its covariance (divided by N). The loss is D + beta R in nats per image, with the
+distortion D = a E||x - W z - m||^2 + const by one of two conventions:
 
-- "gaussian": -log N(x; W z + m, sigma2 I), that is a = 1 / (2 sigma2) and const = d/2 log(2 pi sigma2);
-- "squared_error": the summed squared error itself, a = 1 and const = 0.
+- "gaussian": -log N(x; W z + m, sigma2 I), that is a = 1 / (2 sigma2) and const = d/2 log(2 pi sigma2); -
+"squared_error": the summed squared error itself, a = 1 and const = 0.
 
 With the eigenpairs (lambda_i, u_i) of S in descending order and the water level t = beta / (2 a), latent i <= k
-is active where lambda_i > t (Bae et al. 2023, section 3; Lucas et al. 2019 for beta = 1).
+is active if lambda_i > t (Bae et al. 2023, section 3; Lucas et al. 2019 for beta = 1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Convention = Literal["gaussian", "squared_error"]
 
 @dataclass(frozen=True)
 class LinearOptimum:
-    """Hold the least loss at one beta, in nats per image, and parameters that attain it."""
+    """Hold the smallest loss at one beta, in nats per image, and parameters that attain it."""
 
     beta: float
     rate: float
@@ -39,8 +39,10 @@ class LinearOptimum:
 
 
 def scale_and_constant(d: int, convention: Convention, sigma2: float) -> tuple[float, float]:
-    """Return (a, const) of the distortion a ||x - x'||^2 + const. Raises ValueError for an unknown
-    convention."""
+    """Return (a, const) of the distortion a ||x - x'||^2 + const for data of dimension d.
+
+    Raises ValueError for an unknown convention or an invalid sigma2.
+    """
     if not (math.isfinite(sigma2) and sigma2 > 0):
         raise ValueError(f"sigma2 {sigma2} must be positive and finite")
     if convention == "gaussian":
@@ -70,11 +72,11 @@ def linear_losses(
 
 
 class LinearOracle:
-    """Compute optima for one data covariance [d, d] (float64, 1/N) and number of latents k, at any beta >
-    0.
+    """Compute the optima of linear VAEs with k latents, for one data covariance [d, d] (float64, divided by N),
+    at any beta > 0.
 
     Raises ValueError for a matrix that is not square or not finite, for k < 1, and for a beta that is not
-    positive. More latents than dimensions are allowed; those beyond d stay unused.
+    positive. More latents than dimensions are allowed; those beyond d are unused.
     """
 
     def __init__(
@@ -93,19 +95,19 @@ class LinearOracle:
         self.values, self.vectors = values.flip(0).clamp_min(0), vectors.flip(1)
 
     def with_latents(self, k: int) -> LinearOracle:
-        """Return an oracle of the same data with another number of latents."""
+        """Return an oracle for the same data with another number of latents."""
         other = copy(self)
         other.k = k
         return other
 
     def level(self, beta: float) -> float:
-        """Return the water level: a latent is active where its eigenvalue is above it."""
+        """Return the water level at `beta`: a latent is active if its eigenvalue is above it."""
         if not (math.isfinite(beta) and beta > 0):
             raise ValueError(f"beta {beta} must be positive and finite")
         return beta / (2 * self.a)
 
     def point(self, beta: float) -> tuple[float, float]:
-        """Return (R*, D*) in nats per image, by reverse water-filling."""
+        """Return the optimal (rate, distortion) at `beta` in nats per image, by reverse water-filling."""
         level = self.level(beta)
         leading = self.values[: self.k]
         active = leading[leading > level]
@@ -114,8 +116,8 @@ class LinearOracle:
         return rate, self.a * error + self.constant
 
     def optimum(self, beta: float) -> LinearOptimum:
-        """Return the optimum at `beta`: w_i = sqrt(l_i - t) u_i, v_i = w_i / l_i, c_i = min(1, t /
-        l_i)."""
+        """Return the optimum at `beta` with its parameters: w_i = sqrt(l_i - t) u_i, v_i = w_i / l_i, c_i =
+        min(1, t / l_i), for eigenvalues l_i and the water level t."""
         level = self.level(beta)
         rate, distortion = self.point(beta)
         n = min(self.k, self.d)
@@ -131,8 +133,10 @@ class LinearOracle:
         return LinearOptimum(beta, rate, distortion, distortion + beta * rate, int(on.sum()), w, v, c)
 
     def beta_at_rate(self, rate: float) -> float:
-        """Return the beta whose optimum has this rate (R* falls strictly while a latent is active); inf
-        for rate 0."""
+        """Return the beta whose optimum has this rate; inf for rate 0.
+
+        It is unique, since the optimal rate falls strictly with beta while a latent is active.
+        """
         if not math.isfinite(rate):
             raise ValueError(f"rate {rate} must be finite")
         leading = self.values[: self.k]
@@ -147,19 +151,19 @@ class LinearOracle:
         return 2 * self.a * math.exp(float(levels[n - 1]))
 
     def distortion_at_rate(self, rate: float) -> float:
-        """Return the least distortion of any linear VAE of this rate, in nats per image."""
+        """Return the smallest distortion of any linear VAE with this rate, in nats per image."""
         beta = self.beta_at_rate(rate)
         if math.isinf(beta):
             return self.a * float(self.values.sum()) + self.constant
         return self.point(beta)[1]
 
     def compare(self, beta: float, rate: float, distortion: float) -> dict[str, float]:
-        """Compare a linear model at `beta` with the optimum: where the optimum lies, and how far the
-        model is off the curve.
+        """Compare a linear model's rate and distortion at `beta` with the optimum, as metrics.
 
-        `excess_loss` is its loss above L*; `rate_error` and `distortion_error` are the error of its map from
-        beta to (R, D); `frontier_gap` is the distortion above the least at its own rate (in nats per image),
-        and `frontier_beta` is the beta that has its rate on the frontier.
+        `oracle_rate`, `oracle_distortion` and `oracle_loss` are the optimum's. `excess_loss` is the model's
+        loss minus `oracle_loss`; `rate_error` and `distortion_error` are the model's values minus the
+        optimum's. `frontier_gap` is the model's distortion minus the smallest one at the model's own rate, and
+        `frontier_beta` the beta at which the optimum has that rate.
         """
         best_rate, best_distortion = self.point(beta)
         best = best_distortion + beta * best_rate
@@ -178,6 +182,6 @@ class LinearOracle:
 def linear_optimum(
     covariance: Tensor, k: int, beta: float, convention: Convention = "gaussian", sigma2: float = 1.0
 ) -> LinearOptimum:
-    """Return the optimum of one covariance [d, d], number of latents and beta; see `LinearOracle` for many
-    betas."""
+    """Return the optimum for one covariance [d, d], number of latents and beta; for many betas use
+    `LinearOracle`."""
     return LinearOracle(covariance, k, convention, sigma2).optimum(beta)

@@ -1,5 +1,4 @@
-"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement, FID and
-KID."""
+"""Measure a trained model by named metrics: objectives, bounds, image quality, disentanglement, FID and KID."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from movae_fast.training.evaluate import evaluate
 
 @dataclass
 class Report:
-    """Hold the metrics by name, and the arrays of the plot."""
+    """Hold a model's metrics by name, and the arrays for `plots.evaluation_plot`."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     rates: Tensor | None = None  # [D] nats per latent, or [G] per group of a hierarchy
@@ -41,7 +40,8 @@ class Report:
 
 
 def applies(name: str, latents: LatentKind, factors: bool) -> bool:
-    """Return whether a model (with Gaussian codes or not) on data (with factors or not) has this metric."""
+    """Return whether the metric `name` is defined for a model with such latents, on data with or without known
+    factors."""
     if name in METRICS:
         return latents == "vector" and factors
     if name == "depth":
@@ -59,10 +59,11 @@ def measure(
     iw: int = 0,
     iw_images: int = 256,
 ) -> Report:
-    """Compute the named metrics of a model in evaluation mode, on the images that its configuration names.
+    """Compute the named metrics of a model in evaluation mode, on the data that its configuration names.
 
-    samples: images whose codes the metrics of factors are fitted on. iw: draws of the importance-weighted bound
-    of `iw_images` test images; 0 leaves it out. Raises ArgumentError for more samples than there are images.
+    samples: number of images whose codes the metrics of factors use. iw: draws of the importance-weighted
+    bound, computed for `iw_images` test images; 0 leaves it out. Raises ArgumentError for more samples than
+    there are images.
     """
     report = Report()
     on_factors = [n for n in names if n in METRICS]
@@ -91,7 +92,8 @@ def measure(
 
 
 def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, seed: int) -> dict[str, float]:
-    """Return rate, distortion, ELBO and active units of the loader's images; add the rates to the report."""
+    """Return rate, distortion, ELBO and active units over the loader's images; write the rates per latent to
+    the report."""
     if isinstance(model, NVAE):
         report.rates_of = "group"
         metrics, report.rates = hierarchy.elbo(model, loader.epoch(), dist, seed)
@@ -104,8 +106,10 @@ def measure_elbo(report: Report, model: VAE, loader: Loader, dist: ReconsDist, s
 def bound_of(
     model: VAE, images: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, draws: int, seed: int
 ) -> float:
-    """Return the mean over images of the importance-weighted bound with `draws` draws each, in nats, of a
-    Gaussian model or a hierarchy."""
+    """Return the importance-weighted bound with `draws` draws per image, averaged over images, in nats.
+
+    The model is one with a Gaussian posterior or a hierarchy.
+    """
     if isinstance(model, NVAE):
         return hierarchy.importance_weighted_bound(model, images, dist, draws, seed)
     assert isinstance(model, GaussianVAE)
@@ -121,7 +125,8 @@ def measure_factors(
     samples: int,
     seed: int,
 ) -> None:
-    """Add the named metrics of codes and factors to the report, with the mutual information behind them."""
+    """Write the named metrics of latents and factors to the report, and the mutual information that they
+    use."""
     codes = read_codes(trained, model, device, samples, seed, test=any(n in NEED_TEST_CODES for n in names))
     for name in names:
         report.metrics |= METRICS[name](codes)
@@ -133,7 +138,8 @@ def measure_factors(
 
 
 def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: int) -> dict[str, float]:
-    """Return what training's evaluation says of the loader's images, without `test/` before the names."""
+    """Return the metrics of `training.evaluate.evaluate` over the loader's images, without `test/` before their
+    names."""
     objective = trained.objective
     n_data = trained.info.n_train or len(loader.source)
     losses = LossVector(
@@ -149,7 +155,7 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
 
 
 def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(count, N)] int64
-    """Return the numbers of so many evenly spaced images of the loader's, or of all that there are."""
+    """Return the row numbers of `count` evenly spaced images of the loader, or of all if there are fewer."""
     total = len(loader.source)
     n = min(count, total)
     return torch.arange(n) * total // n
@@ -165,10 +171,12 @@ def inception_distances(
     seed: int,
     shown: Callable[[Iterable[Tensor], str, int], Iterable[Tensor]] = lambda images, kind, batches: images,
 ) -> dict[str, float]:
-    """Return FID and KID to evenly spaced test images of reconstructions, and of samples if there is a prior.
+    """Return FID and KID between evenly spaced test images and the model's reconstructions of them, and its
+    samples.
 
-    count: test images, at most; as many are made. shown: passes the batches of one kind on, and shows how many
-    of them are done.
+    There are no samples for a codebook, which has no prior. count: the largest number of test images; as many
+    samples are drawn. shown: wraps the batches of each kind of image, to show progress. Raises ArgumentError
+    for fewer than two images.
     """
     loader = make_loader(trained, device, "test")
     n = min(count, len(loader.source))
@@ -197,9 +205,9 @@ def inception_distances(
 def read_codes(
     trained: TrainConfig, model: VAE, device: torch.device, samples: int, seed: int, test: bool
 ) -> Codes:
-    """Return posteriors and factors of training images, drawn without replacement by the seed.
+    """Return posteriors and factors of training images, which are drawn without replacement with the seed.
 
-    test: half as many images again, to test predictors of the factors with.
+    test: add half as many images again, for testing predictors of the factors.
     """
     loader, rows = factor_images(trained, device, samples, samples // 2 if test else 0, seed)
     parts = [model.encode(x) for x, _ in loader.take(rows)]
@@ -210,7 +218,10 @@ def read_codes(
 def factor_images(
     trained: TrainConfig, device: torch.device, samples: int, extra: int, seed: int
 ) -> tuple[Loader, Tensor]:
-    """Return the training split, unmirrored, and samples + extra of its rows, drawn without replacement."""
+    """Return a loader of the training split, in order and not mirrored, and samples + extra random rows of it.
+
+    Raises ValueError if the data have no known factors, and ArgumentError for more rows than there are images.
+    """
     loader: Loader = make_loader(trained, device, "train", in_order=True)
     if not hasattr(loader.source, "factors"):
         raise ValueError(

@@ -1,4 +1,6 @@
-"""Name the metrics of `movae evaluate`; none is computed or imported here."""
+"""List the names of the metrics of `movae evaluate`, without importing what computes them."""
+
+from movae_fast.names import ArgumentError, nearest
 
 ON_IMAGES = ("objectives", "elbo", "images", "depth")
 # Of codes and known factors: the names of `disentanglement.METRICS`, in its order.
@@ -10,5 +12,17 @@ QUICK = ("mig", "mig_sup", "modularity", "jemmig")  # those of factors that `aut
 
 
 def named(metrics: str) -> list[str]:
-    """Return the names in a text with commas between them, as they are spelt here; unknown ones too."""
+    """Return the names in a comma-separated text, in the spelling used here; unknown names are kept."""
     return [name.strip().lower().replace("-", "_") for name in metrics.split(",") if name.strip()]
+
+
+def check_metrics(metrics: str) -> None:
+    """Raise ArgumentError for a metric that there is not, and for none."""
+    if metrics in ("auto", "all"):
+        return
+    valid = [*ON_IMAGES, *ON_FACTORS]
+    for name in named(metrics):
+        if name not in valid:
+            raise ArgumentError(f"metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
+    if not named(metrics):
+        raise ArgumentError(f"metrics is empty; valid: {', '.join(valid)}")

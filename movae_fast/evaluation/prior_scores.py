@@ -12,7 +12,7 @@ from movae_fast.choices import ReconsDist
 from movae_fast.evaluation.likelihood import log_likelihood, log_standard_normal
 from movae_fast.models import GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
-from movae_fast.priors.codes import unigram_bits
+from movae_fast.priors.codes import usage_bits
 from movae_fast.priors.latents import Latents
 from movae_fast.reference import gaussian_log_density
 
@@ -29,7 +29,8 @@ def code_scores(
     """
     codes, label = scored.tensor()[: scored.images], scored.label_tensor()[: scored.images]
     values, length = math.prod(image_shape), codes.shape[1]
-    scores = {"bits_per_code_by_usage": unigram_bits(codes, scored.grids, fitted.tensor())}
+    by_usage = usage_bits(scored.values[: scored.images], scored.grids, fitted.values)
+    scores = {"bits_per_code_by_usage": by_usage}
     if not prior.exact:
         return scores
     device = next(prior.parameters()).device

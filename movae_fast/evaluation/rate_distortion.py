@@ -1,7 +1,8 @@
-"""Measure the rate-distortion curve of one set of weights, a multi-rate model at many betas.
+"""Measure the rate-distortion curve of a model: of a multi-rate model at many betas, of another one at its own
+beta.
 
-Rate and distortion are in nats per image, in evaluation mode, one draw of z per image. The distortion is the
-reconstruction objective summed over an image's values, without the constant of the likelihood
+Rate and distortion are in nats per image, in evaluation mode, with one draw of z per image. The distortion is
+the reconstruction objective summed over an image's values, without the constant of the likelihood
 (`Likelihood.constant`), so that distortion + beta * rate is what training minimises.
 """
 
@@ -46,14 +47,14 @@ class Point:
         return self.distortion + self.beta * self.rate
 
     def metrics(self) -> dict[str, float]:
-        """Return every metric that the point has, by name."""
+        """Return the point's metrics by name, without those that were not measured."""
         values = asdict(self) | {"total": self.total, "loss": self.loss}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def log_spaced(least: float, most: float, n: int) -> list[float]:
-    """Return n betas from least to most, both exactly, evenly spaced in their logarithm; the middle if n is
-    1."""
+    """Return n betas from least to most, both included exactly, evenly spaced in their logarithm; the geometric
+    mean for n = 1."""
     if n == 1:
         return [(least * most) ** 0.5]
     inner = [least * (most / least) ** (i / (n - 1)) for i in range(1, n - 1)]
@@ -61,7 +62,7 @@ def log_spaced(least: float, most: float, n: int) -> list[float]:
 
 
 def is_multirate(model: VAE) -> bool:
-    """Return whether one set of weights serves every beta of a range."""
+    """Return whether the model is multi-rate: one set of weights for every beta of a range."""
     return model.rates is not None
 
 
@@ -75,12 +76,12 @@ def curve_points(
     rows: int,
     advance: Callable[[int], None] = lambda images: None,
 ) -> list[Point]:
-    """Measure the model at each beta over the loader's images, all betas in one pass over them.
+    """Measure the model at each beta over the loader's images, all betas in one pass over the images.
 
     A forward pass holds at most `rows` rows, a row being an image at one beta: rows // len(betas) images at
-    every beta. More betas than rows are taken `rows` at a time, a pass each. An image has the same noise at
-    every beta, whatever the batches. A model that is not multi-rate is evaluated as it is, at its one beta.
-    `advance` is told how many rows are done.
+    every beta. More betas than `rows` are divided among several passes. An image has the same noise at every
+    beta, whatever the batch size. A model that is not multi-rate is evaluated as it is, at its one beta.
+    `advance` is called with the number of rows that were done.
     """
     parts = [betas[at : at + rows] for at in range(0, len(betas), rows)]
     if isinstance(model, NVAE):
@@ -102,7 +103,8 @@ def one_pass(
     rows: int,
     advance: Callable[[int], None],
 ) -> list[Point]:
-    """Measure at most `rows` betas in one pass over the images; see `curve_points`."""
+    """Measure a model with a Gaussian posterior at up to `rows` betas in one pass over the images; see
+    `curve_points`."""
     k, n, done = len(betas), len(noise), 0
     likelihood = model.likelihood_as(dist)
     sums: tuple[Tensor, ...] | None = None
@@ -144,8 +146,10 @@ def pass_of_hierarchy(
     rows: int,
     advance: Callable[[int], None],
 ) -> list[Point]:
-    """Measure the betas of a hierarchy, whose noise is drawn image by image; a channel of a group counts as
-    a unit."""
+    """Measure a hierarchy at up to `rows` betas in one pass over the images; see `curve_points`.
+
+    Noise is drawn image by image. The active units are channels of groups.
+    """
     k, generator = len(betas), torch.Generator().manual_seed(seed)
     likelihood = model.likelihood_as(dist)
     distortion = torch.zeros(k, dtype=torch.float64, device=model.device)
@@ -171,7 +175,7 @@ def points_of(
     distortion: Tensor,  # [K]
     active: Tensor,  # [K]
 ) -> list[Point]:
-    """Return a point for each beta."""
+    """Return a `Point` for each of K betas from the measured columns."""
     columns = zip(betas, rate.tolist(), distortion.tolist(), active.tolist(), strict=True)
     return [Point(beta, r, d, a) for beta, r, d, a in columns]
 
@@ -179,8 +183,10 @@ def points_of(
 def encode_at(
     model: GaussianVAE, x: Tensor, betas: Sequence[float]
 ) -> tuple[Tensor, Tensor]:  # [K, B, D] float64 each
-    """Return posterior means and log variances of images [B, C, S, S] at each of K betas. Leaves the model
-    set to them."""
+    """Return posterior means and log variances of images x [B, C, S, S] at each of K betas.
+
+    This leaves the model set to these betas.
+    """
     k, b = len(betas), len(x)
     set_betas(model, betas, b)
     mu, logvar = model.encode(x.repeat(k, *(1,) * (x.dim() - 1)))
@@ -188,7 +194,8 @@ def encode_at(
 
 
 def set_betas(model: VAE, betas: Sequence[float], images: int) -> None:
-    """Set a multi-rate model to so many rows at each beta in turn; another model has one beta only."""
+    """Set a multi-rate model to each beta in turn for `images` rows each; for another model check that there is
+    one beta."""
     if is_multirate(model):
         model.set_beta(torch.tensor(betas, dtype=torch.float64).repeat_interleave(images))
     else:
@@ -196,8 +203,8 @@ def set_betas(model: VAE, betas: Sequence[float], images: int) -> None:
 
 
 def nominal_beta(config: TrainConfig) -> float:
-    """Return the weight of a plain run's rate where its distortion, summed over an image's values, has
-    weight 1.
+    """Return the beta of a single-beta run: the weight of its rate if the distortion, summed over an image's
+    values, has weight 1.
 
     Raises ValueError for a model without a rate, and for one whose rate has no weight or several.
     """
@@ -219,7 +226,7 @@ def nominal_beta(config: TrainConfig) -> float:
 
 @torch.no_grad()
 def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
-    """Return the covariance (1/N) of the loader's images in the model's data range, on the CPU."""
+    """Return the covariance (divided by N) of the loader's images in the model's data range, on the CPU."""
     sums: tuple[Tensor, Tensor] | None = None
     for x, _ in loader.epoch():
         flat = x.flatten(1).double()
@@ -231,11 +238,12 @@ def data_covariance(loader: Loader) -> Tensor:  # [d, d] float64
 
 
 def against_run(curve: Sequence[Point], other: Point) -> dict[str, float]:
-    """Return how a curve differs from a separately trained model, curve minus model: in rate, distortion,
-    their sum and the loss, if the curve has a point at the model's beta; in the distortion at the model's
-    rate (`frontier_gap`), if the curve spans that rate.
+    """Compare a multi-rate model's curve with a separately trained model's point; return curve minus model, as
+    metrics.
 
-    `frontier_gap` interpolates the curve's distortion between its points.
+    If the curve has a point at the model's beta, these are the differences in rate, distortion, their sum and
+    the loss. If the curve spans the model's rate, `frontier_gap` is the difference in distortion at that rate,
+    with the curve interpolated between its points.
     """
     gaps: dict[str, float] = {"beta": other.beta}
     same = next((p for p in curve if p.beta == other.beta), None)

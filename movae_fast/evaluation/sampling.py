@@ -1,4 +1,5 @@
-"""Make images with a trained model: from its prior, between latents, along one of them, at many betas."""
+"""Make images with a trained model: samples from its prior, interpolations and traversals of latents, images at
+many betas."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ REACH, FRAMES = 2.5, 10  # of a ladder's traversals: prior standard deviations; 
 
 
 def decode_images(model: VAE, z: Tensor, batch_size: int, normalize: bool) -> Tensor:  # [N, C, S, S] in [0, 1]
-    """Return the images of latents [N, ...], decoded batch_size at a time."""
+    """Return the images in [0, 1] that latents [N, ...] decode to, batch_size at a time."""
     return to_unit(torch.cat([model.to_image(model.decode(part)) for part in z.split(batch_size)]), normalize)
 
 
@@ -32,8 +33,8 @@ def sample_images(
 ) -> Tensor:  # [n, C, S, S] in [0, 1]
     """Return n images from the model's prior, drawn batch_size at a time.
 
-    temperature: what the standard deviation of the prior, of a hierarchy that of each group's prior, is
-        multiplied by. Raises ArgumentError for one that is not 1 with a codebook, which has none.
+    temperature: the factor on the standard deviation of the prior; for a hierarchy, of each group's prior.
+        Raises ArgumentError for a codebook, which has no standard deviation, unless it is 1.
     """
     if temperature != 1 and model.latents == "codebook":
         raise ArgumentError(f"temperature {temperature:g}: a codebook has no standard deviation; leave it out")
@@ -55,9 +56,10 @@ def estimate_statistics(
 ) -> None:
     """Replace the running statistics of the decoder's BatchNorms by means over `passes` batches of samples.
 
-    Those of training are of posterior draws; samples from the prior, above all at another temperature, have
-    others (Vahdat & Kautz 2020, appendix). For samples only: likelihoods need the statistics of training.
-    Raises ArgumentError for a model without BatchNorm behind its latents.
+    The statistics of training are those of posterior draws. Samples from the prior, especially at another
+    temperature, have different ones (Vahdat & Kautz 2020, appendix). Use the model for samples only afterwards,
+    since likelihoods need the statistics of training. Raises ArgumentError for a model whose decoder has no
+    BatchNorm.
     """
     parts = model.decoder_parts()
     norms = [m for part in parts for m in part.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
@@ -76,15 +78,16 @@ def estimate_statistics(
 
 
 def reconstruct_images(model: VAE, x: Tensor, batch_size: int, normalize: bool) -> Tensor:
-    """Return reconstructions [N, C, S, S] in [0, 1], without noise, of images x in the model's range ([-1,
-    1] with `normalize`)."""
+    """Return noise-free reconstructions [N, C, S, S] in [0, 1] of images x in the model's data range ([-1, 1]
+    with `normalize`)."""
     return to_unit(torch.cat([model.reconstruct(part) for part in x.split(batch_size)]), normalize)
 
 
 def draw_test_images(
     trained: TrainConfig, device: torch.device, n_samples: int, generator: torch.Generator, each: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return n_samples * each test images, in the model's range, and their labels, drawn without replacement.
+    """Draw n_samples * each test images without replacement; return them, in the model's data range, and their
+    labels.
 
     Raises ArgumentError if there are not so many.
     """
@@ -99,9 +102,9 @@ def draw_test_images(
 
 
 def interpolate(model: VAE, first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N * steps, ...]
-    """Return latents on the lines from `first` to `second` [N, ...], ends included; with a codebook, codes.
+    """Return latents on the straight lines from `first` to `second` [N, ...], ends included.
 
-    Those of a hierarchy are on the arcs between them (see `arc`).
+    With a codebook they are quantized; for a hierarchy they lie on arcs instead of lines (see `arc`).
     """
     if model.latents == "hierarchy":
         return arc(first[:, None], second[:, None], steps).flatten(0, 1)
@@ -111,9 +114,10 @@ def interpolate(model: VAE, first: Tensor, second: Tensor, steps: int) -> Tensor
 
 
 def arc(first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N, steps, D]
-    """Return latents from `first` to `second` [N, 1, D], ends included, each a draw from the prior by itself.
+    """Return latents [N, steps, D] on the arc from `first` to `second` [N, 1, D], ends included.
 
-    Means of many standard normal numbers are shorter than any draw; these are not.
+    Each is distributed like a draw from the standard normal prior. Points on a straight line are not: the mean
+    of two draws is shorter than a draw.
     """
     angle = torch.linspace(0, math.pi / 2, steps, device=first.device)[:, None]
     return first * angle.cos() + second * angle.sin()
@@ -122,9 +126,11 @@ def arc(first: Tensor, second: Tensor, steps: int) -> Tensor:  # [N, steps, D]
 def traverse_part(
     model: NVAE, n: int, steps: int, kind: str, number: int, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:  # [strips, steps, D]
-    """Return latents of which one scale or group goes from one draw to another, and what each strip is of.
+    """Return latents in which one scale or group (`kind`) moves from one draw to another, and the name of each
+    strip's part.
 
-    There are n draws whose part `number` moves; or, for -1, one of which every part does. The rest stays.
+    number: with a part's number there are n strips with different draws, in which this part moves; with -1
+        there is one strip per part, all around the same draw. All other parts stay.
     """
     parts = model.parts(kind)
     moving = parts if number < 0 else [parts[number]] * n
@@ -140,9 +146,10 @@ def traverse_part(
 def traverse(
     model: GaussianVAE, n: int, steps: int, reach: float, dim: int, generator: torch.Generator
 ) -> Tensor:  # [strips, steps, D]
-    """Return latents along one coordinate, from -reach to reach, around draws from the prior.
+    """Return latents in which one coordinate moves from -reach to reach, around draws from the prior.
 
-    There are n draws, traversed along latent `dim`; or, for -1, one that is traversed along every latent.
+    dim: with a latent's number there are n strips, along this latent, around different draws; with -1 one strip
+        per latent, all around the same draw.
     """
     values = torch.linspace(-reach, reach, steps, device=model.device)
     if dim < 0:
@@ -177,7 +184,8 @@ def images_at_betas(
     batch_size: int,
     normalize: bool,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Yield each beta with the reconstructions of x and the images of z at it; sets the model to each."""
+    """Yield, for each beta, the beta, the reconstructions of x and the images of z at that beta; sets the
+    model's beta."""
     for beta in betas:
         model.set_beta(beta)
         yield (
@@ -189,9 +197,10 @@ def images_at_betas(
 
 @torch.no_grad()
 def ladder_traversals(model: ProVLAE, x: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Return values [FRAMES] and images [L, latent_dim, FRAMES, C, S, S] in [0, 1], the top rung first.
+    """Return the values [FRAMES] of a traversal and its images [L, latent_dim, FRAMES, C, S, S] in [0, 1], the
+    most abstract rung first.
 
-    Around the posterior mean of one image x [1, C, S, S]: each latent alone takes each value.
+    Each latent alone takes each of the values, around the posterior mean of one image x [1, C, S, S].
     """
     mean, _ = model.encode(x)
     values = torch.linspace(-REACH, REACH, FRAMES, device=mean.device)

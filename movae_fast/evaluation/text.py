@@ -1,7 +1,7 @@
 """Measure a model of sentences: bounds on log p(x), perplexity, rate, mutual information, active units.
 
-In evaluation mode and in nats per sentence, </s> counted and <s> not; the perplexity is per token. Arguments
-are the model and tokens [B, T] as a loader gives them.
+All in evaluation mode and in nats per sentence, counting </s> but not <s>; the perplexity is per token. The
+functions take the model and tokens [B, T] as a loader gives them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LogPrior = Callable[[Tensor], Tensor]  # z [K, D] -> log p(z) [K] in nats
 
 @dataclass(frozen=True)
 class TextMetrics:
-    """Hold a split's metrics, in nats per sentence where nothing else is said."""
+    """Hold the metrics of a split, in nats per sentence unless stated otherwise."""
 
     distortion: float  # E_q[-log p(x|z)], one z per sentence
     rate: float  # the KL from the posterior to the prior
@@ -69,7 +69,7 @@ def measure_text(model: LSTMVAE, batches: Iterable[tuple[Tensor, Tensor]], seed:
 
 
 def active_units(means: Tensor) -> int:  # [N, D]
-    """Return how many latents' posterior means have a variance over the data of 0.01 or more."""
+    """Return the number of latents whose posterior mean has a variance over the data of at least 0.01."""
     return int((means.double().var(0, unbiased=False) >= ACTIVE_VARIANCE).sum())
 
 
@@ -82,12 +82,12 @@ def importance_weighted_nll(
     at_once: int = 100,
     log_prior: LogPrior | None = None,
 ) -> tuple[Tensor, int]:  # [N] float64, in nats
-    """Return each sentence's -log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) with K `draws`, and the tokens
-    predicted.
+    """Return -log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x) of each sentence with K `draws`, and the number of
+    predicted tokens.
 
-    An upper bound on -log p(x) in expectation, which falls with K (Burda et al. 2016). At most `at_once`
-    latents of one sentence are decoded at a time. `log_prior` stands for another prior than N(0, I). The
-    perplexity is `perplexity(nll.sum(), tokens)`.
+    In expectation it is an upper bound on -log p(x), which falls with K (Burda et al. 2016). At most `at_once`
+    latents of one sentence are decoded at a time. `log_prior` replaces the prior N(0, I). The perplexity is
+    `perplexity(nll.sum(), tokens)`.
     """
     generator = torch.Generator().manual_seed(seed)
     log_prior = log_prior or log_standard_normal
@@ -109,17 +109,18 @@ def importance_weighted_nll(
 
 
 def perplexity(nats: float | Tensor, tokens: int) -> float:
-    """Return exp of the nats per predicted token: of a split's sum, not of a sentence's."""
+    """Return exp of the nats per predicted token, given a split's sum of nats and number of tokens."""
     return math.exp(float(nats) / tokens)
 
 
 def predicted(tokens: Tensor) -> int:  # [B, T]
-    """Return the number of tokens that are predicted: all but <s> and padding."""
+    """Return the number of tokens that a model predicts: all but <s> and padding."""
     return int((tokens[:, 1:] != PAD).sum())
 
 
 def normal(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw standard normal numbers on the CPU in float64, so that a seed means the same ones anywhere."""
+    """Draw standard normal numbers on the CPU in float64, so that a seed gives the same numbers on every
+    machine."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

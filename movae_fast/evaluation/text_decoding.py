@@ -1,7 +1,7 @@
-"""Decode latents into sentences: greedy, top-k, nucleus, ancestral, beam; interpolate and reconstruct.
+"""Decode latents into sentences: greedy, top-k, nucleus, ancestral and beam; interpolate and reconstruct.
 
-A sentence is a list of ids without <s> and </s>. Draws come from a generator on the CPU, so that a seed means
-the same sentences anywhere, as far as the logits' rounding allows.
+A sentence is a list of ids without <s> and </s>. Random numbers are drawn on the CPU, so that a seed gives the
+same sentences on every machine, except for rounding of the logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from movae_fast.models.lstm_vae import LSTMVAE
 
 @dataclass(frozen=True)
 class Decoding:
-    """Say how sentences are decoded."""
+    """Hold the settings by which sentences are decoded. Raises ValueError for values out of range."""
 
     method: DecodingMethod = "greedy"
     max_length: int = 100  # words
@@ -40,7 +40,7 @@ class Decoding:
 
 
 class Decoded(NamedTuple):
-    """Hold a sentence and its log probability given its latents, </s> included where it was reached."""
+    """Hold a sentence and its log probability given its latents, including </s> if it was reached."""
 
     words: list[int]
     log_probability: float
@@ -53,7 +53,7 @@ def decode(
     how: Decoding,
     generator: torch.Generator | None = None,
 ) -> list[Decoded]:
-    """Return one sentence for each latent; <pad> and <s> are never chosen."""
+    """Decode one sentence for each latent; <pad> and <s> are never chosen."""
     if how.method == "beam":
         return [_beam(model, one, how) for one in z.split(1)]
     decoder, state = model.decoder, model.decoder.start(z)
@@ -78,14 +78,14 @@ def decode(
 
 
 def allowed(logits: Tensor) -> Tensor:  # [B, V]
-    """Return logits in which <pad> and <s>, which no sentence has, are impossible."""
+    """Return the logits with those of <pad> and <s>, which are never part of a sentence, set to -inf."""
     logits = logits.clone()
     logits[:, [PAD, BEGIN]] = -torch.inf
     return logits
 
 
 def choose(log_p: Tensor, how: Decoding, generator: torch.Generator | None) -> Tensor:  # [B, V] -> [B]
-    """Return the next word of each sentence by the method, from log probabilities."""
+    """Choose the next word of each sentence [B] from log probabilities [B, V], by the decoding method."""
     if how.method == "greedy":
         return log_p.argmax(1)
     scores = log_p / how.temperature
@@ -105,11 +105,10 @@ def _words(row: list[int]) -> list[int]:
 
 
 def _beam(model: LSTMVAE, z: Tensor, how: Decoding) -> Decoded:  # [1, D]
-    """Return the most probable sentence that a beam of this width meets; that of greedy decoding is one of
-    them.
+    """Return the most probable sentence that beam search finds, or the greedy one if that is more probable.
 
-    A sentence that has ended stays and competes; the search ends when no sentence in the beam can overtake the
-    best one that has ended, since a log probability only falls.
+    Finished sentences stay in competition. The search ends when no unfinished sentence can become more probable
+    than the best finished one, since a log probability only falls as words are added.
     """
     greedy = decode(model, z, Decoding("greedy", how.max_length))[0]
     best = greedy
@@ -140,7 +139,7 @@ def _beam(model: LSTMVAE, z: Tensor, how: Decoding) -> Decoded:  # [1, D]
 def sample_sentences(
     model: LSTMVAE, n: int, how: Decoding, generator: torch.Generator | None = None
 ) -> list[Decoded]:
-    """Return n sentences of latents that are drawn from the prior."""
+    """Decode n sentences from latents drawn from the prior."""
     return decode(model, model.sample_latents(n, generator), how, generator)
 
 
@@ -148,7 +147,7 @@ def sample_sentences(
 def reconstructions(
     model: LSTMVAE, tokens: Tensor, how: Decoding, generator: torch.Generator | None = None
 ) -> list[Decoded]:  # [B, T]
-    """Return each sentence as it is decoded from its posterior's mean."""
+    """Decode each sentence of tokens [B, T] from its posterior's mean."""
     mu, _ = model.encode(tokens)
     return decode(model, mu, how, generator)
 
@@ -161,8 +160,10 @@ def interpolation(
     how: Decoding,
     generator: torch.Generator | None = None,
 ) -> list[Decoded]:
-    """Return sentences at evenly spaced latents from one sentence's posterior mean to the other's, both
-    included."""
+    """Decode sentences at evenly spaced latents between two sentences' posterior means, both included.
+
+    Raises ValueError for fewer than two steps.
+    """
     if steps < 2:
         raise ValueError(f"steps {steps}: an interpolation has at least its two ends")
     mu, _ = model.encode(ends)
@@ -171,8 +172,7 @@ def interpolation(
 
 
 def side_by_side(pairs: list[tuple[str, str]], width: int = 56) -> list[str]:
-    """Return lines with each pair of texts beside each other, broken at blanks to columns of so many
-    characters."""
+    """Return the lines of a two-column layout of pairs of texts, each column `width` characters wide."""
     lines = []
     for left, right in pairs:
         columns = [_broken(left, width), _broken(right, width)]

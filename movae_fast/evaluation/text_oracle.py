@@ -1,9 +1,10 @@
-"""Compute the true log-likelihood of `lstm_text`'s sequences, by integrating the network's latent on a grid.
+"""Compute the true log-likelihood of `lstm_text`'s sequences, by integrating over the network's latent on a
+grid.
 
-No model can be better on average: E[log p(x)] of the generating network is the corpus's negative entropy. The
-latent is two-dimensional, the integrand smooth and vanishing at the border, so the trapezoidal rule converges
-faster than any power of the spacing. A coarse grid finds where a sequence's posterior lies, a fine one
-integrates there.
+No model can do better on average: E[log p(x)] under the generating network is the corpus's negative entropy.
+The latent is two-dimensional and the integrand is smooth and vanishes at the border, so the trapezoidal rule
+converges faster than any power of the spacing. A coarse grid finds the region of a sequence's posterior, a fine
+grid integrates over it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BORDER = 7.5  # of the grid: 5.5 standard deviations outside the components' cen
 
 @dataclass(frozen=True)
 class Integral:
-    """Hold log p(x) [N] in nats, and the posterior's moments, of sequences x."""
+    """Hold, for each sequence x, log p(x) in nats, and the mean and covariance of its posterior."""
 
     log_likelihood: Tensor  # [N] float64
     mean: Tensor  # [N, 2]
@@ -38,11 +39,11 @@ def true_log_likelihood(
     fine: float | None = None,
     at_once: int = 2048,
 ) -> Integral:
-    """Integrate p(x | z) p(z) over z for each sequence, in float64, on a grid of the spacing `fine`;
-    None: halved from 0.1 until log p(x) changes by less than 2e-5 nats.
+    """Integrate p(x | z) p(z) over z for each sequence x, in float64, on a grid of the spacing `fine`.
 
-    It covers the square points of the grid of spacing `coarse` whose integrand is within e^-30 of the largest,
-    with a margin. At most `at_once` latents are evaluated at a time.
+    If `fine` is None, the spacing is halved from 0.1 until log p(x) changes by less than 2e-5 nats. The fine
+    grid covers, with a margin, the points of the grid of spacing `coarse` at which the integrand is within
+    e^-30 of its maximum. At most `at_once` latents are evaluated at a time.
     """
     values, means, covariances = [], [], []
     rough = _grid(-BORDER, BORDER, -BORDER, BORDER, coarse)
@@ -72,7 +73,8 @@ def _log_integrand(network: TextNetwork, x: Tensor, z: Tensor, at_once: int) -> 
 
 
 def _grid(left: float, right: float, bottom: float, top: float, spacing: float) -> Tensor:  # [G, 2]
-    """Return the points of a square grid over a rectangle; its ends are rounded outwards to the spacing."""
+    """Return the points [G, 2] of a square grid over a rectangle, whose sides are rounded outwards to the
+    spacing."""
 
     def axis(low: float, high: float) -> Tensor:
         ends = math.floor(low / spacing), math.ceil(high / spacing)

@@ -1,4 +1,4 @@
-"""Load a trained model and its configuration, ready to be used on images."""
+"""Adapt a trained model's configuration to its use for evaluation, and check its options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from movae_fast.training.run_folder import folder_of
 def adapt_config(
     trained: TrainConfig, device: str, data_dir: str | None = None, batch_size: int | None = None
 ) -> None:
-    """Change a trained model's configuration to another device, data folder and batch size."""
+    """Change a trained model's configuration, in place, to another device, data folder and batch size."""
     data, run = trained.data, trained.run
     data.data_dir = data_dir or data.data_dir
     if batch_size is not None:
@@ -52,7 +52,8 @@ def beta_kept(model: VAE) -> Iterator[None]:
 
 
 def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:
-    """Return an option as the model was built with it, given or by default; None if it has no such option."""
+    """Return the value of an option with which the model was built, given or default; None if it has no such
+    option."""
     arch = trained.model.arch
     if name not in model_options(arch):
         return None
@@ -64,7 +65,8 @@ def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:
 
 
 def check_option(trained: TrainConfig, model: VAE, name: str, value: object) -> None:
-    """Raise ArgumentError unless the model was built with this value of an option; None is any value."""
+    """Raise ArgumentError unless the model was built with this value of the option `name`; a value of None
+    always passes."""
     if value is None:
         return
     if name not in model_options(trained.model.arch):
@@ -74,7 +76,7 @@ def check_option(trained: TrainConfig, model: VAE, name: str, value: object) -> 
 
 
 def rates_of(trained: TrainConfig, model: VAE, argument: str) -> Rates:
-    """Return a multi-rate model's rates, which the argument needs. Raises ArgumentError for another model."""
+    """Return a multi-rate model's rates; raise ArgumentError, which names `argument`, for another model."""
     if model.rates is None:
         raise ArgumentError(
             f"{argument} needs a multi-rate model; this {trained.model.arch} was trained for one beta "

@@ -1,6 +1,6 @@
 """Build models by name: `MODELS["vq_vae"]`, `build_model`.
 
-What is known of a model without building it is in `catalog`; a class is imported when it is first used.
+`catalog` describes every model without importing it; a model's class is imported at its first use.
 """
 
 import inspect
@@ -110,19 +110,20 @@ NONE_IS_FINE = ("num_residual_layers", "num_flows", "outer_blocks")  # options t
 
 
 def model_class(arch: str) -> "type[VAE]":
-    """Return the class of this name, of images or of sentences."""
+    """Return the class of the model `arch`, which may be a model of images or of sentences."""
     return TEXT_MODELS[arch] if arch in TEXT_MODELS else MODELS[arch]
 
 
 def model_info(arch: str) -> "ModelInfo | type[VAE]":
-    """Return what is known of the model `arch`: an entry, or the class itself where somebody added it."""
+    """Return the description of the model `arch`: its entry in the catalog, or the class itself if a user added
+    it."""
     if arch in TEXT_MODELS:
         return TEXT_INFO[arch]
     return INFO[arch] if MODELS.built_in(arch) else MODELS[arch]
 
 
 def model_options(arch: str) -> list[str]:
-    """Return the names of the options that the model `arch` takes: latent_dim, hidden_dims, …"""
+    """Return the names of the options that the model `arch` takes, such as latent_dim and hidden_dims."""
     info = model_info(arch)
     if isinstance(info, ModelInfo):
         return list(info.options)
@@ -137,13 +138,14 @@ def build_model(
     options: Mapping[str, Any],
     likelihood: "Likelihood | None" = None,
 ) -> "VAE":
-    """Build the model `arch` for images [C, S, S]; options whose value is None are left to its defaults.
+    """Build the model `arch` for images [C, S, S]; options whose value is None get the model's defaults.
 
-    Without a likelihood it is built for a Gaussian: a value per output.
+    likelihood: p(x|z), which determines the number of output channels; None stands for a Gaussian, with one
+        output per value.
 
     Raises ValueError for an option that the model does not have, for an image size that its strides do not
-    allow (the message names sizes that fit), and for a likelihood with another number of output channels than
-    the images have where the model has an image layer of its own.
+    allow (the message names sizes that fit), and for a likelihood whose number of output channels the model
+    cannot provide.
     """
     given = {name: value for name, value in options.items() if value is not None}
     check_options(arch, image_shape, activation, given)
@@ -165,8 +167,8 @@ def build_model(
 def check_options(
     arch: str, image_shape: tuple[int, int, int], activation: str, given: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError for an option of `given` that the model does not have, and for a value or an image size
-    that no model of its kind takes."""
+    """Raise ValueError for an option in `given` that the model `arch` does not have, for an invalid value, and
+    for an image size that the model's name excludes."""
     known = model_options(arch)
     for name in given:
         if name not in known:
@@ -184,7 +186,7 @@ def check_options(
 
 
 def check_side(arch: str, size: int) -> None:
-    """Refuse images of another side than the one that a name like cnn_vae_28 stands for."""
+    """Raise ValueError if a model named after an image size, such as cnn_vae_28, is used with another size."""
     if arch not in SIDES or SIDES[arch] == size:
         return
     other = f"{arch.rpartition('_')[0]}_{size}"

@@ -1,9 +1,9 @@
-"""Define the base of every model of this package, and the arguments and results of a forward pass.
+"""Define the base classes of this package's models, and the arguments and results of their forward pass.
 
-A model splits at its *features*: `encode` is the shared part before them (its parameters receive the
-aggregated gradient), `forward_features` everything after them, whose parameters belong to one objective each
-(`task_parameters`). The split is what makes a Jacobian cheap: each objective has a short backward
-to the features, and those that reach the features cost one more each through the shared part.
+A model is cut at its *features*: `encode` is the shared part before them (its parameters receive the aggregated
+gradient), `forward_features` everything after them, whose parameters belong to one objective each
+(`task_parameters`). The cut makes a Jacobian cheap: each objective has a short backward pass to the features,
+and each objective that depends on the features has one more through the shared part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Norm = Literal["batch", "layer", "none"]
 
 
 class Noise(NamedTuple):
-    """Hold the random draws of a batch's forward pass (`VAE.draw_noise`)."""
+    """Hold the random numbers for a batch's forward pass, as `VAE.draw_noise` draws them."""
 
     latent: Tensor  # [B, D] standard normal, the posterior's; [B, 0] of a model that draws nothing
     log_beta: Tensor | None = None  # [B] of a multi-rate model: the log beta of each image
@@ -32,13 +32,13 @@ class Noise(NamedTuple):
     dropout: Tensor | None = None  # [B] int64, the seed of each example's dropout masks
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Noise:
-        """Apply a function to each draw that is there."""
+        """Apply a function to each tensor that is not None."""
         latent, *others = (None if draw is None else function(draw) for draw in self)
         assert latent is not None
         return Noise(latent, *others)
 
     def of_images(self, start: int, stop: int) -> Noise:
-        """Return the draws of the images `start` to `stop`, which is not one of them."""
+        """Return the noise of the images `start` to `stop` (exclusive)."""
         return self.map(lambda draw: draw[start:stop])
 
 
@@ -54,8 +54,8 @@ class GaussianOutput(NamedTuple):
 
 
 class HierarchyOutput(NamedTuple):
-    """Hold the output of a model whose latents come in groups, each with a prior that depends on those
-    before."""
+    """Hold the output of a model whose latents come in groups, each with a prior that depends on the groups
+    before it."""
 
     preactivation: Tensor  # [B, C, H, W]
     kl: tuple[Tensor, ...]  # a [B, z] per group: KL(q || p) in nats per channel, summed over the map
@@ -79,17 +79,17 @@ Output = GaussianOutput | HierarchyOutput | VQOutput
 
 
 class Part(NamedTuple):
-    """Hold the columns of the latents of a hierarchy that belong together."""
+    """Name a range of columns of a hierarchy's latents [N, D], such as one scale or one group."""
 
     name: str
     columns: slice  # of latents [N, D]
 
 
 class VAE(nn.Module):
-    """Map images [B, C, S, S] to features, and features to a reconstruction: the base of all models.
+    """Map images [B, C, S, S] to features, and features to a reconstruction: the base class of all models.
 
     Subclasses set `objectives` (the loss vector's entries in their documented order), `default_weights` where
-    they are not 1, and the reconstruction's defaults; they implement `encode`, `decode`, `forward_features`,
+    they are not 1, and the reconstruction's defaults. They implement `encode`, `decode`, `forward_features`,
     `task_parameters`, `reconstruct` and `sample`.
     """
 
@@ -123,11 +123,11 @@ class VAE(nn.Module):
 
     @property
     def head_channels(self) -> int:
-        """Return the channels that the decoder's last layer has to have: as many as the likelihood asks for."""
+        """Return the number of channels of the decoder's last layer, which the likelihood determines."""
         return self.likelihood.channels
 
     def likelihood_as(self, name: ReconsDist) -> Likelihood:
-        """Return the model's likelihood, or the one called `name` if it has the same output.
+        """Return the likelihood called `name`, if the model's output has the channels that it needs.
 
         Raises ValueError for one that would need another output layer.
         """
@@ -143,14 +143,14 @@ class VAE(nn.Module):
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:
-        """Return the weights of `objectives` as published with the network: 1 each unless overridden."""
+        """Return the objectives' loss weights as published with the network: 1 each unless overridden."""
         return (1.0,) * len(cls.objectives)
 
     @classmethod
     def weighted_objectives(
         cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]
     ) -> dict[str, float]:
-        """Return the objectives in order with their default weights, of a model built with `options`.
+        """Return the objectives in order, with their default weights, of a model built with `options`.
 
         An option that is None has its default.
         """
@@ -158,26 +158,26 @@ class VAE(nn.Module):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
-        """Raise ValueError for options that do not fit the images; nothing is built."""
+        """Raise ValueError if the options do not suit images of this shape; the model is not built for that."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Turn images [B, C, S, S] into features: (mu, logvar) [B, D], or (encoder output [B, D, h, w],)."""
+        """Map images [B, C, S, S] to features: (mu, logvar) [B, D] each, or (encoder output [B, D, h, w],)."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> Tensor:
-        """Turn latents into the images' preactivation [B, head_channels, S, S]."""
+        """Map latents to the images' preactivation [B, head_channels, S, S]."""
         raise NotImplementedError
 
     def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> Any:
-        """Turn features into a GaussianOutput or VQOutput: everything that comes after the shared part.
+        """Map features to the model's output (a GaussianOutput, VQOutput, …): everything after the shared part.
 
-        `noise` is drawn here if it is not given.
+        Noise is drawn if it is not given.
         """
         raise NotImplementedError
 
     def condition(self, noise: Noise) -> None:
-        """Give the encoder what it needs of a batch's noise (a multi-rate model's log betas); to be
-        called before `encode`."""
+        """Pass the encoder what it needs of a batch's noise (a multi-rate model's log betas). Called before
+        `encode`."""
         if self.rates is None or not self.training:
             return
         if noise.log_beta is None:
@@ -185,9 +185,9 @@ class VAE(nn.Module):
         self.rates.log_beta = noise.log_beta
 
     def set_beta(self, beta: float | Tensor) -> None:
-        """Set the beta that a multi-rate model computes at in evaluation: one, or one per example [B].
+        """Set the beta at which a multi-rate model is evaluated: one for all examples, or one per example [B].
 
-        Any positive beta is taken; outside the trained range the gates extrapolate. Raises ValueError for a
+        Any positive beta is accepted; outside the trained range the gates extrapolate. Raises ValueError for a
         model that was trained for one beta, and for a beta that is not positive and finite.
         """
         if self.rates is None:
@@ -203,15 +203,15 @@ class VAE(nn.Module):
         return self.forward_features(self.encode(x), noise)
 
     def draw_noise(self, n: int) -> Noise:
-        """Draw the noise of n images.
+        """Draw the noise for n images.
 
-        It is an argument of the forward pass so that ranks can each take their slice of one draw, and so that
-        a compiled step and an eager one see the same numbers.
+        It is an argument of the forward pass, so that each process can take its slice of one draw for the
+        global batch, and so that a compiled step and an eager one use the same numbers.
         """
         return Noise(self.standard_normal(n, 0))
 
     def draw_log_betas(self, n: int) -> Tensor | None:  # [n]
-        """Draw the log beta of each of n images; None of a model with one rate."""
+        """Draw the log beta of each of n images; return None for a model that is not multi-rate."""
         if self.rates is None:
             return None
         like = next(self.parameters())
@@ -220,12 +220,12 @@ class VAE(nn.Module):
         return drawn
 
     def standard_normal(self, *shape: int) -> Tensor:
-        """Draw a tensor of this shape, of the parameters' dtype and on their device."""
+        """Draw standard normal numbers of this shape, in the parameters' dtype and on their device."""
         like = next(self.parameters())
         return torch.randn(*shape, device=like.device, dtype=like.dtype)
 
     def to_image(self, preactivation: Tensor) -> Tensor:
-        """Turn a preactivation into an image in the data's range: the likelihood's mean."""
+        """Return the image, in the data's range, that a preactivation stands for: the likelihood's mean."""
         return self.likelihood.mean(preactivation)
 
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -234,17 +234,23 @@ class VAE(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in task]
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Return by objective the task parameters: those after the features, which it alone trains."""
+        """Return the task parameters by objective: those after the features, which are trained by this
+        objective alone."""
         raise NotImplementedError
 
     def shared_heads(self) -> list[nn.Module]:
-        """Return the modules that end the shared part side by side; they count as one in `shared_layers`."""
+        """Return the modules at the end of the shared part that run side by side, such as the layers for mu and
+        logvar.
+
+        They count as one layer in `shared_layers`.
+        """
         return []
 
     def shared_layers(self) -> list[list[nn.Parameter]]:
-        """Return the parameters before the features by layer, those next to the features last.
+        """Return the parameters before the features, grouped by layer, with the layer next to the features
+        last.
 
-        A layer is a module with parameters of its own; the k-th last layers of all `shared_heads` are one
+        A layer is a module that has parameters itself. The k-th last layers of all `shared_heads` count as one
         layer.
         """
         shared = {id(p) for p in self.shared_parameters()}
@@ -261,25 +267,30 @@ class VAE(nn.Module):
         return [layer for layer in trunk if layer] + ends[::-1]
 
     def balance(self) -> list[float]:
-        """Return alpha of each group of a hierarchy, for balancing."""
+        """Return the factor alpha of each group of a hierarchy, for KL balancing
+        (`objectives.terms.balance_factors`)."""
         raise NotImplementedError
 
     @classmethod
     def default_penalty(cls, options: Mapping[str, Any]) -> float:
-        """Return the published weight of `penalty`, of a model built with `options`; 0 where there is none."""
+        """Return the published weight of the model's penalty, if built with `options`; 0 for a model without
+        one."""
         return 0.0
 
     def penalised(self) -> Any:
-        """Return what `penalty` takes, found once per run; None of a model without a penalty."""
+        """Return the argument of `penalty`, such as lists of layers, which is computed once per run; None for a
+        model without a penalty."""
         return None
 
     def penalty(self, penalised: Any) -> Tensor:
-        """Return the penalty [] of the weights in `penalised`, which `penalised()` returned; its
-        gradient is added behind the aggregator. A model that has one overrides this."""
+        """Return the model's penalty [] on its weights, where `penalised` is the result of `penalised()`.
+
+        Its gradient is added to the update after aggregation. Implemented by models that have a penalty.
+        """
         raise NotImplementedError
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
-        """Return the modules that make an image of latents, the image's layer last."""
+        """Return the modules that map latents to an image, with the output layer last."""
         raise NotImplementedError
 
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -291,8 +302,10 @@ class VAE(nn.Module):
         raise NotImplementedError
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n images [n, C, S, S] from the prior. Random numbers come from the CPU, so that a seed
-        gives the same picture on every device."""
+        """Draw n images [n, C, S, S] from the prior.
+
+        Random numbers are drawn on the CPU, so that a seed gives the same picture on every device.
+        """
         raise NotImplementedError
 
     @property
@@ -301,13 +314,13 @@ class VAE(nn.Module):
 
 
 class GaussianVAE(VAE):
-    """Model images with posterior N(mu, diag exp(logvar)) and prior N(0, I).
+    """Model images with the posterior N(mu, diag exp(logvar)) and the prior N(0, I).
 
-    Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and
-    `decoder` ([B, D] to preactivations).
+    Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and `decoder`
+    ([B, D] to preactivations).
 
-    Its multi-rate form (`make_multirate`) has `rates`: in training the noise holds each example's log beta; in
-    evaluation all methods compute at the beta of `set_beta`.
+    The multi-rate form (`make_multirate`) has `rates`: in training the noise holds each example's log beta; in
+    evaluation all methods use the beta of `set_beta`.
     """
 
     latents = "vector"
@@ -317,7 +330,7 @@ class GaussianVAE(VAE):
     decoder: nn.Module
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
-        """Return the modules after the features, the image's layer last."""
+        """Return the modules after the features, with the output layer last."""
         return (self.decoder,)
 
     def shared_heads(self) -> list[nn.Module]:
@@ -361,7 +374,8 @@ class GaussianVAE(VAE):
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
-    """Make the normalisation called `norm` over [B, channels, h, w]; "layer" is over channels and positions."""
+    """Make a normalisation layer for maps [B, channels, h, w]; "layer" normalises over channels and
+    positions."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "layer":
@@ -370,7 +384,8 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
 
 
 def check_image_size(arch: str, size: int, stride: int, least: int | None = None) -> None:
-    """Refuse a side that the strides cannot halve evenly, and name the sizes near it that fit."""
+    """Raise ValueError, naming the nearest sizes that fit, if `size` is not a multiple of `stride` or is below
+    `least`."""
     least = least or stride
     if size % stride == 0 and size >= least:
         return

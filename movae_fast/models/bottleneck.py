@@ -1,4 +1,4 @@
-"""Define the quantizers that a model with codes has between its encoder and its decoder."""
+"""Define the quantizers that models with codes have between encoder and decoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ DEAD = 0.1  # average count per batch below which a code of `AveragedCodes` move
 
 
 class Coded(NamedTuple):
-    """Hold a feature map after its quantization."""
+    """Hold the result of quantizing a feature map z [B, D, *spatial]; an error or entropy is None if it is no
+    objective."""
 
     codewords: Tensor  # as z; its gradient goes to z unchanged
     codes: Tensor  # [B, *spatial] int64, of several codebooks [B, *spatial, L]; -1 where one was left out
@@ -29,18 +30,18 @@ class Coded(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """Quantize feature maps z [B, D, *spatial] into a `Coded`: the base of all quantizers."""
+    """Quantize feature maps z [B, D, *spatial] into `Coded`; the base class of all quantizers."""
 
     def forward(self, z: Tensor, depth: Tensor | None = None) -> Coded:
         """Quantize z; `depth` [B] is how many codebooks of each group an image uses, None for all."""
         raise NotImplementedError
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Return the codewords [B, D, *spatial] of codes as `forward` gives them."""
+        """Return the codewords [B, D, *spatial] of codes in the layout that `forward` returns."""
         raise NotImplementedError
 
     def nearest(self, z: Tensor) -> Tensor:
-        """Return the codes of z, and leave averages and counts as they are."""
+        """Return the codes of z without updating moving averages and counts."""
         return self(z).codes
 
     def codebook_parameters(self) -> list[nn.Parameter]:
@@ -49,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 def make_bottleneck(settings: QuantizerSettings) -> Bottleneck:
-    """Build the quantizer of these settings."""
+    """Build the quantizer that the settings name."""
     if settings.name in ("vq", "rvq", "grouped_rvq"):
         return LearnedCodes(settings)
     made: dict[str, type[Bottleneck]] = {
@@ -63,7 +64,7 @@ def make_bottleneck(settings: QuantizerSettings) -> Bottleneck:
 
 
 def new_codebooks(*shape: int) -> nn.Parameter:  # [..., K, D]
-    """Return codebooks drawn from U(-1/K, 1/K), as MO-VAE's."""
+    """Return new codebooks of the given shape, drawn from U(-1/K, 1/K) as in MO-VAE."""
     codes = torch.empty(shape)
     return nn.Parameter(nn.init.uniform_(codes, -1 / shape[-2], 1 / shape[-2]))
 
@@ -71,7 +72,7 @@ def new_codebooks(*shape: int) -> nn.Parameter:  # [..., K, D]
 class LearnedCodes(Bottleneck):
     """Quantize by codebooks that the embedding objective trains: one, or L for each of G groups of channels.
 
-    Each codebook quantizes what those before it left over (Zeghidour et al. 2021, algorithm 1).
+    With several, each codebook quantizes the residual of those before it (Zeghidour et al. 2021, algorithm 1).
     """
 
     def __init__(self, settings: QuantizerSettings) -> None:
@@ -118,15 +119,16 @@ def code_residually(
     codebooks: Sequence[Tensor],  # L of [K, D]
     depth: Tensor | None = None,  # [B] int64, 1 to L
 ) -> Coded:
-    """Quantize z by the codebooks one after the other; the output's gradient passes to z once.
+    """Quantize z by the first codebook, the residual by the second, and so on; z gets the codewords' gradient
+    once.
 
-    Codes are [B, *spatial] of one codebook, else [B, *spatial, L]. Errors are means over a vector's values,
-    summed over the codebooks; a codebook beyond an image's `depth` has no part in its codewords, errors and
-    counts.
+    The codes are [B, *spatial] with one codebook, otherwise [B, *spatial, L]. The errors are means over a
+    vector's values, summed over the codebooks. Codebooks beyond an image's `depth` contribute nothing to its
+    codewords, errors and counts.
     """
     left, total = z, torch.zeros_like(z)
     codes, counts, through = [], [], z
-    embedding = commitment = z.new_zeros(len(z))
+    embedding = commitment = z.new_zeros(z.shape[0])
     for level, codebook in enumerate(codebooks):
         through, index, error, count, _ = ops.quantize(left, codebook.detach())
         code, off = through.detach(), ops.code_error(left.detach(), codebook, index)
@@ -151,18 +153,22 @@ def code_residually(
 
 
 def beside(values: Tensor, like: Tensor) -> Tensor:
-    """Return values [B] with as many axes as `like`."""
+    """Return values [B] as a view that broadcasts over all other axes of `like`."""
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 def kept_counts(index: Tensor, used: Tensor, n_codes: int) -> Tensor:  # [K] float32
-    """Count the codes of the images [B] that are used."""
+    """Count how often each code occurs in the images for which `used` [B] is True."""
     weight = beside(used, index).expand_as(index).flatten().float()
     return weight.new_zeros(n_codes).index_add_(0, index.flatten(), weight)
 
 
 def sum_of_codes(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
-    """Return the sum over codebooks [K, D] of the codes [B, *spatial, L], channel-first; -1 counts as zero."""
+    """Return the sum over the codebooks, [K, D] each, of the codewords of codes [B, *spatial, L],
+    channel-first.
+
+    A code of -1 contributes nothing.
+    """
     total = None
     for index, codebook in zip(codes.unbind(-1), codebooks, strict=False):
         absent = index == -1
@@ -173,9 +179,10 @@ def sum_of_codes(codes: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
 
 
 class AveragedCodes(Bottleneck):
-    """Quantize by a codebook that follows the average of the vectors that chose each code.
+    """Quantize by a codebook in which each code is a moving average of the vectors that chose it.
 
-    van den Oord et al. 2017, appendix A.1. A code that is hardly chosen moves to a vector of the batch.
+    See van den Oord et al. 2017, appendix A.1. A code that is hardly ever chosen is replaced by a vector of the
+    batch.
     """
 
     def __init__(self, settings: QuantizerSettings) -> None:
@@ -210,7 +217,8 @@ class AveragedCodes(Bottleneck):
 
 
 class ScalarLevels(Bottleneck):
-    """Quantize each channel to a few levels (`nn.FSQ`); with 2 levels in a channel, symmetrically."""
+    """Quantize each channel to a few levels (`nn.FSQ`); symmetrically around 0 if some channel has only 2
+    levels."""
 
     def __init__(self, settings: QuantizerSettings) -> None:
         super().__init__()
@@ -226,8 +234,11 @@ class ScalarLevels(Bottleneck):
 
 
 class Signs(Bottleneck):
-    """Quantize each channel to its sign (`nn.LFQ`; bsq on the sphere). The entropy objective is that of each
-    vector's distribution over codes less that of the batch's, which is that of all processes."""
+    """Quantize each channel to its sign (`nn.LFQ`); with bsq the vectors are first put on the unit sphere.
+
+    The entropy objective is the mean entropy of each vector's distribution over codes, minus the entropy of the
+    mean distribution over the batch of all processes.
+    """
 
     def __init__(self, settings: QuantizerSettings) -> None:
         super().__init__()
@@ -248,7 +259,7 @@ class Signs(Bottleneck):
 
 
 class TransformedCodes(Bottleneck):
-    """Quantize by a frozen random codebook behind a learned linear layer (`nn.SimVQ`)."""
+    """Quantize by a fixed random codebook that passes through a learned linear layer (`nn.SimVQ`)."""
 
     def __init__(self, settings: QuantizerSettings) -> None:
         super().__init__()
@@ -269,6 +280,6 @@ class TransformedCodes(Bottleneck):
 
 
 def counts_of(codes: Tensor, n_codes: int) -> Tensor:  # [K] float32
-    """Count how often each code was chosen, without a host read."""
+    """Count how often each code was chosen, without copying anything to the host."""
     ones = torch.ones(codes.numel(), device=codes.device)
     return ones.new_zeros(n_codes).index_add_(0, codes.flatten(), ones)

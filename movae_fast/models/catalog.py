@@ -1,6 +1,6 @@
-"""List every model that has a name, with what can be known of it without building it; torch is not imported.
+"""List every model by name, with the facts about it that are known without building it; torch is not imported.
 
-The classes say the same of themselves, and a class that somebody adds to `MODELS` says it alone.
+The models' classes state the same facts. A class that a user adds to `MODELS` has no entry here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LATENT_WORDS: dict[LatentKind, str] = {
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Tell what a model's class is, which options it takes, and its objectives with their defaults."""
+    """Describe a model without importing it: its class, its options, and its objectives with their defaults."""
 
     place: str
     options: tuple[str, ...]  # the arguments of its class that are flags
@@ -54,7 +54,7 @@ class ModelInfo:
     check: Callable[[Options, ImageShape], None] | None = None  # raises ValueError for what does not fit
 
     def weighted_objectives(self, options: Mapping[str, Any], image_shape: ImageShape) -> dict[str, float]:
-        """Return the objectives in order with their default weights, of a model built with `options`.
+        """Return the objectives in order, with their default weights, of a model built with `options`.
 
         An option that is None has its default.
         """
@@ -67,7 +67,8 @@ class ModelInfo:
         return dict(zip(self.objectives, weights or (1.0,) * len(self.objectives), strict=True))
 
     def default_penalty(self, options: Options) -> float:
-        """Return the published weight of the penalty, of a model built with `options`; 0 without one."""
+        """Return the published weight of the model's penalty, if built with `options`; 0 for a model without
+        one."""
         return 0.0 if self.penalty is None else self.penalty(options)
 
     def check_options(self, options: Options, image_shape: ImageShape) -> None:
@@ -77,18 +78,20 @@ class ModelInfo:
 
 
 def hierarchy_objectives(options: Options) -> dict[str, float]:
-    """Return the objectives of nvae, reconstruction and its KLs, weight 1 each."""
+    """Return objective -> weight of nvae: reconstruction and the KLs that `kl_rows` asks for, with weight 1
+    each."""
     names = layout_of(options).kl_names(options.get("kl_rows") or "scale")
     return dict.fromkeys(("reconstruction", *names), 1.0)
 
 
 def check_hierarchy(options: Options, image_shape: ImageShape) -> None:
-    """Raise ValueError for options of nvae that do not fit each other or the images."""
+    """Raise ValueError if nvae's options do not suit each other or the images' size."""
     check_layout(layout_of(options), image_shape[1], options.get("kl_rows") or "scale")
 
 
 def per_value(image_shape: ImageShape) -> tuple[float, float]:
-    """Return the weights of the VAE/beta-VAE/MMD-VAE collection: its KL is divided by an image's values."""
+    """Return the weights of reconstruction and KL in the VAE/beta-VAE/MMD-VAE collection, which divides the KL
+    by the number of an image's values."""
     return 1.0, 2 / math.prod(image_shape)
 
 
@@ -180,7 +183,7 @@ SIDES = {f"{family}_{side}": side for family in ("cnn_vae", "resnet_vae") for si
 
 
 def check_beta_range(beta_min: float, beta_max: float) -> None:
-    """Raise ValueError for what is no range of beta to train a multi-rate model for."""
+    """Raise ValueError unless 0 < beta_min < beta_max and both are finite."""
     if not (math.isfinite(beta_max) and 0 < beta_min < beta_max):
         raise ValueError(
             f"--beta_min {beta_min:g} and --beta_max {beta_max:g} must satisfy 0 < beta_min < beta_max"

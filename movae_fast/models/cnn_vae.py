@@ -1,4 +1,4 @@
-"""Define the CNN of the VAE/beta-VAE/MMD-VAE collection."""
+"""Define the convolutional networks of the VAE/beta-VAE/MMD-VAE collection."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from movae_fast.models.likelihoods import Activation, Likelihood
 
 
 class CNNVAE(GaussianVAE):
-    """Define `cnn_vae`: Conv 4/2/1 stages to 4x4, a 4x4 convolution to 1x1, an MLP head each for mu and
-    logvar.
+    """Define `cnn_vae`: convolutions of kernel 4 and stride 2 down to 4x4, a 4x4 convolution to 1x1, and an MLP
+    for each of mu and logvar.
 
     The decoder mirrors it with transposed convolutions from a 1x1 latent map. Objectives: reconstruction and
-    kl; the published loss is the mean squared error over pixels plus coef_kl times 2 KL / (number of values of
-    an image), which is the default weight of kl here (its KL lacks the 1/2).
+    kl. The published loss is the mean squared error over pixels plus coef_kl times 2 KL / (number of values of
+    an image), which is the default weight of kl here (the published KL lacks the factor 1/2).
     """
 
     default_activation = "tanh"
@@ -76,10 +76,10 @@ class CNNVAE(GaussianVAE):
 
 
 class MMDVAE(CNNVAE):
-    """Define `mmd_vae` (InfoVAE, Zhao et al. 2017): the same network with a third objective, mmd.
+    """Define `mmd_vae` (InfoVAE, Zhao et al. 2017): the network of `cnn_vae` with a third objective, mmd.
 
     The published loss is reconstruction + (1 - alpha) KL + (alpha + lambda - 1) MMD(z, prior); the trainer's
-    mmd_alpha and mmd_lambda multiply the weights given here.
+    settings mmd_alpha and mmd_lambda multiply the default weights.
     """
 
     objectives = ("reconstruction", "kl", "mmd")
@@ -100,7 +100,8 @@ class MMDVAE(CNNVAE):
 
 
 def dcgan_init(module: nn.Module) -> None:
-    """Draw weights from N(0, 0.02), normalisation scales from N(1, 0.02); zero biases (Radford et al. 2016)."""
+    """Initialise a layer as DCGAN does (Radford et al. 2016): weights from N(0, 0.02), normalisation scales
+    from N(1, 0.02) (standard deviations), biases 0."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

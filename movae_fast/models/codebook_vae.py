@@ -1,4 +1,4 @@
-"""Define what models with codes have in common."""
+"""Define the base class of models whose latents are codes of a codebook or another quantizer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from movae_fast.models.quantizers import QuantizerSettings, quantizer_objectives
 
 
 class CodebookVAE(VAE):
-    """Model images by codes: the encoder's output is quantized, and the decoder reads the codewords.
+    """Model images by discrete codes: the encoder's output is quantized, and the decoder reads the codewords.
 
-    Subclasses set `settings` and `code_shape`, and define `encode` (to one feature z [B, D, ...]), `code`,
-    `lookup`, `codebook_parameters` and `decode`; they call `count_codes` once those are there. `objectives`
-    depend on the quantizer.
+    Subclasses set `settings` and `code_shape`, and define `encode` (which returns one feature z [B, D, ...]),
+    `code`, `lookup`, `codebook_parameters` and `decode`. Their constructors call `count_codes`. The
+    `objectives` depend on the quantizer.
     """
 
     objectives: tuple[str, ...] = ("reconstruction", "embedding", "commitment")
@@ -41,17 +41,18 @@ class CodebookVAE(VAE):
         return tuple(cls.weighted_objectives({}, image_shape).values())
 
     def count_codes(self, code_sizes: tuple[int, ...]) -> None:
-        """Make the buffer of how often each code was chosen lately, for drawing codes without a prior."""
+        """Register the buffer with a moving average of how often each code is chosen, from which `sample_codes`
+        draws."""
         self.code_sizes = code_sizes
         self.num_embeddings = max(code_sizes)
         self.register_buffer("code_usage", torch.zeros(sum(code_sizes)))
 
     def code(self, z: Tensor, depth: Tensor | None = None) -> Coded:
-        """Quantize z [B, D, ...], by the first `depth` [B] codebooks only where it is given."""
+        """Quantize z [B, D, ...]; if `depth` [B] is given, each image uses only its first `depth` codebooks."""
         raise NotImplementedError
 
     def lookup(self, index: Tensor) -> Tensor:
-        """Return the codewords, as z, of codes [B, *code_shape]."""
+        """Return the codewords, shaped as z, of codes [B, *code_shape]."""
         raise NotImplementedError
 
     def codebook_parameters(self) -> list[nn.Parameter]:
@@ -60,7 +61,7 @@ class CodebookVAE(VAE):
 
     @property
     def map_sides(self) -> tuple[int, ...]:
-        """Return the side of each map of vectors that an image has."""
+        """Return the side lengths of the feature maps that are quantized, one for each map of an image."""
         raise NotImplementedError
 
     @property
@@ -73,20 +74,21 @@ class CodebookVAE(VAE):
         return tuple((side, k) for side in self.map_sides for k in self.code_sizes[:each])
 
     def to_sequence(self, codes: Tensor) -> Tensor:  # [B, T] int64
-        """Return codes [B, *code_shape] map after map, each row by row."""
+        """Return codes [B, *code_shape] as one sequence per image: map after map, each map row by row."""
         spans = [side * side for side in self.map_sides]
         parts = codes.reshape(len(codes), sum(spans), -1).split(spans, 1)
         return torch.cat([part.transpose(1, 2).flatten(1) for part in parts], 1)
 
     def from_sequence(self, sequence: Tensor) -> Tensor:  # [B, *code_shape]
-        """Return the codes of a sequence [B, T] of `to_sequence`."""
+        """Return the codes [B, *code_shape] of sequences [B, T] that `to_sequence` made."""
         each = len(self.settings.code_sizes)
         parts = sequence.split([side * side * each for side in self.map_sides], 1)
         vectors = torch.cat([part.unflatten(1, (each, -1)).transpose(1, 2) for part in parts], 1)
         return vectors.reshape(len(sequence), *self.code_shape)
 
     def quantize(self, z: Tensor) -> Coded:
-        """Quantize the encoder's output; the first two of the result are the codewords and the codes."""
+        """Quantize the encoder's output z with all codebooks; the result begins with the codewords and the
+        codes."""
         return self.code(z)
 
     def draw_noise(self, n: int) -> Noise:
@@ -118,15 +120,18 @@ class CodebookVAE(VAE):
         return task | ({"embedding": trained} if trained else {})
 
     def reconstruct(self, x: Tensor, depth: int | None = None) -> Tensor:
-        """Reconstruct images [B, C, S, S] from their codes, of the first `depth` codebooks alone if given."""
+        """Reconstruct images [B, C, S, S] from their codes; with `depth`, from those of the first `depth`
+        codebooks only."""
         (z,) = self.encode(x)
         levels = None if depth is None else torch.full((len(x),), depth, device=z.device)
         return self.to_image(self.decode(self.code(z, levels).codewords))
 
     def sample_codes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw codes [n, *code_shape], each independently by how often training chose it.
+        """Draw codes [n, *code_shape] independently, each with the frequency with which training chose it
+        lately.
 
-        There is no learned prior over codes here, so pictures drawn from these have texture, not shape.
+        These frequencies are no prior over whole images, so images decoded from such codes have texture but no
+        shape.
         """
         per_image = self.settings.num_quantizers * self.settings.num_groups
         places = torch.Size(self.code_shape).numel() // per_image
@@ -140,15 +145,16 @@ class CodebookVAE(VAE):
         return self.arranged(drawn).view(n, *self.code_shape).to(self.device)
 
     def usage_by_codebook(self) -> tuple[Tensor, ...]:
-        """Return the counts [K] of each codebook."""
+        """Return the moving average of how often each code was chosen, [K] for each codebook."""
         return self.code_usage.split(list(self.code_sizes))
 
     def places_by_codebook(self, places: int) -> list[int]:
-        """Return how many codes of each codebook an image has, of `places` vectors."""
+        """Return how many codes of an image come from each codebook, if the image has `places` feature
+        vectors."""
         return [places] * len(self.code_sizes)
 
     def arranged(self, drawn: list[Tensor]) -> Tensor:
-        """Put the codes [n, places] of each codebook in the order of an image's codes."""
+        """Combine codes that were drawn per codebook, [n, places] each, into the layout of an image's codes."""
         return torch.stack(drawn, -1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

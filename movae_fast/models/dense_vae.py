@@ -1,4 +1,4 @@
-"""Define VAEs of linear layers: the linear VAE, whose optimum is known in closed form, and dSprites' MLP."""
+"""Define VAEs of linear layers: the linear VAE, whose optimum has a closed form, and the MLP for dSprites."""
 
 from __future__ import annotations
 
@@ -20,30 +20,32 @@ LOG_VARIANCE = -4.0
 
 
 class SharedLogVariance(nn.Module):
-    """Return one log-variance per latent, which does not depend on the image: [B, …] to [B, D]."""
+    """Return one learned log-variance per latent, the same for every image: [B, …] to [B, D]."""
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.full((latent_dim,), LOG_VARIANCE))
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.value.expand(len(h), -1)
+        return self.value.expand(h.shape[0], -1)  # len(h) would fix the batch of an exported program
 
 
 def _image_layer(inputs: int, channels: int, image_shape: tuple[int, int, int]) -> list[nn.Module]:
-    """Build the layer from [B, inputs] to [B, channels, S, S]."""
+    """Return the layers that map [B, inputs] to [B, channels, S, S]."""
     _, height, width = image_shape
     return [nn.Linear(inputs, channels * height * width), nn.Unflatten(1, (channels, height, width))]
 
 
 class LinearVAE(GaussianVAE):
-    """Define `linear_vae`: two linear layers each way and no nonlinearity (Bae et al. 2023, section 3.2).
+    """Define `linear_vae`: two linear layers in encoder and decoder each, without nonlinearity (Bae et al.
+    2023, section 3.2).
 
-    Encoder: image to latent_dim, to the mean; decoder: latent_dim to latent_dim, to the image. Two layers, so
-    that gates between them can take the optimum's form at every beta; those between latents start as the
-    identity, so that the gates of both halves are on the same latents. The posterior's covariance is diagonal:
-    "shared" by all images, as at the optimum, or "predicted" from the first layer.
-    Objectives: reconstruction (squared error summed over an image, no output activation) and kl, weight 1 each.
+    Encoder: image to latent_dim, then to the mean; decoder: latent_dim to latent_dim, then to the image. There
+    are two layers so that the gates of the multi-rate form, which lie between them, can represent the optimum
+    at every beta. The layers between latents start as the identity, so that the gates of encoder and decoder
+    act on the same latents. The posterior's covariance is diagonal: "shared" by all images, as at the optimum,
+    or "predicted" from the first layer. Objectives: reconstruction (squared error summed over an image, no
+    output activation) and kl, weight 1 each.
     """
 
     recons_reduction = "sum"
@@ -71,11 +73,12 @@ class LinearVAE(GaussianVAE):
 
 
 class MLPVAE(GaussianVAE):
-    """Define `mlp_vae`: the fully connected network of dSprites (Higgins et al. 2017, widths of Chen et al.
-    2018).
+    """Define `mlp_vae`: the fully connected network for dSprites (Higgins et al. 2017, with the widths of Chen
+    et al. 2018).
 
-    Encoder with ReLU through `hidden_dims`, decoder with Tanh back through them and the first once more.
-    Objectives: reconstruction (summed over an image) and kl, weight 1 each; sigmoid output.
+    The encoder has ReLU layers of the widths `hidden_dims`; the decoder has Tanh layers of the same widths in
+    reverse order, and the first width once more. Objectives: reconstruction (summed over an image) and kl,
+    weight 1 each; sigmoid output.
     """
 
     recons_reduction = "sum"
@@ -105,9 +108,9 @@ class MLPVAE(GaussianVAE):
 
 
 class BetaTCMLPVAE(MLPVAE):
-    """Define `betatc_mlp_vae`: the same network with beta-TC-VAE's objectives (Chen et al. 2018).
+    """Define `betatc_mlp_vae`: the network of `mlp_vae` with beta-TC-VAE's objectives (Chen et al. 2018).
 
-    Objectives: reconstruction, mi, tc, dwkl, weight 1 each; dwkl is annealed as betatc_vae's is.
+    Objectives: reconstruction, mi, tc, dwkl, weight 1 each; the weight of dwkl is annealed as in betatc_vae.
     """
 
     objectives = ("reconstruction", "mi", "tc", "dwkl")

@@ -1,7 +1,7 @@
-"""Define the likelihoods of an image's values given its latents, which give a decoder's output its meaning.
+"""Define the likelihoods p(x|z) of images, which give a decoder's output its meaning.
 
-A `Likelihood` says how many channels the decoder's last layer has, what an image costs under its output, and
-what image to show for it. All of it is computed in float32 at least, whatever autocast made of the output.
+A `Likelihood` says how many channels the decoder's output has, how to compute -log p of an image from it, and
+which image to show for it. Everything is computed in float32 at least, also under autocast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LEAST_LOG_SCALE = -7.0  # of a logistic, in units of half the data's range
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Hold p(x|z) of an image's values, given the decoder's output."""
+    """Hold the functions of a likelihood p(x|z), which take the decoder's output."""
 
     name: ReconsDist
     channels: int  # of the decoder's output
@@ -35,7 +35,7 @@ class Likelihood:
 
 
 def bits_per_dimension(nats: float, values: int) -> float:
-    """Return nats per image as bits per value."""
+    """Convert nats per image to bits per value of an image of `values` values."""
     return nats / (math.log(2) * values)
 
 
@@ -49,15 +49,14 @@ def make_likelihood(
     components: int = COMPONENTS,
     binarized: bool = False,
 ) -> Likelihood:
-    """Return the likelihood called `name` of images with so many channels.
+    """Return the likelihood called `name` for images with `channels` channels.
 
-    activation: from the output to the image, of those that have a value per output.
-    normalized: whether images are in [-1, 1] instead of [0, 1].
-    bits: of an image's values, which have 2^bits evenly spaced levels.
-    components: of the mixture dmol.
-    binarized: whether all values are the least or the greatest.
+    activation: the function from the output to the image, for likelihoods with one output per value.
+    normalized: whether images are in [-1, 1] instead of [0, 1]. bits: the bits of an image's values, which have
+    2^bits evenly spaced levels. components: the number of components of the mixture dmol. binarized: whether
+    every value is the smallest or the largest.
 
-    Raises ValueError for a mixture of images that are not in colour.
+    Raises ValueError for dmol with images that do not have three channels.
     """
     levels = 2**bits
     if name == "dmol":
@@ -92,7 +91,7 @@ def output_image(preactivation: Tensor, activation: str) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return x, in float32 if autocast made it shorter."""
+    """Return x, converted to float32 if it is float16 or bfloat16."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -118,12 +117,12 @@ def _distances(output: Tensor, x: Tensor, mean: Callable[[Tensor], Tensor]) -> T
 def _optimal_errors(
     output: Tensor, x: Tensor, mean: Callable[[Tensor], Tensor], least: float
 ) -> Tensor:  # [B, 1, 1, 1]
-    """Return -log p of each image under the Gaussian of the best variance for it (Rybkin et al. 2021).
+    """Return -log p of each image under a Gaussian whose variance is the best one for it (Rybkin et al. 2021).
 
-    The best variance is the mean squared error v of the image's n values, which makes it n/2 (log(2 pi v) + 1);
-    v is at least `least`. One variance per image, not per batch: an image's term then does not depend on the
-    images beside it, and the parts of a batch and the processes of a run add up. The variance carries no
-    gradient, as the derivative by it is 0 where it is best.
+    The best variance is the mean squared error v of the image's n values, which gives n/2 (log(2 pi v) + 1); v
+    is at least `least`. There is one variance per image, not per batch, so that an image's term does not depend
+    on other images, and so that parts of a batch, and processes, can be added. The variance carries no
+    gradient, since the derivative with respect to it is 0 at the best value.
     """
     square = _squares(output, x, mean).mean((1, 2, 3), keepdim=True)
     variance = square.detach().clamp_min(least)
@@ -142,11 +141,12 @@ def _in_range(x: Tensor, normalized: bool) -> Tensor:
 
 
 def bin_log_mass(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -> Tensor:
-    """Return the log of a logistic's mass in the bins of values x in [-1, 1]; all of shapes that broadcast.
+    """Return the log probability of the bins around values x in [-1, 1] under a logistic distribution.
 
-    Bins are as wide as the levels are apart, the first and the last reach to infinity: the masses of all levels
-    sum to one. log(s(a) - s(b)) of sigmoids is written as log s(a) + log s(-b) + log(1 - exp(b - a)), which is
-    exact in the tails too, where the difference itself rounds to 0: no threshold, no density in its place.
+    All arguments broadcast. Bins are as wide as the distance between levels; the first and the last extend to
+    infinity, so that the probabilities of all levels sum to one. log(s(a) - s(b)) of sigmoids s is computed as
+    log s(a) + log s(-b) + log(1 - exp(b - a)), which is exact in the tails too, where the difference itself
+    rounds to 0; no threshold and no substitute density are needed.
     """
     half = 1 / (levels - 1)
     log_scale = log_scale.clamp_min(LEAST_LOG_SCALE)
@@ -158,7 +158,8 @@ def bin_log_mass(x: Tensor, mean: Tensor, log_scale: Tensor, levels: int) -> Ten
 
 
 def _log_one_minus_exp(d: Tensor, log_d: Tensor) -> Tensor:
-    """Return log(1 - exp(-d)) of d > 0 with finite gradients, however small d is: by its series below 0.1."""
+    """Return log(1 - exp(-d)) for d > 0, with finite gradients for any d; below 0.1 by its series. `log_d` is
+    log d."""
     series = log_d + d * (d * (1 / 24 - d * d / 2880) - 0.5)
     return torch.where(d < 0.1, series, torch.log1p(-torch.exp(-d.clamp_min(0.1))))
 
@@ -174,7 +175,8 @@ def _logistic_mean(output: Tensor, normalized: bool) -> Tensor:
 
 
 def _dmol_parts(output: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return logits [B, K, H, W], and means, log-scales and colour coefficients [B, 3, K, H, W]."""
+    """Split a decoder's output into logits [B, K, H, W], and means, log-scales and colour coefficients
+    [B, 3, K, H, W]."""
     output = at_least_float32(output)
     rest = output[:, components:].unflatten(1, (3, 3, components))
     return output[:, :components], rest[:, 0], rest[:, 1], torch.tanh(rest[:, 2])
@@ -189,7 +191,8 @@ def _dmol_errors(
 ) -> Tensor:  # [B, 1, H, W]
     """Return -log p of each pixel under a mixture of discretised logistics (Salimans et al. 2017).
 
-    Within a component, green's mean is moved by red's value, and blue's by red's and green's.
+    Within a component, the mean of green is shifted by the value of red, that of blue by the values of red and
+    green.
     """
     logits, means, log_scales, c = _dmol_parts(output, components)
     x = _symmetric(x, normalized)[:, :, None]  # [B, 3, 1, H, W]
@@ -202,7 +205,7 @@ def _dmol_errors(
 
 
 def _dmol_mean(output: Tensor, components: int, normalized: bool) -> Tensor:  # [B, 3, H, W]
-    """Return the mixture's mean, each component's colours kept within the data's range."""
+    """Return the mixture's mean image, with each component's colours clamped to the data's range."""
     logits, means, _, c = _dmol_parts(output, components)
     red = means[:, 0].clamp(-1, 1)
     green = (means[:, 1] + c[:, 0] * red).clamp(-1, 1)

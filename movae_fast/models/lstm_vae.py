@@ -1,11 +1,13 @@
-"""Define `lstm_vae`: a VAE of sentences, an LSTM as the encoder and another as the autoregressive decoder.
+"""Define `lstm_vae`: a VAE of sentences with an LSTM as encoder and another as autoregressive decoder.
 
 A batch is int64 tokens [B, T]: <s> (1), words, </s> (2), and padding (0) up to T. The decoder reads all but the
 last and predicts all but the first. Padding is masked exactly: a sentence has the same latents and losses
-whatever stands beside it in the batch. The [B, T, V] logits never exist (`ops.linear_cross_entropy`); so a
-forward pass ends at the decoder's outputs, and the reconstruction objective projects them.
+whatever other sentences are in the batch. The logits [B, T, V] are never stored (`ops.linear_cross_entropy`),
+so the forward pass returns the decoder's outputs, and the reconstruction objective projects them onto the
+vocabulary.
 
-Three networks carry the name in the literature, and their likelihoods differ by 20 to 30 nats: `PRESETS`.
+Three networks are called LSTM-VAE in the literature, and their likelihoods differ by 20 to 30 nats: see
+`PRESETS`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ State = tuple[Tensor, Tensor]  # an LSTM's output and cell, [1, B, H] each
 
 @dataclass(frozen=True)
 class Sizes:
-    """Hold what distinguishes the published networks."""
+    """Hold the settings in which the published networks differ."""
 
     embedding: int
     hidden: int
@@ -63,7 +65,7 @@ class TextOutput(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """Map tokens [B, T] to the LSTM's last state: [B, H], or [B, 2 H] with the cell beside it."""
+    """Map tokens [B, T] to the LSTM's last output [B, H], or to its last output and cell [B, 2 H]."""
 
     def __init__(self, words: int, sizes: Sizes) -> None:
         super().__init__()
@@ -87,8 +89,7 @@ class TextEncoder(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Map latents [B, D] and the tokens read so far to outputs [B, T, H], which `projection` turns into
-    logits."""
+    """Map latents [B, D] and the tokens read so far to outputs [B, T, H], which `projection` maps to logits."""
 
     def __init__(self, words: int, sizes: Sizes, skip_latent: bool) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class TextDecoder(nn.Module):
         self.projection = nn.Linear(hidden + latents * skip_latent, words, bias=False)
 
     def start(self, z: Tensor) -> State:
-        """Return the state before the first token."""
+        """Return the LSTM's state before the first token, which is a function of the latents."""
         first = self.initial(z)[None]
         if self.both_states:
             h, c = first.chunk(2, 2)
@@ -110,37 +111,38 @@ class TextDecoder(nn.Module):
         return first.tanh(), first
 
     def outputs(self, embedded: Tensor, z: Tensor, state: State) -> tuple[Tensor, State]:
-        """Return the LSTM's outputs [B, T, H] for embedded tokens [B, T, E], and the state after them."""
+        """Run the LSTM on embedded tokens [B, T, E]; return its outputs [B, T, H] and its last state."""
         latents = z[:, None].expand(-1, embedded.shape[1], -1)
         return self.lstm(torch.cat([embedded, latents.to(embedded.dtype)], 2), state)
 
     def before_projection(self, outputs: Tensor, z: Tensor) -> Tensor:
-        """Return the projection's input: the outputs, with z beside each where the logits see z directly."""
+        """Return the input of the projection: the outputs, with z appended to each if `skip_latent` is set."""
         if not self.skip_latent:
             return outputs
         latents = z[:, None].expand(-1, outputs.shape[1], -1)
         return torch.cat([outputs, latents.to(outputs.dtype)], 2)
 
     def step(self, tokens: Tensor, z: Tensor, state: State) -> tuple[Tensor, State]:  # [B] -> [B, V]
-        """Return the logits of the next word after reading one more token of each sentence, and the state."""
+        """Read one more token of each sentence; return the logits of the next word and the new state."""
         outputs, state = self.outputs(self.embedding(tokens[:, None]), z, state)
         return self.projection(self.before_projection(outputs, z))[:, 0], state
 
 
 class LSTMVAE(GaussianVAE):
-    """Model sentences, as tokens [B, T]: `lstm_vae`. Objectives: reconstruction, kl (weights 1, 1), in nats per
-    sentence.
+    """Model sentences as tokens [B, T]: `lstm_vae`. Objectives: reconstruction and kl, weight 1 each, in nats
+    per sentence.
 
-    `image_shape` is (V, 1, T), one-hot words as an image: V words, the longest sentence has T tokens. Options:
-    `preset` is one of `PRESETS`; `embedding_dim`, `hidden_dim` and `latent_dim` change its sizes; `dropout_in`
-    and `dropout_out` are those of the decoder's embeddings and outputs; `word_dropout` replaces words that the
-    decoder reads by <unk> (Bowman et al. 2016); with `free_bits` a latent's KL below so many nats costs no more
-    than that; `skip_latent` makes the logits linear in z as well, as those of the network that generates
-    `lstm_text` are.
+    `image_shape` is (V, 1, T), as if one-hot words were an image: V words, and T tokens of the longest
+    sentence. Options: `preset` is one of `PRESETS`; `embedding_dim`, `hidden_dim` and `latent_dim` change its
+    sizes; `dropout_in` and `dropout_out` apply to the decoder's embeddings and outputs; `word_dropout` replaces
+    words that the decoder reads by <unk> (Bowman et al. 2016); `free_bits` is the number of nats per latent
+    below which the KL costs the same; `skip_latent` makes the logits linear in z as well, as in the network
+    that generates `lstm_text`.
 
-    All dropout follows from the noise, by sentence and position: another padding, or other sentences in a
-    batch, leave a sentence's masks as they are. One thing is kept between `encode` and `forward_features`: the
-    tokens.
+    All dropout masks follow from the noise, by sentence and position, so that a sentence's masks do not depend
+    on padding or on other sentences in the batch. `encode` keeps the tokens, which `forward_features` needs.
+
+    Raises ValueError for an unknown preset and for options outside their range.
     """
 
     recons_reduction = "sum"
@@ -194,8 +196,11 @@ class LSTMVAE(GaussianVAE):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Draw the parameters as published: all U(-.01, .01) and embeddings U(-.1, .1), or embeddings N(0,
-        E^-1/2) of standard deviation, or as torch does."""
+        """Initialise the parameters as published.
+
+        "uniform": all from U(-.01, .01), embeddings from U(-.1, .1). "normal": embeddings from a normal
+        distribution of standard deviation E^-1/2. "torch": torch's defaults.
+        """
         embeddings = [self.encoder.embedding.weight, self.decoder.embedding.weight]
         if self.sizes.initialisation == "uniform":
             for parameter in self.parameters():
@@ -208,7 +213,7 @@ class LSTMVAE(GaussianVAE):
 
     @property
     def drops(self) -> bool:
-        """Return whether training drops anything."""
+        """Return whether any kind of dropout is used in training."""
         return max(self.dropout_in, self.dropout_out, self.word_dropout) > 0
 
     def draw_noise(self, n: int) -> Noise:
@@ -245,7 +250,7 @@ class LSTMVAE(GaussianVAE):
         tokens: Tensor,  # [B, T] int64
         seeds: Tensor | None = None,  # [B] int64, of the dropout; None: nothing is dropped
     ) -> Tensor:  # [B, T, H]
-        """Return the projection's input after each of the tokens."""
+        """Run the decoder on the tokens; return the input of the projection after each of them."""
         if seeds is not None and self.word_dropout:
             kept = keep_mask(seeds, 0, tokens.shape[1], 1, self.word_dropout)[:, :, 0]
             tokens = torch.where(kept | (tokens <= END), tokens, UNKNOWN)
@@ -265,25 +270,29 @@ class LSTMVAE(GaussianVAE):
         z: Tensor,  # [B, D]
         tokens: Tensor,  # [B, T] int64
     ) -> Tensor:  # [B]
-        """Return -log p(x|z) of each sentence in nats: summed over its tokens, </s> among them; no gradient."""
+        """Return -log p(x|z) of each sentence in nats, summed over its tokens including </s>, without
+        gradient."""
         with torch.no_grad():
             hidden = self.decoded(z, tokens[:, :-1])
             return ops.linear_cross_entropy(hidden, self.decoder.projection.weight, tokens[:, 1:])[1]
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Raise TypeError: a sentence is decoded word by word, by `evaluation.text_decoding`."""
+        """Raise TypeError, since sentences are decoded word by word: use
+        `evaluation.text_decoding.reconstructions`."""
         raise TypeError("lstm_vae: sentences are reconstructed by evaluation.text_decoding.reconstructions")
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Raise TypeError: a sentence is decoded word by word, by `evaluation.text_decoding`."""
+        """Raise TypeError, since sentences are decoded word by word: use
+        `evaluation.text_decoding.sample_sentences`."""
         raise TypeError("lstm_vae: sentences are sampled by evaluation.text_decoding.sample_sentences")
 
 
 def keep_mask(seeds: Tensor, site: int, length: int, width: int, p: float) -> Tensor:  # [B, length, width] bool
     """Return which values dropout keeps, each with probability 1 - p.
 
-    A value's fate is a hash of its sentence's seed [B], of the site in the network, and of its place: a
-    function of no neighbour and of no padding, the same on every device, compiled or not.
+    A value's mask is a hash of its sentence's seed (`seeds` [B]), of the place of the dropout in the network
+    (`site`) and of the value's position. So it does not depend on other sentences or padding, and it is the
+    same on every device, compiled or not.
     """
     place = torch.arange(length * width, device=seeds.device)
     # The generator SplitMix64's mixing; its constants as signed numbers, for products modulo 2^64.
@@ -298,8 +307,8 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class GatedUnits(Gated):
-    """Multiply a layer's output [B, C] or [B, T, C] by 2 sigmoid(w n + c), a w and a c per unit of the last
-    axis."""
+    """Multiply a layer's output [B, C] or [B, T, C] by 2 sigmoid(w n + c), n the standardised log beta, with
+    one w and c per unit of the last axis."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
@@ -307,17 +316,18 @@ class GatedUnits(Gated):
         return y * (g if y.dim() == 2 else g[:, None])
 
     def gate_values(self, log_beta: Tensor) -> Tensor:
-        """Return the gates' values [N, C], from 0 to 2, at log betas [N]."""
+        """Return the gates' values [N, C], between 0 and 2, at log betas [N]."""
         return 2 * super().gate_values(log_beta)
 
 
 def make_text_multirate(
     model: LSTMVAE, beta_min: float = 0.01, beta_max: float = 10.0, beta_per: BetaPer = "example"
 ) -> LSTMVAE:
-    """Turn a freshly built model into its multi-rate form, in place, and return it (Bae et al. 2023).
+    """Turn a newly built model into its multi-rate form, in place, and return it (Bae et al. 2023).
 
-    Gated are both embeddings, the encoder's last state, the decoder's initial state and the heads, which get a
-    hidden layer as wide as the state; not the LSTMs and not the projection onto the vocabulary.
+    Gates are added to both embeddings, the encoder's last state, the decoder's initial state, and the layers of
+    mu and logvar, which get a hidden layer as wide as the state; not to the LSTMs and the projection onto the
+    vocabulary.
     """
     rates = model.rates = Rates(beta_min, beta_max, beta_per)
     width = model.mu.in_features

@@ -1,12 +1,12 @@
 """Make a model multi-rate (Bae et al. 2023): one set of weights for every beta of a range.
 
 Each layer's output is multiplied, unit by unit, by a gate that depends on beta (eq. 8): g(n) * (W x + b), n the
-standardised log beta. In training every example (or every batch) has a beta of its own, drawn log-uniformly;
-in evaluation `set_beta` chooses it, so one model is read at any beta.
+standardised log beta. In training every example (or every batch) has its own beta, drawn log-uniformly. In
+evaluation `set_beta` chooses it, so that one model can be evaluated at any beta.
 
-The loss vector of a multi-rate model is (distortion, beta * rate), its second entry the mean over examples of
-beta_i KL_i. What an aggregator sees are gradients averaged over betas: "no conflict" holds for the averaged
-objectives, that is for the range of betas as a whole and not at each single beta.
+The loss vector of a multi-rate model is (distortion, beta * rate), where the second entry is the mean over
+examples of beta_i KL_i. An aggregator sees gradients averaged over betas, so "no conflict" holds for the
+averaged objectives, that is for the range of betas as a whole, and not at each single beta.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 def gate(x: Tensor, kind: GateKind) -> Tensor:
     """Return a gate's value: sigmoid(x), or sqrt(relu(1 - e^x)) with a finite gradient everywhere.
 
-    The root's slope grows without bound as its gate closes, and relu would multiply that by 0. Here the root of
-    a closed gate is not taken at all; an open one's slope, -e^x / 2g, is finite for every float below 0, as
-    expm1 does not round the gap to 0 there. Where it does (inductor's on a CPU is exp - 1), the gate is closed.
+    The slope of the root grows without bound as its gate closes, and relu would multiply that by 0. Here the
+    root of a closed gate is not computed at all. The slope of an open gate, -e^x / 2g, is finite for every
+    float below 0, as expm1 does not round 1 - e^x to 0 there. If it does (inductor's expm1 on a CPU is exp -
+    1), the gate counts as closed.
     """
     if kind == "sigmoid":
         return torch.sigmoid(x)
@@ -43,7 +44,8 @@ def gate(x: Tensor, kind: GateKind) -> Tensor:
 
 
 def from_product(inner: Tensor, x: Tensor, g: Tensor, kind: GateKind) -> Tensor:
-    """Return dL/dx = g'(x) dL/dg of a gate g = gate(x), from inner = g dL/dg; 0 where it is closed."""
+    """Return the gradient dL/dx = g'(x) dL/dg of a gate g = gate(x), given inner = g dL/dg; 0 where the gate is
+    closed."""
     if kind == "sigmoid":
         return inner * torch.sigmoid(-x)
     is_open = g > 0
@@ -53,10 +55,11 @@ def from_product(inner: Tensor, x: Tensor, g: Tensor, kind: GateKind) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """Compute g(n w + c) * y, and keep the result for the backward instead of y.
+    """Compute g(n w + c) * y, and save the result, not y, for the backward pass.
 
-    The result is what the layer behind (BatchNorm, a convolution) keeps anyway, so a gate costs no memory: of
-    dL/dg = <dL/dout, y> all that is needed follows from g dL/dg = <dL/dout, out>, for where g is 0 so is g'.
+    The next layer (BatchNorm, a convolution) saves this result anyway, so that a gate needs no extra memory.
+    The backward pass needs dL/dg = <dL/dout, y>; it is obtained from g dL/dg = <dL/dout, out>, since g' is 0
+    wherever g is 0.
     """
 
     @staticmethod
@@ -83,17 +86,18 @@ class _Multiply(torch.autograd.Function):
 
 
 def spread(g: Tensor, y: Tensor) -> Tensor:
-    """Return gate values [B or 1, C] in the dtype and with the dimensions of y [B, C, ...]."""
+    """Reshape gate values [B or 1, C] so that they broadcast with y [B, C, ...], in the dtype of y."""
     return g.to(y.dtype).view(*g.shape, *(1,) * (y.dim() - 2))
 
 
 class Gated(nn.Module):
-    """Multiply a layer's output [B, C, ...] by g(w n + c) [B, C], with a w and a c per unit or channel.
+    """Multiply a layer's output [B, C, ...] by g(w n + c) [B, C], n the standardised log beta, with one w and c
+    per unit or channel.
 
-    `kind` is the gate's function; w and c start as a Linear(1, C)'s, U(-1, 1), and c of a sqrt gate shifted by
-    `gate_bias`: of those gates 14 % start closed for every beta, and a negative shift opens them. `gate_slope`
-    shifts w in the direction that closes the gate as beta grows. In training the betas are the batch's, in
-    evaluation those of `set_beta`.
+    `kind` is the gate's function. w and c are initialised as in a Linear(1, C), from U(-1, 1); for a sqrt gate
+    `gate_bias` is added to c: 14 % of these gates start closed for every beta, and a negative shift opens them.
+    `gate_slope` shifts w in the direction that closes the gate as beta grows. In training the betas are those
+    of the batch, in evaluation those of `set_beta`.
     """
 
     def __init__(
@@ -116,20 +120,29 @@ class Gated(nn.Module):
 
     @staticmethod
     def rises(kind: GateKind) -> bool:
-        """Return whether a larger beta should make the gate's argument larger: sqrt gates close upwards."""
+        """Return whether the gate's argument rises with beta at first: sqrt gates close as it rises, the others
+        as it falls."""
         return kind == "sqrt"
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(self.layer(x))
+
+    def multiply(self, y: Tensor) -> Tensor:  # [B, C, ...]
+        """Return the layer's output times the gates."""
         n = self.rates.standardise(self.rates.current(self.training, self.gate_weight))
-        return _Multiply.apply(self.layer(x), n, self.gate_weight, self.gate_bias, self.kind)
+        return _Multiply.apply(y, n, self.gate_weight, self.gate_bias, self.kind)
+
+    def current(self) -> Tensor:  # [B or 1, C]
+        """Return the gates' values at the betas of now."""
+        return self.gate_values(self.rates.current(self.training, self.gate_weight))
 
     def preactivation(self, log_beta: Tensor) -> Tensor:
-        """Return w n + c [N, C] of log betas [N]."""
+        """Return the gates' arguments w n + c [N, C] at log betas [N]."""
         n = self.rates.standardise(log_beta.to(self.gate_weight))
         return torch.addcmul(self.gate_bias, n[:, None], self.gate_weight)
 
     def gate_values(self, log_beta: Tensor) -> Tensor:
-        """Return the gates' values [N, C], from 0 to 1, at log betas [N]."""
+        """Return the gates' values [N, C], between 0 and 1, at log betas [N]."""
         return gate(self.preactivation(log_beta), self.kind)
 
     def extra_repr(self) -> str:
@@ -137,10 +150,10 @@ class Gated(nn.Module):
 
 
 class GatedVariance(Gated):
-    """Gate the variance of a shared log-variance [B, D]: b + log C(n).
+    """Multiply the variance of a shared log-variance b [B, D] by a gate C(n): return b + log C(n).
 
-    C = sigmoid(w n + c), or with the sqrt kind min(1, e^(w n + c)) = 1 - g^2: the linear VAE's optimum is
-    min(1, beta / lambda).
+    C = sigmoid(w n + c), or for the sqrt kind min(1, e^(w n + c)) = 1 - g^2; the optimal variance of the linear
+    VAE is min(1, beta / lambda).
     """
 
     @staticmethod
@@ -156,7 +169,7 @@ class GatedVariance(Gated):
         return nn.functional.logsigmoid(x) if self.kind == "sigmoid" else x.clamp(max=0)
 
     def gate_values(self, log_beta: Tensor) -> Tensor:
-        """Return the factors of the variances [N, D] at log betas [N]."""
+        """Return the factors [N, D] on the variances at log betas [N]."""
         return self._log_gate(log_beta).exp()
 
 
@@ -171,14 +184,14 @@ def make_multirate(
     gate_bias: float = 0.0,
     gate_slope: float = 0.0,
 ) -> VAE:
-    """Turn a freshly built model into its multi-rate form, in place, and return it.
+    """Turn a newly built model into its multi-rate form, in place, and return it.
 
-    Every convolution and linear layer of encoder and decoder, the heads among them, is gated but the one that
-    gives the image. With gate_position "post_bn" the gate comes behind the layer's BatchNorm instead of before
-    it; a layer without one is gated itself.
+    Every convolution and linear layer of encoder and decoder gets a gate, except the one that outputs the
+    image. With gate_position "post_bn" the gate comes after the layer's BatchNorm instead of before it; a layer
+    without BatchNorm is gated directly.
 
-    Raises ValueError for a range that is none, for "post_bn" where no layer has a BatchNorm, and for one beta a
-    batch in front of BatchNorm, whose normalisation divides such a gate out again.
+    Raises ValueError for an invalid range of beta, for "post_bn" if no layer has a BatchNorm, and for one beta
+    per batch before BatchNorm, whose normalisation would cancel such a gate.
     """
     model.rates = Rates(beta_min, beta_max, beta_per)
     layers = list(_layers(model))
@@ -206,7 +219,8 @@ def make_multirate(
 
 
 def _layers(model: VAE) -> Iterator[tuple[nn.Module, str, nn.Module, str | None]]:
-    """Yield each layer that can be gated: parent, name there, the layer, and its BatchNorm's name or None."""
+    """Yield each layer that can be gated: its parent module, its name there, the layer, and the name of the
+    BatchNorm after it or None."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, LAYERS):
             above, _, name = path.rpartition(".")
@@ -226,5 +240,5 @@ def _units(layer: nn.Module) -> int:
 
 
 def gated_layers(model: nn.Module) -> dict[str, Gated]:
-    """Return a multi-rate model's gated layers by name, in its order; none of another model."""
+    """Return a multi-rate model's gated layers by name, in the model's order; empty for another model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}

@@ -1,5 +1,5 @@
-"""Define the ladder VAEs: `provlae`, whose rungs join one stage at a time, and `vlae`, with all of them at
-once."""
+"""Define the ladder VAEs: `provlae`, whose rungs are added one per stage, and `vlae`, which has all rungs from
+the start."""
 
 from __future__ import annotations
 
@@ -27,35 +27,39 @@ def _linear(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def resize(x: Tensor, side: int) -> Tensor:
-    """Resize images to another side, bilinear with aligned corners; as they are if it is theirs."""
+    """Resize images to another side, bilinear with aligned corners; unchanged if they have that side."""
     if x.shape[-1] == side:
         return x
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
 
 
 def enlarge(x: Tensor, side: int) -> Tensor:
-    """Return maps enlarged to `side` by repeating values, or x itself if it has that side."""
+    """Enlarge maps to `side` by repeating values; unchanged if they have that side."""
     return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="nearest")
 
 
 class ProVLAE(GaussianVAE):
-    """Define `provlae` (Li et al. 2020) for any image size: a ladder of `num_ladders` rungs of `latent_dim`
-    latents.
+    """Define `provlae` (Li et al. 2020) for any image size: a ladder of `num_ladders` rungs with `latent_dim`
+    latents each.
 
-    Images are resized to the next power of two. Encoder block i (Conv 4/2/1) gives h_i; rung i (Conv 4/2/1,
-    Linear fc_dim, Linear) reads its latents from h_i, so later rungs are more abstract. Generators turn each
-    rung's latents into a map of that rung's size, joined from the most abstract one up.
+    Images are resized to the next power of two. Encoder block i (a convolution of kernel 4, stride 2) computes
+    h_i; rung i (such a convolution, Linear to fc_dim, Linear) computes its latents from h_i, so later rungs are
+    more abstract. Generators map each rung's latents to a map of that rung's size; the maps are joined from the
+    most abstract rung on.
 
     Latents [B, L * latent_dim] have rung 1, the least abstract, first. Objectives: reconstruction and the KL of
     each rung, kl_1 ... kl_L, in nats (averaged over latents too with `--recons_reduction mean`).
 
-    At stage s the s most abstract rungs are active. What the newest one reads and what its generator gives are
-    multiplied by alpha; generators of rungs not yet active by 0. Both are buffers: a stage is data, so nothing
-    is rebuilt or compiled anew where it changes. A model that was never told its stage has all rungs active.
+    At stage s the s most abstract rungs are active. The input of the newest rung and the output of its
+    generator are multiplied by alpha; the generators of rungs that are not active yet by 0. Both factors are
+    buffers, so that nothing is rebuilt or recompiled when the stage changes. In a model whose stage was never
+    set all rungs are active.
 
     `ladder_net="port"` is the network of the published PyTorch port, with its number of parameters: generators
-    give maps of twice the side, that of their encoder block, one block more follows behind the last join, and
-    alpha multiplies what the newest rung's encoder block reads. Its stages begin at the least abstract rung.
+    give maps of twice the side, that of their encoder block; one more block follows the last join; and alpha
+    multiplies the input of the newest rung's encoder block. Its stages start with the least abstract rung.
+
+    Raises ValueError for more rungs than the image size allows.
     """
 
     progressive = True
@@ -141,9 +145,11 @@ class ProVLAE(GaussianVAE):
 
     @torch.no_grad()
     def set_stage(self, stage: int, alpha: float = 1.0) -> None:
-        """Make the `stage` most abstract rungs active, the newest with weight alpha (the first never fades).
+        """Make the `stage` most abstract rungs active, the newest one with the factor alpha (the first rung
+        never fades in).
 
-        In the port's network it is the least abstract ones.
+        In the port's network these are the least abstract rungs. Raises ValueError for a stage that does not
+        exist.
         """
         if not 1 <= stage <= self.num_ladders:
             raise ValueError(f"stage {stage}: the ladder has stages 1 to {self.num_ladders}")
@@ -155,7 +161,7 @@ class ProVLAE(GaussianVAE):
         self.stage.fill_(stage)
 
     def fade(self) -> Tensor:  # [L]
-        """Return alpha for the rung that fades in, 1 for the others."""
+        """Return a factor per rung: alpha for the rung that fades in, 1 for the others."""
         return 1 + self.fading * (self.alpha - 1)
 
     def shared_heads(self) -> list[nn.Module]:
@@ -165,7 +171,7 @@ class ProVLAE(GaussianVAE):
         return self.generators, self.joins, self.ups, self.finish, self.out
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn images into (mu, logvar) [B, L * latent_dim], rung 1 first."""
+        """Map images to (mu, logvar) [B, L * latent_dim] each, rung 1 first."""
         h, fade = resize(x, self.target), self.fade()
         posteriors = []
         for i, (block, rung, head) in enumerate(zip(self.blocks, self.rungs, self.heads, strict=True)):
@@ -178,7 +184,7 @@ class ProVLAE(GaussianVAE):
         return mu, logvar.clamp(min=-100 if self.port else None, max=3)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Turn latents [B, L * latent_dim] into the images' preactivation."""
+        """Map latents [B, L * latent_dim] to the images' preactivation."""
         gate = self.active * self.fade()
         maps = []
         for i, (generator, latents) in enumerate(
@@ -197,6 +203,6 @@ class ProVLAE(GaussianVAE):
 
 
 class VLAE(ProVLAE):
-    """Define `vlae`: the same ladder with all rungs from the start (Zhao et al. 2017)."""
+    """Define `vlae`: the ladder of `provlae` with all rungs active from the start (Zhao et al. 2017)."""
 
     progressive = False

@@ -1,4 +1,4 @@
-"""Tell of each quantizer which options it has, how many codes, and its objectives; torch is not imported."""
+"""Define each quantizer's options, number of codes and objectives, without importing torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FSQ_LEVELS = (8, 5, 5, 5)  # Mentzer et al. 2024: for about 1,000 codes
 
 @dataclass(frozen=True)
 class QuantizerSettings:
-    """Hold a quantizer's options, each with its value or its default."""
+    """Hold the options of a quantizer; those that do not apply to it have their defaults."""
 
     name: Quantizer
     embedding_dim: int  # channels of a code
@@ -40,12 +40,17 @@ class QuantizerSettings:
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
-        """Return the number of codes of each codebook, a group's after each other."""
+        """Return the number of codes of each codebook; the codebooks of one group of channels come first, then
+        the next group's."""
         return (self.num_embeddings,) * (self.num_quantizers * self.num_groups)
 
 
 def settings_of(options: Mapping[str, Any]) -> QuantizerSettings:
-    """Return the settings of the quantizer that a model's options name. Raises ValueError for wrong ones."""
+    """Return the quantizer's settings from a model's options.
+
+    Raises ValueError for an unknown quantizer, an option that does not apply to it, or a value that it cannot
+    have.
+    """
     given = {name: options[name] for name in ALL_OPTIONS if options.get(name) is not None}
     name: Quantizer = given.get("quantizer", "vq")
     if name not in OPTIONS:
@@ -78,7 +83,8 @@ def settings_of(options: Mapping[str, Any]) -> QuantizerSettings:
 
 
 def check_codes(name: Quantizer, codes: int, levels: Sequence[int]) -> None:
-    """Raise ValueError for a number of codes, or of levels, that the quantizer cannot have."""
+    """Raise ValueError if the quantizer `name` cannot have this number of codes, or fsq these levels per
+    channel."""
     if name == "fsq":
         if not levels or min(levels) < 2:
             raise ValueError(f"--fsq_levels {' '.join(map(str, levels))}: each must be at least 2")
@@ -99,10 +105,10 @@ def check_codes(name: Quantizer, codes: int, levels: Sequence[int]) -> None:
 
 
 def quantizer_objectives(options: Mapping[str, Any]) -> dict[str, float]:
-    """Return the objectives of a model with this quantizer in order, with their default weights.
+    """Return objective -> default weight of vq_vae with the quantizer in `options`, in order.
 
-    A codebook that follows its own averages (ema) has no embedding objective, levels of a scalar (fsq) have
-    none at all, and signs (lfq, bsq) have their entropies.
+    A codebook of moving averages (ema) has no embedding objective, levels (fsq) have neither that nor
+    commitment, and signs (lfq, bsq) have an entropy objective instead.
     """
     name = options.get("quantizer") or "vq"
     if name == "fsq":
@@ -115,19 +121,22 @@ def quantizer_objectives(options: Mapping[str, Any]) -> dict[str, float]:
 
 
 def two_level_objectives(options: Mapping[str, Any]) -> dict[str, float]:
-    """Return the same of vq_vae_2, in MO-VAE's order: commitment before embedding, weight 1 each."""
+    """Return objective -> default weight of vq_vae_2 with the quantizer in `options`.
+
+    The order is MO-VAE's, with commitment before embedding; the weights are 1, and 0.1 for entropy.
+    """
     names = quantizer_objectives(options)
     order = [name for name in ("reconstruction", "commitment", "embedding", "entropy") if name in names]
     return {name: 0.1 if name == "entropy" else 1.0 for name in order}
 
 
 def check_quantizer(options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError for options of the quantizer that do not fit each other."""
+    """Raise ValueError for quantizer options that are invalid or do not fit together."""
     settings_of(options)
 
 
 def check_two_levels(options: Mapping[str, Any], image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError for options that vq_vae_2 cannot have."""
+    """Raise ValueError for quantizer options that vq_vae_2 cannot have."""
     if settings_of(options).quantize_dropout:
         raise ValueError(
             "--quantize_dropout: the lower level of vq_vae_2 reads all codes of the upper; use vq_vae"

@@ -1,4 +1,4 @@
-"""Hold the range of beta that a multi-rate model is trained for, and the betas that it is set to."""
+"""Hold the range of beta for which a multi-rate model is trained, and the betas at which it is computed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from movae_fast.models.catalog import check_beta_range
 class Rates:
     """Hold the range of beta of a multi-rate model, and the log betas at which its gates are computed.
 
-    One instance serves a model and all its gates. It is no module, so that a checkpoint does not list it once a
-    gate; copies and pickles of a model share theirs in the same way.
+    One instance is shared by a model and all its gates. It is not a module, so that a checkpoint does not list
+    it once per gate; copies and pickles of a model share their instance in the same way.
     """
 
     def __init__(self, beta_min: float, beta_max: float, beta_per: BetaPer = "example") -> None:
@@ -26,19 +26,22 @@ class Rates:
         self.evaluated = torch.zeros(1, dtype=torch.float64)  # [B] or [1] in evaluation
 
     def standardise(self, log_beta: Tensor) -> Tensor:
-        """Bring log betas of any shape to zero mean and unit variance under the log-uniform distribution."""
+        """Scale log betas of any shape to mean 0 and variance 1 under the log-uniform distribution."""
         return (log_beta - (self.low + self.high) / 2) * (2 * math.sqrt(3) / (self.high - self.low))
 
     def draw(self, out: Tensor) -> None:  # [N]
-        """Fill `out` with log betas: one per example, or one for all."""
+        """Fill `out` with random log betas: one per example, or the same for all."""
         if self.beta_per == "example":
             out.uniform_(self.low, self.high)
         else:
             out.copy_(out.new_empty(1).uniform_(self.low, self.high).expand_as(out))
 
     def current(self, training: bool, like: Tensor) -> Tensor:
-        """Return the log betas at which the gates are computed, [B] or [1]: the batch's in training,
-        those of `set_beta` in evaluation; in the dtype and on the device of `like`."""
+        """Return the log betas at which the gates are computed now, [B] or [1], in the dtype and on the device
+        of `like`.
+
+        In training they are those of the batch, in evaluation those of `set_beta`.
+        """
         if training:
             return self.log_beta.to(like)
         self.evaluated = self.evaluated.to(like)  # moves once after the model did

@@ -1,8 +1,8 @@
 """Define the convolutional networks on which multi-rate VAEs are compared, each for images of one size.
 
-`cnn_vae_28/32/64` are pythae's, `resnet_vae_28/32/64` those of Bae et al. (2023), whose residual blocks are
-two 3x3 convolutions; pythae's, a narrow bottleneck, are a setting. Objectives of all: reconstruction (summed
-over an image) and kl, weight 1 each; sigmoid output.
+`cnn_vae_28/32/64` are pythae's networks, `resnet_vae_28/32/64` those of Bae et al. (2023), whose residual
+blocks have two 3x3 convolutions; an option selects pythae's blocks, a narrow bottleneck. Objectives of all:
+reconstruction (summed over an image) and kl, weight 1 each; sigmoid output.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ LATENTS = {28: 32, 32: 256, 64: 64}
 
 
 class Residual(nn.Module):
-    """Compute relu(x + branch(x)); the branch is 3x3, ReLU, 3x3 ("author"), or ReLU, 3x3 to a quarter of
-    the width, ReLU, 1x1."""
+    """Compute relu(x + branch(x)).
+
+    The branch is 3x3 convolution, ReLU, 3x3 convolution ("author"), or ReLU, 3x3 convolution to a quarter of
+    the width, ReLU, 1x1 convolution ("pythae").
+    """
 
     def __init__(self, width: int, kind: ResidualBlock) -> None:
         super().__init__()
@@ -62,7 +65,8 @@ class Residual(nn.Module):
 def _stack(
     layers: Sequence[Layer], width: int, channels: int, up: bool, norm: bool, block: ResidualBlock = "author"
 ) -> list[nn.Module]:
-    """Build layers on a map of `width` channels, with ReLU (and BatchNorm) behind all but the image's."""
+    """Build a stack of layers on a map of `width` channels, with ReLU (and BatchNorm with `norm`) after all but
+    the output layer."""
     built: list[nn.Module] = []
     for layer in layers:
         if not layer:
@@ -82,7 +86,7 @@ def _stack(
 
 
 def _check_size(family: str, size: int) -> None:
-    """Refuse images of a side that the published networks have no layers for."""
+    """Raise ValueError if the publication of this family of models has no network for images of this side."""
     if size not in LATENTS:
         *others, last = LATENTS
         raise ValueError(
@@ -94,9 +98,11 @@ def _check_size(family: str, size: int) -> None:
 def _join(
     model: GaussianVAE, encoder: list[nn.Module], decoder: list[nn.Module], top: int, sides: tuple[int, int]
 ) -> None:
-    """Put Linear layers between two stacks: from [top, s, s] at both ends, s of `sides` (encoder's, decoder's).
+    """Set the model's encoder, mu, logvar and decoder from two stacks of layers, with Linear layers between
+    them.
 
-    The order in which a network's parts are made is the order in which its weights are drawn.
+    The encoder's stack ends, and the decoder's starts, with a map [top, s, s], s being the two `sides`. The
+    order in which the layers are made determines how their weights are drawn.
     """
     latents = model.latent_dim
     model.encoder = nn.Sequential(*encoder, nn.Flatten())
@@ -107,10 +113,10 @@ def _join(
 
 
 class SizedCNNVAE(GaussianVAE):
-    """Define `cnn_vae_28`, `_32`, `_64`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels, and
-    back.
+    """Define `cnn_vae_28`, `_32`, `_64`: four 4x4 convolutions with BatchNorm, 128 to 1024 channels, and a
+    mirrored decoder.
 
-    The images' side chooses among the three published networks, which differ in their decoders.
+    The images' side selects one of three published networks, which differ in their decoders.
     """
 
     recons_reduction = "sum"
@@ -133,10 +139,10 @@ class SizedCNNVAE(GaussianVAE):
 
 
 class SizedResNetVAE(GaussianVAE):
-    """Define `resnet_vae_28`, `_32`, `_64`: strided convolutions to 128 channels, two residual blocks, and
-    back.
+    """Define `resnet_vae_28`, `_32`, `_64`: strided convolutions to 128 channels, two residual blocks, and a
+    mirrored decoder.
 
-    The images' side chooses among the three published networks, which differ in their convolutions.
+    The images' side selects one of three published networks, which differ in their convolutions.
     """
 
     recons_reduction = "sum"

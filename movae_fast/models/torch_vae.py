@@ -1,4 +1,4 @@
-"""Define torch-vae's network, and the fully convolutional one by the DCGAN guidelines."""
+"""Define torch-vae's network, and a fully convolutional one that follows the DCGAN guidelines."""
 
 import itertools
 
@@ -10,8 +10,8 @@ from movae_fast.models.likelihoods import Activation, Likelihood
 
 
 class TorchVAE(GaussianVAE):
-    """Define `torch_vae`: three strided 3x3 convolutions (max_filters/4, /2, full), Linear heads, mirrored
-    decoder.
+    """Define `torch_vae`: three strided 3x3 convolutions (max_filters/4, /2, full), Linear heads, and a
+    mirrored decoder.
 
     Objectives: reconstruction (squared error summed over an image) and kl, weight 1 each; sigmoid output.
     """
@@ -58,11 +58,12 @@ class TorchVAE(GaussianVAE):
 
 
 class DCGANVAE(GaussianVAE):
-    """Define `dcgan_vae`: fully convolutional by the DCGAN guidelines (Radford et al. 2016).
+    """Define `dcgan_vae`: fully convolutional, after the DCGAN guidelines (Radford et al. 2016).
 
-    Strided 4x4 convolutions with BatchNorm and LeakyReLU to a 4x4 map, which one convolution turns into mu and
-    one into logvar; the decoder is transposed convolutions with BatchNorm and ReLU from a 1x1 latent map, tanh
-    out. No hidden Linear layer anywhere. `max_filters` is the width at 4x4 and halves with each doubling.
+    Strided 4x4 convolutions with BatchNorm and LeakyReLU lead to a 4x4 map, which one convolution maps to mu
+    and another to logvar. The decoder has transposed convolutions with BatchNorm and ReLU, from a 1x1 latent
+    map, and a tanh output. There is no hidden Linear layer. `max_filters` is the width at 4x4, which halves
+    with each doubling of the side.
     """
 
     recons_reduction = "sum"

@@ -10,10 +10,10 @@ from movae_fast.models.likelihoods import Activation, Likelihood
 
 
 class HalvingConv(nn.Conv2d):
-    """Compute a convolution 3/2/1, as a matrix product where it takes 2x2 to 1x1.
+    """Compute a convolution of kernel 3, stride 2, padding 1; where it maps 2x2 to 1x1, as a matrix product.
 
-    Of its nine taps only four then meet the map, the others padding, and convolution kernels spend their time
-    on laying out the weight: a third of a step's encoder at 32x32.
+    In that case only four of its nine taps meet the map and the others meet padding; convolution kernels spend
+    their time on laying out the weight, a third of the time of the encoder at 32x32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ class HalvingConv(nn.Conv2d):
 
 
 class DoublingConv(nn.ConvTranspose2d):
-    """Compute a transposed convolution 3/2/1 with output padding 1, as a matrix product where it takes 1x1
-    to 2x2."""
+    """Compute a transposed convolution of kernel 3, stride 2, padding 1, output padding 1; where it maps 1x1 to
+    2x2, as a matrix product."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         if input.shape[2:] != (1, 1):
@@ -52,7 +52,8 @@ def _up(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
 
 
 def _decoder(latent_dim: int, hidden_dims: Sequence[int], channels: int, side: int, norm: Norm) -> nn.Module:
-    """Build a decoder: Linear, an upsampling block per width in reverse order and one more, Conv 3/1/1."""
+    """Build a decoder: a Linear layer, an upsampling block per width in reverse order and one more, and a 3x3
+    convolution."""
     widths = [*reversed(hidden_dims), hidden_dims[0]]
     return nn.Sequential(
         nn.Linear(latent_dim, hidden_dims[-1] * side * side),
@@ -63,9 +64,10 @@ def _decoder(latent_dim: int, hidden_dims: Sequence[int], channels: int, side: i
 
 
 class ConvVAE(GaussianVAE):
-    """Define MO-VAE's `vae`: strided 3x3 convolutions with BatchNorm down to the latents, mirrored back.
+    """Define MO-VAE's `vae`: strided 3x3 convolutions with BatchNorm down to the latents, and a mirrored
+    decoder.
 
-    Objectives: reconstruction, kl (weights 1 and 0.00025).
+    Objectives: reconstruction and kl, with the weights 1 and 0.00025.
     """
 
     def __init__(
@@ -96,10 +98,11 @@ class ConvVAE(GaussianVAE):
 
 
 class BetaTCVAE(GaussianVAE):
-    """Define MO-VAE's `betatc_vae`: 4x4 convolutions without normalisation, a hidden Linear of 256.
+    """Define MO-VAE's `betatc_vae`: 4x4 convolutions without normalisation and a hidden Linear layer of width
+    256.
 
-    Objectives (Chen et al. 2018): reconstruction, mi, tc, dwkl, weight 1 each; dwkl, the dimension-wise KL, is
-    annealed linearly over `anneal_steps`.
+    Objectives (Chen et al. 2018): reconstruction, mi, tc, dwkl, weight 1 each. The weight of dwkl, the
+    dimension-wise KL, is annealed linearly over `anneal_steps`.
     """
 
     objectives = ("reconstruction", "mi", "tc", "dwkl")

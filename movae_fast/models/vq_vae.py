@@ -48,15 +48,16 @@ def image_decoder(
 
 
 class VQVAE(CodebookVAE):
-    """Define MO-VAE's `vq_vae`: 4x4 convolutions, residual blocks, a codebook of `num_embeddings` codes.
+    """Define MO-VAE's `vq_vae`: 4x4 convolutions, residual blocks, and a codebook of `num_embeddings` codes.
 
-    Objectives: reconstruction, embedding (the codebook moves to the encoder's output), commitment (the
-    encoder's output moves to the codebook); weights 1, 1, 0.25. The straight-through estimator carries the
-    reconstruction's gradient past the lookup. The codebook starts at U(-1/K, 1/K); there is no moving average.
+    Its objectives are reconstruction, embedding (which moves the codes to the encoder's output) and commitment
+    (which moves the encoder's output to the codes), with weights 1, 1, 0.25. The reconstruction's gradient
+    passes the lookup by the straight-through estimator. The codebook starts at U(-1/K, 1/K) and has no moving
+    average.
 
-    Another `quantizer` takes the codebook's place, with other objectives (`quantizer_objectives`): ema, fsq
-    (`fsq_levels`), rvq and grouped_rvq (`num_quantizers` codebooks after each other, of each of `num_groups`;
-    `quantize_dropout` trains each image with a random number of them), lfq, bsq, simvq.
+    Another `quantizer` replaces the codebook and changes the objectives (`quantizer_objectives`): ema, fsq
+    (`fsq_levels`), rvq, grouped_rvq, lfq, bsq or simvq. The two rvq have `num_quantizers` codebooks in each of
+    `num_groups` groups; with `quantize_dropout` each training image uses a random number of them.
     """
 
     def __init__(
@@ -129,7 +130,8 @@ class VQVAE(CodebookVAE):
         return self.quantizer(z, depth)
 
     def lookup(self, index: Tensor) -> Tensor:
-        """Return the codewords [B, D, h, w] of codes [B, *code_shape], differentiable in a learned codebook."""
+        """Return the codewords [B, D, h, w] of codes [B, *code_shape], differentiable in codebooks that are
+        trained."""
         if self.quantizer is None:
             return nn.functional.embedding(index, self.codebook).permute(0, 3, 1, 2)
         return self.quantizer.lookup(index)

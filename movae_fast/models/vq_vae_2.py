@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 def blocks(channels: int, count: int) -> list[nn.Module]:
-    """Return `count` residual blocks and the ReLU behind them."""
+    """Return `count` residual blocks, followed by a ReLU."""
     return [*(Block(channels) for _ in range(count)), nn.ReLU()]
 
 
@@ -60,13 +60,14 @@ def image_decoder(features: int, width: int, half: int, channels: int, count: in
 
 
 class VQVAE2(CodebookVAE):
-    """Define MO-VAE's `vq_vae_2`: codes at a quarter of the image's side, and above them at an eighth.
+    """Define MO-VAE's `vq_vae_2`, with two levels of codes: at a quarter and at an eighth of the image's side.
 
-    The upper level is quantized first; the lower one is quantized given its codewords; the decoder reads both.
-    Features, codewords and codes of the two levels lie one after the other, the upper first: z [B, D, N] with
-    N = (S/8)^2 + (S/4)^2, codes [B, N]. Objectives in MO-VAE's order: reconstruction, commitment, embedding,
-    weight 1 each; the two levels' are added. Each level has codebooks of its own, of any `quantizer`. What
-    lies before the lower level's codes counts as encoder: its gradients are aggregated.
+    The upper level (the eighth) is quantized first, the lower one depends on its codewords, and the decoder
+    reads both. Features, codewords and codes of both levels are concatenated, the upper level first: z
+    [B, D, N] with N = (S/8)^2 + (S/4)^2, and codes [B, N]. The objectives are reconstruction, commitment and
+    embedding, with weight 1 each, the last two summed over the levels. Each level has its own codebooks, of any
+    `quantizer`. Everything before the lower level's codes is shared by the objectives, so its gradients are
+    aggregated.
     """
 
     objectives: tuple[str, ...] = ("reconstruction", "commitment", "embedding")
@@ -147,7 +148,8 @@ class VQVAE2(CodebookVAE):
         return (torch.cat([top.flatten(2), at_least_float32(bottom).flatten(2)], 2),)
 
     def nearest(self, top: Tensor) -> Tensor:
-        """Return the codewords of the upper level's features, and leave its codebook as it is."""
+        """Return the codewords of the upper level's features with the straight-through gradient, without
+        updating averages."""
         words = self.top.lookup(self.top.nearest(top))
         return top + (words - top).detach()
 

@@ -1,4 +1,4 @@
-"""Provide layers on the fused ops, each usable alone in another model."""
+"""Provide layers built on the fused ops, each of which can be used alone in another model."""
 
 from movae_fast.nn.finite_scalar import FSQ
 from movae_fast.nn.lookup_free import LFQ

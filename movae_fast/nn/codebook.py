@@ -1,7 +1,7 @@
-"""Hold and update a codebook: k-means start, moving averages, revival of dead codes.
+"""Hold and update a codebook: initialisation by k-means, moving averages, replacement of unused codes.
 
-Nothing here reads a device value on the host, so that a training step can be captured in a CUDA graph; what
-depends on the data (which codes are dead, how many rows are masked) is decided with torch.where.
+Nothing here reads a device value on the host, so that a training step can be captured in a CUDA graph.
+Decisions that depend on the data (which codes are unused, how many rows are masked) are made with torch.where.
 """
 
 from typing import Any
@@ -17,20 +17,23 @@ COSINE_EPS = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale the vectors of [N, D] or [B, D, ...] to length one. A vector shorter than 1e-6 keeps its
-    direction and stays short."""
+    """Scale the vectors of x, [N, D] or [B, D, ...], to length one. A vector shorter than 1e-6 is divided by
+    1e-6 instead."""
     return F.normalize(x, dim=1, eps=COSINE_EPS)
 
 
 def as_rows(z: Tensor) -> Tensor:
-    """Return [B, D, ...] as [N, D]: a copy, made only where rows are drawn or masked."""
+    """Reshape z [B, D, ...] to one vector per row, [N, D]; this copies, so it is used only to draw or mask
+    rows."""
     return z if z.ndim == 2 else z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
 @torch.library.custom_op("movae::snapshot", mutates_args=())
 def snapshot(codes: Tensor) -> Tensor:
-    """Copy the codes so that the copy survives their update. Inductor removes a clone, and the backward of
-    a compiled step would read the updated codes."""
+    """Copy the codes, as an op that torch.compile cannot remove.
+
+    Inductor removes a plain clone, and then the backward pass of a compiled step would read the updated codes.
+    """
     return codes.clone()
 
 
@@ -43,8 +46,11 @@ snapshot.register_autograd(lambda _ctx, grad: grad)
 
 
 def code_statistics(z: Tensor, index: Tensor, n_codes: int, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the counts [K] and sums [K, D] of the vectors z [N, D] or [B, D, ...] that the mask, of the
-    index's shape, keeps."""
+    """Return the counts [K] and sums [K, D] of the vectors z, [N, D] or [B, D, ...], by their `index`, without
+    masked ones.
+
+    `mask` has the shape of the index and is true for vectors that count.
+    """
     z, index, mask = as_rows(z), index.flatten(), mask.flatten()
     weight = mask.to(z.dtype)
     count = z.new_zeros(n_codes).index_add_(0, index, weight)
@@ -107,7 +113,8 @@ class Codebook(nn.Module):
 
     @property
     def follows_batches(self) -> bool:
-        """Return whether `update` changes anything."""
+        """Return whether `update` changes anything: whether there are moving averages or a replacement of
+        unused codes."""
         return self.ema_update or self.threshold > 0
 
     @property
@@ -118,8 +125,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor, mask: Tensor | None) -> None:
-        """Place the codes by k-means on the first training batch z [N, D] or [B, D, ...] that has a
-        row; do nothing afterwards.
+        """Initialise the codes by k-means on the first training batch z, [N, D] or [B, D, ...], that has a row;
+        later calls do nothing.
 
         With a mask the host asks the device, once, whether a row was kept; without one nothing is read.
         """
@@ -163,7 +170,7 @@ class Codebook(nn.Module):
     def _all_reduce(
         self, count: Tensor, code_sum: Tensor, candidates: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum over the ranks; everything that a step exchanges travels in one buffer [K, 1 + D (+ D + 1)]."""
+        """Sum counts, sums and candidates over the processes, packed in one buffer [K, 1 + D (+ D + 1)]."""
         extra = code_sum.new_empty(len(code_sum), 0) if candidates is None else candidates
         if not self._distributed:
             return count, code_sum, extra
@@ -173,11 +180,12 @@ class Codebook(nn.Module):
         return count[:, 0], code_sum, extra
 
     def _candidates(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """Return up to K distinct random rows of the batch as [K, D + 1]; the last column says which
-        entries are filled.
+        """Return up to K distinct random rows of the batch, [K, D + 1]; the last column is 1 for entries that
+        are filled.
 
-        Rank r of W fills the slots r, r + W, r + 2 W, … from its own rows and leaves zeros elsewhere: the sum
-        over the ranks is then one sample of the whole batch, the same on every rank, without a gather.
+        Process r of W fills the slots r, r + W, r + 2 W, … with its own rows and leaves zeros elsewhere. The
+        sum over the processes is then one sample of the whole batch, the same in every process, without a
+        gather.
         """
         n_codes, world = self.embed.shape[1], dist.get_world_size() if self._distributed else 1
         rank = dist.get_rank() if world > 1 else 0
@@ -196,8 +204,10 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, index: Tensor, count: Tensor, code_sum: Tensor, mask: Tensor | None) -> None:
-        """Do one step of the averages, then revive dead codes: z [N, D] or [B, D, ...], count [K],
-        code_sum [K, D]."""
+        """Update the moving averages (and with them the codes) by one batch, then replace unused codes.
+
+        z [N, D] or [B, D, ...]; count [K] and code_sum [K, D] are those of `ops.quantize`.
+        """
         if mask is not None:
             count, code_sum = code_statistics(z, index, self.embed.shape[1], mask)
         candidates = self._candidates(z, mask) if self.threshold > 0 else None
@@ -214,17 +224,19 @@ class Codebook(nn.Module):
             self._revive(extra)
 
     def _means(self, size: Tensor, average: Tensor) -> Tensor:  # [K], [K, D] -> [K, D]
-        """Return average / n', with n' = (n + eps) / (sum n + K eps) * sum n (Laplace smoothing)."""
+        """Return each code as average / n', where n' = (n + eps) / (sum n + K eps) * sum n is the
+        Laplace-smoothed count."""
         total = size.sum(-1, keepdim=True)
         smoothed = (size + self.eps) / (total + size.shape[-1] * self.eps) * total
         mean = average / smoothed[..., None]
         return unit(mean) if self.use_cosine_sim else mean
 
     def _revive(self, candidates: Tensor) -> None:
-        """Move each code used less than the threshold to a row of the batch, and its averages with it.
+        """Move each code that is used less than the threshold to a random row of the batch, and its averages
+        with it.
 
-        Averages left behind would pull the code back to where it died at the next step. With more dead codes
-        than rows the rest wait for the next step: copies of one row would die again at once.
+        Unchanged averages would pull the code back at the next step. If there are more unused codes than rows,
+        the rest waits for the next step, since copies of one row would become unused again at once.
         """
         row, valid = candidates[:, :-1], candidates[:, -1]
         dead = self.cluster_size[0] < self.threshold

@@ -19,21 +19,22 @@ EDGE = 1e-3  # by which the outermost levels lie inside the range of tanh
 
 
 class FSQ(nn.Module):
-    """Round each of a few bounded channels to a small number of levels (Mentzer et al. 2024).
+    """Round each of a few bounded channels to a small number of levels (finite scalar quantization, Mentzer et
+    al. 2024).
 
-    levels: the number of values of each channel; a code is one value per channel, so K = prod(levels) codes
-        without a codebook to learn. 2 levels need `preserve_symmetry`.
-    dim: channels of the input; where they are not len(levels) * num_codebooks, linear layers map to these and
+    levels: the number of values of each channel; a code is one value per channel, so there are K = prod(levels)
+        codes and no codebook to learn. 2 levels need `preserve_symmetry`.
+    dim: channels of the input; if they are not len(levels) * num_codebooks, linear layers map to these and
         back.
-    num_codebooks: groups of channels that are quantized by themselves, each with an index of its own.
+    num_codebooks: groups of channels that are quantized separately, each with an index of its own.
     preserve_symmetry: levels evenly spaced over [-1, 1] (Parker et al. 2024); `noise_dropout` then replaces
         rounding by uniform noise with this probability in training.
     bound_hard_clamp: bound the channels by clamping to [-1, 1] instead of by tanh.
 
     Takes x [B, N, dim], or channel-first [B, dim, ...] if it has four axes or more or with `channel_first`.
     Returns (quantized like x, indices int64 [B, N], with `num_codebooks` > 1 [B, N, num_codebooks]); there is
-    no loss. Gradients pass the rounding unchanged. The rounding is float32 (float64 for float64) under
-    autocast too: in bfloat16 codes would be lost.
+    no loss. Gradients pass the rounding unchanged. Rounding is done in float32 (float64 for float64) also under
+    autocast, since bfloat16 would lose codes.
 
     Raises ValueError for options or an input that do not fit.
     """
@@ -97,7 +98,8 @@ class FSQ(nn.Module):
         return self._codes(torch.arange(self.codebook_size, device=self._levels.device))
 
     def quantize(self, z: Tensor) -> Tensor:
-        """Bound the channels of z [..., len(levels)] and round them to codes between -1 and 1."""
+        """Bound the channels of z [..., len(levels)] and round them to the levels, which lie between -1 and
+        1."""
         levels = self._levels.to(z.dtype)
         if self.preserve_symmetry:
             bounded = z.clamp(-1, 1) if self.bound_hard_clamp else z.tanh()
@@ -129,7 +131,7 @@ class FSQ(nn.Module):
         return (digits - half_width) / half_width
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Return the layer's output for indices as `forward` returns them, channel-first where x was."""
+        """Return the layer's output for the indices that `forward` returned; channel-first if its input was."""
         axes = indices.ndim - int(self.keep_num_codebooks_dim)
         codes = self._codes(indices)
         codes = codes.flatten(-2) if self.keep_num_codebooks_dim else codes

@@ -45,23 +45,24 @@ class LFQLosses(NamedTuple):
 
 
 class LFQ(nn.Module):
-    """Quantize each channel to its sign, without a codebook (Yu et al. 2023).
+    """Quantize each channel to its sign, without a codebook (lookup-free quantization, Yu et al. 2023).
 
-    dim: channels of the input. codebook_size: K = 2^d codes of d bits; the default is 2^dim. Where dim is not
-        d * num_codebooks, linear layers map to these and back.
-    codebook_scale: the codes are +-codebook_scale in each bit.
+    dim: channels of the input.
+    codebook_size: K = 2^d codes of d bits; the default is 2^dim. If dim is not d * num_codebooks, linear layers
+        map to these and back.
+    codebook_scale: the codes have the values +-codebook_scale in each bit.
     spherical: binary spherical quantization (Zhao et al. 2024): input and codes have length codebook_scale.
-    entropy: how the entropies of the loss are computed. "codes" sums over all K codes, as the peer does.
-        "bits" takes each bit by itself: exact for the entropy per sample, and for that of the batch an upper
-        bound that is tight where bits are independent (Zhao et al. 2024, eq. 9); its cost grows with d, not
-        with 2^d. None is "codes" up to 18 bits.
+    entropy: how the entropies of the loss are computed. "codes" sums over all K codes, as
+        vector-quantize-pytorch does. "bits" treats each bit separately: exact for the entropy per sample, and
+        for that of the batch an upper bound that is tight if bits are independent (Zhao et al. 2024, eq. 9);
+        its cost grows with d, not with 2^d. None is "codes" up to 18 bits.
 
     Takes x [B, N, dim], or channel-first [B, dim, ...] if it has four axes or more or with `channel_first`, and
     returns (quantized like x, indices int64 [B, N] or with `num_codebooks` > 1 [B, N, num_codebooks],
     entropy_aux_loss []). In training the loss is entropy_loss_weight * (mean entropy of a sample's distribution
-    over codes - diversity_gamma * entropy of the batch's mean distribution) + commitment_loss_weight * mean
-    (x - quantized)^2, in nats, and gradients pass the quantization unchanged; in evaluation it is 0. With an
-    initialised process group the batch is that of all ranks. Everything is float32 under autocast too.
+    over codes - diversity_gamma * entropy of the batch's mean distribution) + commitment_loss_weight * mean (x
+    - quantized)^2, in nats, and gradients pass the quantization unchanged; in evaluation it is 0. With an
+    initialised process group the batch is that of all processes. Everything is float32, also under autocast.
 
     Raises ValueError for options or an input that do not fit.
     """
@@ -120,7 +121,7 @@ class LFQ(nn.Module):
 
     @property
     def codebook(self) -> Tensor:  # [K, d]
-        """Return every code in the order of the indices."""
+        """Return every code [K, d], in the order of the indices."""
         return self._codes(torch.arange(self.codebook_size, device=self.mask.device))
 
     def _codes(self, indices: Tensor) -> Tensor:  # [..., d] float32
@@ -131,7 +132,7 @@ class LFQ(nn.Module):
         return F.normalize(x, dim=-1) * self.codebook_scale if self.spherical else x
 
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
-        """Return the layer's output for indices as `forward` returns them, channel-first where x was."""
+        """Return the layer's output for the indices that `forward` returned; channel-first if its input was."""
         axes = indices.ndim - int(self.keep_num_codebooks_dim)
         channel_first = axes >= 3 if self.channel_first is None else self.channel_first
         codes = self._codes(indices)
@@ -175,10 +176,11 @@ class LFQ(nn.Module):
         return (output, losses) if return_loss_breakdown else output
 
     def with_entropy(self, x: Tensor, inv_temperature: float = 100.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the quantized x, its indices, and mean entropy of a sample - diversity_gamma * entropy of the
-        batch [] in nats, unweighted, in training and in evaluation alike.
+        """Return the quantized x, its indices, and the entropy objective [] in nats, in training and in
+        evaluation.
 
-        For an objective of its own; x is channel-first as for `forward`.
+        It is the mean entropy per sample minus diversity_gamma times the entropy of the batch, without the
+        layer's loss weight, so that it can be an objective of its own. x is channel-first as in `forward`.
         """
         channel_first = x.ndim >= 4 if self.channel_first is None else self.channel_first
         output = self(x, inv_temperature)
@@ -189,13 +191,13 @@ class LFQ(nn.Module):
         return output.quantized, output.indices, of_samples - self.diversity_gamma * of_batch
 
     def _entropies(self, z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the mean entropy of a sample and that of the batch, of z [N, C, d]."""
+        """Return the mean entropy per sample, and the entropy of the batch, of z [N, C, d]."""
         return (
             self._by_codes(z, inv_temperature) if self.entropy == "codes" else self._by_bits(z, inv_temperature)
         )
 
     def _losses(self, z: Tensor, codes: Tensor, inv_temperature: float, mask: Tensor | None) -> LFQLosses:
-        """Return the entropies in nats and the commitment of z [..., C, d]; zeros in evaluation."""
+        """Return the entropies in nats and the commitment loss of z [..., C, d]; zeros in evaluation."""
         zero = z.new_zeros(())
         if not self.training:
             return LFQLosses(zero, zero, zero)
@@ -208,7 +210,8 @@ class LFQ(nn.Module):
         return LFQLosses(*self._entropies(z, inv_temperature), commitment)
 
     def _by_codes(self, z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the mean entropy per sample and that of the batch, from the probability of each code."""
+        """Return the mean entropy per sample and the entropy of the batch, from the probabilities of all
+        codes."""
         codebook = self.codebook
         n, c, _ = z.shape
         each = max(1, AT_ONCE // (c * self.codebook_size))
@@ -223,7 +226,8 @@ class LFQ(nn.Module):
         return entropies / max(n * c, 1), _entropy(_over_ranks(probabilities / max(n, 1))).mean()
 
     def _by_bits(self, z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the same from the probability of each bit, which is independent of the others given z."""
+        """Return the mean entropy per sample and a bound on the entropy of the batch, from the probabilities of
+        single bits, which are independent given z."""
         scale = self.codebook_scale / (math.sqrt(self.codebook_dim) if self.spherical else 1)
         logit = 4 * inv_temperature * scale * z
         of_samples = _bit_entropy(logit.sigmoid(), logit).sum(-1).mean()
@@ -233,7 +237,8 @@ class LFQ(nn.Module):
 
 
 def _sums_over_codes(z: Tensor, codebook: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the sum of the entropies of z [N, C, d], and the sum over N of the probabilities [C, K]."""
+    """Return the sum of the samples' entropies over codes, for z [N, C, d], and the sum over N of the
+    probabilities [C, K]."""
     probability = (2 * inv_temperature * (z @ codebook.T)).softmax(-1)
     return _entropy(probability).sum(), probability.sum(0)
 
@@ -243,19 +248,21 @@ def _entropy(probability: Tensor) -> Tensor:
 
 
 def _bit_entropy(probability: Tensor, logit: Tensor) -> Tensor:
-    """Return the entropy of a bit in nats, exact in both tails."""
+    """Return the entropy of a bit in nats, from its probability and logit; exact for probabilities near 0 and
+    1."""
     return F.softplus(-logit) * probability + F.softplus(logit) * (1 - probability)
 
 
 def _over_ranks(mean: Tensor) -> Tensor:
-    """Average a batch's mean over all ranks, differentiably."""
+    """Average a batch's mean over all processes, differentiably."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return mean
     return _Sum.apply(mean) / dist.get_world_size()
 
 
 def _bits(dim: int | None, codebook_size: int | None) -> int:
-    """Return the number of bits of a code."""
+    """Return the number of bits of a code, from the input's channels or the codebook's size. Raises
+    ValueError."""
     if codebook_size is None:
         if dim is None:
             raise ValueError("LFQ needs dim, codebook_size or both")

@@ -1,14 +1,14 @@
-"""Refuse options of a peer's layer that a drop-in layer does not have."""
+"""Refuse options of another library's layer that this package's compatible layer does not support."""
 
 from typing import Any
 
 
 def refuse(place: str, given: dict[str, Any], known: dict[str, Any]) -> None:
-    """Raise ValueError for an option that is not at the value which leaves it off, TypeError for one that
+    """Raise ValueError for an option that is not at the value that turns it off, and TypeError for one that
     does not exist.
 
-    place: the name of the layer or method, for the message.
-    known: each option of the peer's that is missing here, with the value that leaves it off.
+    place: the name of the layer or method, for the message. given: the options that were passed. known: each
+    option of the other library that is not supported here, with the value that turns it off.
     """
     for name, value in given.items():
         if name not in known:

@@ -1,4 +1,4 @@
-"""Provide residual vector quantization with vector-quantize-pytorch's interface, on the fused op."""
+"""Provide residual vector quantization with vector-quantize-pytorch's interface, built on the fused op."""
 
 import random
 from typing import Any, cast
@@ -30,18 +30,18 @@ UNSUPPORTED_IN_FORWARD: dict[str, Any] = {"indices": None, "sample_codebook_temp
 
 
 class ResidualVQ(nn.Module):
-    """Quantize each vector in several levels, each of which quantizes what the levels before left over.
+    """Quantize each vector in several levels, each of which quantizes the residual of the levels before.
 
     Zeghidour et al. 2021, algorithm 1. `num_quantizers` levels are `VectorQuantizer`s of `codebook_size` codes
-    (one number, or one per level); further options are theirs. The first q levels alone are a coarser code of
-    the same vector, so that one model has a rate and a distortion per depth. With `quantize_dropout` each
-    training step uses a random number of levels, more than `quantize_dropout_cutoff_index` and rounded up to a
-    multiple of `quantize_dropout_multiple_of`; `rand_quantize_dropout_fixed_seed` of `forward` fixes it. (On
-    several processes the number is agreed on, which costs a host read per step.)
+    (one number, or one per level); further options are passed to them. The first q levels alone are a coarser
+    code of the same vector, so that one model offers several bit rates. With `quantize_dropout` each training
+    step uses a random number of levels, more than `quantize_dropout_cutoff_index` and rounded up to a multiple
+    of `quantize_dropout_multiple_of`; `rand_quantize_dropout_fixed_seed` of `forward` fixes it. (Several
+    processes agree on the number, which costs a host read per step.)
 
     Takes x [..., dim], or [B, dim, H, W] with `accept_image_fmap`, and returns (quantized like x, indices
-    [..., levels] int64, losses [levels]); indices of levels left out are -1, their losses 0. `return_all_codes`
-    adds the codes [levels, ..., codebook_dim]. Raises as `VectorQuantizer`.
+    [..., levels] int64, losses [levels]); the indices of levels that are not used are -1, their losses 0.
+    `return_all_codes` adds the codes [levels, ..., codebook_dim]. Raises as `VectorQuantizer`.
     """
 
     def __init__(
@@ -92,12 +92,14 @@ class ResidualVQ(nn.Module):
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
-        """Return the levels' codebooks, [levels, K, codebook_dim] where all K are the same."""
+        """Return the levels' codebooks: one tensor [levels, K, codebook_dim] if all sizes K are equal, else a
+        tuple."""
         codebooks = tuple(layer.codebook for layer in self._levels())
         return torch.stack(codebooks) if len(set(self.codebook_sizes)) == 1 else codebooks
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:  # [levels, ..., codebook_dim]
-        """Return the codes of each level for indices [..., q] of the first q levels; zeros where one is -1."""
+        """Return the codes of each level for indices [..., q] of the first q levels; zeros for an index of
+        -1."""
         given = indices.shape[-1]
         if given > self.num_quantizers:
             raise ValueError(f"indices {tuple(indices.shape)} must end in at most {self.num_quantizers} levels")
@@ -156,7 +158,7 @@ class ResidualVQ(nn.Module):
         return total, indices, losses
 
     def _depth(self, x: Tensor, seed: int | None) -> int:
-        """Return how many levels this step uses."""
+        """Return the number of levels that this step uses."""
         if not (self.training and self.quantize_dropout):
             return self.num_quantizers
         seed = _common_seed(x.device) if seed is None else seed
@@ -166,11 +168,11 @@ class ResidualVQ(nn.Module):
 
 
 class GroupedResidualVQ(nn.Module):
-    """Split the channels into `groups`, each with a `ResidualVQ` of its own (Yang et al. 2023).
+    """Split the channels into `groups`, each quantized by a `ResidualVQ` of its own (Yang et al. 2023).
 
     Takes x as `ResidualVQ` does, and returns (quantized like x, indices [groups, ..., levels], losses
     [groups, levels]); `return_all_codes` adds the codes [groups, levels, ..., codebook_dim]. Further options
-    are `ResidualVQ`'s. Raises ValueError for a dim that the groups do not divide.
+    are passed to `ResidualVQ`. Raises ValueError if the number of groups does not divide dim.
     """
 
     def __init__(self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **options: Any) -> None:
@@ -216,7 +218,7 @@ class GroupedResidualVQ(nn.Module):
 
 
 def _common_seed(device: torch.device) -> int:
-    """Draw a seed from torch's generator on the host, the same on every process."""
+    """Draw a seed on the host from torch's generator; all processes get the same one."""
     seed = torch.randint(0, 2**31 - 1, ())
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         seed = seed.to(device)

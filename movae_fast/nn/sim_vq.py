@@ -1,4 +1,4 @@
-"""Provide SimVQ with the interface of vector-quantize-pytorch's `SimVQ`, on the fused lookup."""
+"""Provide SimVQ with the interface of vector-quantize-pytorch's `SimVQ`, built on the fused op."""
 
 from collections.abc import Callable
 
@@ -11,21 +11,23 @@ from movae_fast.ops.quantize import Gradient
 
 
 class SimVQ(nn.Module):
-    """Quantize with a frozen random codebook behind one learned linear layer (Zhu et al. 2024).
+    """Quantize with a frozen random codebook that is mapped by one learned linear layer (Zhu et al. 2024).
 
-    The codes are `code_transform(frozen_codebook)`: every code moves with every gradient, so that none dies.
+    The codes are `code_transform(frozen_codebook)`: every gradient moves every code, so that none falls out of
+    use.
 
-    dim: channels of the input; codebook_size: K. frozen_codebook_dim: channels of the frozen codes, dim by
-        default; they are drawn from N(0, 1 / frozen_codebook_dim) and handed to `init_fn`.
-    codebook_transform: a module from frozen_codebook_dim to dim channels; a Linear without bias by default.
-    rotation_trick: the gradient of the output reaches the input by Fifty et al. (2024), else unchanged.
-    input_to_quantize_commit_loss_weight: of the commitment within the loss; commitment_weight: of the loss.
+    dim: channels of the input. codebook_size: K. frozen_codebook_dim: channels of the frozen codes, by default
+        dim; they are drawn from N(0, 1 / frozen_codebook_dim) and passed through `init_fn`.
+    codebook_transform: a module from frozen_codebook_dim to dim channels; by default a Linear without bias.
+    rotation_trick: pass the output's gradient to the input as Fifty et al. (2024) do, else unchanged.
+    input_to_quantize_commit_loss_weight: weight of the commitment within the loss; commitment_weight: of the
+        whole loss.
 
     Takes x [B, ..., dim], or channel-first [B, dim, ...] with `channel_first`, in any floating dtype, and
-    returns (quantized like x, indices int64 [B, ...], loss []), where the loss is commitment_weight * (mean
-    (codes - x)^2 with the gradient of the codes + input_to_quantize_commit_loss_weight * the same with the
-    gradient of x). Lookup and losses are float32 under autocast too. Raises ValueError for an x that does not
-    have `dim` channels.
+    returns (quantized like x, indices int64 [B, ...], loss []). The loss is commitment_weight * (mean (codes -
+    x)^2 with the gradient of the codes + input_to_quantize_commit_loss_weight * the same with the gradient of
+    x). Lookup and losses are float32, also under autocast. Raises ValueError for an x that does not have `dim`
+    channels.
     """
 
     frozen_codebook: Tensor
@@ -59,7 +61,7 @@ class SimVQ(nn.Module):
 
     @property
     def codebook(self) -> Tensor:  # [K, dim]
-        """Return every code, differentiable in the learned layer."""
+        """Return every code [K, dim], differentiable in the learned layer."""
         return self.code_transform(self.frozen_codebook)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:

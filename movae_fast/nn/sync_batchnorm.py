@@ -1,4 +1,4 @@
-"""Normalise batches over the images of all processes, on any device (torch's own layer is for GPUs only)."""
+"""Normalise batches over the images of all processes, on any device (torch's own layer supports GPUs only)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks. A rank's value enters the loss of every rank, so its gradient is the sum of theirs."""
+    """Sum a tensor over the processes, differentiably.
+
+    The sum enters the loss of every process, so the gradient of a process's value is the sum of all processes'
+    gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -26,9 +30,10 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.Module):
-    """Replace a BatchNorm [B, C, ...], with statistics in training over the batches of all ranks.
+    """Replace a BatchNorm layer for x [B, C, ...]; in training the statistics are those of all processes'
+    batches.
 
-    Takes over the parameters and running statistics of the layer that it is made of, under the same names.
+    It takes over the parameters and running statistics of the layer that it replaces, under the same names.
     """
 
     running_mean: Tensor
@@ -66,7 +71,8 @@ class SyncBatchNorm(nn.Module):
 
 
 def convert_sync_batchnorm(model: nn.Module) -> None:
-    """Replace every BatchNorm inside the model by one over all ranks: torch's on CUDA, ours elsewhere."""
+    """Replace every BatchNorm inside the model by one over all processes: torch's on CUDA, this module's
+    elsewhere."""
     if next(model.parameters()).device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return

@@ -84,20 +84,21 @@ class VectorQuantizer(nn.Module):
     Takes x [..., dim], or channel-first [B, dim, ...] with `channel_last=False` or `accept_image_fmap=True`, in
     any floating dtype, and returns (quantized like x, indices [...] int64, loss []), where loss is
     commitment_weight * mean (z_q - z)^2 in training and 0 in evaluation. Lookup, losses and codebook are
-    float32, under autocast too. `mask` [...] or `lens` [B] exclude padding: there quantized is 0, the index -1,
-    and x may hold anything, a NaN too. A batch without a single kept row changes nothing: k-means then starts
-    from the next one. (To know, the start reads one value on the host where there is a mask; under
-    `torch.compile(fullgraph=True)` take that step uncompiled.)
+    float32, also under autocast. `mask` [...] or `lens` [B] exclude padding: there quantized is 0, the index is
+    -1, and x may have any value, including NaN. A batch without a single kept row changes nothing; k-means then
+    starts from the next one. (To know this, the start reads one value on the host if there is a mask; under
+    `torch.compile(fullgraph=True)` run that step uncompiled.)
 
-    In training the codebook follows an exponential moving average of the rows that chose each code
-    (`decay`, Laplace smoothing `eps`), or its gradient with `learnable_codebook=True, ema_update=False`. Codes
-    whose average count falls below `threshold_ema_dead_code` move to rows of the batch. With an
-    initialised process group all ranks keep the same codebook, that of the union of their batches
-    (`sync_codebook=False` turns it off).
+    In training the codebook follows an exponential moving average of the rows that chose each code (`decay`,
+    Laplace smoothing `eps`), or its gradient with `learnable_codebook=True, ema_update=False`. Codes whose
+    average count falls below `threshold_ema_dead_code` are moved to rows of the batch. With an initialised
+    process group all processes keep the same codebook, that of the union of their batches
+    (`sync_codebook=False` turns this off).
 
-    Names, defaults and checkpoints are vector-quantize-pytorch's; an option of it that is missing here raises
-    a ValueError. Two differences: with a projection, `project_in` gets gradients through the code although
-    x itself needs none; and the masked loss compares with what was looked up, not with the raw input.
+    Names, defaults and checkpoints are those of vector-quantize-pytorch; an option of it that is not supported
+    here raises a ValueError. There are two differences: with a projection, `project_in` receives gradients
+    through the code even if x itself needs none; and the masked loss compares with the vectors that were looked
+    up, not with the raw input.
     """
 
     def __init__(
@@ -168,15 +169,15 @@ class VectorQuantizer(nn.Module):
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Return the codes [..., codebook_dim] of int64 indices [...], channel-first if the layer is.
 
-        Zeros where the index is -1, a masked vector's. Raises IndexError for another index outside the codebook
-        (on CUDA, as torch's embedding, the device's assertion).
+        They are zeros for an index of -1, which masked vectors have. Any other index outside the codebook
+        raises IndexError on a CPU; on CUDA it triggers a device assertion, as in torch's embedding.
         """
         masked = _masked(indices)
         codes = F.embedding(indices.masked_fill(masked, 0), self.codebook).masked_fill(masked[..., None], 0)
         return codes.movedim(-1, 1) if self.channel_first and codes.ndim > 2 else codes
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
-        """Return what `forward` returns in evaluation for these indices; 0 where the index is -1."""
+        """Return what `forward` returns in evaluation for these indices; 0 for an index of -1."""
         masked = _masked(indices)
         codes = F.embedding(indices.masked_fill(masked, 0), self.codebook)
         out = self.project_out(codes).masked_fill(masked[..., None], 0)
@@ -219,8 +220,12 @@ class VectorQuantizer(nn.Module):
         return out, index, loss
 
     def _quantize(self, z: Tensor, keep: Tensor | None, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize z [N, D] or [B, D, ...] float32; `keep` is a mask of the index's shape, or None for
-        all."""
+        """Quantize z, [N, D] or [B, D, ...] float32, and update the codebook in training; return codes, index
+        and loss.
+
+        keep: a mask of the index's shape, true for vectors that count; None for all. frozen: leave the codebook
+        unchanged.
+        """
         book = self._codebook
         if self.training:
             book.initialise(z.detach(), keep)
@@ -264,7 +269,7 @@ class VectorQuantizer(nn.Module):
 
 
 def _masked(indices: Tensor) -> Tensor:
-    """Return where indices are -1."""
+    """Return where indices are -1. Raises TypeError if they are not integers."""
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be int64 or int32: got {indices.dtype}")
     return indices == -1

@@ -1,4 +1,4 @@
-"""Define the entries of the loss vector: their terms, their names (`OBJECTIVES`), and their weights."""
+"""Define the entries of the loss vector: their terms, their names (`OBJECTIVES`) and their weights."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""Compute the terms of the loss vector: each a pure function of tensors, in nats or in squared units.
+"""Compute the terms of the loss vector, each a pure function of tensors, in nats or in squared units.
 
-A batch may hold images that count for nothing: `sample_weight` [B] says how often each image counts, 1 on
-average over all processes and parts of a batch, so that their mean is the mean over what counts. None is 1 for
-every image. `beta` weights the images of a multi-rate model.
+`sample_weight` [B] says how often each image of the batch counts; images with weight 0 do not count. The
+weights are 1 on average over all processes and parts of a batch, so that a plain mean over images is the mean
+over what counts. None is 1 for every image. `beta` weights the images of a multi-rate model.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,10 @@ def reconstruction(
 ) -> Tensor:  # []
     """Return -log p(x|z) without its constant: BCE (bernoulli), squared error (gaussian), L1 (laplacian), ...
 
-    "mean" is over values and batch, "sum" over an image's values with the mean over the batch, "scaled_sum"
-    (gaussian only) 255 times the sum over everything. The Bernoulli term works on logits, which do not round
-    past 1 as probabilities do.
+    reduction: "mean" averages over values and batch; "sum" sums over an image's values and averages over the
+        batch; "scaled_sum" (gaussian only) is 255 times the sum over everything.
+
+    The Bernoulli term is computed from logits, which do not saturate as probabilities do.
     """
     error = likelihood.errors(preactivation, x)
     if sample_weight is not None:
@@ -45,7 +46,7 @@ def text_reconstruction(
     target: Tensor,  # [B, T] int64, 0 is padding
     sample_weight: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
-    """Return -log p(x|z) in nats per sentence: summed over its tokens, mean over the batch."""
+    """Return -log p(x|z) in nats per sentence: summed over a sentence's tokens, averaged over the batch."""
     total, _ = ops.linear_cross_entropy(hidden, projection, target, sample_weight)
     return total / len(target)
 
@@ -57,9 +58,9 @@ def kl_standard_normal(
     beta: Tensor | None = None,  # [B] or [1]
     free_bits: float = 0.0,
 ) -> Tensor:  # []
-    """Return KL(N(mu, exp(logvar)) || N(0, I)) in nats: summed over latents, mean over the batch.
+    """Return KL(N(mu, exp(logvar)) || N(0, I)) in nats, summed over latents and averaged over the batch.
 
-    A latent's KL below `free_bits` nats counts as that many, and has no gradient (Kingma et al. 2016).
+    A latent's KL below `free_bits` nats counts as `free_bits`, without gradient (Kingma et al. 2016).
     """
     kl = kl_of_latents(mu, logvar)
     return batch_mean((kl.clamp_min(free_bits) if free_bits else kl).sum(1), sample_weight, beta)
@@ -74,21 +75,25 @@ def kl_of_latents(
 
 
 def rate(out: GaussianOutput | HierarchyOutput | VQOutput) -> Tensor | None:  # [B]
-    """Return the KL from posterior to prior of each image in nats; None of a codebook, which has no prior."""
+    """Return each image's KL from posterior to prior in nats [B]; None for a codebook, which has no prior."""
     if isinstance(out, HierarchyOutput):
         return torch.cat(list(out.kl), 1).sum(1)
     return kl_of_latents(out.mu, out.logvar).sum(1) if isinstance(out, GaussianOutput) else None
 
 
 def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:
-    """Return the mean of values [B], each times its factors ([B] or [1]; None is 1)."""
+    """Return the mean over the batch of values [B], multiplied by factors such as sample weights ([B] or [1];
+    None is 1)."""
     for factor in factors:
         values = values if factor is None else values * factor.to(values)
     return values.mean()
 
 
 def of_whole_batch(statistic: Tensor, sample_weight: Tensor | None) -> Tensor:  # []
-    """Return a statistic of a batch, or of a part of one, times how much of the whole batch the part counts."""
+    """Return a statistic of a batch or of a part of it, scaled by the part's mean sample weight.
+
+    Sums over the parts and processes then are the mean over the whole batch, as with `batch_mean`.
+    """
     return statistic if sample_weight is None else statistic * sample_weight.to(statistic).mean()
 
 
@@ -99,9 +104,9 @@ def rung_kl(
     sample_weight: Tensor | None = None,  # [B]
     beta: Tensor | None = None,  # [B] or [1]
 ) -> Tensor:  # []
-    """Return KL(N(mu, exp(logvar)) || N(0, I)) of a ladder's rung in nats, as `kl_standard_normal` does.
+    """Return KL(N(mu, exp(logvar)) || N(0, I)) of a ladder's rung in nats, as `kl_standard_normal`.
 
-    With "mean" it is averaged over the latents as well, as the reconstruction is over pixels.
+    With the reduction "mean" it is averaged over the latents as well, as the reconstruction is over pixels.
     """
     divisor = mu.shape[1] if reduction == "mean" else 1
     return kl_standard_normal(mu, logvar, sample_weight, beta) / divisor
@@ -112,7 +117,7 @@ def distance_to_capacity(
     capacity: Tensor,  # []
     sample_weight: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
-    """Return |KL - C| in nats (Burgess et al. 2018)."""
+    """Return |KL - C| in nats, the distance of a KL from its capacity (Burgess et al. 2018)."""
     # Of a part of the batch the mean is a part of the whole batch's, which has the whole capacity.
     counted = 1 if sample_weight is None else sample_weight.mean()
     return (kl - counted * capacity).abs()
@@ -122,18 +127,17 @@ def balance_factors(
     means: Tensor,  # [G] mean KL of each group over the batch, in nats
     alpha: Tensor,  # [G]
 ) -> Tensor:  # [G]
-    """Return what the KLs of a hierarchy's groups are multiplied by to be balanced (Vahdat & Kautz 2020).
+    """Return the factors [G] that balance the KLs of a hierarchy's groups (Vahdat & Kautz 2020).
 
-    The factors are in proportion to (KL + 0.01) / alpha and 1 on average: a group that carries less than others
-    is pressed less, so that none is given up early.
+    They are proportional to (KL + 0.01) / alpha and 1 on average: a group with a smaller KL gets a smaller
+    factor, so that no group collapses early in training.
     """
     factors = (means.abs() + 0.01) / alpha.to(means)
     return factors / factors.mean()
 
 
 class LogDensities(NamedTuple):
-    """Hold the log densities [B] of each image's latents; the terms of the decomposed KL are differences of
-    them."""
+    """Hold log densities [B] of each image's latents, whose differences are the terms of the decomposed KL."""
 
     q_given_x: Tensor  # log q(z|x)
     prior: Tensor  # log p(z)
@@ -148,9 +152,10 @@ def log_densities(
     n_data: int,
     estimator: TCEstimator = "mss",
 ) -> LogDensities:
-    """Return the log densities of latents z drawn from N(mu, exp(logvar)), for a data set of `n_data` images.
+    """Return the log densities of latents z drawn from N(mu, exp(logvar)), for a training set of `n_data`
+    images.
 
-    q(z) is estimated from all B posteriors, whatever their images count.
+    q(z) is estimated from all B posteriors, whatever the images' sample weights.
     """
     q_given_x = gaussian_log_density(z, mu, logvar).sum(1)
     prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
@@ -162,19 +167,19 @@ def log_densities(
 
 
 def mutual_information(d: LogDensities, sample_weight: Tensor | None = None) -> Tensor:
-    """Return the mutual information of images and latents in nats."""
+    """Return the mutual information between images and latents in nats, averaged over the batch."""
     return batch_mean(d.q_given_x - d.q, sample_weight)
 
 
 def total_correlation(
     d: LogDensities, sample_weight: Tensor | None = None, beta: Tensor | None = None
 ) -> Tensor:
-    """Return the total correlation of the latents in nats."""
+    """Return the total correlation of the latents in nats, averaged over the batch."""
     return batch_mean(d.q - d.q_product, sample_weight, beta)
 
 
 def dimension_wise_kl(d: LogDensities, sample_weight: Tensor | None = None) -> Tensor:
-    """Return the sum over latents of KL(q(z_j) || p(z_j)) in nats."""
+    """Return the sum over latents of KL(q(z_j) || p(z_j)) in nats, averaged over the batch."""
     return batch_mean(d.q_product - d.prior, sample_weight)
 
 
@@ -183,10 +188,11 @@ def mmd(
     y: Tensor,  # [M, D]
     sample_weight: Tensor | None = None,  # [N], where N = M
 ) -> Tensor:  # []
-    """Return the squared maximum mean discrepancy (biased V-statistic) of InfoVAE (Zhao et al. 2017).
+    """Return the squared maximum mean discrepancy between x and y (biased V-statistic), as in InfoVAE (Zhao et
+    al. 2017).
 
-    The kernel of the published MMD-VAE is exp(-mean_d (x_d - y_d)^2 / D) = exp(-||x - y||^2 / D^2): the width
-    grows with D once by the mean and once by the division.
+    The kernel of the published MMD-VAE is exp(-mean_d (x_d - y_d)^2 / D) = exp(-||x - y||^2 / D^2), so its
+    width grows with D twice: by the mean and by the division.
     """
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Compute a model's loss vector from its objectives by name.
 
-An objective is a function of `Outcome`: `OBJECTIVES` names them all, and a model's `objectives` are names of
-it. `LossVector` computes a model's objectives in their documented order and weights them; every objective is
-multiplied by its weight before aggregation.
+An objective is a function of an `Outcome`. `OBJECTIVES` lists all by name, and a model's `objectives` are such
+names. `LossVector` computes a model's objectives in their documented order; each is multiplied by its loss
+weight before aggregation.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class TermSettings:
-    """Hold the settings of the terms, the same for every batch."""
+    """Hold the settings of the objectives' terms, which are the same for every batch."""
 
     likelihood: Likelihood
     reduction: ReconsReduction
@@ -49,8 +49,10 @@ class TermSettings:
 
 
 class Outcome:
-    """Hold a batch after its forward pass. A quantity that several objectives need is computed once, by the
-    first of them."""
+    """Hold a batch after its forward pass, from which the objectives are computed.
+
+    A quantity that several objectives need is computed once, when it is first asked for.
+    """
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class Outcome:
         self._groups: list[Tensor] | None = None
 
     def densities(self) -> LogDensities:
-        """Return the latents' log densities."""
+        """Return the log densities of the batch's latents."""
         if self._densities is None:
             out, s = self.out, self.settings
             self._densities = terms.log_densities(out.z, out.mu, out.logvar, s.n_data, s.tc_estimator)
@@ -80,7 +82,8 @@ class Outcome:
         return self._rungs
 
     def groups(self) -> list[Tensor]:
-        """Return the KL [B] of each group of a hierarchy in nats, in training balanced."""
+        """Return the KL [B] of each group of a hierarchy in nats; in training multiplied by the balancing
+        factors, if any."""
         if self._groups is None:
             rates = [kl.sum(1) for kl in self.out.kl]
             balance = self.settings.balance
@@ -93,7 +96,8 @@ class Outcome:
         return self._groups
 
     def kl_of_groups(self, row: int) -> Tensor:
-        """Return the mean over images of the KL of a row's groups, in nats."""
+        """Return the mean over images of KL objective number `row` of a hierarchy, the sum of its groups' KLs,
+        in nats."""
         first, stop = self.settings.kl_spans[row]
         groups = self.groups()[first:stop]
         return terms.batch_mean(sum(groups[1:], groups[0]), self.sample_weight, self.out.beta)
@@ -167,15 +171,15 @@ OBJECTIVES: dict[str, Objective] = {
 class LossVector:
     """Compute a model's objectives as a vector of m scalars, in the order of `model.objectives`.
 
-    An objective of weight 0 stays in the logs and leaves the aggregation (`active`), so that it neither costs
-    a backward pass nor counts in an aggregator's preference.
+    An objective of weight 0 is computed for the logs but is not aggregated (it is not in `active`), so that it
+    neither costs a backward pass nor counts in an aggregator's preference. In a multi-rate model, the kl (tc if
+    there is one) is the mean over examples of each one's value times its beta.
 
-    Of a multi-rate model the kl (tc where there is one) is the mean of each example's, times its beta.
+    The base weights change only with a ladder's stages (`set_active_rungs`). Everything else about a step's
+    weights follows from the step's number and the `schedule`.
 
-    The base weights are changed by nothing but a ladder's stages (`set_active_rungs`); all else about a step's
-    weights follows from its number and the `schedule`.
-
-    `dist` names the likelihood: the model's own, or one with the same output channels.
+    dist: the name of the likelihood; the model's own, or one with the same output channels. mean_over_ranks:
+    averages a tensor over the processes, for balancing a hierarchy's KLs; the default does not.
 
     Raises ValueError for a model with an objective that is not in `OBJECTIVES`.
     """
@@ -220,12 +224,13 @@ class LossVector:
         self.penalty_weight = torch.zeros((), device=model.device)
 
     def set_active_rungs(self, active: Tensor, pre_kl: float) -> None:
-        """Give the KL of each rung that is not `active` [L] the weight pre_kl; in place, on the device."""
+        """Set the weight of the KL of each rung that is not active to `pre_kl`, in place; `active` [L] is 1 for
+        active rungs."""
         self.live[1:].copy_(active)
         self.weights[1:] = torch.where(self.live[1:], self.full[1:], torch.full_like(self.full[1:], pre_kl))
 
     def set_step(self, step: int) -> None:
-        """Set capacity, balancing and the penalty's weight to those of 0-based `step`, in place."""
+        """Set capacity, balancing and the penalty's weight to their values at the 0-based `step`, in place."""
         schedule = self.schedule
         if schedule.capacity is not None:
             self.capacity.fill_(schedule.capacity(step))
@@ -235,7 +240,7 @@ class LossVector:
             self.settings.balance.on.fill_(schedule.balanced(step))
 
     def weights_at(self, step: int) -> Tensor:  # [m]
-        """Return the weights at 0-based `step` of the current stage, annealing included."""
+        """Return the loss weights [m] at the 0-based `step`, including annealing."""
         weights = torch.where(self.dwkl, self.weights * self.schedule.dwkl_factor(step), self.weights)
         if self.schedule.kl_factor is not None:
             weights = torch.where(self.live, weights * self.schedule.kl_factor(step), weights)
@@ -247,10 +252,10 @@ class LossVector:
         images: Tensor,  # [B, C, S, S]
         sample_weight: Tensor | None = None,  # [B]
     ) -> tuple[Tensor, ...]:  # m scalars
-        """Return the m unweighted objectives of a batch, each image counted `sample_weight` times; with
-        a capacity, a KL is replaced by its distance to it.
+        """Return the m unweighted objectives of a batch, in which each image counts `sample_weight` times.
 
-        They are not stacked: a stack's backward would send zeros through every other objective's graph.
+        With a capacity, each KL is replaced by its distance from the capacity. The objectives are not stacked,
+        since the backward pass of a stack would send zeros through the graphs of all other objectives.
         """
         batch = Outcome(out, images, sample_weight, self.settings)
         values = [term(batch) for term in self.terms]

@@ -1,4 +1,4 @@
-"""Parse the weights of a model's objectives as a user gives them."""
+"""Parse the loss weights of a model's objectives as a user gives them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def resolve_weights(
     beta: float | None = None,
     defaults: Mapping[str, float] | None = None,
 ) -> list[float]:
-    """Return the objectives' weights in order: from a list, from names, from `beta`, or the model's defaults.
+    """Return the objectives' loss weights in order: those given as a list or by name, or the weight `beta`,
+    else the defaults.
 
-    Raises ValueError that lists the objectives in order for a wrong number, an unknown name, or a weight that
-    is negative or not finite.
+    `beta` sets the weight of the model's regulariser (`beta_objective`) alone. Raises ValueError, which lists
+    the objectives in order, for a wrong number of weights, an unknown name, or a weight that is negative or not
+    finite.
     """
     defaults = defaults or model.weighted_objectives({}, image_shape)
     names, weights = list(defaults), list(defaults.values())

@@ -12,6 +12,7 @@ from movae_fast.ops.gramian import gramian
 from movae_fast.ops.gramian_weights import gramian_weights
 from movae_fast.ops.linear_cross_entropy import linear_cross_entropy
 from movae_fast.ops.nearest_code import nearest_code
+from movae_fast.ops.norm_swish import norm_swish
 from movae_fast.ops.project_weights import project_rows, project_weights, step_multipliers
 from movae_fast.ops.quantize import code_error, quantize
 from movae_fast.ops.tc_terms import tc_terms
@@ -24,6 +25,7 @@ __all__ = [
     "gramian_weights",
     "linear_cross_entropy",
     "nearest_code",
+    "norm_swish",
     "project_rows",
     "project_weights",
     "quantize",

@@ -38,6 +38,8 @@ def nearest_code(
     Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
     """
     z, codebook = check_operands("nearest_code", z, codebook)
+    if torch.compiler.is_exporting():
+        return search_for_export(z, codebook)
     if extension.missing(z):
         return search_in_torch(z, codebook)
     return torch.ops.movae.nearest_code(z, codebook, exact)
@@ -69,6 +71,15 @@ def check_operands(op: str, z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor
         refuse("z and codebook are on different devices")
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     return z.to(dtype), codebook.to(dtype)
+
+
+def search_for_export(z: Tensor, codebook: Tensor) -> Tensor:
+    """Return each vector's nearest code by float64 scores, in operators that every runtime has.
+
+    An exported program is to run where this package is not installed. It holds N x K scores.
+    """
+    rows, codes = z.detach().movedim(1, -1).double(), codebook.detach().double()
+    return (codes.square().sum(1) - 2 * (rows @ codes.T)).argmin(-1)
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------

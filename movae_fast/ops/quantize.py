@@ -22,6 +22,7 @@ from movae_fast.ops.nearest_code import (
     flat,
     is_flat,
     rows_view,
+    search_for_export,
     search_in_torch,
 )
 from movae_fast.ops.registration import refuse_vmap, triton_kernels
@@ -63,6 +64,8 @@ def quantize(
     if gradient not in get_args(Gradient):
         raise ValueError(f"quantize: gradient must be one of {get_args(Gradient)}; got {gradient!r}")
     z, codebook = check_operands("quantize", z, codebook)
+    if torch.compiler.is_exporting():
+        return quantize_for_export(z, codebook)
     if extension.missing(z):
         return quantize_in_torch(z, codebook, gradient)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -92,6 +95,8 @@ def code_error(
         raise ValueError(
             f"code_error: index must be {list(index_shape(z))} for z {list(z.shape)}; got {list(index.shape)}"
         )
+    if torch.compiler.is_exporting():
+        return (z - torch.nn.functional.embedding(index, codebook).movedim(-1, 1)).square().sum(1)
     if extension.missing(z):
         return code_error_in_torch(z, codebook, index)
     return torch.ops.movae.code_error(z, codebook, index)
@@ -101,6 +106,17 @@ def accumulation_dtype(z: Tensor) -> torch.dtype:
     """Return the dtype in which errors, counts and sums are accumulated and returned: float64 for float64, else
     float32 (float16 cannot count beyond 2048)."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def quantize_for_export(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what `quantize` does, without gradients, in operators that every runtime has."""
+    index = search_for_export(z, codebook)
+    words = torch.nn.functional.embedding(index, codebook)  # [B, *spatial, D]
+    rows, flat_index = z.movedim(1, -1).flatten(0, -2), index.flatten()
+    sums = torch.zeros_like(codebook).index_add(0, flat_index, rows)
+    counts = codebook.new_zeros(codebook.shape[0]).index_add(0, flat_index, torch.ones_like(rows[:, 0]))
+    z_q = words.movedim(-1, 1)
+    return z_q, index, (z - z_q).square().sum(1), counts, sums
 
 
 # --- CPU ------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Fit priors to what a trained model encodes, a second stage: over codes, and over vectors of latents."""
+"""Fit priors in a second stage to what a trained model encodes images to: codes, or vectors of latents."""

@@ -37,8 +37,8 @@ def drawn_latents(values: Tensor, noise: Tensor) -> Tensor:  # [B, D]
     return mean + torch.exp(0.5 * logvar) * noise
 
 
-def check_kind(config: PriorConfig, model: VAE, arch: str, classes: int) -> None:
-    """Raise ValueError for a kind that is not for the model's latents, and for labels where there are none."""
+def check_kind(config: PriorConfig, model: VAE, arch: str) -> None:
+    """Raise ValueError for a kind that is not for the model's latents."""
     info = KINDS[config.kind]
     if info.latents != model.latents:
         valid = ", ".join(kinds_for(model.latents)) or "none"
@@ -46,8 +46,17 @@ def check_kind(config: PriorConfig, model: VAE, arch: str, classes: int) -> None
         raise ValueError(
             f"--kind {config.kind} is over {WORDS[info.latents]}; {arch} has {has}: valid: {valid}"
         )
+    if config.kind == "pixelcnn" and len(maps := grids_of(model)) > 1:
+        raise ValueError(f"--kind pixelcnn is over one map of codes; {arch} has {len(maps)}: use transformer")
+
+
+def classes_of(config: PriorConfig, latents: Latents) -> int:
+    """Return the number of labels that the encoded images have. Raises ValueError for a prior that is to be
+    conditioned on them where there is only one."""
+    classes = int(latents.labels.max()) + 1
     if config.labels and classes < 2:
-        raise ValueError("--labels: the dataset has no labels; leave it out")
+        raise ValueError("--labels: the images have no labels; leave it out")
+    return classes
 
 
 def build_prior(config: PriorConfig, shape: tuple[int, ...], grids: Grids, classes: int) -> nn.Module:

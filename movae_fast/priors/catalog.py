@@ -9,7 +9,6 @@ from movae_fast.choices import LatentKind
 
 PriorKind = Literal["transformer", "maskgit", "pixelcnn", "gmm", "flow", "flow_matching"]
 Covariance = Literal["auto", "full", "diagonal"]
-MaskOrder = Literal["halton", "confidence"]
 
 
 @dataclass(frozen=True)

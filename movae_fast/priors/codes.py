@@ -1,4 +1,4 @@
-"""Describe a model's codes as one sequence of tokens, and go from images to it and back."""
+"""Convert images to sequences of a model's codes and back, for priors that model such sequences."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from movae_fast.names import ArgumentError
 
 
 class Grid(NamedTuple):
-    """Hold the size of one map of codes, and from how many codes each is chosen."""
+    """Hold the size of one map of codes, and the number of codes K that each position chooses from."""
 
     height: int
     width: int
@@ -22,20 +23,22 @@ class Grid(NamedTuple):
 
     @property
     def places(self) -> int:
-        """Return the number of codes of the map."""
+        """Return the number of positions of the map."""
         return self.height * self.width
 
 
+ROWS = 1 << 16  # of a mapped file, read at a time
 Grids = tuple[Grid, ...]  # the maps of one image, in the order of the sequence
 
 
 def places(grids: Sequence[Grid]) -> int:
-    """Return the length of the sequence: the codes of one image."""
+    """Return the length of an image's sequence: the number of codes in all its maps."""
     return sum(grid.places for grid in grids)
 
 
 def grids_of(model: VAE) -> Grids:
-    """Return the maps of codes that a model makes of one image. Raises ArgumentError for one without codes."""
+    """Return the maps of codes that the model encodes an image to. Raises ArgumentError for a model without
+    codes."""
     if not isinstance(model, CodebookVAE):
         raise ArgumentError("kind: the model has no codes; give a kind for its latents")
     return tuple(Grid(side, side, codes) for side, codes in model.code_maps)
@@ -43,7 +46,7 @@ def grids_of(model: VAE) -> Grids:
 
 @torch.no_grad()
 def codes_of(model: VAE, x: Tensor) -> Tensor:  # [B, T] int64
-    """Return the codes of images x [B, C, S, S], each map row by row, one map after the other."""
+    """Return the code sequences of images x [B, C, S, S]: map after map, each map row by row."""
     assert isinstance(model, CodebookVAE)
     (z,) = model.encode(x)
     return model.to_sequence(model.quantize(z).codes)
@@ -51,20 +54,29 @@ def codes_of(model: VAE, x: Tensor) -> Tensor:  # [B, T] int64
 
 @torch.no_grad()
 def images_of(model: VAE, codes: Tensor) -> Tensor:  # [B, C, S, S] in the model's range
-    """Return the images of codes [B, T]."""
+    """Return the images that the model decodes from code sequences [B, T]."""
     assert isinstance(model, CodebookVAE)
     return model.to_image(model.decode(model.lookup(model.from_sequence(codes))))
 
 
-def unigram_bits(codes: Tensor, grids: Sequence[Grid], fitted_on: Tensor) -> float:
-    """Return bits per code [N, T] under each map's own usage, with one added to every count, of `fitted_on`.
+def usage_bits(codes: np.ndarray, grids: Sequence[Grid], fitted_on: np.ndarray) -> float:
+    """Return the bits per code of sequences [N, T] under the frequencies of codes in `fitted_on` [M, T], per map.
 
-    It is what codes cost that are drawn independently of each other, and of where they are.
+    1 is added to every count. This is the cost of codes that are coded independently of each other and of their
+    position, as a baseline for priors.
     """
     nats, at = 0.0, 0
     for grid in grids:
         here = slice(at, at + grid.places)
-        counts = torch.bincount(fitted_on[:, here].reshape(-1).long(), minlength=grid.codes).double() + 1
-        nats -= float((counts / counts.sum()).log()[codes[:, here].long()].sum())
+        usage, counts = (usage_counts(rows[:, here], grid.codes) for rows in (fitted_on, codes))
+        nats -= float(counts @ np.log((usage + 1) / (usage + 1).sum()))
         at += grid.places
-    return nats / codes.numel() / math.log(2)
+    return nats / codes.size / math.log(2)
+
+
+def usage_counts(codes: np.ndarray, size: int) -> np.ndarray:  # [size] float64
+    """Return how often each of `size` codes occurs in mapped codes [N, t], which are read part by part."""
+    counts = np.zeros(size)
+    for first in range(0, len(codes), ROWS):
+        counts += np.bincount(codes[first : first + ROWS].reshape(-1), minlength=size)
+    return counts

@@ -1,8 +1,8 @@
-"""Encode a split once, into one file that is mapped afterwards.
+"""Encode a split of a dataset once, into a file that later calls map into memory.
 
-The file is a header (JSON, filled up with spaces to 4,096 bytes), the values, and the labels. Its name and its
-header hold the SHA-256 of the weights and of what is done to an original image, so that other weights or
-another transform make another file.
+The file holds a header (JSON, padded with spaces to 4,096 bytes), the values, and the labels. Its name and
+header hold the SHA-256 of the weights and of the transform of the images, so that other weights or another
+transform give another file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ Shown = Callable[[Iterable[Tensor], int], Iterable[Tensor]]  # passes batches on
 
 @dataclass(frozen=True)
 class Latents:
-    """Hold the mapped codes or posteriors of a split; rows behind `images` are of the mirrored images."""
+    """Hold the memory-mapped codes or posteriors of a split; rows from `images` on are those of the mirrored
+    images."""
 
     path: Path
     header: Header
@@ -48,35 +49,38 @@ class Latents:
 
     @property
     def grids(self) -> Grids:
-        """Return the maps of codes; () of a vector of latents."""
+        """Return the maps of codes that a row consists of; () if the rows are posteriors."""
         return tuple(Grid(*grid) for grid in self.header["grids"])
 
     @property
     def images(self) -> int:
-        """Return the number of images, each of which has one row, or two if it is mirrored as well."""
+        """Return the number of images; each has one row, or two if it is encoded mirrored as well."""
         return int(self.header["images"])
 
     def tensor(self, rows: Tensor | None = None) -> Tensor:
-        """Return rows [n] of the values, or all of them: codes as int64."""
+        """Return the values of the given rows [n], or of all: codes as int64, posteriors as float32."""
         values = np.asarray(self.values if rows is None else self.values[rows.numpy()])
         return torch.from_numpy(values.astype(np.int64 if self.grids else np.float32))
 
     def label_tensor(self) -> Tensor:  # [N] int64
-        """Return the labels."""
+        """Return the labels of all rows."""
         return torch.from_numpy(np.array(self.labels))
 
 
 @torch.no_grad()
 def encoded(model: VAE, x: Tensor) -> Tensor:
-    """Return what a file keeps of images x [B, C, S, S]: codes [B, T] int64, or means and log-variances
-    [B, 2, D]."""
+    """Return what a file stores for images x [B, C, S, S].
+
+    For a model with codes it is their sequences [B, T] int64, for others means and log-variances [B, 2, D].
+    """
     if model.latents == "codebook":
         return codes_of(model, x)
     return torch.stack(model.encode(x), dim=1)
 
 
 def check_encodable(model: VAE, arch: str) -> None:
-    """Raise ValueError for a model that has neither codes nor one vector of latents, or too many codes."""
+    """Raise ValueError for a model with neither codes nor one vector of latents, or with more codes than a file
+    can hold."""
     if model.latents == "hierarchy" or not (model.latents == "codebook" or isinstance(model, GaussianVAE)):
         raise ValueError(
             f"{arch} has {LATENT_WORDS[model.latents]}; encode takes codes or one vector of latents"
@@ -86,7 +90,8 @@ def check_encodable(model: VAE, arch: str) -> None:
 
 
 def identity(trained: TrainConfig, model: VAE, split: str) -> Header:
-    """Return what an encoded file depends on: weights, transform, split, and the beta of a multi-rate model."""
+    """Return all that an encoded file depends on: weights, transform, split, and the beta of a multi-rate
+    model."""
     data = trained.data
     transform = {name: getattr(data, name) for name in TRANSFORM}
     transform["image_size"] = trained.image_shape[1]
@@ -100,12 +105,12 @@ def identity(trained: TrainConfig, model: VAE, split: str) -> Header:
 
 
 def key_of(known: Header) -> str:
-    """Return the SHA-256 of what `identity` returns."""
+    """Return the SHA-256 of the dictionary that `identity` returns."""
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def latents_path(run: Path, known: Header) -> Path:
-    """Return the path of a run's encoded split."""
+    """Return the path of the encoded file in the folder `run`, given the dictionary that `identity` returns."""
     return run / "encoded" / f"{known['split']}-{key_of(known)[:12]}.latents"
 
 
@@ -117,10 +122,10 @@ def encode_split(
     device: torch.device,
     show: Shown = lambda batches, count: batches,
 ) -> tuple[Latents, bool]:
-    """Return a split's latents, and whether their file was there; otherwise encode the split and write it.
+    """Return the latents of a split, and whether their file existed; if not, encode the split and write it.
 
-    The training split is read in order; where training mirrors images, the mirrored ones are encoded as well.
-    Raises ValueError for a model that cannot be encoded, and for a file that is damaged.
+    The split is read in order. If training mirrors images, the training split is encoded mirrored as well.
+    Raises ValueError for a model that cannot be encoded, or a damaged file.
     """
     check_encodable(model, trained.model.arch)
     known = identity(trained, model, split)
@@ -133,7 +138,10 @@ def encode_split(
 
 
 def write_latents(path: Path, known: Header, model: VAE, loader: Loader, show: Shown) -> None:
-    """Encode the loader's images and write the file whole: its header is filled in at the end."""
+    """Encode the loader's images into a new file; it gets its name only when it is complete.
+
+    known: the dictionary that `identity` returns; show: passes batches on and shows how many are done.
+    """
     grids = grids_of(model) if model.latents == "codebook" else ()
     flips = (False, True) if known["transform"]["mirrored"] else (False,)
     rows, labels = torch.arange(len(loader.source)), []
@@ -177,16 +185,16 @@ def write_latents(path: Path, known: Header, model: VAE, loader: Loader, show: S
 
 
 def header_sum(header: Header) -> int:
-    """Return the checksum of a header without its own checksum."""
+    """Return the CRC-32 of a header without the entry that holds this checksum."""
     rest = {name: value for name, value in header.items() if name != "header_crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def open_latents(path: Path, known: Header | None = None) -> Latents:
-    """Map an encoded file, after its checksums were compared.
+    """Map an encoded file into memory after checking its checksums.
 
-    known: what `identity` returns of the model that it has to be of. Raises ValueError for a file that is
-    damaged or of other weights, and names both hashes.
+    known: the dictionary that `identity` returns for the model in use. Raises ValueError for a damaged file,
+    and for one made by other weights or with another transform.
     """
     try:
         header = read_header(path)
@@ -207,7 +215,7 @@ def open_latents(path: Path, known: Header | None = None) -> Latents:
 
 
 def read_header(path: Path) -> Header:
-    """Return the header of an encoded file whose length and checksums are right. Raises ValueError."""
+    """Return the header of an encoded file after checking its length and checksums. Raises ValueError."""
     with naming(path), path.open("rb") as file:
         header: Header = json.loads(file.read(BLOCK))
         if header["format"] != FORMAT:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from movae_fast.names import ArgumentError
 from movae_fast.priors.choice import Choice, guided, label_rows, pick, probabilities
 from movae_fast.priors.codes import Grids
 from movae_fast.priors.config import PriorConfig
@@ -112,10 +111,6 @@ def draw_n(
 
 
 def build(config: PriorConfig, grids: Grids, classes: int) -> PixelCNNPrior:
-    """Build the prior that the configuration describes. Raises ArgumentError for codes in several maps."""
-    if len(grids) != 1:
-        raise ArgumentError(
-            f"kind pixelcnn: it takes one map of codes, there are {len(grids)}; use transformer"
-        )
+    """Build the prior that the configuration describes, over one map of codes."""
     sizes = (config.option("width"), config.option("depth"), config.option("dropout"))
     return PixelCNNPrior(grids, *sizes, classes, config.option("label_dropout"))

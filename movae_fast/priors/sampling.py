@@ -26,7 +26,7 @@ DRAW_CODES = {
 def check_choice(config: PriorConfig, classes: int, label: int | None, choice: Choice) -> None:
     """Raise ArgumentError for a choice that the prior does not have.
 
-    classes: of the dataset's labels.
+    classes: of labels that the prior was fitted with.
     """
     over_codes, conditional = KINDS[config.kind].latents == "codebook", bool(config.labels)
     if label is not None and not conditional:

@@ -109,6 +109,8 @@ def build_network(config: TrainConfig, device: torch.device, world: World) -> VA
     start_from(config.ladder, model)
     if config.run.sync_batchnorm and world.size > 1:
         convert_sync_batchnorm(model)
+    if config.run.recompute and isinstance(model, NVAE):
+        model.recompute_cells()
     if config.norm_penalty and isinstance(model, NVAE):
         model.start_penalty()
     return model
@@ -200,7 +202,9 @@ def build_step(
 ) -> tuple[TrainStep, str]:
     """Return the training step, and the reason why it cannot be recorded as one CUDA graph ("" if it can)."""
     objective, run = config.objective, config.run
-    why_not = why_not_captured(run.compile, device, config.optimizer.optimizer, aggregator)
+    why_not = why_not_captured(
+        "off" if run.recompute else run.compile, device, config.optimizer.optimizer, aggregator
+    )
     step = TrainStep(
         model,
         losses,
@@ -232,8 +236,9 @@ def compile_mode(
     captured: whether the step is recorded as a CUDA graph. part_of_batch: whether the Gramian is computed on a
     part of the batch, which is not compiled.
     """
-    # Layers that communicate with other processes cannot be compiled, nor can a batch that is divided.
-    if part_of_batch or (run.sync_batchnorm and world.size > 1):
+    # Layers that communicate with other processes cannot be compiled, nor can a batch that is divided, nor what
+    # a backward computes again.
+    if run.recompute or part_of_batch or (run.sync_batchnorm and world.size > 1):
         return "off"
     return CAPTURED_MODES[run.compile] if captured else resolve_mode(run.compile, device)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from movae_fast.files import naming, replacing
 from movae_fast.names import first_line
 from movae_fast.training.run_list import listed
+from movae_fast.training.weights_file import NAME as WEIGHTS
+from movae_fast.training.weights_file import load_weights
 
 FORMAT = "movae-fast checkpoint 1"
 # Errno of OSErrors that torch's reader raises beyond a truncated file's end.
@@ -94,7 +97,8 @@ def save(path: Path, sections: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the sections of the checkpoint at `path`, with tensors on `device`.
+    """Return the sections of the checkpoint at `path`, with tensors on `device`; of a file of weights alone
+    (safetensors) those that it has.
 
     Raises CheckpointError for a file that is missing, truncated or altered, OSError for one that may not be
     read, and MemoryError for one that does not fit the memory.
@@ -102,6 +106,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     with naming(path):
         if not path.is_file():
             raise CheckpointError(f"no checkpoint at {path}")
+        if path.suffix == ".safetensors":
+            return load_weights(path)
         try:
             content = torch.load(path, map_location=device, weights_only=True)
         except MemoryError:
@@ -112,7 +118,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             raise CheckpointError(
                 f"{path} is truncated, damaged or not a checkpoint ({first_line(error)[:160]})"
             ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    written = content.get("format") if isinstance(content, dict) else None
+    if written != FORMAT:
+        if isinstance(written, str) and re.fullmatch(r"movae-fast checkpoint \d{1,9}", written):
+            raise CheckpointError(
+                f"{path} is a checkpoint of a newer movae-fast ({written.split()[-1]}, this one reads "
+                f"{FORMAT.split()[-1]}): install it (pip install -U movae-fast)"
+            )
         raise CheckpointError(f"{path} is not a checkpoint of movae-fast")
     digests = content.pop("digests", {})
     if not isinstance(digests, dict):
@@ -253,7 +265,7 @@ def _drawn_from(states: list[Tensor]) -> Tensor:
 
 def find(path: Path) -> Path:
     """Return the checkpoint that `path` means: `path` itself if it is a file, else the run folder's last.pt or
-    best.pt.
+    best.pt, or the weights in a folder of exported ones.
 
     Raises CheckpointError if there is none.
     """
@@ -262,6 +274,8 @@ def find(path: Path) -> Path:
             candidate = path / "checkpoints" / name
             if candidate.is_file():
                 return candidate
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
         inside = listed(path)
         raise CheckpointError(
             f"{path} is no run: no checkpoints/last.pt in it" + (f"; {inside}" if inside else "")

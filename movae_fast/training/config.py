@@ -447,6 +447,8 @@ class RunConfig:
             and `off` record the whole step as one CUDA graph too, if optimizer, precision and aggregator allow.
         on_cudnn_benchmark: Let cuDNN try its algorithms for the shapes that it meets (CUDA).
         accumulate: Split each batch into this many parts, one after the other, to save memory.
+        recompute: Gradient checkpointing (nvae): keep of each cell its input alone, and compute the rest again
+            in the backward. Less memory, more time, the same numbers; runs eagerly.
         sync_batchnorm: BatchNorm over all processes' images rather than each one's own; KL balancing likewise.
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
         log_every: Steps between lines of metrics.jsonl; the first step has a line of its own.
@@ -473,6 +475,7 @@ class RunConfig:
     compile: CompileMode = "auto"
     on_cudnn_benchmark: bool = True
     accumulate: int = 1
+    recompute: bool = False
     sync_batchnorm: bool = False
     profile: int = 0
     log_every: int = 50

@@ -406,11 +406,25 @@ def check_ladder(config: TrainConfig) -> None:
         raise ValueError(f"--batch_size: {arch} normalises over the batch; give at least 2 images at a time")
 
 
+def check_recompute(config: TrainConfig) -> None:
+    """Check that what is computed again can be: a hierarchy's cells, eagerly, in one process's BatchNorm."""
+    run = config.run
+    if not run.recompute:
+        return
+    if config.model_info.latents != "hierarchy":
+        raise ValueError(f"--recompute is for nvae, and {config.model.arch} is none: leave it out")
+    if run.compile not in ("auto", "off"):
+        raise ValueError(f"--recompute runs eagerly: leave out --compile {run.compile}")
+    if run.sync_batchnorm:
+        raise ValueError("--recompute would exchange BatchNorm's statistics again: leave out --sync_batchnorm")
+
+
 def check_hierarchy(config: TrainConfig) -> None:
     """Check the settings of a model with a hierarchy of latents: its network, KL warm-up, KL balancing and
     penalty."""
     o, arch, kind = config.objective, config.model.arch, config.model_info
     kind.check_options(vars(config.model), config.image_shape)
+    check_recompute(config)
     if kind.latents != "hierarchy" and (
         own := [n for n in ("kl_balance", "norm_penalty", "norm_penalty_init") if getattr(o, n)]
     ):

@@ -54,6 +54,8 @@ def continued(values: dict[str, Any], saved: Mapping[str, Any], resumed: str) ->
     if where is not None and Path(where).resolve() != folder.resolve():
         raise ValueError(f"--resume {resumed} goes on in {folder}; leave out --exp_dir {where}")
     kept = {"epochs", "steps"} if known["arch"] == "provlae" else set()  # they are its stages' lengths
+    if known.get("aggressive") or known.get("scheduler") == "plateau":
+        kept |= {"limit_test", "eval_batch_size"}  # training decides by what is evaluated
     changed = [k for k, v in known.items() if (k not in RESUMABLE or k in kept) and values[k] != v]
     if changed:
         was = ", ".join(f"--{k} {known[k]}" for k in changed)

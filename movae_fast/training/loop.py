@@ -43,6 +43,7 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                 run.scheduler.step()
                 run.telemetry.add(metrics, len(x))
                 run.step, run.batch = run.step + 1, run.batch + 1
+                run.callbacks.on_step(run, metrics)
                 profiler.step()
                 if log_due(run) or stage_ends(run):
                     run.telemetry.close(position(run), run.world)
@@ -64,7 +65,9 @@ def fit(run: Run, bar: Bar) -> dict[str, float]:
                     break
             if failed:  # every process reads the same window here, so all of them raise
                 raise failed
-            final = end_epoch(run, bar) or final
+            metrics_of_epoch = end_epoch(run, bar)
+            run.callbacks.on_epoch_end(run, metrics_of_epoch)
+            final = metrics_of_epoch or final
     return final
 
 

@@ -3,6 +3,7 @@ line per epoch."""
 
 from __future__ import annotations
 
+import importlib.util
 from types import TracebackType
 
 from rich.console import Console
@@ -19,6 +20,11 @@ from movae_fast.training.run import Run
 from movae_fast.training.train_step import TrainStep
 
 
+def shows_bars(console: Console) -> bool:
+    """Return whether the console redraws lines: a terminal, or a notebook that has ipywidgets."""
+    return console.is_terminal and not (console.is_jupyter and importlib.util.find_spec("ipywidgets") is None)
+
+
 class Bar:
     """Show the progress bar of one run; used as a context."""
 
@@ -33,7 +39,7 @@ class Bar:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not shows_bars(console),
             transient=True,
         )
         self.metrics = "first steps…"

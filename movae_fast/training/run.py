@@ -20,6 +20,7 @@ from movae_fast.objectives import LossVector
 from movae_fast.schedules import Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.aggressive import Aggressive
+from movae_fast.training.callbacks import Callbacks
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.logs import Logs
 from movae_fast.training.optim import forget_state, set_learning_rate
@@ -62,6 +63,7 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
     show: Callable[[Run], None] | None = field(default=None, repr=False)  # gives pictures to the logs alone
+    callbacks: Callbacks = field(default_factory=Callbacks, repr=False)
 
     @property
     def epochs(self) -> int:
@@ -175,6 +177,7 @@ class Run:
         if self.world.main:
             checkpoint.save(path, self.state())
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
         return path
 
     def name_again(self, name: str, another: str) -> None:
@@ -184,6 +187,7 @@ class Run:
         if self.world.main:
             give_name(self.path_of(name), path)
         self.good = path
+        self.callbacks.on_checkpoint(self, path)
 
     def path_of(self, name: str) -> Path:
         """Return the path of the checkpoint with this name."""

@@ -1,6 +1,7 @@
-"""Read the flags of every command, and check them as far as flags alone can be checked.
+"""Read and check the flags of every command without importing torch, so that --help and flag errors come
+quickly.
 
-Nothing here imports torch, nor what imports it: help and mistyped flags are answered without. A module a
-command; its `parse` returns what the command's `run` takes, or an exit status where it has printed what was
-asked for.
+There is one module per command. Its `parse` returns the argument of the command's `run`, or an exit status if
+it has already printed what was asked for, such as a help text. Checks that need torch, a device or a file of
+weights come later, in `run`.
 """

@@ -26,7 +26,8 @@ class CompareConfig:
 
 
 def parse(argv: Sequence[str]) -> CompareConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae compare` with runs as paths. Raises ValueError for an invalid flag or unknown
+    run."""
     words = parsing.first_words_as("runs", argv)
     which = "which runs? movae compare RUN RUN …; movae runs lists them"
     config = parsing.read_flags(CompareConfig, "compare", DESCRIPTION, words, "runs", which)

@@ -51,7 +51,8 @@ class CurveConfig:
 
 
 def check_curve(config: CurveConfig) -> None:
-    """Raise ValueError for a flag that no run could be drawn with."""
+    """Raise ValueError for flag values that are invalid whatever the runs, such as --beta_min above
+    --beta_max."""
     check_values(config, betas=Bounds(1, 10_000), samples=ZERO)
     least = math.ulp(0.0) if config.beta_min is None else config.beta_min
     most = sys.float_info.max if config.beta_max is None else config.beta_max
@@ -63,7 +64,8 @@ def check_curve(config: CurveConfig) -> None:
 
 
 def parse(argv: Sequence[str]) -> CurveConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae curve` with runs as paths. Raises ValueError for an invalid flag or unknown
+    run."""
     words = parsing.first_words_as("runs", argv)
     which = "which runs? movae curve RUN [RUN …], folders of runs or of a sweep"
     config = parsing.read_flags(CurveConfig, "curve", DESCRIPTION, words, "runs", which)

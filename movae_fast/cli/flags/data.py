@@ -51,7 +51,11 @@ class DataCommand:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, str | None, DataCommand] | int:
-    """Return the command, its NAME or FOLDER, and the flags, checked by themselves. Raises ValueError."""
+    """Return (subcommand, its NAME or FOLDER, flags) of `movae data`, or an exit status after printing the
+    usage.
+
+    Raises ValueError for an unknown subcommand or an invalid flag.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2

@@ -13,13 +13,14 @@ takes up to three minutes and prints a row a check; the exit status is 1 if one 
 
 @dataclass
 class DoctorFlags:
-    """Hold whether to try the GPUs instead of reporting."""
+    """Hold the flags of `movae doctor`: whether to check the GPUs instead of printing the report."""
 
     gpu: bool = False
 
 
 def parse(argv: Sequence[str]) -> DoctorFlags | int:
-    """Return the flags. Raises ValueError for one that there is not."""
+    """Return the flags of `movae doctor`, or the exit status 0 after printing the help. Raises ValueError for
+    any other flag."""
     if list(argv) == ["--gpu"]:
         return DoctorFlags(gpu=True)
     if argv and argv[0] not in ("-h", "--help"):

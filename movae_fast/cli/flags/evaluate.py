@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from movae_fast.cli import parsing
-from movae_fast.evaluation.metric_names import ON_FACTORS, ON_IMAGES, named
-from movae_fast.names import nearest
+from movae_fast.evaluation.metric_names import check_metrics
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_list import find_run
 
@@ -61,7 +60,8 @@ class EvaluateConfig:
 
 
 def parse(argv: Sequence[str]) -> EvaluateConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae evaluate` with the run as a path. Raises ValueError for an invalid flag or
+    unknown run."""
     words = parsing.first_word_as("weights", argv)
     which = "which model? give the run's folder: movae evaluate RUN, or --weights FILE"
     config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)
@@ -69,15 +69,3 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     check_metrics(config.metrics)
     config.weights = str(find_run(config.weights))
     return config
-
-
-def check_metrics(metrics: str) -> None:
-    """Raise ValueError for a metric that there is not, and for none."""
-    if metrics in ("auto", "all"):
-        return
-    valid = [*ON_IMAGES, *ON_FACTORS]
-    for name in named(metrics):
-        if name not in valid:
-            raise ValueError(f"--metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
-    if not named(metrics):
-        raise ValueError(f"--metrics is empty; valid: {', '.join(valid)}")

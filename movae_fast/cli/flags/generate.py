@@ -38,7 +38,8 @@ class GenerateConfig:
 
 
 def parse(argv: Sequence[str]) -> GenerateConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae generate` with the run as a path. Raises ValueError for an invalid flag or
+    unknown run."""
     config = parsing.read_flags(GenerateConfig, "generate", DESCRIPTION, argv)
     check_values(config)
     config.model = str(find_run(config.model))

@@ -48,7 +48,10 @@ class ReconstructConfig:
 
 
 def parse(argv: Sequence[str]) -> ReconstructConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae reconstruct` with the run as a path.
+
+    Raises ValueError for an invalid flag, an unknown run or an unknown dataset.
+    """
     config = parsing.read_flags(ReconstructConfig, "reconstruct", DESCRIPTION, argv)
     check_values(config)
     if config.rec_testdata and config.split != "test":

@@ -31,7 +31,7 @@ class RunsConfig:
 
 
 def parse(argv: Sequence[str]) -> RunsConfig:
-    """Return the flags, checked by themselves. Raises ValueError."""
+    """Return the flags of `movae runs`. Raises ValueError for an invalid one."""
     config = parsing.read_flags(RunsConfig, "runs", DESCRIPTION, parsing.first_word_as("folder", argv))
     check_values(config, limit=Bounds(0))
     return config

@@ -90,8 +90,11 @@ class SampleConfig:
 
 
 def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]]:
-    """Return the flags, checked by themselves; the training configuration that --config names, which the model
-    must agree with; and its flags. Raises ValueError."""
+    """Return (flags of `movae sample`, name of the configuration, its flags of `movae train`).
+
+    --config names a training configuration that the model has to agree with; without it the other two are None
+    and {}. Raises ValueError for an invalid flag or an unknown run.
+    """
     words = parsing.normalise(parsing.first_word_as("weights", argv), parsing.flag_types([SampleConfig]))
     name, words = parsing.take(words, "config")
     if not any(w.startswith(("--weights=", "--help", "--print_config")) for w in words):

@@ -74,7 +74,8 @@ class SweepFile:
 
 @dataclass
 class SweepAsked:
-    """Hold a command line of `movae sweep`, with the file that it names."""
+    """Hold one call of `movae sweep`: its arguments, the flags read from them, and the sweep's file that they
+    name."""
 
     argv: list[str]
     flags: SweepFlags
@@ -83,7 +84,10 @@ class SweepAsked:
 
 
 def parse(argv: Sequence[str]) -> SweepAsked:
-    """Return the flags and the sweep, checked as far as that goes without torch. Raises ValueError."""
+    """Return the flags of `movae sweep` and the sweep's file, after all checks that do not need torch.
+
+    Raises ValueError for an invalid flag, or a file that is missing or invalid.
+    """
     words = parsing.normalise(argv, parsing.flag_types([SweepFlags]))
     name, words = parsing.take(words, "config")
     if name is None and "--help" not in words:
@@ -97,7 +101,11 @@ def parse(argv: Sequence[str]) -> SweepAsked:
 
 
 def check_sweep(flags: SweepFlags, spec: SweepFile) -> dict[str, Any]:
-    """Check a sweep without torch, and give its values their flags' types; return the fixed flags."""
+    """Check a sweep as far as that works without torch, and return the flags that all its trials share.
+
+    Values in `spec` are converted in place to the types of their flags. Raises ValueError if Optuna is not
+    installed or something in the file or the flags is invalid.
+    """
     if importlib.util.find_spec("optuna") is None:
         raise ValueError("movae sweep needs Optuna: pip install 'movae-fast[sweep]'")
     check_values(flags, worker=ZERO)
@@ -120,8 +128,11 @@ def sweep_names() -> list[str]:
 
 
 def read_sweep(name: str) -> tuple[SweepFile, str]:
-    """Return the sweep called `name` (or in that file) and its stem. Raises ValueError for a name or file
-    that is not one."""
+    """Return the sweep called `name`, or in the YAML file of that path, and a short name for its study and
+    folder.
+
+    Raises ValueError for an unknown name, or a file that is not a sweep's.
+    """
     path = parsing.find_yaml(name, SWEEPS, "sweep")
     values = read_yaml(path, "--config")
     known = [f.name for f in dataclasses.fields(SweepFile)]
@@ -137,7 +148,12 @@ def read_sweep(name: str) -> tuple[SweepFile, str]:
 
 
 def type_search(config: str, spec: SweepFile, kinds: dict[str, Any]) -> None:
-    """Check the search and the fixed flags, and give their values the types of their flags."""
+    """Check the names in `search` and `flags` of a sweep's file, and convert their values to the types of the
+    flags.
+
+    kinds: flag of `movae train` -> its type; config: the file's name for messages. Changes `spec` in place.
+    Raises ValueError for a name that is not a flag or a value of another type.
+    """
     for name, space in spec.search.items():
         check_space(name, space)
     bundled = [key for choice in bundles(spec.search) for key in choice]
@@ -153,8 +169,9 @@ def type_search(config: str, spec: SweepFile, kinds: dict[str, Any]) -> None:
 
 
 def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
-    """Give each choice the type of its flag, or of its own flags where it is a mapping; check a range's ends.
+    """Convert in place the choices of one searched flag to its type, or check the ends of its range.
 
+    A choice may be a mapping that sets several flags; then each of its values gets the type of its own flag.
     Raises ValueError for a value of another type.
     """
     if is_bundle(space):
@@ -167,7 +184,8 @@ def type_space(name: str, space: dict[str, Any], kinds: dict[str, Any]) -> None:
 
 
 def check_sampler(name: str, spec: SweepFile) -> None:
-    """Refuse a sampler that there is not, and a grid over a range."""
+    """Raise ValueError for an unknown sampler, or for the grid sampler with a search over a range instead of
+    choices."""
     if spec.sampler not in ("tpe", "grid"):
         raise ValueError(f"--config {name}: sampler {spec.sampler}: valid: tpe, grid")
     for key, space in spec.search.items():
@@ -176,8 +194,11 @@ def check_sampler(name: str, spec: SweepFile) -> None:
 
 
 def curve_config(spec: SweepFile, runs: list[str], folder: Path | None) -> CurveConfig:
-    """Return the `curve` section as flags of `movae curve`. Raises ValueError for a name that is not such a
-    flag."""
+    """Return the section `curve` of a sweep's file as flags of `movae curve`, for the given runs and output
+    folder.
+
+    Raises ValueError for a name that is not a flag of `movae curve`, or an invalid value.
+    """
     given = dict(spec.curve or {})
     known = {f.name for f in dataclasses.fields(CurveConfig)} - {"runs", "out"}
     for key in given:

@@ -1,4 +1,5 @@
-"""Define and check the flags of `movae train`: recipes, other systems' spellings, and a whole configuration."""
+"""Define and check the flags of `movae train`, also in the spelling of torch-vae and of proVLAE's PyTorch
+port."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from movae_fast.cli import parsing
+from movae_fast.cli.train_help import short_help
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import check_settings, without_export
 from movae_fast.training.run_list import find_run
@@ -46,7 +48,7 @@ PORT_SIZES |= dict.fromkeys(("celeba", "flowers102", "dtd", "imagenet", "ident3d
 
 @dataclass
 class TrainFlags:
-    """Hold a command line of `movae train`, read and checked."""
+    """Hold one call of `movae train`, with its flags read and checked."""
 
     words: list[str]  # as `parsing.normalise` writes them
     recipe: dict[str, Any]  # what lies under them
@@ -60,9 +62,16 @@ def build_parser() -> parsing.OneLineParser:
     return parsing.build_parser("train", list(SECTIONS.values()), DESCRIPTION)
 
 
-def parse(argv: Sequence[str]) -> TrainFlags:
-    """Return the flags, checked as far as that goes without torch. Raises ValueError."""
+def parse(argv: Sequence[str]) -> TrainFlags | int:
+    """Return the flags, checked as far as that goes without torch, or the status where the help was printed.
+
+    Raises ValueError.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(short_help())
+        return 0
     kinds = parsing.flag_types(list(SECTIONS.values()))
+    argv = ["--help" if word in ("--help-all", "--help_all") else word for word in argv]
     words = parsing.normalise(argv, kinds)
     resumed, words = parsing.take(words, "resume")
     if resumed is not None and not resumed.strip():
@@ -91,7 +100,12 @@ System = Literal["", "torch-vae", "proVLAE's port"]  # whose flags a command lin
 def given_defaults(
     argv: Sequence[str], words: list[str], kinds: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str], System]:
-    """Return what a recipe or another system's spelling puts under the command line, the words left, whose."""
+    """Return (default values, remaining words, system) for the flags that the command line leaves out.
+
+    The values come from the recipe that --config names, or are torch-vae's or the proVLAE port's own if the
+    flags are in that system's spelling; `system` is its name, or "". The remaining words are `words` without
+    --config.
+    """
     name, words = parsing.take(words, "config")
     if name is not None:
         return parsing.read_config(name, kinds), words, ""
@@ -106,7 +120,12 @@ def given_defaults(
 
 
 def completed(values: dict[str, Any], system: System) -> list[str]:
-    """Put in what another system derives from its flags; return lines that say what its spelling implies."""
+    """Fill in place the values that another system derives from its flags, and return lines that report its
+    defaults.
+
+    values: the flags by name; system: whose spelling the command line uses ("" for our own, which changes
+    nothing).
+    """
     notes = []
     if system == "torch-vae":
         flags = "  ".join(f"--{k} {values[k]}" for k in TORCH_VAE)
@@ -127,6 +146,6 @@ def completed(values: dict[str, Any], system: System) -> list[str]:
 
 
 def torch_vae_export(values: dict[str, Any]) -> Path:
-    """Return where torch-vae writes its weights."""
+    """Return the path to which torch-vae would write the weights of a run with these flags."""
     name = f"vae_filters_{values['max_filters']:04d}_dims_{values['latent_dim'] or 128:04d}.pth"
     return Path("models", str(values["dataset"]), name)

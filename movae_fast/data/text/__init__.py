@@ -1,4 +1,4 @@
-"""Read text by name or from a folder, and feed it to a model in batches of token ids."""
+"""Read corpora of sentences, by name or from a folder, and feed them to a model in batches of token ids."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Divide sentences into batches of one length, or of one rounded length, and give them on the device.
+"""Divide sentences into batches of one padded length, and give them on the device.
 
 With a multiple of 1 all sentences of a batch have the same length and nothing is padded, as in published
-training. A larger multiple rounds the lengths up: fewer shapes, which compiled graphs want, and fuller batches;
-the rest is padding, which a model masks. As with images, an epoch is a function of the seed and its number, so
-that a position is two integers and several processes give together what one gives.
+training. A larger multiple rounds the lengths up, which gives fewer shapes, as compiled graphs need, and fuller
+batches; the rest is padding, which a model masks. As with images, an epoch depends only on the seed and its
+number, so that epoch and batch are a position, and several processes together give the batches of one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from movae_fast.names import ArgumentError
 
 
 def pad_length(lengths: Tensor, multiple: int) -> Tensor:
-    """Return the tokens of sentences of so many words: with <s> and </s>, rounded up to the multiple."""
+    """Return the padded length in tokens of sentences with `lengths` words: with <s> and </s>, rounded up to
+    the multiple."""
     return (lengths + 2 + multiple - 1) // multiple * multiple
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Hold which sentences one process's batch has, the number of tokens of each, and how often each
-    counts."""
+    """Describe one process's batch: which sentences it has, their padded length, and how often each counts."""
 
     rows: Tensor  # [B] int64 of the source
     length: int  # T
@@ -35,13 +35,13 @@ class TextBatch:
 
 
 class TextBatching:
-    """Divide the sentences of given lengths [N] into batches, and those among processes.
+    """Divide sentences of the given lengths [N] into batches, and the batches among processes.
 
-    A bucket holds the sentences of one padded length in the order of the corpus; its global batches have
-    batch_size x world of them, the last one the rest. In training every process has as many of a global batch
-    as the others: where they do not come out even, sentences of the bucket's beginning stand in and count 0.
-    With `pad` a rest is filled up to a whole batch in the same way. Evaluation has each sentence once, a
-    process every world-th batch.
+    A bucket holds the sentences of one padded length, in the order of the corpus. Its global batches have
+    batch_size x world sentences, the last one the rest. In training every process gets equally many sentences
+    of a global batch; if that does not come out even, sentences from the beginning of the bucket are repeated
+    with sample weight 0. With `pad` the rest is filled up to a whole batch in the same way. Evaluation gives
+    each sentence once, to each process every world-th batch.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class TextBatching:
 
     @property
     def shapes(self) -> list[int]:
-        """Return the lengths that batches have, ascending."""
+        """Return the padded lengths that occur in batches, ascending."""
         return [length for _, length in self.buckets]
 
     def epoch(self, seed: int, number: int) -> Iterator[TextBatch]:
-        """Yield this process's batches of an epoch."""
+        """Yield this process's batches of epoch `number`, in random order in training."""
         if not self.train:
             for k, at in self.places[self.rank :: self.world]:
                 rows, length = self.buckets[k]
@@ -94,7 +94,7 @@ class TextBatching:
             yield self._part(rows, length, at)
 
     def _part(self, rows: Tensor, length: int, at: int) -> TextBatch:
-        """Return this process's part of the bucket's global batch that begins at `at`."""
+        """Return this process's part of the global batch that begins at position `at` of a bucket's `rows`."""
         whole = self.batch_size * self.world
         real = min(whole, len(rows) - at)
         size = self.batch_size if self.pad else -(-real // self.world)  # of each process
@@ -155,12 +155,12 @@ class TextLoader:
 
     @property
     def note(self) -> str:
-        """Return one line on the split: its words, what was cut, skipped or unknown."""
+        """Return one line on the split for the user: its size, and what was cut, skipped or unknown."""
         return self.source.summary
 
     @property
     def global_batch(self) -> int:
-        """Return the most sentences per step, over all processes."""
+        """Return the largest number of sentences per step, over all processes."""
         return self.batching.batch_size * self.batching.world
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -171,27 +171,29 @@ class TextLoader:
     def weighted_epoch(
         self, number: int = 0, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:  # [B, T], [B], [B] float32 or None
-        """Yield the batches with how often each sentence counts, 1 on average over all processes.
+        """Yield this process's batches of epoch `number` from batch `start` on, with the sample weight of each
+        sentence.
 
-        None is once for each.
+        The weights are 1 on average over all processes; None if all are 1.
         """
         self._planned = list(self.batching.epoch(self.seed, number))
         for place in range(start, len(self._planned)):
             yield self.batch(place)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:  # [B, T], [B], [B] float32 or None
-        """Return one batch of the epoch that was begun last, as `weighted_epoch` yields it."""
+        """Return batch `number` of the epoch that was started last, as `weighted_epoch` yields it."""
         batch = self._planned[number]
         tokens, labels = self.source.gather(batch.rows, batch.length)
         return tokens.to(self.device), labels.to(self.device), self.sample_weight_of(number)
 
     def sample_weight_of(self, batch: int) -> Tensor | None:  # [B] float32
-        """Return how often each sentence counts of a batch of the epoch that was begun last; None is once."""
+        """Return the sample weight of each sentence in batch number `batch` of the epoch that was started last;
+        None if all are 1."""
         weights = self._planned[batch].weights
         return None if weights is None else weights.to(self.device)
 
     def take(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of the given rows [N] of the source, in order, padded to the longest."""
+        """Yield batches of the given rows [N] of the source, in order, each padded to its longest sentence."""
         for some in rows.split(self.batch_size):
             tokens, labels = self.source.gather(some)
             yield tokens.to(self.device), labels.to(self.device)

@@ -1,4 +1,4 @@
-"""List the corpora by name: `TEXTS`."""
+"""List the corpora of sentences by name: `TEXTS`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from movae_fast.names import pick
 
 @dataclass(frozen=True)
 class TextInfo:
-    """Tell what a corpus is, where its files are, and which function reads them."""
+    """Describe a corpus: the files it needs, and the function that reads it."""
 
     name: str
     read: Callable[[TextOptions], Corpus]
@@ -34,7 +34,8 @@ FOLDERS = {
 
 
 def _read_named(name: str, options: TextOptions) -> Corpus:
-    """Read NAME/ or NAME_data/ below data_dir, else data_dir itself."""
+    """Read the corpus `name` from the folder NAME/ or NAME_data/ below data_dir, or else from data_dir
+    itself."""
     folders = [options.root / name, options.root / f"{name}_data", options.root]
     folder = next((f for f in folders[:2] if f.is_dir()), None)
     if folder is None:
@@ -60,9 +61,9 @@ TEXTS: dict[str, TextInfo] = {
 
 
 def read_text(name: str, options: TextOptions) -> Corpus:
-    """Return the corpus of this name; the last one that was read is remembered while its files do not change.
+    """Return the corpus called `name`; the one that was read last is cached until its files change.
 
-    Raises a one-line ValueError for a name that is none.
+    Raises ValueError, one line, for an unknown name.
     """
     name = pick("dataset", name, TEXTS)
     folders = [options.root, options.root / name, options.root / f"{name}_data"]

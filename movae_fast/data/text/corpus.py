@@ -15,7 +15,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Hold the three splits of a corpus, which have one vocabulary."""
+    """Hold the three splits of a corpus, which share one vocabulary."""
 
     train: TextSource
     valid: TextSource
@@ -27,12 +27,13 @@ class Corpus:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Return the words that all splits are encoded by."""
+        """Return the vocabulary with which all splits are encoded."""
         return self.train.vocabulary
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the vocabulary and of all ids and lengths: the corpus as a model sees it."""
+        """Return the SHA-256 of the vocabulary and of all ids and lengths, by which a resumed run recognises
+        its corpus."""
         digest = hashlib.sha256(self.vocabulary.digest.encode())
         for source in (self.train, self.valid, self.test):
             digest.update(source.tokens.int().numpy().tobytes())
@@ -42,7 +43,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Lines:
-    """Hold the lines of a split's file: words, labels where there is a label column, and blank lines."""
+    """Hold the content of a split's file: words per line, labels if there is a label column, the number of
+    blank lines."""
 
     sentences: list[list[str]]
     labels: list[str] | None
@@ -51,14 +53,14 @@ class Lines:
 
 
 def read_corpus(name: str, folder: Path, wanted: str, options: TextOptions, label_column: bool) -> Corpus:
-    """Return the corpus whose files lie in `folder`: {train,valid,test}.txt or NAME.train.txt and so on.
+    """Read a corpus from the files in `folder`: {train,valid,test}.txt or NAME.train.txt and so on.
 
-    The vocabulary is the options', else that of vocab.txt there, else the training words in order of
-    appearance. `wanted` says for the error which files belong there and where they come from; `label_column` is
-    what the options' None stands for.
+    The vocabulary is that of the options, else that of vocab.txt in the folder, else the training words in
+    order of appearance. `wanted` tells, in an error, which files belong in the folder and where they come from;
+    `label_column` is used if the options leave it at None.
 
     Raises FileNotFoundError or ArgumentError, each one line with the file and the remedy, for files that are
-    missing, empty, ambiguous or not UTF-8, and for a label column that is not as said.
+    missing, empty, ambiguous or not UTF-8, and if the label column is not as stated.
     """
     labelled = label_column if options.label_column is None else options.label_column
     read = {split: read_lines(find_split(name, folder, split, wanted), labelled) for split in SPLITS}
@@ -81,7 +83,10 @@ def read_corpus(name: str, folder: Path, wanted: str, options: TextOptions, labe
 
 
 def find_split(name: str, folder: Path, split: str, wanted: str) -> Path:
-    """Return a split's file: train.txt, NAME.train.txt, or the one file that ends in .train.txt."""
+    """Return the file of a split: train.txt, NAME.train.txt, or the only file that ends in .train.txt.
+
+    Raises ArgumentError if several do, and FileNotFoundError if none does.
+    """
     for file in (folder / f"{split}.txt", folder / f"{name}.{split}.txt"):
         if file.is_file():
             return file
@@ -99,7 +104,7 @@ def find_split(name: str, folder: Path, split: str, wanted: str) -> Path:
 
 
 def _listed(folder: Path, name: str) -> Vocabulary | None:
-    """Return the vocabulary of vocab.txt or NAME.vocab.txt, None where there is no such file."""
+    """Return the vocabulary in vocab.txt or NAME.vocab.txt, or None if there is no such file."""
     for file in (folder / "vocab.txt", folder / f"{name}.vocab.txt"):
         if file.is_file():
             return Vocabulary.read(file)
@@ -107,7 +112,10 @@ def _listed(folder: Path, name: str) -> Vocabulary | None:
 
 
 def read_lines(path: Path, labelled: bool) -> Lines:
-    """Return a file's lines as words, and its labels where each line is label<TAB>text."""
+    """Read a file of sentences; with `labelled`, each line is label<TAB>text.
+
+    Raises ArgumentError for a file that is empty, not UTF-8, or has a line of the other form.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:

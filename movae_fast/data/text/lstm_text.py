@@ -1,9 +1,9 @@
-"""Generate `lstm_text`: sequences drawn from a random LSTM with a two-dimensional latent, from a seed.
+"""Generate `lstm_text`: sequences drawn, from a seed, from a random LSTM with a two-dimensional latent.
 
-This is the synthetic corpus of He et al. 2019 (lagging inference networks): z from four equally likely N((±2,
-±2), I), a first word that is uniform, then ancestral sampling. What generated the words is kept, so their true
-likelihood can be computed (`evaluation.text_oracle`), and a sequence's label is the component that its z is
-from.
+This is the synthetic corpus of He et al. 2019 (lagging inference networks): z from a mixture of four equally
+likely N((±2, ±2), I), a uniformly drawn first word, then ancestral sampling. The generating network is known,
+so the true likelihood of the words can be computed (`evaluation.text_oracle`). A sequence's label is the
+mixture component of its z.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ AT_ONCE = 500  # sequences whose probabilities over all words exist at once
 
 @dataclass(frozen=True)
 class TextNetwork:
-    """Hold the network that generates the corpus, float64: an LSTM whose logits are linear in its output and in
-    z.
+    """Hold the network that generates the corpus, in float64: an LSTM whose logits are linear in its output and
+    in z.
 
-    Its input is a word's embedding beside z; its first cell is linear in z, its first output the tanh of that.
+    Its input is a word's embedding followed by z. Its first cell is linear in z, and its first output the tanh
+    of that.
     """
 
     embedding: Tensor  # [V, E]
@@ -46,12 +47,14 @@ class TextNetwork:
         return len(self.embedding)
 
     def start(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first output and cell [B, H], and what z [B, 2] adds to every step's gates [B, 4 H]."""
+        """Return the initial output and cell [B, H] for latents z [B, 2], and the constant that z adds to the
+        gates [B, 4 H] at every step."""
         cell = z @ self.first_cell.T
         return cell.tanh(), cell, z @ self.of_input[:, -2:].T + self.bias
 
     def step(self, words: Tensor, h: Tensor, c: Tensor, of_z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return output and cell [B, H] after reading words [B] (or one for all, [1])."""
+        """Return the output and the cell [B, H] after reading one more word of each sequence, [B], or the same
+        one for all, [1]."""
         read = self.embedding[words] @ self.of_input[:, :-2].T
         i, f, g, o = (read + h @ self.of_output.T + of_z).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -62,7 +65,7 @@ class TextNetwork:
         words: Tensor,  # [T] int64
         z: Tensor,  # [B, 2]
     ) -> Tensor:  # [B]
-        """Return log p(words | z) in nats for each z."""
+        """Return log p(words | z) of one sequence in nats, for each z."""
         h, c, of_z = self.start(z)
         of_latent = z @ self.latent_projection.T
         total = z.new_full((len(z),), -math.log(self.words))
@@ -73,12 +76,12 @@ class TextNetwork:
         return total
 
     def to(self, dtype: torch.dtype) -> TextNetwork:
-        """Return the network in another dtype."""
+        """Return a copy of the network with its parameters in another dtype."""
         return TextNetwork(**{name: value.to(dtype) for name, value in vars(self).items()})
 
 
 def random_network(generator: torch.Generator, words: int = 1000, hidden: int = 100) -> TextNetwork:
-    """Draw a network: all parameters U(-1, 1), those from z to the logits U(-5, 5)."""
+    """Return a network with random parameters: from U(-1, 1), those from z to the logits from U(-5, 5)."""
 
     def uniform(*shape: int, bound: float = 1.0) -> Tensor:
         return (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1) * bound
@@ -100,7 +103,7 @@ def generating_network(seed: int = 0) -> TextNetwork:
 
 
 def log_prior(z: Tensor) -> Tensor:  # [B, 2] -> [B]
-    """Return the log density of the four components' mixture at z, in nats."""
+    """Return the log density of the mixture of four components at z, in nats."""
     distances = (z[:, None] - CENTRES.to(z)).square().sum(2)
     return torch.logsumexp(-0.5 * distances, 1) - math.log(2 * math.pi * len(CENTRES))
 
@@ -108,9 +111,10 @@ def log_prior(z: Tensor) -> Tensor:  # [B, 2] -> [B]
 def draw(
     network: TextNetwork, n: int, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:  # [n, length] int64, [n] int64, [n, 2]
-    """Draw sequences of words, the components of their latents, and the latents.
+    """Draw n sequences of words; return them with the mixture components of their latents, and the latents.
 
-    A word is where the cumulated probabilities pass a uniform number: in float64 other machines draw the same.
+    Words are drawn by comparing a uniform number with the cumulative probabilities in float64, so that other
+    machines draw the same ones.
     """
     component = torch.randint(len(CENTRES), (n,), generator=generator)
     z = CENTRES[component] + torch.randn(n, 2, generator=generator, dtype=torch.float64)
@@ -128,7 +132,11 @@ def draw(
 
 
 def read_lstm_text(options: TextOptions) -> Corpus:
-    """Return 16,000 + 2,000 + 2,000 generated sequences of 10 words, of 1,000; labels are the components."""
+    """Return the corpus: 16,000 + 2,000 + 2,000 generated sequences of 10 words, out of 1,000; labels are the
+    components.
+
+    Raises ArgumentError for options that do not apply.
+    """
     if options.max_length and options.max_length < LENGTH:
         raise ArgumentError(
             f"max_length {options.max_length}: all sequences of lstm_text have {LENGTH} words; leave it out"

@@ -1,9 +1,9 @@
 """Read CPython's own help texts, `pydoc_data.topics`, as a small corpus of English technical prose.
 
-The text differs between versions of Python. So a corpus carries the SHA-256 of the text that it was made from,
-`KNOWN_TOPICS` names those that were looked at, and a run keeps its vocabulary and the corpus's digest: with
-another Python, or another release of it, a run does not go on unnoticed on another corpus. It is far too small
-for claims about likelihoods.
+The text differs between versions of Python. So a corpus carries the SHA-256 of its text, `KNOWN_TOPICS` lists
+the texts that were examined, and a run stores its vocabulary and the corpus's digest, so that a run resumed
+under another Python does not silently continue with another corpus. The corpus is far too small for claims
+about likelihoods.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FEWEST, MOST = 3, 80  # words of a sentence; what is shorter is a heading, what 
 
 
 def read_python_topics(options: TextOptions) -> Corpus:
-    """Return the help texts' sentences in lower case, split by a hash of each: 80, 10 and 10 in a hundred."""
+    """Return the help texts' sentences in lower case; a hash of each sentence assigns it to train (80 %), valid
+    or test (10 % each)."""
     text, digest = topics_text()
     sentences: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for words in _sentences(text):
@@ -39,7 +40,7 @@ def read_python_topics(options: TextOptions) -> Corpus:
 
 
 def topics_text() -> tuple[str, str]:
-    """Return all topics as one text, in the order of their names, and its SHA-256."""
+    """Return all help texts joined in the order of their names, and the SHA-256 of the result."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -47,7 +48,7 @@ def topics_text() -> tuple[str, str]:
 
 
 def split_of(words: list[str]) -> str:
-    """Return the split of a sentence; the same sentence is always in the same one."""
+    """Return the split to which a sentence belongs, a function of its words alone."""
     number = hashlib.sha256(" ".join(words).encode()).digest()[0] % 10
     return {0: "valid", 1: "test"}.get(number, "train")
 

@@ -1,4 +1,4 @@
-"""Hold one split's sentences as token ids, and read them from files: `TextSource`."""
+"""Hold one split's sentences as token ids, and encode them from words: `TextSource`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from movae_fast.names import ArgumentError, shown
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Tell a reader where a corpus is and what to make of its lines."""
+    """Tell the reader of a corpus where its files are and how to treat their lines."""
 
     root: Path  # the folder of all datasets
     label_column: bool | None = None  # Lines are label<TAB>text; None: as the corpus's entry says.
@@ -29,10 +29,11 @@ class TextOptions:
 
 
 class TextSource:
-    """Hold the sentences of one split: ids of words, without <s> and </s>.
+    """Hold the sentences of one split as ids of words, without <s> and </s>.
 
-    They lie in one flat array, so a corpus of any size is three tensors. `gather` gives them as a model reads
-    them: <s> in front, </s> behind, `PAD` to the end of the longest, or of the length that is asked for.
+    They lie in one flat tensor, so that a corpus of any size is three tensors. `gather` returns them as a model
+    reads them: <s> first, </s> last, then `PAD` up to the length of the longest, or the length that is asked
+    for.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class TextSource:
 
     @property
     def summary(self) -> str:
-        """Return one line for the user: how many sentences and words, and what was left out or replaced."""
+        """Return one line for the user: the numbers of sentences and words, and what was left out or
+        replaced."""
         parts = [f"{len(self):,} sentences, {len(self.tokens):,} words, vocabulary {len(self.vocabulary):,}"]
         if self.unknown:
             parts.append(f"{self.unknown:,} words unknown")
@@ -75,7 +77,7 @@ class TextSource:
         return "; ".join([*parts, self.note] if self.note else parts)
 
     def words(self, row: int) -> str:
-        """Return one sentence as words."""
+        """Return the sentence of one row as text."""
         return self.vocabulary.decode(self.tokens[self.offsets[row] : self.offsets[row + 1]].tolist())
 
     def gather(
@@ -83,10 +85,10 @@ class TextSource:
         rows: Tensor,  # [B] int64
         length: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # [B, T] int64, [B] int64
-        """Return the sentences of the rows with <s>, </s> and padding, and their labels (0 where there are
-        none).
+        """Return the sentences of `rows` with <s>, </s> and padding, and their labels (0 if there are none).
 
-        T is `length`, by default that of the longest, with <s> and </s>. Raises ValueError if one is longer.
+        T is `length`, or by default that of the longest sentence, including <s> and </s>. Raises ValueError if
+        a sentence is longer than `length`.
         """
         starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
         longest = int(lengths.max()) + 2 if len(rows) else 2
@@ -104,7 +106,7 @@ class TextSource:
         return batch, labels
 
     def subset(self, rows: Tensor) -> TextSource:
-        """Return a source of the given rows [M] alone, in their order."""
+        """Return a source with only the given rows [M], in this order."""
         lengths = self.lengths[rows]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         place = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(lengths)
@@ -114,7 +116,8 @@ class TextSource:
 
 
 def limited_text(source: TextSource, n: int) -> TextSource:
-    """Return `n` evenly spaced sentences where there are more, else (or if n is 0) the source itself."""
+    """Return `n` evenly spaced sentences of the source; the source itself if n is 0 or not less than its
+    length."""
     if not 0 < n < len(source):
         return source
     return source.subset(torch.linspace(0, len(source) - 1, n).round().long())
@@ -129,10 +132,11 @@ def source_of(
     where: str = "",
     note: str = "",
 ) -> TextSource:
-    """Return sentences of words as a source: encoded, and cut or skipped where they are too long.
+    """Encode sentences, given as words, into a source; sentences that are too long are cut or skipped as the
+    options say.
 
-    `where` is what an error calls them. Raises ArgumentError for a sentence that is too long where that is an
-    error, for labels that `label_names` does not have, and where no sentence is left.
+    where: the name of the split in an error. Raises ArgumentError for a sentence that is too long if the
+    options say "error", for labels that are not in `label_names`, and if no sentence is left.
     """
     sentences, labels, cut, skipped = _limit(sentences, labels, options, where)
     if not sentences:
@@ -168,7 +172,8 @@ def source_of(
 def _limit(
     sentences: Sequence[Sequence[str]], labels: Sequence[str] | None, options: TextOptions, where: str
 ) -> tuple[Sequence[Sequence[str]], Sequence[str] | None, int, int]:
-    """Return sentences and labels after `max_length`, and how many were cut and skipped."""
+    """Apply `max_length`: return the sentences and labels that remain, and the numbers of cut and of skipped
+    sentences."""
     most = options.max_length
     over = [i for i, words in enumerate(sentences) if most and len(words) > most]
     if not over:

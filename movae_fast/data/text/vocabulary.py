@@ -15,10 +15,10 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 
 
 class Vocabulary:
-    """Hold the words by their ids; the first four are `SPECIALS`.
+    """Map ids to words and words to ids; the first four are `SPECIALS`.
 
-    A word that a corpus spells like a special token, `<unk>` say, has that token's id. Another sign for unknown
-    words, such as the `_UNK` of the published Yahoo files, is a word like any other.
+    A word that a corpus spells like a special token, such as `<unk>`, gets that token's id. Another spelling
+    for unknown words, such as `_UNK` in the published Yahoo files, is a word like any other.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -28,29 +28,29 @@ class Vocabulary:
 
     @classmethod
     def build(cls, sentences: Iterable[Sequence[str]]) -> Vocabulary:
-        """Number all words of the sentences in order of appearance."""
+        """Build the vocabulary of all words in the sentences, in order of appearance."""
         return cls(tuple(dict.fromkeys([*SPECIALS, *(word for words in sentences for word in words)])))
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Return each word's id."""
+        """Return the dict from words to ids."""
         return {word: i for i, word in enumerate(self.words)}
 
     @cached_property
     def digest(self) -> str:
-        """Return the SHA-256 of the words in order, by which a run knows its vocabulary again."""
+        """Return the SHA-256 of the words in order, by which a run recognises its vocabulary."""
         return hashlib.sha256("\n".join(self.words).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.words)
 
     def encode(self, words: Sequence[str]) -> list[int]:
-        """Return the words' ids, `UNKNOWN` for a word that is not there; without <s> and </s>."""
+        """Return the words' ids, without <s> and </s>; `UNKNOWN` for a word that is not in the vocabulary."""
         ids = self.ids
         return [ids.get(word, UNKNOWN) for word in words]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return a sentence: the words up to the first </s>, without <s> and padding."""
+        """Return the text of a sentence of ids: the words up to the first </s>, without <s> and padding."""
         words = []
         for i in ids:
             if i == END:
@@ -60,16 +60,17 @@ class Vocabulary:
         return " ".join(words)
 
     def write(self, path: Path) -> None:
-        """Write the words, one per line, whole or not at all."""
+        """Write the words to a file, one per line, atomically."""
         with replacing(path) as file:
             file.write(("\n".join(self.words) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> Vocabulary:
-        """Read a file with one word per line; where the four special tokens are missing they come first.
+        """Read a vocabulary from a file with one word per line; if it lacks the four special tokens, they are
+        put first.
 
         Raises ArgumentError, which names the file and the line, for bytes that are not UTF-8, for an empty
-        line, for a word that stands there twice, and for special tokens that are not the first four.
+        line, for a word that occurs twice, and for special tokens that are not the first four lines.
         """
         lines: dict[str, int] = {}
         for number, line in enumerate(path.read_bytes().splitlines(), 1):

@@ -1,5 +1,8 @@
-"""Measure disentanglement by pure functions of latents [N, D] and factors [N, F], with the constants of the
-published study (Locatello et al. 2019): 20 bins, 10,000 codes to fit and 5,000 to test, batches of 64 votes."""
+"""Measure disentanglement, by pure functions of latents [N, D] and factors [N, F].
+
+The constants are those of the published study (Locatello et al. 2019): 20 bins, 10,000 codes to fit and 5,000
+to test on, votes of 64 images.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,8 @@ __all__ = [
 
 @dataclass
 class Codes:
-    """Hold posteriors of images whose factors are known; the first `n_train` are to fit with, the rest to
-    test."""
+    """Hold posteriors of images whose factors are known; the first `n_train` are for fitting, the rest for
+    testing."""
 
     mu: Tensor  # [N, D]
     logvar: Tensor  # [N, D]
@@ -78,7 +81,7 @@ class Codes:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return means and factors to fit with, then means and factors to test with."""
+        """Return means and factors for fitting, then means and factors for testing."""
         mu, factors = self.mu.double().cpu().numpy(), self.factors.cpu().numpy()
         return mu[: self.n_train], factors[: self.n_train], mu[self.n_train :], factors[self.n_train :]
 

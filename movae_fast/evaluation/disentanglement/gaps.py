@@ -1,4 +1,4 @@
-"""Compute metrics of the table of mutual information I(z_j; v_k) [D, F]: pure functions of `Information`."""
+"""Compute metrics from the table of mutual information I(z_j; v_k) [D, F] between latents and factors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ ACTIVE_STD = 0.05  # a latent whose means vary less than this over the data is n
 
 
 def active_latents(latents: np.ndarray, threshold: float = ACTIVE_STD) -> np.ndarray:
-    """Return which latents [N, D] vary: standard deviation over the data at least `threshold`; bool [D]."""
+    """Return which latents [N, D] vary over the data, with a standard deviation of at least `threshold`, as
+    bool [D]."""
     return np.asarray(latents, np.float64).std(0) >= threshold
 
 
 def mig(information: Information) -> float:
-    """Compute the mutual information gap (Chen et al. 2018): mean over factors of (I_first - I_second) /
-    H(v).
+    """Return the mutual information gap (Chen et al. 2018): (I_first - I_second) / H(v), averaged over factors
+    v.
 
-    A factor that has one value only says nothing and is left out; a single latent has a second of zero.
+    I_first and I_second are the largest and second largest mutual information of a latent with v. A factor with
+    only one value is left out; with a single latent the second is zero.
     """
     gaps = _gaps(information.mutual.T) / _positive(information.factor_entropy)
     there = information.factor_entropy > 0
@@ -32,10 +34,11 @@ def mig(information: Information) -> float:
 
 
 def mig_sup(information: Information, active: np.ndarray | None = None) -> float:
-    """Compute MIG-sup (Li et al. 2020): for each active latent the gap along factors of I / H(v), averaged.
+    """Return MIG-sup (Li et al. 2020): for each active latent the gap between its two largest I / H(v),
+    averaged.
 
-    MIG asks that a factor be in one latent; this, that a latent hold one factor. `active` [D] bool; None is
-    all of them.
+    MIG requires that a factor be in one latent; MIG-sup that a latent hold one factor. `active` [D] bool; None
+    means all latents.
     """
     there = information.factor_entropy > 0
     fractions = information.mutual[:, there] / information.factor_entropy[there]
@@ -45,10 +48,10 @@ def mig_sup(information: Information, active: np.ndarray | None = None) -> float
 
 
 def modularity(information: Information) -> float:
-    """Compute the modularity (Ridgeway and Mozer 2018): 1 - sum_{k != best} I^2 / (I_best^2 (F - 1)), mean
+    """Return the modularity (Ridgeway and Mozer 2018): 1 - sum_{k != best} I^2 / (I_best^2 (F - 1)), averaged
     over latents.
 
-    A latent that knows nothing counts 0.
+    A latent without information on any factor counts as 0.
     """
     squares = np.maximum(information.mutual, 0) ** 2
     best = squares.max(1)
@@ -57,9 +60,10 @@ def modularity(information: Information) -> float:
 
 
 def jemmig(latents: np.ndarray, factors: np.ndarray, information: Information, bins: int = BINS) -> float:
-    """Compute JEMMIG (Do and Tran 2020) by histograms, in [0, 1] and better when higher.
+    """Return JEMMIG (Do and Tran 2020) computed from histograms, normalised to [0, 1] so that higher is better.
 
-    1 - [H(z*, v) - I(z*; v) + I(second; v)] / [H(v) + log bins], mean over factors, z* the best latent of v.
+    It is 1 - [H(z*, v) - I(z*; v) + I(second; v)] / [H(v) + log bins], averaged over factors v, where z* is the
+    latent with the most information on v and `second` the next one.
     """
     binned = discretise(latents, bins)
     scores = []
@@ -74,7 +78,7 @@ def jemmig(latents: np.ndarray, factors: np.ndarray, information: Information, b
 
 
 def _gaps(table: np.ndarray) -> np.ndarray:
-    """Return the largest minus the second largest of each row [R, C]; the second of a single column is
+    """Return the largest minus the second largest value of each row [R, C]; with one column the second is
     zero."""
     ordered = np.sort(table, axis=1)
     return ordered[:, -1] - (ordered[:, -2] if table.shape[1] > 1 else 0.0)

@@ -1,7 +1,7 @@
-"""Compute entropies and mutual information, in nats, between latents and factors.
+"""Compute entropies and mutual information between latents and factors, in nats.
 
-Two estimators, which give different numbers and are therefore named wherever a number is: `histogram` counts
-latents in equal-width bins (Locatello et al. 2019), `sampled` takes the latents' conditional distribution
+There are two estimators with different results, so each result says which one it is from. `histogram` counts
+latents in bins of equal width (Locatello et al. 2019). `sampled` uses the latents' conditional distribution
 q(z|v), the mixture of the posteriors of the images with that factor value (Chen et al. 2018).
 """
 
@@ -33,7 +33,8 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def mutual_information(joint: np.ndarray) -> float:
-    """Return I(row; column) in nats of a table of counts or probabilities [A, B]."""
+    """Return the mutual information in nats between the row and the column of a table of counts or
+    probabilities [A, B]."""
     p = np.asarray(joint, np.float64)
     p = p / p.sum()
     independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
@@ -42,8 +43,10 @@ def mutual_information(joint: np.ndarray) -> float:
 
 
 def discretise(latents: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """Convert latents [N, D] to bin numbers [N, D]: each latent's range in `bins` equal parts; a constant
-    latent is in one bin."""
+    """Convert latents [N, D] to bin numbers [N, D]: each latent's range is divided into `bins` equal parts.
+
+    A constant latent falls into one bin.
+    """
     latents = np.asarray(latents, np.float64)
     low, high = latents.min(0), latents.max(0)
     width = np.where(high > low, high - low, 1.0)
@@ -51,7 +54,7 @@ def discretise(latents: np.ndarray, bins: int = BINS) -> np.ndarray:
 
 
 def joint_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Count how often each pair of values occurs in two columns [N] of integers."""
+    """Return the table of how often each pair of values occurs in two columns of integers [N]."""
     _, a = np.unique(a, return_inverse=True)
     _, b = np.unique(b, return_inverse=True)
     width = int(b.max()) + 1
@@ -59,7 +62,7 @@ def joint_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def check_codes(latents: np.ndarray, factors: np.ndarray) -> None:
-    """Refuse latents and factors that do not belong together."""
+    """Raise ValueError if latents [N, D] and factors [N, F] do not fit together or are not valid."""
     if latents.ndim != 2 or factors.ndim != 2 or len(latents) != len(factors) or not latents.size:
         raise ValueError(
             f"latents must be [N, D] and factors [N, F] for the same N: got {latents.shape} and {factors.shape}"
@@ -71,8 +74,8 @@ def check_codes(latents: np.ndarray, factors: np.ndarray) -> None:
 
 
 def histogram_information(latents: np.ndarray, factors: np.ndarray, bins: int = BINS) -> Information:
-    """Compute I(z_j; v_k) from counts, the latents [N, D] in `bins` bins of equal width each; factors [N,
-    F] integers."""
+    """Compute I(z_j; v_k) from counts, with each of the latents [N, D] in `bins` bins of equal width; factors
+    [N, F] are integers."""
     check_codes(latents, factors)
     binned = discretise(latents, bins)
     mutual = [[mutual_information(joint_counts(z, v)) for v in factors.T] for z in binned.T]
@@ -95,8 +98,9 @@ def sampled_information(
     """Estimate I(z_j; v_k) of the aggregate posterior by Monte Carlo (Chen et al. 2018, appendix C), in
     float64.
 
-    z is drawn from q(z|x) for `draws` of the N images; log q(z_j) and log q(z_j|v_k) are log means of the N
-    posterior densities, over all images and over those that share the draw's factor value. No N x N x D buffer.
+    z is drawn from q(z|x) for `draws` of the N images. log q(z_j) and log q(z_j|v_k) are log means of the N
+    posterior densities, over all images and over those that share the draw's factor value. No N x N x D buffer
+    is made.
     """
     check_codes(mu.cpu().numpy(), factors.cpu().numpy())
     mu, logvar = mu.double(), logvar.double()

@@ -1,4 +1,5 @@
-"""Measure how well, and from which latents, scikit-learn's estimators predict the factors."""
+"""Measure how well factors can be predicted from latents, and from which ones, with scikit-learn's
+estimators."""
 
 from __future__ import annotations
 
@@ -20,14 +21,20 @@ class DCI(NamedTuple):
 
 
 def disentanglement(importance: np.ndarray) -> float:
-    """Return 1 - H(row) in base F of the importance [D, F], averaged over latents weighted by their part of
-    the total importance."""
+    """Return DCI's disentanglement: 1 - entropy (base F) of a latent's importance over factors, averaged over
+    latents.
+
+    importance: [D, F]. The average is weighted by each latent's fraction of the total importance.
+    """
     return _one_sidedness(np.asarray(importance, np.float64))
 
 
 def completeness(importance: np.ndarray) -> float:
-    """Return 1 - H(column) in base D of the importance [D, F], averaged over factors weighted by their part
-    of the total importance."""
+    """Return DCI's completeness: 1 - entropy (base D) of a factor's importance over latents, averaged over
+    factors.
+
+    importance: [D, F]. The average is weighted by each factor's fraction of the total importance.
+    """
     return _one_sidedness(np.asarray(importance, np.float64).T)
 
 
@@ -48,7 +55,10 @@ def dci(
     test_factors: np.ndarray,  # [M, F]
     seed: int = 0,
 ) -> DCI:
-    """Compute DCI with gradient boosted trees of scikit-learn's defaults, as in the published study."""
+    """Compute DCI with scikit-learn's gradient boosted trees at their defaults, as in the published study.
+
+    The trees are fitted on `latents` and `factors`; informativeness is their accuracy on the test codes.
+    """
     from sklearn.ensemble import GradientBoostingClassifier
 
     check_codes(latents, factors)
@@ -68,7 +78,8 @@ def dci(
 def sap_table(
     latents: np.ndarray, factors: np.ndarray, test_latents: np.ndarray, test_factors: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """Test accuracy [D, F] of a linear SVM (C 0.01, balanced classes) that sees one latent alone."""
+    """Return the test accuracy [D, F] of a linear SVM (C 0.01, balanced classes) that predicts a factor from
+    one latent."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
 
@@ -90,8 +101,8 @@ def sap_table(
 def sap(
     latents: np.ndarray, factors: np.ndarray, test_latents: np.ndarray, test_factors: np.ndarray, seed: int = 0
 ) -> float:
-    """Compute the separated attribute predictability (Kumar et al. 2018), discrete: mean gap of the two
-    best latents."""
+    """Return the separated attribute predictability (Kumar et al. 2018) for discrete factors: the gap between
+    the accuracies of the two best latents in `sap_table`, averaged over factors."""
     ordered = np.sort(sap_table(latents, factors, test_latents, test_factors, seed), axis=0)
     second = ordered[-2] if len(ordered) > 1 else 0.0
     return float((ordered[-1] - second).mean())

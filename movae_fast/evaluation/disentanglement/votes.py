@@ -1,4 +1,4 @@
-"""Compute the FactorVAE score from the latent that varies least while one factor is held."""
+"""Compute the FactorVAE score, from the latent that varies least while one factor is fixed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def factor_vae_score(
     batch: int = VOTE_BATCH,
     prune: float = ACTIVE_STD,
 ) -> float:
-    """Compute the accuracy of the majority vote (Kim and Mnih 2018) over images drawn, with replacement,
-    from the N given.
+    """Return the FactorVAE score (Kim and Mnih 2018), the test accuracy of a majority-vote classifier.
 
-    A vote: fix a random factor at the value of a random image, take `batch` images with that value, and name
-    the active latent whose variance among them is smallest relative to its variance over all. 0 if no latent
-    is active (standard deviation at least `prune`).
+    A vote: fix a random factor at the value of a random image, draw `batch` images with that value (with
+    replacement), and name the active latent whose variance among them is smallest relative to its variance over
+    all. The classifier predicts the factor from the latent named. The score is 0 if no latent is active
+    (standard deviation of at least `prune`).
     """
     check_codes(latents, factors)
     latents = np.asarray(latents, np.float64)
@@ -47,7 +47,7 @@ def factor_vae_score(
 
 
 def _by_value(column: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the rows that have each value."""
+    """Return value -> the numbers of the rows in which the column has it."""
     order = np.argsort(column, kind="stable")
     values, starts = np.unique(column[order], return_index=True)
     return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))

@@ -1,4 +1,5 @@
-"""Define NVAE (Vahdat & Kautz 2020): latents in groups, from the smallest resolution to the largest."""
+"""Define NVAE (Vahdat & Kautz 2020), a hierarchy of latents in groups, from the smallest resolution to the
+largest."""
 
 from typing import TYPE_CHECKING
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from movae_fast.models.nvae.branch import Branch
 from movae_fast.models.nvae.convs import NormedConv2d
 
 RESIDUAL = 0.1  # what a branch is multiplied by
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Make the BatchNorm of every cell."""
+    """Make a BatchNorm layer with the settings that all cells use."""
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.05)
 
 
 class SqueezeExcite(nn.Module):
-    """Multiply each channel by a factor from 0 to 1 that depends on the spatial means of all channels."""
+    """Find a factor from 0 to 1 for each channel, from the spatial means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,13 +30,13 @@ class SqueezeExcite(nn.Module):
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
-        means = x.mean((2, 3))
-        return x * torch.sigmoid(self.excite(F.relu(self.squeeze(means))))[:, :, None, None]
+    def forward(self, means: Tensor) -> Tensor:  # [B, C] -> [B, C]
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(means))))
 
 
 class DownSkip(nn.Module):
-    """Halve the side: swish, then four 1x1 convolutions of stride 2, each on its own quarter of the pixels."""
+    """Halve the side of a map: swish, then four 1x1 convolutions of stride 2, each on another pixel of every
+    2x2 block."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -45,31 +50,78 @@ class DownSkip(nn.Module):
 
 
 class UpSkip(nn.Module):
-    """Double the side, bilinear with aligned corners, then a 1x1 convolution."""
+    """Double the side, bilinear with aligned corners, and apply a 1x1 convolution.
+
+    The two commute, and so do interpolation and gates: the convolution goes first, on a quarter of the pixels.
+    """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = NormedConv2d(inputs, outputs, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True))
+    def forward(self, x: Tensor) -> Tensor:  # [B, inputs, h, w] -> [B, outputs, 2 h, 2 w]
+        return F.interpolate(self.conv(x), scale_factor=2.0, mode="bilinear", align_corners=True)
 
 
 class Cell(nn.Module):
-    """Compute skip(x) + 0.1 SE(branch(x))."""
+    """Compute skip(x) + 0.1 SE(branch(x)), with the squeeze-and-excitation layer SE.
 
-    def __init__(self, skip: nn.Module, branch: nn.Sequential, outputs: int) -> None:
+    With `recompute`, training keeps a cell's input alone and computes the rest once more in each backward
+    (gradient checkpointing, Chen et al. 2016), to the same bits on a CPU. Not for torch.compile.
+    """
+
+    recompute = False
+
+    def __init__(self, skip: nn.Module, branch: Branch, outputs: int) -> None:
         super().__init__()
         self.skip, self.branch = skip, branch
         self.attention = SqueezeExcite(outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + RESIDUAL * self.attention(self.branch(x))
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return self.compute(x)
+
+        computed = False
+
+        def compute(x: Tensor) -> Tensor:
+            nonlocal computed
+            if not computed:
+                computed = True
+                return self.compute(x)
+            with statistics_kept(self):
+                return self.compute(x)
+
+        # A cell draws no random numbers.
+        out = checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(out, Tensor)
+        return out
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the cell's output."""
+        y, gate = self.branch.without_last_gate(x)
+        means = y.mean((2, 3))
+        # The last layer's gate [B, C] needs no pass over the map: it is a factor of means and rest.
+        factor = self.attention(means if gate is None else means * gate)
+        factor = RESIDUAL * (factor if gate is None else factor * gate)
+        return torch.addcmul(self.skip(x), y, factor[:, :, None, None].to(y.dtype))
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let a module in training move copies of its running statistics: they themselves moved once."""
+    kept = [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
+    for part, name, buffer in kept:
+        setattr(part, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for part, name, buffer in kept:
+            setattr(part, name, buffer)
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
-    """Make a cell of the encoder: two times BatchNorm, swish, 3x3 convolution."""
-    branch = nn.Sequential(
+    """Make an encoder cell, whose branch is twice BatchNorm, swish, 3x3 convolution; `down` halves the side."""
+    branch = Branch(
         batch_norm(inputs),
         nn.SiLU(),
         NormedConv2d(inputs, outputs, 3, stride=2 if down else 1),
@@ -81,9 +133,10 @@ def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
 
 
 def decoder_cell(inputs: int, outputs: int, expand: int, up: bool = False) -> Cell:
-    """Make a cell of the decoder: 1x1 to `expand` times the width, depthwise 5x5, 1x1 back; no biases."""
+    """Make a decoder cell, whose branch is a 1x1 convolution to `expand` times the width, a depthwise 5x5
+    convolution, and a 1x1 convolution back, without biases; `up` doubles the side."""
     wide = expand * inputs
-    branch = nn.Sequential(
+    branch = Branch(
         *([nn.Upsample(scale_factor=2, mode="nearest")] if up else []),
         batch_norm(inputs),
         nn.Conv2d(inputs, wide, 1, bias=False),

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 
 class NormedConv2d(nn.Conv2d):
-    """Convolve without changing the side; the weight of an output channel is w exp(l) / (|w| + 1e-5), with
-    l learned.
+    """Convolve with a weight whose norm per output channel is learned, w exp(l) / (|w| + 1e-5); the padding
+    keeps the side.
 
-    l starts at log(|w| + 0.01), so the first weights are nearly w itself, torch's default.
+    The logarithm l of the norm starts at log(|w| + 0.01), so that the first effective weights are nearly w
+    itself, torch's default.
     """
 
     def __init__(
@@ -20,12 +21,12 @@ class NormedConv2d(nn.Conv2d):
         self.log_norm = nn.Parameter(torch.log(norm_per_output(self.weight.detach()) + 0.01))  # [out, 1, 1, 1]
 
     def raw_weight(self) -> Tensor:
-        """Return what is normalised."""
+        """Return the weight before normalisation; a subclass may mask it."""
         return self.weight
 
     def effective_weight(self) -> Tensor:
-        """Return the normalised weight that the input is convolved with, in the parameters' dtype,
-        under autocast too."""
+        """Return the normalised weight that the input is convolved with, in the parameters' dtype also under
+        autocast."""
         w = self.raw_weight()
         return w * (self.log_norm.exp() / (norm_per_output(w) + 1e-5))
 
@@ -34,10 +35,11 @@ class NormedConv2d(nn.Conv2d):
 
 
 class MaskedConv2d(NormedConv2d):
-    """Convolve with normed weights so that each output depends only on the inputs before it.
+    """Convolve with normalised weights so that each output depends only on the inputs that come before it.
 
-    The order is the raster's (with `mirror` the reversed one); within a pixel it is that of the channels, the
-    narrower side's channels being stretched over the wider side's. `strict` hides the output's own channel too.
+    Pixels are in raster order (reversed with `mirror`). Within a pixel the channels are in order, where the
+    channels of the narrower side are stretched over those of the wider side. With `strict` an output does not
+    depend on its own channel either.
     """
 
     mask: Tensor
@@ -64,14 +66,17 @@ class MaskedConv2d(NormedConv2d):
 
 
 def norm_per_output(weight: Tensor) -> Tensor:  # [out, 1, 1, 1]
-    """Return the length of each output channel's weight [out, in, k, k]; its gradient at 0 is 0."""
+    """Return the Euclidean norm of each output channel's weight [out, in, k, k]; its gradient at 0 is 0."""
     return torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
 
 
 def causal_mask(
     inputs: int, outputs: int, kernel: int, groups: int, strict: bool, mirror: bool
 ) -> Tensor:  # [outputs, inputs / groups, kernel, kernel]
-    """Return 1 where a weight may be, 0 elsewhere; `groups` is 1 or the number of inputs and outputs."""
+    """Return the mask of a `MaskedConv2d`: 1 where a weight is allowed, else 0.
+
+    `groups` is 1 or the number of inputs and of outputs.
+    """
     middle = kernel // 2
     mask = torch.zeros(outputs, inputs // groups, kernel, kernel)
     mask[:, :, :middle] = 1

@@ -13,8 +13,8 @@ EXPAND = 6  # hidden channels per latent channel
 
 
 class ShiftFlow(nn.Module):
-    """Compute z - shift(z), where the shift of a latent depends on those before it: the volume stays,
-    log-det 0."""
+    """Compute z - shift(z), where the shift of a latent depends only on the latents before it; the
+    log-determinant is 0."""
 
     def __init__(self, latents: int, mirror: bool) -> None:
         super().__init__()
@@ -36,5 +36,5 @@ class ShiftFlow(nn.Module):
 
 
 def flow_pairs(latents: int, pairs: int) -> nn.Sequential:
-    """Make `pairs` times two flows, of which the second goes through the pixels in reverse."""
+    """Make `pairs` pairs of flows; the second flow of a pair goes through the pixels in reverse order."""
     return nn.Sequential(*(ShiftFlow(latents, mirror) for _ in range(pairs) for mirror in (False, True)))

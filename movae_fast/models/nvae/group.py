@@ -1,4 +1,5 @@
-"""Define one group of latents: its prior from the decoder's state, its posterior, and the state after it."""
+"""Define one group of latents: its prior, computed from the decoder's state, its posterior, and the state after
+it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ EXPAND = 6  # of a cell's width
 
 
 class Inferred(NamedTuple):
-    """Hold the results of a group's posterior."""
+    """Hold a draw from a group's posterior, with its KL."""
 
     z: Tensor  # [B, z, h, w]
     kl: Tensor  # [B, z] in nats, summed over the map; of a flow's posterior its estimate by this z
@@ -44,17 +45,22 @@ class Group(nn.Module):
         self.join = NormedConv2d(width + latents, width, 1)
 
     def generative_parts(self) -> list[nn.Module]:
-        """Return the modules that take part in making an image from latents."""
+        """Return the modules that take part in generating an image from latents."""
         return [part for part in (self.cells, self.prior_head, self.join) if part is not None]
 
     def prior_raw(self, state: Tensor, noise: Tensor) -> Tensor:  # [B or 1, 2 z, h, w]
-        """Return the prior's means and logarithms of sigma, in float32 at least."""
+        """Return the raw output [B or 1, 2 z, h, w] of the prior's head, means and logarithms of sigma, in
+        float32 at least."""
         if self.prior_head is None:
             return noise.new_zeros(1, 2 * noise.shape[1], *noise.shape[2:])
         return self.prior_head(at_least_float32(state))
 
     def infer(self, state: Tensor, activation: Tensor, noise: Tensor, with_ratio: bool) -> Inferred:
-        """Draw from the posterior by `noise` [B, z, h, w]."""
+        """Draw from the posterior with the standard normal `noise` [B, z, h, w], and compute the KL.
+
+        state: the decoder's state. activation: the encoder's activation for this group. with_ratio: also
+        compute log q - log p.
+        """
         features = activation if self.to_encoder is None else activation + self.to_encoder(state)
         with torch.autocast(state.device.type, enabled=False):  # bfloat16 would round the distributions
             raw = self.prior_raw(state, noise)
@@ -69,11 +75,12 @@ class Group(nn.Module):
             return Inferred(z, kl.sum((2, 3)), total)
 
     def generate(self, state: Tensor, noise: Tensor, temperature: float) -> Tensor:  # [B, z, h, w]
-        """Draw from the prior by `noise` [B, z, h, w], with `temperature` times its sigma."""
+        """Draw from the prior with the standard normal `noise` [B, z, h, w]; `temperature` multiplies its
+        sigma."""
         with torch.autocast(state.device.type, enabled=False):
             p = normal_of(self.prior_raw(state, noise))
             return Normal(p.mean, p.sigma * temperature).at(noise)
 
     def joined(self, state: Tensor, z: Tensor) -> Tensor:
-        """Return the state with the latents in it."""
+        """Return the decoder's state combined with the latents z of this group."""
         return self.join(torch.cat([state, z.to(state.dtype)], dim=1))

@@ -1,4 +1,4 @@
-"""Define how many scales, groups, cells and channels a hierarchy has, and which images fit it."""
+"""Define the numbers of scales, groups, cells and channels of a hierarchy, and which image sizes suit them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_ROWS = 64  # KLs that may be objectives of their own
 
 @dataclass(frozen=True)
 class Layout:
-    """Hold the numbers of a network. Channels double, and sides halve, at each outer block and after each
+    """Hold the sizes of an nvae network. Channels double, and sides halve, at each outer block and after each
     scale."""
 
     num_scales: int  # resolutions that have latents
@@ -38,28 +38,31 @@ class Layout:
 
     @property
     def stride(self) -> int:
-        """Return the side of the input per side of the smallest latent map."""
+        """Return the number of pixels of the image's side that correspond to one pixel of the smallest latent
+        map."""
         return 2 ** (self.outer_blocks + self.num_scales - 1)
 
     def width(self, scale: int) -> int:
-        """Return the channels at a scale, 0 being the smallest resolution."""
+        """Return the number of channels at a scale, where scale 0 is the smallest resolution."""
         return self.channels * 2 ** (self.outer_blocks + self.num_scales - 1 - scale)
 
     def padded(self, side: int) -> int:
-        """Return the side that images are padded to with black: their own where the strides allow it."""
+        """Return the side to which images are padded with black; their own side if the strides divide it."""
         return side if side % self.stride == 0 else side + PADDED
 
     def side(self, image: int, scale: int) -> int:
-        """Return the side of a scale's latent maps, 0 being the smallest resolution."""
+        """Return the side of the latent maps of a scale for images of side `image`; scale 0 is the smallest
+        resolution."""
         return (self.padded(image) // self.stride) << scale
 
     def kl_names(self, rows: KLRows) -> tuple[str, ...]:
-        """Return the names of the KL objectives."""
+        """Return the names of the KL objectives: one per scale, per group, or one in total."""
         count = {"scale": self.num_scales, "group": sum(self.groups), "total": 0}[rows]
         return tuple(f"kl_{i + 1}" for i in range(count)) or ("kl",)
 
     def kl_spans(self, rows: KLRows) -> tuple[tuple[int, int], ...]:
-        """Return for each KL objective its first group and the one after its last, in the decoder's order."""
+        """Return, for each KL objective, the number of its first group and of the group after its last, in the
+        decoder's order."""
         total = sum(self.groups)
         ends = {"scale": self.groups, "group": (1,) * total, "total": (total,)}[rows]
         stops = [sum(ends[: i + 1]) for i in range(len(ends))]
@@ -76,7 +79,8 @@ PRESETS: dict[str, Layout] = {
 
 
 def layout_of(options: Mapping[str, Any]) -> Layout:
-    """Return the preset of the options (mnist where none is given) with the options that are not None."""
+    """Return the sizes of the preset that the options name (default mnist), with other options that are not
+    None replacing its values. Raises ValueError for an unknown preset."""
     preset = options.get("preset") or "mnist"
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset} is unknown to nvae; valid: {', '.join(PRESETS)}")
@@ -87,7 +91,8 @@ def layout_of(options: Mapping[str, Any]) -> Layout:
 
 
 def check_layout(layout: Layout, side: int, kl_rows: KLRows) -> None:
-    """Raise ValueError for images, channels, groups or flows that do not fit; it names what does."""
+    """Raise ValueError, naming what fits, for an image side, channels, groups or flows that do not go
+    together."""
     if layout.channels % 2:
         raise ValueError(
             f"--channels {layout.channels} does not fit nvae, which divides twice as many by 4: give an even "

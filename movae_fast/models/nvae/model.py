@@ -1,4 +1,4 @@
-"""Define the hierarchy as a model of this package."""
+"""Define NVAE as a model with this package's interface."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from movae_fast.choices import Activation, KLRows, PresetName
 from movae_fast.models.base import VAE, HierarchyOutput, Noise, Part
 from movae_fast.models.likelihoods import Likelihood, at_least_float32
+from movae_fast.models.nvae.cells import Cell
 from movae_fast.models.nvae.convs import NormedConv2d
 from movae_fast.models.nvae.layout import check_layout, layout_of
+from movae_fast.models.nvae.normals import normal_of
 from movae_fast.models.nvae.norms import (
     FIRST_STEPS,
     Penalised,
@@ -25,20 +27,22 @@ from movae_fast.models.nvae.towers import Decoder, Encoder
 
 
 class NVAE(VAE):
-    """Define `nvae`: groups of latent maps at several resolutions, each with a prior that depends on those
+    """Define `nvae`: groups of latent maps at several resolutions, each with a prior that depends on the groups
     before it.
 
-    Images go in as 2 x - 1 where they are in [0, 1] (sigmoid output), with a border of black where their side
-    lacks 4 pixels of one that the strides allow (28 becomes 32); the preactivation is the part without border.
+    Images in [0, 1] (sigmoid output) enter the network as 2 x - 1. If the strides do not divide their side,
+    they get a black border of 4 pixels in total (28 becomes 32), and the preactivation is cut back to the
+    original size.
 
-    Latents as this class's methods take them, [N, D], are standard normal: what each group's normal
-    distribution is drawn by, group by group from the smallest resolution, each [z, h, w] laid flat.
+    Latents [N, D], as the methods of this class take them, are standard normal noise: each group's normal
+    distribution is sampled with its part of them. Groups are in order from the smallest resolution, each
+    [z, h, w] flattened.
 
-    Objectives: reconstruction and the KL of each scale in nats, kl_1 being the smallest resolution's; with
-    `kl_rows` "group" of each group, with "total" their sum, kl. Weight 1 each. There is no one tensor that
-    comes between encoder and decoder, so all parameters are shared.
+    Objectives: reconstruction and the KL of each scale in nats, kl_1 being that of the smallest resolution;
+    with `kl_rows` "group" that of each group, with "total" their sum, kl. Weight 1 each. No single tensor
+    separates the encoder from the decoder, so there are no features and all parameters are shared.
 
-    `preset` names the published settings of a dataset; the other options replace its values one by one.
+    `preset` names the published settings for a dataset; the other options replace its values one by one.
     """
 
     objectives: tuple[str, ...] = ("reconstruction", "kl_1", "kl_2")  # of the default preset
@@ -125,12 +129,19 @@ class NVAE(VAE):
         groups = [part for group in self.decoder.each() for part in group.generative_parts()]
         return *groups, self.decoder.ups, self.decoder.outer, self.head
 
+    def recompute_cells(self) -> None:
+        """Keep of each cell its input alone in training, and compute the rest again in the backward."""
+        for module in self.modules():
+            if isinstance(module, Cell):
+                module.recompute = True
+
     def draw_noise(self, n: int) -> Noise:
         latent = self.standard_normal(n, self.latent_dim)
         return Noise(latent, log_beta=self.draw_log_betas(n))
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Turn images into one activation per group, in the decoder's order; they are no cut of the network."""
+        """Map images to one encoder activation per group, in the decoder's order. These are no features: they
+        do not cut the network in two."""
         x = x if self.activation == "tanh" else 2 * x - 1
         return self.encoder(F.pad(x, (self.border,) * 4, value=-1.0))
 
@@ -149,20 +160,35 @@ class NVAE(VAE):
         log_ratio = torch.stack(ratios).sum(0) if ratios else None
         return HierarchyOutput(self.finish(state), tuple(kl), self.training, log_ratio, beta)
 
+    def latents_of(self, features: tuple[Tensor, ...]) -> Tensor:  # [B, D]
+        """Return the latents that `decode` turns into the reconstruction: each group's posterior mean, in units
+        of its prior's sigma from the prior's mean."""
+        batch, parts = features[0].shape[0], []  # len() would fix the batch of an exported program
+        state = self.decoder.start(batch)
+        for i, group in enumerate(self.decoder.each()):
+            state = group.cells(self.decoder.state_before(i, state))
+            still = features[i].new_zeros(batch, *self.map_shapes[i])
+            z = group.infer(state, features[i], still, with_ratio=False).z
+            prior = normal_of(group.prior_raw(state, still))
+            parts.append(((z - prior.mean) / prior.sigma).flatten(1))
+            state = group.joined(state, z)
+        return torch.cat(parts, 1)
+
     def noise_of(self, group: int, latents: Tensor) -> Tensor:  # [B, z, h, w]
-        """Return the part of latents [B, D] that is a group's."""
+        """Return the part of latents [B, D] that belongs to group number `group`, as a map."""
         return latents.split(self.group_sizes, dim=1)[group].unflatten(1, self.map_shapes[group])
 
     def finish(self, state: Tensor) -> Tensor:  # [B, P, S, S]
-        """Return the preactivation of the last state, without the border."""
+        """Return the preactivation computed from the decoder's last state, without the border."""
         out = self.head(F.elu(self.decoder.outer(state)))
         border = self.border
         return at_least_float32(out[:, :, border : out.shape[2] - border, border : out.shape[3] - border])
 
     def decode(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """Turn latents [N, D] into preactivations by the priors, of `temperature` times their sigma."""
+        """Map standard normal latents [N, D] to preactivations, sampling from the priors; `temperature`
+        multiplies their sigma."""
         z = z.to(self.decoder.constant)
-        state = self.decoder.start(len(z))
+        state = self.decoder.start(z.shape[0])
         for i, group in enumerate(self.decoder.each()):
             state = group.cells(self.decoder.state_before(i, state))
             state = group.joined(state, group.generate(state, self.noise_of(i, z), temperature))
@@ -176,7 +202,8 @@ class NVAE(VAE):
         return self.to_image(self.decode(self.sample_latents(n, generator), temperature))
 
     def parts(self, kind: str) -> list[Part]:
-        """Return where in latents [N, D] each "scale" or "group" is, the smallest resolution first."""
+        """Return the name and the columns, in latents [N, D], of each "scale" or "group" (`kind`), smallest
+        resolution first."""
         counts = list(self.groups) if kind == "scale" else [1] * sum(self.layout.groups)
         sizes, parts, at, group = self.group_sizes, [], 0, 0
         for number, count in enumerate(counts, 1):
@@ -187,9 +214,10 @@ class NVAE(VAE):
         return parts
 
     def balance(self) -> list[float]:
-        """Return alpha of each group: 4^k over the groups of its scale k, as multiples of the least.
+        """Return the factor alpha of each group for KL balancing: 4^k / (number of groups of its scale k),
+        relative to the smallest.
 
-        KL balancing divides a group's factor by it; scale 0 is the smallest resolution.
+        KL balancing divides a group's factor by alpha; scale 0 is the smallest resolution.
         """
         alphas = [4**k / count for k, count in enumerate(self.groups)]
         return [
@@ -197,15 +225,16 @@ class NVAE(VAE):
         ]
 
     def penalised(self) -> Penalised:
-        """Return the layers whose norms `penalty` adds up."""
+        """Return the layers whose norms the penalty adds up."""
         return penalised_layers(self)
 
     def penalty(self, penalised: Penalised) -> Tensor:  # []
-        """Return the sum of the convolutions' largest singular values and of the BatchNorms' largest scales."""
+        """Return the sum of all convolutions' largest singular values and all BatchNorms' largest scales."""
         norms = self.singular.norms(penalised) + scale_norms(penalised)
         return torch.cat(norms).sum()
 
     def start_penalty(self) -> None:
-        """Find the singular vectors of the weights as they are now, before the first training step."""
+        """Initialise the estimates of the singular vectors from the present weights, before the first training
+        step."""
         with torch.no_grad():
             self.singular.norms(self.penalised(), FIRST_STEPS)

@@ -1,5 +1,5 @@
-"""Compute the norms that training keeps small: each convolution's largest singular value, each BatchNorm's
-scale."""
+"""Compute the norms that nvae's penalty keeps small: each convolution's largest singular value, each
+BatchNorm's largest scale."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ STEPS, FIRST_STEPS = 4, 40  # power iterations per training step, and before the
 
 
 class Penalised(NamedTuple):
-    """Hold the layers whose norms are penalised, those of one shape together."""
+    """Hold the layers whose norms are penalised, grouped by shape so that each group is computed at once."""
 
     convs: list[list[nn.Conv2d]]
     scales: list[list[nn.Parameter]]  # of BatchNorms
 
     def parameters(self) -> list[Tensor]:
-        """Return the parameters that the norms depend on."""
+        """Return the parameters that these norms depend on."""
         parameters: list[Tensor] = [p for group in self.scales for p in group]
         for conv in (conv for group in self.convs for conv in group):
             parameters += [conv.weight, conv.log_norm] if isinstance(conv, NormedConv2d) else [conv.weight]
@@ -31,7 +31,7 @@ class Penalised(NamedTuple):
 
 
 def penalised_layers(model: nn.Module) -> Penalised:
-    """Find all convolutions and BatchNorms of a model."""
+    """Collect all convolutions and BatchNorms of a model, grouped by shape."""
     convs: dict[tuple[int, int], list[nn.Conv2d]] = defaultdict(list)
     scales: dict[int, list[nn.Parameter]] = defaultdict(list)
     for module in model.modules():
@@ -44,12 +44,13 @@ def penalised_layers(model: nn.Module) -> Penalised:
 
 
 def matrix_shape(conv: nn.Conv2d) -> tuple[int, int]:
-    """Return the shape of a convolution's weight as a matrix: outputs, and all that one output reads."""
+    """Return the shape of a convolution's weight as a matrix: the number of outputs, and of inputs per
+    output."""
     return len(conv.weight), conv.weight[0].numel()
 
 
 def matrices(convs: Iterable[nn.Conv2d]) -> Tensor:  # [n, out, rest]
-    """Return the weights that multiply the inputs, as matrices."""
+    """Return the effective weights of convolutions of one shape, as a stack of matrices."""
     effective = [c.effective_weight() if isinstance(c, NormedConv2d) else c.weight for c in convs]
     return torch.stack([w.flatten(1) for w in effective])
 
@@ -70,7 +71,8 @@ class SingularVectors(nn.Module):
 
     @torch.no_grad()
     def iterate(self, i: int, weights: Tensor, steps: int) -> tuple[Tensor, Tensor]:  # [n, out], [n, rest]
-        """Bring the vectors of shape i nearer to those of `weights` [n, out, rest], in place; return them."""
+        """Improve the singular vectors of shape number i by power iteration on `weights` [n, out, rest], in
+        place; return them."""
         u, v = self.get_buffer(f"u_{i}"), self.get_buffer(f"v_{i}")
         left, right = u, v
         for _ in range(steps):
@@ -81,7 +83,10 @@ class SingularVectors(nn.Module):
         return left, right
 
     def norms(self, penalised: Penalised, steps: int = STEPS) -> list[Tensor]:  # a [n] per shape
-        """Return u W v of every convolution after some more iterations, differentiable in the weights."""
+        """Return the largest singular value of every convolution, as u W v, differentiable in the weights.
+
+        The vectors u and v are first improved by `steps` power iterations.
+        """
         norms = []
         for i, group in enumerate(penalised.convs):
             weights = matrices(group)
@@ -91,5 +96,5 @@ class SingularVectors(nn.Module):
 
 
 def scale_norms(penalised: Penalised) -> list[Tensor]:  # a [n] per width
-    """Return the largest absolute scale of every BatchNorm."""
+    """Return the largest absolute scale of every BatchNorm, one tensor [n] per width."""
     return [torch.stack(list(group)).abs().amax(1) for group in penalised.scales]

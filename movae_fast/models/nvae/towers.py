@@ -1,4 +1,4 @@
-"""Define the two ways through the hierarchy: the encoder to the smallest resolution, the decoder from there."""
+"""Define the encoder, which leads to the smallest resolution, and the decoder, which starts there."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ TOWER_EXPAND, OUTER_EXPAND = 6, 3  # of a decoder cell's width: between latents,
 
 
 class Encoder(nn.Module):
-    """Map images to one activation per group, in the order in which the decoder takes them.
+    """Map images to one activation per group, in the decoder's order: from the smallest resolution to the
+    largest.
 
-    That is from the smallest resolution up. The first activation has gone through one layer more.
+    The first activation has passed one layer more than the others.
     """
 
     def __init__(self, layout: Layout, image_channels: int) -> None:
@@ -87,16 +88,16 @@ class Decoder(nn.Module):
         self.up_before = {group: k for k, group in enumerate(starts)}
 
     def each(self) -> Iterator[Group]:
-        """Yield the groups in order."""
+        """Yield the groups in order, the smallest resolution first."""
         for group in self.groups:
             assert isinstance(group, Group)
             yield group
 
     def start(self, batch: int) -> Tensor:  # [B, width, h, w]
-        """Return the constant, once per image."""
+        """Return the decoder's first state, a learned constant, expanded to a batch."""
         return self.constant.expand(batch, -1, -1, -1)
 
     def state_before(self, group: int, state: Tensor) -> Tensor:
-        """Return the state at the resolution of a group."""
+        """Return the state at the resolution of a group, doubling its side if the group starts a new scale."""
         up = self.up_before.get(group)
         return state if up is None else self.ups[up](state)

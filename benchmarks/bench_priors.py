@@ -1,0 +1,82 @@
+"""Time a transformer over 16x16 codes: sampling with and without its cache, and a step against an eager loop.
+
+pytest benchmarks/bench_priors.py --benchmark-only
+
+Without a cache the network runs over the whole sequence for each place, which is what pythae's and MO-VAE's
+samplers do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Call, interleaved, record_ratios
+from movae_fast.priors.codes import Grid
+from movae_fast.priors.config import PriorConfig
+from movae_fast.priors.draw_codes import draw_codes, draw_codes_again
+from movae_fast.priors.step import PriorStep
+from movae_fast.priors.transformer import CausalPrior, build_causal
+from movae_fast.training.world import World
+
+GRIDS, IMAGES, BATCH = (Grid(16, 16, 512),), 8, 8
+CONFIG = PriorConfig("transformer", width=128, depth=4, dropout=0.0, steps=1000, compile="off")
+
+
+def prior() -> CausalPrior:
+    """Return the transformer that is measured."""
+    torch.manual_seed(0)
+    return build_causal(CONFIG, GRIDS, 0)
+
+
+def sampling() -> dict[str, Call]:
+    """Return, by implementation, the drawing of the codes of 8 images."""
+    made, uniform = prior().eval(), torch.rand(IMAGES, 256, generator=torch.Generator().manual_seed(0))
+    return {
+        "with the cache": lambda: draw_codes(made, uniform),
+        "without": lambda: draw_codes_again(made, uniform),
+    }
+
+
+def steps() -> dict[str, Call]:
+    """Return, by implementation, a step on the codes of 8 images: loss, gradient, clipping, AdamW, average."""
+    codes = torch.randint(512, (BATCH, 256), generator=torch.Generator().manual_seed(0))
+    label, draws = torch.zeros(BATCH, dtype=torch.int64), torch.zeros(BATCH, 1)
+    step = PriorStep(CONFIG, prior(), torch.device("cpu"), World())
+    return {"movae": lambda: step(500, codes, label, draws), "eager loop": eager_loop(codes, label, draws)}
+
+
+def eager_loop(codes: Tensor, label: Tensor, draws: Tensor) -> Call:
+    """Return the step as a loop of one's own has it, with torch's parts and their defaults."""
+    made = prior()
+    optimizer = torch.optim.AdamW(made.parameters(), 3e-4, betas=(0.9, 0.95))
+    average = torch.optim.swa_utils.AveragedModel(
+        made, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        made.loss(codes, label, draws).backward()
+        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(made)
+
+    return step
+
+
+def test_sampling(benchmark: Any) -> None:
+    """Time both in turn, and record images per second."""
+    benchmark.group = "sampling codes 16x16, 8 images"
+    calls = sampling()
+    medians = interleaved(calls, 3)
+    benchmark.extra_info["images_per_s"] = {name: 1000 * IMAGES / ms for name, ms in medians.items()}
+    record_ratios(benchmark, "16x16", medians, "without", lambda _: "without")
+    benchmark.pedantic(calls["with the cache"], rounds=3)
+
+
+def test_step(benchmark: Any) -> None:
+    """Time both in turn."""
+    benchmark.group = "a step of a transformer over codes 16x16"
+    calls = steps()
+    record_ratios(benchmark, "step", interleaved(calls, 7), "eager-loop", lambda _: "eager loop")
+    benchmark.pedantic(calls["movae"], rounds=3)

@@ -1,0 +1,117 @@
+"""Write the card of a trained model: what it is, how to use it, its settings, its scores and their protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from movae_fast.api.trained_model import LoadedModel
+from movae_fast.training.log_lines import read_lines
+
+FIGURE = "reconstructions.png"  # beside the card
+MARK = "<!-- movae-fast -->"  # in every card of ours
+
+
+def figure_of(folder: Path) -> Path | None:
+    """Return the run's newest picture of reconstructions, None where it has none."""
+    own = folder / FIGURE
+    if own.is_file():  # of an exported model that is exported again
+        return own
+    pictures = sorted((folder / "figures").glob("reconstructions_*.png"), key=lambda p: p.stat().st_mtime_ns)
+    return pictures[-1] if pictures else None
+
+
+def card_of(model: LoadedModel) -> str:
+    """Return the card as Markdown with the front matter that huggingface.co reads."""
+    config = model.config
+    front = {
+        "library_name": "movae-fast",
+        "tags": ["vae", "multi-objective", config.model.arch],
+        "datasets": [config.data.dataset],
+    }
+    head = yaml.safe_dump(front, sort_keys=False)
+    picture = ["", f"![Originals above their reconstructions]({FIGURE})"] if figure_of(model.folder) else []
+    return "\n".join(
+        [
+            f"---\n{head}---",
+            MARK,
+            f"# {config.model.arch} on {config.data.dataset}",
+            "",
+            *summary(model),
+            *picture,
+            "",
+            "## Use",
+            "",
+            *usage(model),
+            "",
+            *scores(model),
+            "## Settings",
+            "",
+            "```yaml",
+            yaml.safe_dump(given_settings(model), sort_keys=False).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def summary(model: LoadedModel) -> list[str]:
+    """Return a paragraph on the model: size, data, objectives and how they were brought together."""
+    config, size = model.config, sum(p.numel() for p in model.network.parameters())
+    objectives = ", ".join(model.network.objectives)
+    how = "added up" if config.objective.agg == "sum" else f"aggregated by {config.objective.agg}"
+    what = "sentences" if config.is_text else "images of " + "x".join(map(str, config.image_shape))
+    return [
+        f"A variational autoencoder of {what} with {size:,} parameters, trained by movae-fast. Its objectives "
+        f"({objectives}) were {how}.",
+    ]
+
+
+def usage(model: LoadedModel) -> list[str]:
+    """Return the lines that load the model from this folder."""
+    what = "sentences" if model.config.is_text else "images [16, C, S, S] in [0, 1]"
+    return [
+        "```python",
+        "import movae_fast",
+        "",
+        'model = movae_fast.load("path/to/this/folder")',
+        f"samples = model.sample(16, seed=0)  # {what}",
+        "latents = model.encode(samples)",
+        "```",
+    ]
+
+
+def scores(model: LoadedModel) -> list[str]:
+    """Return a section with the last evaluation on the test split; nothing where the run is not at hand."""
+    lines = [line for line in read_lines(model.folder / "metrics.jsonl") if "test/loss" in line]
+    if not lines:
+        return []
+    last = lines[-1]
+    rows = [
+        f"| {name.removeprefix('test/').replace('_', ' ')} | {value:.5g} |"
+        for name, value in last.items()
+        if name.startswith("test/") and isinstance(value, int | float)
+    ]
+    used = model.config.data.limit_test
+    images = f"{used:,} evenly spaced images of the test split" if used else "the whole test split"
+    return [
+        "## Scores",
+        "",
+        f"Measured by training's own evaluation at step {last['step']:,}, on {images} of "
+        f"{model.config.data.dataset}, seed {model.config.run.seed}. Objectives are unweighted; loss is their "
+        "weighted sum.",
+        "",
+        "| test split | value |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def given_settings(model: LoadedModel) -> dict[str, Any]:
+    """Return the settings that are not the defaults."""
+    flat, defaults = model.config.flat(), type(model.config)().flat()
+    left_out = ("resume", "exp_dir", "export", "data_dir", "save_path", "device")
+    return {k: v for k, v in flat.items() if v != defaults[k] and k not in left_out}

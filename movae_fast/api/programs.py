@@ -1,0 +1,173 @@
+"""Cut a trained model into programs that other runtimes can run: encoder, decoder, quantizer, lookup.
+
+Each is a module of plain torch whose inputs and outputs have names and whose batch may have any size. Images
+are [N, C, S, S] in [0, 1]. A multi-rate model's programs take beta, [1], as their last input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from movae_fast.api.sentence_model import SentenceModel
+from movae_fast.api.trained_model import LoadedModel, TrainedModel
+from movae_fast.choices import BEGIN, END, PAD
+from movae_fast.data import to_unit
+from movae_fast.models import LSTMVAE, NVAE, VAE, CodebookVAE
+from movae_fast.names import ArgumentError
+
+EXAMPLES = 2  # images of the example inputs; the batch is dynamic
+
+
+@dataclass(frozen=True)
+class Program:
+    """Hold a part of a model, examples of its inputs and the names of what goes in and comes out."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]  # by the names of `module.forward`'s arguments
+    outputs: tuple[str, ...]
+    # Of each input, the names of its dimensions that may have any size, by their number.
+    dynamic: dict[str, dict[int, str]]
+
+
+class Part(nn.Module):
+    """Hold the network of a program, and the beta that it computes at."""
+
+    def __init__(self, network: VAE, normalize: bool = False) -> None:
+        super().__init__()
+        self.network, self.normalize = network, normalize
+
+    def at(self, beta: Tensor | None) -> None:
+        """Compute at a beta [1] from here on; None leaves a model with one rate as it is."""
+        if beta is not None:
+            assert self.network.rates is not None
+            self.network.rates.evaluated = beta.log()
+
+
+class Encoder(Part):
+    """Turn images into latents: of a Gaussian posterior into its mean and log-variance."""
+
+    def forward(self, images: Tensor, beta: Tensor | None = None) -> Any:
+        self.at(beta)
+        features = self.network.encode(2 * images - 1 if self.normalize else images)
+        if isinstance(self.network, NVAE):
+            return self.network.latents_of(features)
+        return features if self.network.latents == "vector" else features[0]
+
+
+class Decoder(Part):
+    """Turn latents, or codewords, into images."""
+
+    def forward(self, latents: Tensor, beta: Tensor | None = None) -> Tensor:
+        self.at(beta)
+        return to_unit(self.network.to_image(self.network.decode(latents)), self.normalize)
+
+
+class Quantizer(Part):
+    """Turn an encoder's output into its codewords and their codes [N, *code_shape]."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.network, CodebookVAE)
+        coded = self.network.quantize(latents)
+        return coded.codewords, coded.codes
+
+
+class Lookup(Part):
+    """Turn codes [N, *code_shape] into codewords, which the decoder reads."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        assert isinstance(self.network, CodebookVAE)
+        return self.network.lookup(codes)
+
+
+class SentenceEncoder(nn.Module):
+    """Turn tokens [N, T] into the mean and the log-variance of each sentence's posterior."""
+
+    def __init__(self, network: LSTMVAE) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network.encode(tokens)
+
+
+class SentenceStart(SentenceEncoder):
+    """Turn latents [N, D] into the decoder's state before the first word."""
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network.decoder.start(latents)
+
+
+class SentenceStep(SentenceEncoder):
+    """Read one more word [N] of each sentence: the logits [N, V] of the next one, and the new state."""
+
+    def forward(  # type: ignore[override]
+        self, words: Tensor, latents: Tensor, output: Tensor, cell: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, (output, cell) = self.network.decoder.step(words, latents, (output, cell))
+        return logits, output, cell
+
+
+def programs_of(model: LoadedModel) -> list[Program]:
+    """Return a model's programs. Raises ArgumentError, which names the part, for what cannot be one."""
+    if isinstance(model, SentenceModel):
+        return sentence_programs(model)
+    assert isinstance(model, TrainedModel)
+    network, normalize = model.network, model.config.data.normalize
+    images = torch.rand(EXAMPLES, *model.image_shape, device=model.device)
+    latents = torch.randn(EXAMPLES, *model.latent_shape, device=model.device)
+    rate = {} if network.rates is None else {"beta": torch.ones(1, device=model.device)}
+    of_encoder = ("mean", "log_variance") if network.latents == "vector" else ("latents",)
+    made = [
+        program("encoder", Encoder(network, normalize), {"images": images, **rate}, of_encoder),
+        program("decoder", Decoder(network, normalize), {"latents": latents, **rate}, ("images",)),
+    ]
+    if isinstance(network, CodebookVAE):
+        codes = torch.zeros(EXAMPLES, *network.code_shape, dtype=torch.int64, device=model.device)
+        outputs = ("codewords", "codes")
+        made.append(program("quantizer", Quantizer(network), {"latents": latents}, outputs))
+        made.append(program("lookup", Lookup(network), {"codes": codes}, ("codewords",)))
+    return made
+
+
+def sentence_programs(model: SentenceModel) -> list[Program]:
+    """Return the programs of a model of sentences: encoder, the decoder's start and its step."""
+    network = model.network
+    assert isinstance(network, LSTMVAE)
+    if network.rates is not None:
+        raise ArgumentError("part encoder: a multi-rate model of sentences cannot be exported as a program")
+    if network.sizes.both_states:
+        raise ArgumentError(
+            "part encoder: this preset's LSTM reads packed sequences, which torch.export cannot trace; presets "
+            "lagging and synthetic can be exported, and every model as safetensors"
+        )
+    z, hidden = torch.randn(EXAMPLES, network.latent_dim, device=model.device), network.sizes.hidden
+    tokens = torch.tensor([[BEGIN, 5, 6, END], [BEGIN, 7, END, PAD]], device=model.device).clamp(
+        max=network.words - 1
+    )
+    state = torch.zeros(1, EXAMPLES, hidden, device=model.device)
+    step = {"words": tokens[:, 0].contiguous(), "latents": z, "output": state, "cell": state.clone()}
+    batch = {name: {1 if name in ("output", "cell") else 0: "batch"} for name in step}
+    outputs = ("logits", "new_output", "new_cell")
+    read = Program(
+        "encoder",
+        SentenceEncoder(network),
+        {"tokens": tokens},
+        ("mean", "log_variance"),
+        {"tokens": {0: "batch", 1: "length"}},
+    )
+    return [
+        read,
+        program("start", SentenceStart(network), {"latents": z}, ("output", "cell")),
+        Program("step", SentenceStep(network), step, outputs, batch),
+    ]
+
+
+def program(name: str, module: nn.Module, inputs: dict[str, Tensor], outputs: tuple[str, ...]) -> Program:
+    """Return a program whose inputs but beta are of any number of images."""
+    dynamic: dict[str, dict[int, str]] = {key: {} if key == "beta" else {0: "batch"} for key in inputs}
+    return Program(name, module.eval(), inputs, outputs, dynamic)

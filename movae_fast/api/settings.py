@@ -1,0 +1,59 @@
+"""Make a configuration of a recipe, a file or settings by name, as a Python program gives them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from movae_fast.names import ArgumentError, nearest
+from movae_fast.training.config import SECTIONS, TrainConfig
+from movae_fast.training.config_files import flag_types, read_config, typed
+
+Config = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Raise the block's ValueErrors as ArgumentErrors that name a setting as a program does, without dashes."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError or not str(error).startswith("--"):
+            raise
+        raise ArgumentError(str(error).removeprefix("--")) from None
+
+
+def settings(config: Config | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are given, by name: those of `config` under the overrides.
+
+    config: a recipe's name, a YAML file, settings by name, a whole configuration, or None. Raises ArgumentError
+    for a name that is no setting and for a value of another type.
+    """
+    kinds = flag_types(list(SECTIONS.values()))
+    if config is None:
+        given: Mapping[str, Any] = {}
+    elif isinstance(config, TrainConfig):
+        given = config.flat()
+    elif isinstance(config, Mapping):
+        given = config
+    elif isinstance(config, str | os.PathLike):
+        given = read_config(os.fspath(config), kinds)
+    else:
+        raise ArgumentError(
+            f"config {config!r:.80}: give a recipe's name, a YAML file, settings by name or a TrainConfig"
+        )
+    values = {**given, **overrides}
+    for name in values:
+        if name not in kinds:
+            raise ArgumentError(f"{name}: no such setting{nearest(str(name), kinds)}")
+    return {name: typed(name, plain(value), kinds[name]) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """Return a value as a file of settings would hold it: paths as text, tuples as lists."""
+    if isinstance(value, Path):
+        return str(value)
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value

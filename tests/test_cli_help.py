@@ -1,0 +1,85 @@
+"""Help by task, the commented settings file, and completion in a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from movae_fast.cli import COMMANDS, TASKS, flag_texts, main, train_help, usage
+from movae_fast.cli.flags import train
+from movae_fast.models import MODELS
+from movae_fast.training.config import SECTIONS, TrainConfig
+
+
+def test_every_command_stands_under_one_task() -> None:
+    listed = [name for names in TASKS.values() for name in names]
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= set(COMMANDS)
+    shown = [line.split()[0] for line in usage().splitlines() if line.startswith("  ")]
+    assert sorted(shown) == sorted(COMMANDS)
+
+
+def test_the_short_help_is_short_and_has_the_names(capsys) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 90
+    assert all(len(line) <= 100 for line in shown.splitlines())
+    assert all(name in shown for name in ("upgrad", "fashion_mnist", "--help-all", *MODELS))
+    flags = [name for names in train_help.TASKS.values() for name in names]
+    assert len(flags) == len(set(flags))
+    assert "(vae\n" not in shown  # a remark is left out whole
+
+
+def test_every_flag_has_a_text() -> None:
+    texts = flag_texts.flag_texts(list(SECTIONS.values()))
+    assert set(texts) == {f.name for section in SECTIONS.values() for f in dataclasses.fields(section)}
+    assert texts["limit_test"] == "Use this many evenly spaced test images; 0 means all."
+
+
+@pytest.mark.parametrize("recipe", [None, "demo", "provlae/mpi3d_toy"])
+def test_the_settings_file_is_the_configuration(recipe, tmp_path: Path, monkeypatch, capsys) -> None:
+    """What is read back of it, by the parser of `movae train`, is what it was written from."""
+    monkeypatch.chdir(tmp_path)
+    if recipe is not None and recipe != "demo":
+        from movae_fast.training.config_files import recipe_names
+
+        recipe = next(name for name in recipe_names() if name.startswith("provlae/"))
+    assert main(["init", "my.yaml", *(["--recipe", recipe] if recipe else [])]) == 0
+    read = train.parse(["--config", "my.yaml"])
+    expected = train.parse(["--config", recipe] if recipe else [])
+    assert read.config.flat() == expected.config.flat()
+    text = Path("my.yaml").read_text()
+    assert "# Learning rate.\nlr: " in text
+    assert "\n# latent_dim: null\n" in text or recipe is not None
+    assert set(yaml.safe_load(text)) <= set(TrainConfig().flat())
+    assert main(["init", "my.yaml"]) == 2
+    assert "exists and is not overwritten" in capsys.readouterr().err
+    assert Path("my.yaml").read_text() == text
+
+
+def test_completion_in_bash(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "movae.bash"
+    script.write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(f'"{w}"' for w in words)
+        code = (
+            f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_movae; "
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+        return set(done.stdout.split())
+
+    assert completed("movae", "ev") == {"evaluate"}
+    assert "--latent_dim" in completed("movae", "train", "--lat")
+    assert completed("movae", "train", "--agg", "upg") == {"upgrad"}
+    assert "onnx" in completed("movae", "export", "--format", "on")
+    for shell in ("zsh", "tcsh"):
+        assert main(["completion", shell]) == 0
+        assert "upgrad" in capsys.readouterr().out
