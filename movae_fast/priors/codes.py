@@ -60,7 +60,8 @@ def images_of(model: VAE, codes: Tensor) -> Tensor:  # [B, C, S, S] in the model
 
 
 def usage_bits(codes: np.ndarray, grids: Sequence[Grid], fitted_on: np.ndarray) -> float:
-    """Return the bits per code of sequences [N, T] under the frequencies of codes in `fitted_on` [M, T], per map.
+    """Return the bits per code of sequences [N, T] under the frequencies of the
+    codes `fitted_on` [M, T], map by map.
 
     1 is added to every count. This is the cost of codes that are coded independently of each other and of their
     position, as a baseline for priors.
