@@ -104,7 +104,7 @@ def of_images(
     )
     if network is not None:
         shown = partial(track, console=console, transient=True)
-        found = set_scores(
+        of_sets = set_scores(
             trained,
             model,
             network,
@@ -117,8 +117,8 @@ def of_images(
             source,
             shown,
         )
-        report.metrics |= found.metrics
-        report.conditions = found.conditions
+        report.metrics |= of_sets.metrics
+        report.conditions = of_sets.conditions
     return report
 
 
