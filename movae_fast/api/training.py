@@ -13,7 +13,7 @@ from movae_fast.api import notebook
 from movae_fast.api.settings import Config, naming_arguments, settings
 from movae_fast.api.trained_run import TrainedRun
 from movae_fast.names import ArgumentError
-from movae_fast.run_pictures import draw_missing, draw_run
+from movae_fast.run_pictures import draw_missing, draw_run, show_run
 from movae_fast.training.callbacks import Callbacks, nothing
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_settings, validate, without_export
@@ -97,7 +97,7 @@ def trained(work: Run, progress: bool) -> TrainedRun:
         draw_run(run, tag)
         tags.append(tag)
 
-    work.draw = draw
+    work.draw, work.show = draw, show_run
     try:
         draw_missing(work)
         if not work.ended:
