@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,10 +309,14 @@ def colour(k: int) -> str:
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, set up to draw without a screen and with the colours in `PALETTE`."""
+    """Return matplotlib's pyplot, set up to draw without a screen and with the colours in `PALETTE`.
+
+    A program that has chosen where its own plots go, and a notebook, keep that.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")
+    if not {"matplotlib.pyplot", "ipykernel"} & sys.modules.keys():
+        matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)

@@ -146,3 +146,19 @@ def test_the_map_alone_is_kept():
 def test_errors_show_the_operand(error, text, arguments):
     with pytest.raises(error, match=text):
         ops.norm_swish(*arguments)
+
+
+def test_an_extension_of_an_older_build_is_said_once(monkeypatch):
+    """Sources that were updated without a new build still train, in plain torch."""
+    leaves, _ = problem((2, 3, 4, 4), "example")
+    expected = ops.norm_swish(*leaves)
+    monkeypatch.setattr(extension, "csrc", object())
+    extension.lacks.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"older than this package .*norm_swish_f32.*pip install -e \."
+    ) as caught:
+        got = [ops.norm_swish(*leaves) for _ in range(2)]
+    extension.lacks.cache_clear()
+    assert len(caught) == 1
+    for mine, theirs in zip(got[0], expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

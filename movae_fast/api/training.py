@@ -91,12 +91,11 @@ def start(given: dict[str, Any]) -> Run:
 def trained(work: Run, progress: bool) -> TrainedRun:
     """Fit and return the run; its logs are closed whatever happens."""
     shown = progress and work.world.main
-    pictures = notebook.Pictures() if shown and notebook.running() else None
+    tags: list[str] = []
 
     def draw(run: Run, tag: str) -> None:
         draw_run(run, tag)
-        if pictures is not None:
-            pictures.show(run.folder, tag)
+        tags.append(tag)
 
     work.draw, work.show = draw, show_run
     try:
@@ -104,6 +103,8 @@ def trained(work: Run, progress: bool) -> TrainedRun:
         if not work.ended:
             with Bar(work, Console(quiet=not shown)) as bar:
                 fit(work, bar)
+        if tags and shown and notebook.running():  # below the bar, which may swallow what is shown meanwhile
+            notebook.show_pictures(work.folder, tags[-1])
         if work.config.run.export is not None and work.world.main:
             work.export(Path(work.config.run.export))
         return TrainedRun(work.folder)

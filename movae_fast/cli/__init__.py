@@ -70,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Search for no garbage meanwhile: what torch imports is 160,000 objects, and all of them stay.
+    """Disable garbage collection inside a `with` block: importing torch makes 160,000 objects, all of which
+    stay.
 
-    This and the freezing in `main` are a quarter of the CPU time of a process that imports torch and ends, as
-    one does that refuses its flags.
+    Together with the freezing in `main` this saves a quarter of the CPU time of a process that imports torch
+    and ends at once, as one that refuses its flags does.
     """
     enabled = gc.isenabled()
     gc.disable()

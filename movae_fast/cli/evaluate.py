@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,25 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from movae_fast.cli.flags.evaluate import EvaluateConfig
 from movae_fast.cli.trained import choose_beta
-from movae_fast.evaluation.inception import load_inception
-from movae_fast.evaluation.measure import Report, inception_distances, measure
+from movae_fast.evaluation.feature_networks import inception_network, load_network
+from movae_fast.evaluation.measure import Report, measure
 from movae_fast.evaluation.metric_choice import chosen_metrics
-from movae_fast.evaluation.metric_names import named
+from movae_fast.evaluation.metric_names import ON_SETS, named
+from movae_fast.evaluation.set_scores import Draw, check_count, set_scores
 from movae_fast.evaluation.text_report import ON_TEXT, measure_sentences
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.files import free_path
 from movae_fast.models import LSTMVAE, VAE
+from movae_fast.objectives.perceptual import load_lpips
 from movae_fast.plots import evaluation_plot
-from movae_fast.training.build import load_model
+from movae_fast.priors.base import find_prior, load_prior
+from movae_fast.priors.choice import Choice
+from movae_fast.priors.sampling import prior_images
+from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
@@ -49,6 +56,8 @@ def run(config: EvaluateConfig) -> int:
     else:
         report = of_images(config, trained, model, device, size, console)
     console.print(table(trained, report))
+    if report.conditions:
+        console.print(beside(report), highlight=False, soft_wrap=True)
     folder = Path(config.save_dir) if config.save_dir else folder_of(Path(config.weights)) / "evaluation"
     for path in write(folder, config, trained, report):
         console.print(str(path), highlight=False, soft_wrap=True)
@@ -56,7 +65,8 @@ def run(config: EvaluateConfig) -> int:
 
 
 def of_sentences(config: EvaluateConfig, trained: TrainConfig, model: LSTMVAE, device: torch.device) -> Report:
-    """Measure a model of sentences. Raises ValueError for what only images have."""
+    """Return the metrics of a text model. Raises ValueError for a metric or flag that applies to images
+    only."""
     if config.fid_weights:
         raise ValueError("--fid_weights: FID and KID are of images; leave it out")
     names = list(ON_TEXT) if config.metrics in ("auto", "all") else named(config.metrics)
@@ -74,19 +84,81 @@ def of_sentences(config: EvaluateConfig, trained: TrainConfig, model: LSTMVAE, d
 def of_images(
     config: EvaluateConfig, trained: TrainConfig, model: VAE, device: torch.device, size: int, console: Console
 ) -> Report:
-    """Measure a model of images, `size` of them at a time."""
+    """Return the metrics of an image model, evaluated on `size` images at a time."""
     if config.oracle:
         raise ValueError("--oracle is for runs on lstm_text, whose true likelihood is known; leave it out")
     names = chosen_metrics(config.metrics, trained, model, config.iw)
-    inception = load_inception(Path(config.fid_weights).expanduser(), device) if config.fid_weights else None
-    report = measure(trained, model, names, device, config.samples, config.seed, config.iw, config.iw_images)
-    if inception is not None:
+    network = None
+    if config.fid_weights:
+        network = inception_network(Path(config.fid_weights).expanduser(), device)
+    elif config.feature_network:
+        network = load_network(config.feature_network, device)
+    scores = [name for name in names if name in ON_SETS]
+    if network is not None and scores:  # before work; those that nobody named are given for any number
+        check_count(scores, fewest_images(config, trained, device), network.width)
+    source, draw = samples_of(config, trained, model)
+    others = [name for name in names if name not in ON_SETS]
+    lpips = load_lpips(Path(config.lpips_weights).expanduser(), device) if config.lpips_weights else None
+    report = measure(
+        trained, model, others, device, config.samples, config.seed, config.iw, config.iw_images, lpips
+    )
+    if network is not None:
         shown = partial(track, console=console, transient=True)
-        count = config.fid_images
-        report.metrics |= inception_distances(
-            trained, model, inception, device, count, size, config.seed, shown
+        of_sets = set_scores(
+            trained,
+            model,
+            network,
+            scores or ["fid", "kid"],
+            device,
+            config.fid_images,
+            size,
+            config.seed,
+            draw,
+            source,
+            shown,
         )
+        report.metrics |= of_sets.metrics
+        report.conditions = of_sets.conditions
     return report
+
+
+def fewest_images(config: EvaluateConfig, trained: TrainConfig, device: torch.device) -> int:
+    """Return how many images of each kind will be compared."""
+    return min(config.fid_images, len(make_loader(trained, device, "test").source))
+
+
+def samples_of(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> tuple[str, Draw | None]:
+    """Return where samples come from, in words, and how to draw them; None of codes without a fitted prior.
+
+    Codes that are drawn by their usage alone are no samples of a model. Raises ValueError for a prior that does
+    not fit.
+    """
+    may = model.latents != "hierarchy"
+    path = find_prior(folder_of(Path(config.weights)), config.prior) if may else None
+    if path is None and model.latents == "codebook":
+        return "none: codes have no fitted prior (movae prior RUN fits one)", None
+    if path is None:
+
+        def from_model(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+            for first in range(0, n, size):
+                yield model.sample(min(size, n - first), generator)
+
+        return "the model's own prior", from_model
+    fitted, prior = load_prior(path, trained, model)
+
+    def from_prior(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        return prior_images(model, prior, fitted.kind, n, size, generator, Choice())
+
+    return f"the prior {path}", from_prior
+
+
+def beside(report: Report) -> str:
+    """Return what scores of sets have to be read with, in one line."""
+    c = report.conditions
+    return (
+        f"scores of {c['images']:,} images each; reference: {c['reference']}; features: {c['features']} "
+        f"({str(c['features_sha256'])[:12]}), resized by: {c['resizer']}; samples: {c['samples']}"
+    )
 
 
 def table(trained: TrainConfig, report: Report) -> Table:
@@ -110,6 +182,7 @@ def write(folder: Path, config: EvaluateConfig, trained: TrainConfig, report: Re
         "seed": config.seed,
         **({"beta": config.beta} if config.beta is not None else {}),
         "figures": report.metrics,
+        **({"scores": report.conditions} if report.conditions else {}),
     }
     if report.mutual is not None:
         content |= {

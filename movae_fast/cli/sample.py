@@ -195,8 +195,8 @@ def sample(job: Job, folder: Path) -> list[Path]:
 
 
 def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
-    """Return images drawn from the prior that was fitted to the run, and say so; None if there is none to
-    use."""
+    """Return images drawn from the prior that was fitted to the run, and report which prior it is; None without
+    one."""
     if job.prior is None:
         return None
     c, (path, kind, prior) = job.config, job.prior
@@ -208,15 +208,17 @@ def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
 
 
 def choice_of(config: SampleConfig) -> Choice:
-    """Return how the flags say that codes are drawn."""
+    """Return from the flags how codes are drawn from a prior's logits."""
     top_k = config.top_k if config.decoding == "top_k" else 0
     top_p = config.top_p if config.decoding == "nucleus" else 1.0
     return Choice(config.temperature, top_k, top_p, config.guidance)
 
 
 def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> FittedPrior | None:
-    """Return the prior to draw from, or None. Raises ValueError for one that does not fit, and for flags that
-    need one."""
+    """Return the fitted prior that the flags ask for, or None to sample without one.
+
+    Raises ValueError for a prior that does not fit the model, and for flags that need a prior if there is none.
+    """
     run = folder_of(Path(config.weights))
     may = config.mode == "sample" and not trained.is_text and model.latents != "hierarchy"
     path = find_prior(run, config.prior) if may else None
@@ -238,7 +240,7 @@ def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> Fit
 
 
 def say(text: str) -> None:
-    """Write a line for the user to standard error; standard output has the paths alone."""
+    """Write a line to stderr, so that stdout holds only the paths of files."""
     print(f"movae sample: {shown(text)}", file=sys.stderr)
 
 

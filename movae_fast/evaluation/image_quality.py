@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from movae_fast.data import to_unit
 from movae_fast.models import VAE
+from movae_fast.objectives.perceptual import LPIPS
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
 # Wang et al. 2004, for images in [0, 1]: the window and the two constants that keep quotients finite.
@@ -96,3 +97,14 @@ def ssim_terms(
     covariance = local_mean(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
     return luminance, (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
+
+
+@torch.no_grad()
+def mean_lpips(model: VAE, batches: Iterable[tuple[Tensor, Tensor]], normalize: bool, lpips: LPIPS) -> float:
+    """Return the mean LPIPS of images and their reconstructions by posterior means or codes."""
+    total, count = 0.0, 0
+    for x, _ in batches:
+        images = to_unit(model.reconstruct(x), normalize).clamp(0, 1)
+        total += float(lpips(images, to_unit(x, normalize)).double().sum())
+        count += len(x)
+    return total / count

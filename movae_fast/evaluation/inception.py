@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -49,8 +49,8 @@ def load_inception(path: Path, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def features_of(inception: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Return the Inception features [N, 2048] of batches of images [B, C, H, W] in [0, 1], with one or three
+def features_of(inception: Callable[[Tensor], tuple[Tensor, ...]], batches: Iterable[Tensor]) -> Tensor:
+    """Return a network's features [N, F] of batches of images [B, C, H, W] in [0, 1], with one or three
     channels.
 
     Images are first rounded to 8-bit pixels.

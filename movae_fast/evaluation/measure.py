@@ -1,9 +1,9 @@
-"""Measure a trained model by named metrics: objectives, bounds, image quality, disentanglement, FID and KID."""
+"""Measure a trained model by metrics with names: objectives, bounds, image quality, disentanglement."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from movae_fast.choices import LatentKind, ReconsDist
-from movae_fast.data import Loader, to_unit
+from movae_fast.data import Loader
 from movae_fast.data.text import TextLoader
 from movae_fast.evaluation import hierarchy, image_quality, likelihood
 from movae_fast.evaluation.code_depth import depth_curve
 from movae_fast.evaluation.disentanglement import METRICS, NEED_TEST_CODES, Codes
-from movae_fast.evaluation.inception import distances, features_of
+from movae_fast.evaluation.metric_names import ON_SETS
 from movae_fast.models import NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
-from movae_fast.training.build import make_loader
+from movae_fast.objectives.perceptual import LPIPS
+from movae_fast.training.build import build_perceptual, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import evaluate
 
@@ -37,11 +38,14 @@ class Report:
     rates_of: str = "latent"
     mutual: np.ndarray | None = None  # [D, F] I(z; v) / H(v)
     estimators: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, str | int] = field(default_factory=dict)  # of scores of sets of images
 
 
 def applies(name: str, latents: LatentKind, factors: bool) -> bool:
     """Return whether the metric `name` is defined for a model with such latents, on data with or without known
     factors."""
+    if name in ON_SETS:
+        return True
     if name in METRICS:
         return latents == "vector" and factors
     if name == "depth":
@@ -58,6 +62,7 @@ def measure(
     seed: int = 0,
     iw: int = 0,
     iw_images: int = 256,
+    lpips: LPIPS | None = None,
 ) -> Report:
     """Compute the named metrics of a model in evaluation mode, on the data that its configuration names.
 
@@ -65,6 +70,8 @@ def measure(
     bound, computed for `iw_images` test images; 0 leaves it out. Raises ArgumentError for more samples than
     there are images.
     """
+    if sets := [name for name in names if name in ON_SETS]:
+        raise ArgumentError(f"metrics {sets[0]} compares sets of images: `movae evaluate` computes it")
     report = Report()
     on_factors = [n for n in names if n in METRICS]
     if on_factors:
@@ -85,6 +92,10 @@ def measure(
             report.metrics[f"iw_bits_per_dim_{iw}"] = bits
     if "images" in names:
         report.metrics |= image_quality.image_quality(model, loader.epoch(), loader.normalize, device)
+    if "lpips" in names:
+        if lpips is None:
+            raise ArgumentError("metrics lpips needs VGG16's weights, lpips_weights")
+        report.metrics["lpips"] = image_quality.mean_lpips(model, loader.epoch(), loader.normalize, lpips)
     if "depth" in names:
         assert isinstance(model, CodebookVAE)
         report.metrics |= depth_curve(model, loader.epoch(), loader.normalize)
@@ -149,9 +160,13 @@ def measure_objectives(trained: TrainConfig, model: VAE, loader: Loader, seed: i
         trained.reduction,
         n_data=n_data,
         tc_estimator=objective.tc_estimator,
+        mmd_kernel=objective.mmd_kernel,
+        perceptual=build_perceptual(trained, device=loader.device),
+        dip_variances="dip_ii" in objective.extra_objectives,
     )
     metrics = evaluate(model, losses, loader, seed)
-    return {name.removeprefix("test/"): value for name, value in metrics.items()}
+    # What needs the discriminator of training, and so the weighted sum, is unknown here.
+    return {name.removeprefix("test/"): value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(count, N)] int64
@@ -159,46 +174,6 @@ def spaced_rows(loader: Loader | TextLoader, count: int) -> Tensor:  # [min(coun
     total = len(loader.source)
     n = min(count, total)
     return torch.arange(n) * total // n
-
-
-def inception_distances(
-    trained: TrainConfig,
-    model: VAE,
-    inception: torch.nn.Module,
-    device: torch.device,
-    count: int,
-    batch_size: int,
-    seed: int,
-    shown: Callable[[Iterable[Tensor], str, int], Iterable[Tensor]] = lambda images, kind, batches: images,
-) -> dict[str, float]:
-    """Return FID and KID between evenly spaced test images and the model's reconstructions of them, and its
-    samples.
-
-    There are no samples for a codebook, which has no prior. count: the largest number of test images; as many
-    samples are drawn. shown: wraps the batches of each kind of image, to show progress. Raises ArgumentError
-    for fewer than two images.
-    """
-    loader = make_loader(trained, device, "test")
-    n = min(count, len(loader.source))
-    if n < 2:
-        raise ArgumentError(f"fid_weights: FID needs two test images at least; there are {n}")
-    rows = spaced_rows(loader, n)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [len(part) for part in rows.split(batch_size)]
-
-    def features(kind: str, images: Iterable[Tensor]) -> Tensor:
-        batches = shown(images, kind, len(sizes))
-        return features_of(inception, (to_unit(x, loader.normalize) for x in batches))
-
-    made = {"reconstructions": (model.reconstruct(x) for x, _ in loader.take(rows))}
-    if model.latents != "codebook":
-        made["samples"] = (model.sample(size, generator) for size in sizes)
-    real = features("test images", (x for x, _ in loader.take(rows)))
-    metrics: dict[str, float] = {"fid_images": n}
-    for kind, images in made.items():
-        distance = distances(real, features(kind, images), seed)
-        metrics |= {f"{name}_{kind}": value for name, value in distance.items()}
-    return metrics
 
 
 @torch.no_grad()

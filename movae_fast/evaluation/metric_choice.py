@@ -28,7 +28,7 @@ def chosen_metrics(metrics: str, trained: TrainConfig, model: VAE, iw: int) -> l
         )
     if metrics in ("auto", "all"):
         wanted = ON_FACTORS if metrics == "all" else QUICK
-        return [n for n in (*ON_IMAGES, *wanted) if applies(n, model.latents, factors)]
+        return [n for n in (*ON_IMAGES, *wanted) if n != "lpips" and applies(n, model.latents, factors)]
     names = named(metrics)
     for name in names:
         if name in ON_FACTORS and not factors:

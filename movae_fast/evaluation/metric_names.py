@@ -2,7 +2,9 @@
 
 from movae_fast.names import ArgumentError, nearest
 
-ON_IMAGES = ("objectives", "elbo", "images", "depth")
+ON_IMAGES = ("objectives", "elbo", "images", "depth", "lpips")
+# Of sets of images, by a network's features.
+ON_SETS = ("fid", "kid", "precision_recall", "density_coverage")
 # Of codes and known factors: the names of `disentanglement.METRICS`, in its order.
 ON_FACTORS = (
     *("mig", "mig_sup", "mig_sampled", "mig_sup_sampled", "modularity", "jemmig", "factor_vae", "sap"),
@@ -20,7 +22,7 @@ def check_metrics(metrics: str) -> None:
     """Raise ArgumentError for a metric that there is not, and for none."""
     if metrics in ("auto", "all"):
         return
-    valid = [*ON_IMAGES, *ON_FACTORS]
+    valid = [*ON_IMAGES, *ON_SETS, *ON_FACTORS]
     for name in named(metrics):
         if name not in valid:
             raise ArgumentError(f"metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")

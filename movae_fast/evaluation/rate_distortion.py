@@ -210,8 +210,7 @@ def nominal_beta(config: TrainConfig) -> float:
     """
     if config.model_info.latents == "codebook":
         raise ValueError(f"{config.model.arch} has a codebook, and no rate to trade for distortion")
-    names = config.model_info.weighted_objectives(vars(config.model), config.image_shape)
-    named = dict(zip(names, config.weights(), strict=True))
+    named = dict(zip(config.objective_names, config.weights(), strict=True))
     base = config.model_info.beta_objective
     rates = {weight for name, weight in named.items() if name.partition("_")[0] == base}
     # A ladder's KLs are averages over latents where its reconstruction is one over values.

@@ -48,7 +48,7 @@ class GaussianOutput(NamedTuple):
     preactivation: Tensor  # [B, P, H, W] the decoder's output, which `VAE.likelihood` gives a meaning
     mu: Tensor  # [B, D]
     logvar: Tensor  # [B, D]
-    z: Tensor  # [B, D]
+    z: Tensor  # [B, D], or [B * K, D] of K draws for each image
     prior: Tensor | None = None  # [B, D] draws from the prior, for objectives that compare with it
     beta: Tensor | None = None  # [B] or [1] weight of each example's rate, of a multi-rate model
 
@@ -324,6 +324,7 @@ class GaussianVAE(VAE):
     """
 
     latents = "vector"
+    importance_samples: int = 1  # draws of the posterior for each image in training
     encoder: nn.Module
     mu: nn.Module
     logvar: nn.Module
@@ -341,7 +342,8 @@ class GaussianVAE(VAE):
 
     def draw_noise(self, n: int) -> Noise:
         if self.rates is None:
-            return Noise(self.standard_normal(n, self.latent_dim))
+            draws = self.importance_samples if self.training else 1
+            return Noise(self.standard_normal(n, draws * self.latent_dim))
         # One normal draw, whose last column the log betas then overwrite. Another order would change
         # what a seed gives.
         drawn = self.standard_normal(n, self.latent_dim + 1)
@@ -361,7 +363,11 @@ class GaussianVAE(VAE):
     def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
         mu, logvar = features
         noise = self.draw_noise(len(mu)) if noise is None else noise
-        z = mu + torch.exp(0.5 * logvar) * noise.latent
+        if noise.latent.shape[1] == self.latent_dim:
+            z = mu + torch.exp(0.5 * logvar) * noise.latent
+        else:  # several draws of each image, one after the other
+            several = noise.latent.unflatten(1, (-1, self.latent_dim))
+            z = (mu[:, None] + torch.exp(0.5 * logvar)[:, None] * several).flatten(0, 1)
         beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
         return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta)
 

@@ -223,7 +223,7 @@ class LFQ(nn.Module):
             else:
                 entropy, probability = _sums_over_codes(*args)
             entropies, probabilities = entropies + entropy, probabilities + probability
-        return entropies / max(n * c, 1), _entropy(_over_ranks(probabilities / max(n, 1))).mean()
+        return entropies / max(n * c, 1), _entropy(self._over_ranks(probabilities / max(n, 1))).mean()
 
     def _by_bits(self, z: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:
         """Return the mean entropy per sample and a bound on the entropy of the batch, from the probabilities of
@@ -231,9 +231,13 @@ class LFQ(nn.Module):
         scale = self.codebook_scale / (math.sqrt(self.codebook_dim) if self.spherical else 1)
         logit = 4 * inv_temperature * scale * z
         of_samples = _bit_entropy(logit.sigmoid(), logit).sum(-1).mean()
-        mean = _over_ranks(logit.sigmoid().mean(0))  # [C, d]
+        mean = self._over_ranks(logit.sigmoid().mean(0))  # [C, d]
         of_batch = _bit_entropy(mean, mean.clamp(1e-12, 1 - 1e-7).logit()).sum(-1).mean()
         return of_samples, of_batch
+
+    def _over_ranks(self, mean: Tensor) -> Tensor:
+        """Average a batch's mean over all ranks in training, where all have a batch at the same time."""
+        return _over_ranks(mean) if self.training else mean
 
 
 def _sums_over_codes(z: Tensor, codebook: Tensor, inv_temperature: float) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,17 @@ def reconstruction(
     return 255 * error.sum()
 
 
+def absolute_error(
+    image: Tensor,  # [B, C, H, W] the reconstruction's mean
+    x: Tensor,  # [B, C, H, W]
+    reduction: ReconsReduction = "mean",
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return the L1 distance of images, over values as `reconstruction` is."""
+    error = batch_mean((image - x).abs().flatten(1).sum(1), sample_weight)
+    return error / x[0].numel() if reduction == "mean" else error
+
+
 def text_reconstruction(
     hidden: Tensor,  # [B, T, H]
     projection: Tensor,  # [V, H]
@@ -181,6 +192,88 @@ def total_correlation(
 def dimension_wise_kl(d: LogDensities, sample_weight: Tensor | None = None) -> Tensor:
     """Return the sum over latents of KL(q(z_j) || p(z_j)) in nats, averaged over the batch."""
     return batch_mean(d.q_product - d.prior, sample_weight)
+
+
+def dip_penalties(
+    mu: Tensor,  # [B, D]
+    logvar: Tensor | None,  # [B, D] of DIP-VAE-II; None of DIP-VAE-I
+    sample_weight: Tensor | None = None,  # [B]
+) -> tuple[Tensor, Tensor]:  # [], []
+    """Return sum_{i != j} C_ij^2 and sum_i (C_ii - 1)^2 of a covariance C of the latents (Kumar et al. 2018).
+
+    C is the covariance of the means over the batch (I), to which the mean posterior variances are added (II).
+    It divides by B, as disentanglement_lib does.
+    """
+    counts = torch.ones_like(mu[:, 0]) if sample_weight is None else sample_weight.to(mu)
+    counts = counts / counts.sum().clamp_min(1e-9)
+    centred = mu - counts @ mu
+    covariance = centred.T @ (centred * counts[:, None])
+    if logvar is not None:
+        covariance = covariance + torch.diag(counts @ logvar.exp())
+    diagonal = covariance.diagonal()
+    return (covariance - torch.diag(diagonal)).square().sum(), (diagonal - 1).square().sum()
+
+
+class Importance(NamedTuple):
+    """Hold the parts of an importance-weighted bound, per image and draw [B, K]."""
+
+    error: Tensor  # -log p(x|z)
+    log_ratio: Tensor  # log q(z|x) - log p(z)
+    weights: Tensor  # normalised over the draws, without a gradient
+
+
+def importance(
+    error: Tensor,  # [B, K] -log p(x|z_k) in nats
+    z: Tensor,  # [B, K, D]
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+) -> Importance:
+    """Return the parts of the importance-weighted bound log 1/K sum_k p(x, z_k) / q(z_k|x) (Burda et al. 2016).
+
+    The gradients of the mean of (weights * error).sum(1) and of (weights * log_ratio).sum(1) add up to that of
+    the negative bound.
+    """
+    posterior = gaussian_log_density(z, mu[:, None], logvar[:, None]).sum(2)
+    prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(2)
+    weights = (-error - posterior + prior).detach().softmax(1)
+    return Importance(error, posterior - prior, weights)
+
+
+IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+def mmd_imq(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [N, D] from the prior
+    sample_weight: Tensor | None = None,  # [N] of x
+) -> Tensor:  # []
+    """Return the squared maximum mean discrepancy by inverse multiquadric kernels (Tolstikhin et al. 2018).
+
+    The kernel is the sum over scales s of C / (C + ||x - y||^2) with C = 2 D s. It is the unbiased statistic,
+    which may be negative. Its tails are heavy: a latent far from all draws of the prior still has a gradient.
+    """
+    n, width = x.shape
+    counts = x.new_ones(n) if sample_weight is None else sample_weight.to(x)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        distance = (a[:, None] - b[None]).square().sum(2)
+        return torch.stack([2 * width * s / (2 * width * s + distance) for s in IMQ_SCALES]).sum(0)
+
+    apart = 1 - torch.eye(n, dtype=x.dtype, device=x.device)
+    pairs = counts[:, None] * counts * apart
+    of_x = (kernel(x, x) * pairs).sum() / pairs.sum().clamp_min(1e-9)
+    of_y = (kernel(y, y) * apart).sum() / apart.sum().clamp_min(1e-9)
+    between = (kernel(x, y) * counts[:, None]).sum() / (counts.sum() * n).clamp_min(1e-9)
+    return of_x + of_y - 2 * between
+
+
+def density_ratio_tc(
+    joint: Tensor,  # [B, 2] a discriminator's outputs for z
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return the estimate of the total correlation by a discriminator of q(z) and the product of its marginals:
+    the mean of its logit of the joint less that of the product (Kim & Mnih 2018, eq. 3)."""
+    return batch_mean(joint[:, 0] - joint[:, 1], sample_weight)
 
 
 def mmd(

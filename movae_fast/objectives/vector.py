@@ -15,15 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from movae_fast.choices import ReconsDist
+from movae_fast.choices import ImportanceGradient, MMDKernel, ReconsDist
 from movae_fast.models import VAE, GaussianOutput, HierarchyOutput, Likelihood, TextOutput, VQOutput
 from movae_fast.names import nearest
 from movae_fast.objectives import terms
-from movae_fast.objectives.terms import LogDensities, ReconsReduction
+from movae_fast.objectives.discriminators import LatentDiscriminator
+from movae_fast.objectives.terms import Importance, LogDensities, ReconsReduction
 from movae_fast.reference import TCEstimator
 from movae_fast.schedules import LossSchedule
 
 MOST_RUNGS = 64  # of a ladder; rows of KLs of a hierarchy
+
+
+def identity(values: Tensor) -> Tensor:
+    """Return the values."""
+    return values
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,12 @@ class TermSettings:
     rungs: int  # of a ladder; 0 without one
     kl_spans: tuple[tuple[int, int], ...] = ()  # of a hierarchy: the first group and the end of each KL
     balance: Balance | None = None
+    gather: Callable[[Tensor], Tensor] = identity  # rows of this process to those of all
+    mmd_kernel: MMDKernel = "gaussian"
+    importance_gradient: ImportanceGradient = "iwae"
+    dip_variances: bool = False  # whether the covariance has the posteriors' variances, of DIP-VAE-II
+    discriminator: LatentDiscriminator | None = None  # of FactorVAE
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None  # distances [B] of images in the data's range
 
 
 class Outcome:
@@ -66,6 +78,8 @@ class Outcome:
         self._densities: LogDensities | None = None
         self._rungs: list[tuple[Tensor, Tensor]] | None = None
         self._groups: list[Tensor] | None = None
+        self._importance: Importance | None = None
+        self._dip: tuple[Tensor, Tensor] | None = None
 
     def densities(self) -> LogDensities:
         """Return the log densities of the batch's latents."""
@@ -95,6 +109,33 @@ class Outcome:
             self._groups = rates
         return self._groups
 
+    def importance(self) -> Importance | None:
+        """Return the parts of the importance-weighted bound where there are several draws."""
+        out = self.out
+        if self._importance is None and isinstance(out, GaussianOutput) and len(out.z) != len(out.mu):
+            draws = len(out.z) // len(out.mu)
+            errors = self.settings.likelihood.errors(out.preactivation, self.images.repeat_interleave(draws, 0))
+            twice = self.settings.importance_gradient == "dreg"
+            # Of the posterior's density z alone is differentiated (Tucker et al. 2019, eq. 8).
+            mu, logvar = (v.detach() if twice else v for v in (out.mu, out.logvar))
+            z = out.z.unflatten(0, (-1, draws))
+            parts = terms.importance(errors.flatten(1).sum(1).view(-1, draws), z, mu, logvar)
+            if twice and out.z.requires_grad:
+                factor = parts.weights.reshape(-1, 1)
+                out.z.register_hook(lambda gradient: gradient * factor)
+            self._importance = parts
+        return self._importance
+
+    def dip_penalties(self) -> tuple[Tensor, Tensor]:
+        """Return DIP-VAE's off-diagonal and diagonal penalty over the images of all processes."""
+        if self._dip is None:
+            s = self.settings
+            weight = None if self.sample_weight is None else s.gather(self.sample_weight)
+            logvar = s.gather(self.out.logvar) if s.dip_variances else None
+            off, diagonal = terms.dip_penalties(s.gather(self.out.mu), logvar, weight)
+            self._dip = terms.of_whole_batch(off, weight), terms.of_whole_batch(diagonal, weight)
+        return self._dip
+
     def kl_of_groups(self, row: int) -> Tensor:
         """Return the mean over images of KL objective number `row` of a hierarchy, the sum of its groups' KLs,
         in nats."""
@@ -110,12 +151,16 @@ def _reconstruction(b: Outcome) -> Tensor:
     s = b.settings
     if isinstance(b.out, TextOutput):
         return terms.text_reconstruction(b.out.hidden, b.out.projection, b.out.target, b.sample_weight)
+    if (parts := b.importance()) is not None:
+        return terms.batch_mean((parts.weights * parts.error).sum(1), b.sample_weight)
     return terms.reconstruction(b.out.preactivation, b.images, s.likelihood, s.reduction, b.sample_weight)
 
 
 def _kl(b: Outcome) -> Tensor:
     if b.settings.kl_spans:
         return b.kl_of_groups(0)
+    if (parts := b.importance()) is not None:
+        return terms.batch_mean((parts.weights * parts.log_ratio).sum(1), b.sample_weight)
     free = b.out.free_bits if isinstance(b.out, TextOutput) else 0.0
     return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta, free)
 
@@ -139,7 +184,38 @@ def _dwkl(b: Outcome) -> Tensor:
 
 
 def _mmd(b: Outcome) -> Tensor:
-    return terms.mmd(b.out.prior, b.out.z, b.sample_weight)
+    gather = b.settings.gather
+    weight = None if b.sample_weight is None else gather(b.sample_weight)
+    prior, z = gather(b.out.prior), gather(b.out.z)
+    if b.settings.mmd_kernel == "imq":
+        return terms.of_whole_batch(terms.mmd_imq(z, prior, weight), weight)
+    return terms.mmd(prior, z, weight)
+
+
+def _off_diagonal(b: Outcome) -> Tensor:
+    return b.dip_penalties()[0]
+
+
+def _diagonal(b: Outcome) -> Tensor:
+    return b.dip_penalties()[1]
+
+
+def _adversarial_tc(b: Outcome) -> Tensor:
+    if b.settings.discriminator is None:  # of a trained model, whose discriminator only training needs
+        return b.out.z.new_full((), torch.nan)
+    with torch.autocast(b.out.z.device.type, enabled=False):
+        return terms.density_ratio_tc(b.settings.discriminator(b.out.z.float()), b.sample_weight)
+
+
+def _lpips(b: Outcome) -> Tensor:
+    s = b.settings
+    assert s.perceptual is not None
+    return terms.batch_mean(s.perceptual(s.likelihood.mean(b.out.preactivation), b.images), b.sample_weight)
+
+
+def _l1(b: Outcome) -> Tensor:
+    s = b.settings
+    return terms.absolute_error(s.likelihood.mean(b.out.preactivation), b.images, s.reduction, b.sample_weight)
 
 
 def _embedding(b: Outcome) -> Tensor:
@@ -165,6 +241,11 @@ OBJECTIVES: dict[str, Objective] = {
     "embedding": _embedding,
     "commitment": _commitment,
     "entropy": _entropy,
+    "off_diagonal": _off_diagonal,
+    "diagonal": _diagonal,
+    "adversarial_tc": _adversarial_tc,
+    "l1": _l1,
+    "lpips": _lpips,
 }
 
 
@@ -194,6 +275,7 @@ class LossVector:
         tc_estimator: TCEstimator = "mss",
         schedule: LossSchedule | None = None,
         mean_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+        **settings: Any,
     ) -> None:
         self.names = model.objectives
         for name in self.names:
@@ -210,7 +292,14 @@ class LossVector:
             on = torch.zeros((), dtype=torch.bool, device=model.device)
             balance = Balance(alpha, on, mean_over_ranks)
         self.settings = TermSettings(
-            model.likelihood_as(dist), reduction, n_data, tc_estimator, rungs, model.kl_spans, balance
+            model.likelihood_as(dist),
+            reduction,
+            n_data,
+            tc_estimator,
+            rungs,
+            model.kl_spans,
+            balance,
+            **settings,
         )
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
         self.full = self.weights.clone()  # where every rung is active

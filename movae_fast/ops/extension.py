@@ -45,6 +45,22 @@ def missing(z: Tensor) -> bool:
 
 
 @cache
+def lacks(function: str) -> bool:
+    """Return whether the compiled extension is missing, or was built before it had a function.
+
+    The latter warns once: sources were updated, and the extension beside them was not.
+    """
+    if csrc is None or hasattr(csrc, function):
+        return csrc is None
+    warnings.warn(
+        f"movae_fast._csrc is older than this package (it has no {function}): plain torch is used instead, "
+        "slower and with more memory. Build it again (pip install -e .).",
+        stacklevel=4,
+    )
+    return True
+
+
+@cache
 def cuda_missing() -> str:
     """Return, in one line, why the compiled extension's CUDA code cannot be used on this machine's GPUs; "" if
     it can.

@@ -37,7 +37,7 @@ def norm_swish(
     other than one of float32 and float64.
     """
     _check(y, weight, bias, gate)
-    if y.device.type != "cpu" or extension.missing(y):
+    if y.device.type != "cpu" or extension.missing(y) or extension.lacks("norm_swish_f32"):
         return reference.norm_swish(y, weight, bias, gate, eps, swish)
     out, _, batch = torch.ops.movae.norm_swish(y, weight, bias, gate, eps, swish)
     mean, var = batch.to(y.dtype)

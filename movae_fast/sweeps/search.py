@@ -139,7 +139,7 @@ def measured_by(config: TrainConfig, check: Callable[[TrainConfig], None]) -> di
     """Check a configuration with `check`, and return the names of the test metrics that its runs log, as the
     keys of a dict."""
     check(config)
-    names = list(config.model_info.weighted_objectives(vars(config.model), config.image_shape))
+    names = config.objective_names
     names += ["loss", "mse", "mse_mean_image"]
     if config.model_info.latents == "codebook":
         names += ["codebook_usage", "perplexity"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from movae_fast.models import (
     LSTMVAE,
     NVAE,
     VAE,
+    GaussianVAE,
     ProVLAE,
     build_model,
     make_multirate,
@@ -25,6 +26,9 @@ from movae_fast.models import (
 )
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
+from movae_fast.objectives.discriminators import LatentDiscriminator
+from movae_fast.objectives.extras import extra_objectives
+from movae_fast.objectives.perceptual import load_lpips
 from movae_fast.schedules import (
     Capacity,
     Cycles,
@@ -37,6 +41,7 @@ from movae_fast.schedules import (
     restarted,
 )
 from movae_fast.training import checkpoint
+from movae_fast.training.adversary import Adversary
 from movae_fast.training.aggressive import Aggressive
 from movae_fast.training.compiled import resolve_mode
 from movae_fast.training.config import LadderConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -90,6 +95,9 @@ def new_model(config: TrainConfig) -> VAE:
     options = {name: value for name, value in vars(config.model).items() if name != "arch"}
     likelihood = None if config.is_text else config.likelihood  # a model of sentences has its own
     model = build_model(config.model.arch, config.image_shape, config.activation, options, likelihood)
+    model.objectives = (*model.objectives, *extra_objectives(config.objective.extra_objectives))
+    if isinstance(model, GaussianVAE):
+        model.importance_samples = config.objective.importance_samples
     rate = config.multirate
     if rate.multirate:
         if isinstance(model, LSTMVAE):
@@ -161,7 +169,37 @@ def build_losses(
         tc_estimator=objective.tc_estimator,
         schedule=loss_schedule(config, lengths.stage, lengths.epoch),
         mean_over_ranks=(lambda values: world.sum_(values) / world.size) if together else lambda values: values,
+        # In evaluation ranks have different numbers of batches: a statistic is then each batch's own.
+        gather=lambda rows: world.gather_rows(rows) if torch.is_grad_enabled() else rows,
+        mmd_kernel=objective.mmd_kernel,
+        importance_gradient=objective.importance_gradient,
+        dip_variances="dip_ii" in objective.extra_objectives,
+        discriminator=build_discriminator(objective, model, world),
+        perceptual=build_perceptual(config, model.device),
     )
+
+
+def build_perceptual(
+    config: TrainConfig, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Return LPIPS of images in the data's range where the run has its objective."""
+    if config.objective.lpips_weights is None:
+        return None
+    net, normalize = (
+        load_lpips(Path(config.objective.lpips_weights).expanduser(), device),
+        config.data.normalize,
+    )
+    return lambda x, y: net(datasets.to_unit(x, normalize), datasets.to_unit(y, normalize))
+
+
+def build_discriminator(objective: ObjectiveConfig, model: VAE, world: World) -> LatentDiscriminator | None:
+    """Return FactorVAE's discriminator where the run has its objective, the same on every process."""
+    if "factor" not in objective.extra_objectives:
+        return None
+    made = LatentDiscriminator(model.latent_dim).to(model.device)
+    for parameter in made.parameters():
+        world.broadcast_(parameter.data)
+    return made
 
 
 def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
@@ -205,6 +243,13 @@ def build_step(
     why_not = why_not_captured(
         "off" if run.recompute else run.compile, device, config.optimizer.optimizer, aggregator
     )
+    discriminator = losses.settings.discriminator
+    adversary = None if discriminator is None else Adversary(discriminator, world)
+    if adversary is not None and not why_not:
+        why_not = "--extra_objectives factor, whose discriminator is trained beside the step"
+    apart = objective.gramian_batch < 1 or adversary is not None or objective.importance_gradient == "dreg"
+    # What compares the images of all processes exchanges them within the forward.
+    apart = apart or (world.size > 1 and exchanges(config))
     step = TrainStep(
         model,
         losses,
@@ -217,15 +262,22 @@ def build_step(
         ema_decay=config.optimizer.ema_decay,
         step_metric=objective.step_metric if objective.conflict_free == "step" else None,
         precision=Precision(run.precision, device),
-        compile_mode=compile_mode(run, device, world, not why_not, objective.gramian_batch < 1),
+        compile_mode=compile_mode(run, device, world, not why_not, apart),
         world=world,
         accumulate=run.accumulate,
         gramian_every=objective.gramian_every,
         gramian_batch=objective.gramian_batch,
         gramian_at=objective.gramian_at,
         recorder=None if why_not else CudaGraphs(device),
+        adversary=adversary,
     )
     return step, why_not
+
+
+def exchanges(config: TrainConfig) -> bool:
+    """Return whether the forward pass or an objective talks to other processes."""
+    statistics = {"mmd", "entropy", "off_diagonal"} & set(config.objective_names)
+    return bool(statistics) or config.model.quantizer == "ema"
 
 
 def compile_mode(

@@ -18,8 +18,11 @@ from movae_fast.choices import (
     TEXT_SETS,
     Binarization,
     CompileMode,
+    Extra,
+    ImportanceGradient,
     KLRows,
     LadderNet,
+    MMDKernel,
     PrecisionName,
     Preset,
     Quantizer,
@@ -31,6 +34,7 @@ from movae_fast.choices import (
 )
 from movae_fast.data import text
 from movae_fast.data.datasets import DATASETS, DatasetInfo
+from movae_fast.objectives.extras import extra_objectives
 from movae_fast.objectives.weights import resolve_weights
 
 FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
@@ -239,6 +243,16 @@ class ObjectiveConfig:
         tc_estimator: Estimator of log q(z): stratified (mss) or weighted (mws) minibatch sampling.
         mmd_alpha: mmd_vae's alpha: KL weighs 1 - alpha, MMD alpha + lambda - 1.
         mmd_lambda: mmd_vae's lambda.
+        mmd_kernel: Kernel of mmd_vae's MMD: the published Gaussian (gaussian), or the inverse multiquadric over
+            seven scales, unbiased (imq).
+        extra_objectives: Objectives added to the model's own, behind them: dip_i and dip_ii (off_diagonal,
+            diagonal: DIP-VAE's penalties of the latents' covariance), factor (adversarial_tc: FactorVAE's total
+            correlation, by a discriminator with an optimizer of its own), l1, lpips.
+        lpips_weights: File of torchvision's VGG16 weights, for lpips.
+        importance_samples: Draws of the posterior for each image in training: above 1 the objectives are those
+            of the importance-weighted bound (IWAE), with --recons_reduction sum.
+        importance_gradient: The encoder's gradient of that bound: as it is (iwae), or doubly reparametrised,
+            with less noise (dreg).
         agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
         pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
@@ -277,6 +291,11 @@ class ObjectiveConfig:
     tc_estimator: Literal["mss", "mws"] = "mss"
     mmd_alpha: float = 1.0
     mmd_lambda: float = 1.0
+    mmd_kernel: MMDKernel = "gaussian"
+    extra_objectives: list[Extra] = field(default_factory=list)
+    lpips_weights: str | None = None
+    importance_samples: int = 1
+    importance_gradient: ImportanceGradient = "iwae"
     agg: str = "sum"
     agg_args: dict[str, Any] = field(default_factory=dict)
     pref_weights: list[float] | None = None
@@ -696,6 +715,12 @@ class TrainConfig:
         with a total correlation, which compares the posteriors of a batch."""
         return self.multirate.beta_per or ("batch" if self.model_info.beta_objective == "tc" else "example")
 
+    @property
+    def objective_names(self) -> list[str]:
+        """Return the objectives in order: the model's own, and those added to them."""
+        own = self.model_info.weighted_objectives(vars(self.model), self.image_shape)
+        return [*own, *extra_objectives(self.objective.extra_objectives)]
+
     def weights(self) -> list[float]:
         """Return the objectives' loss weights in order."""
         o = self.objective
@@ -711,6 +736,7 @@ class TrainConfig:
             if "kl" not in defaults or o.beta is not None or o.loss_weights is not None:
                 raise ValueError("--coef_kl scales the default weight of kl: give it alone, to a model with kl")
             defaults["kl"] *= o.coef_kl
+        defaults |= extra_objectives(o.extra_objectives)
         return resolve_weights(self.model_info, self.image_shape, o.loss_weights, o.beta, defaults)
 
     def aggregator_options(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from movae_fast.data.datasets.facts import CELEBA_CROPS
 from movae_fast.models import MODELS, TEXT_MODELS, check_options, model_info
 from movae_fast.models.catalog import check_beta_range
 from movae_fast.names import pick
+from movae_fast.objectives.extras import EXTRAS
 from movae_fast.training.config import (
     FROM_EXTRA,
     DataConfig,
@@ -85,6 +86,7 @@ def check_settings(config: TrainConfig) -> None:
     check_hierarchy(config)
     check_multirate(config)
     check_weights(config)
+    check_extras(config)
     check_run(config.run)
     check_model(config)
 
@@ -210,6 +212,51 @@ def check_weights(config: TrainConfig) -> None:
         raise ValueError("--batch_size 1: total correlation is estimated within a batch; give at least 2")
     if config.needs_jacobian:
         checked_options(objective.agg, **config.aggregator_options())
+
+
+def check_extras(config: TrainConfig) -> None:
+    """Check the objectives that are added, the MMD's kernel and the importance-weighted bound."""
+    o, arch, info = config.objective, config.model.arch, config.model_info
+    for name in o.extra_objectives:
+        if info.latents not in EXTRAS[name].latents or config.is_text:
+            raise ValueError(
+                f"--extra_objectives {name} needs images and a vector of latents; {arch} has not both"
+            )
+    if len(set(o.extra_objectives)) < len(o.extra_objectives) or {"dip_i", "dip_ii"} <= set(o.extra_objectives):
+        raise ValueError("--extra_objectives: give each once, and one of dip_i and dip_ii")
+    if {"dip_i", "dip_ii", "factor"} & set(
+        o.extra_objectives
+    ) and config.data.batch_size < 2 * config.run.accumulate:
+        raise ValueError(
+            "--extra_objectives of a batch's statistics need at least 2 images at a time: --batch_size"
+        )
+    if ("lpips" in o.extra_objectives) != (o.lpips_weights is not None):
+        raise ValueError("--extra_objectives lpips and --lpips_weights FILE need each other")
+    if o.lpips_weights is not None and not Path(o.lpips_weights).expanduser().is_file():
+        raise ValueError(f"--lpips_weights {o.lpips_weights}: no such file; it is torchvision's VGG16")
+    if "lpips" in o.extra_objectives and config.image_shape[1] < 16:
+        raise ValueError(
+            f"--extra_objectives lpips needs images of 16 pixels; --image_size is {config.image_shape[1]}"
+        )
+    if o.mmd_kernel != "gaussian" and "mmd" not in config.objective_names:
+        raise ValueError(f"--mmd_kernel is a setting of mmd_vae; {arch} has no mmd")
+    if o.importance_samples == 1:
+        if o.importance_gradient != "iwae":
+            raise ValueError("--importance_gradient needs several draws: add --importance_samples 10")
+        return
+    if config.objective_names != ["reconstruction", "kl"] or info.latents != "vector" or config.is_text:
+        raise ValueError(
+            f"--importance_samples needs the objectives reconstruction and kl of images; {arch} has "
+            f"{', '.join(config.objective_names)}"
+        )
+    if config.reduction != "sum":
+        raise ValueError("--importance_samples weighs draws by nats per image: add --recons_reduction sum")
+    if config.multirate.multirate or config.ladder.use_capacity_increase:
+        raise ValueError("--importance_samples: leave out --multirate and --use_capacity_increase")
+    if o.recons_dist == "gaussian_optimal":
+        raise ValueError(
+            "--importance_samples weighs draws by their likelihood; gaussian_optimal fits its variance"
+        )
 
 
 def check_run(run: RunConfig) -> None:

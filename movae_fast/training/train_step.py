@@ -26,6 +26,7 @@ from movae_fast.objectives import LossVector
 from movae_fast.ops import extension
 from movae_fast.projected_step import Columns, step_cosines
 from movae_fast.training import gradients
+from movae_fast.training.adversary import Adversary
 from movae_fast.training.applied_step import StepProjection
 from movae_fast.training.average import WeightAverage
 from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
@@ -130,6 +131,7 @@ class TrainStep:
         gramian_batch: float = 1.0,
         gramian_at: str = "shared",
         recorder: Recorder | None = None,
+        adversary: Adversary | None = None,
     ) -> None:
         self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
         self.precision = precision or Precision("fp32", model.device)
@@ -155,6 +157,7 @@ class TrainStep:
         # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
         self.weights = torch.full((self.m,), 1 / self.m, dtype=torch.float64, device=model.device)
         self.columns = Columns(self.world.shard, self.world.sum_, self.world.gather_)
+        self.adversary = adversary  # trained after each step
         self.projection = None
         if step_metric is not None and optimizer is not None:
             self.projection = StepProjection(step_metric, optimizer, self.flat, self.columns)
@@ -246,6 +249,8 @@ class TrainStep:
                 metrics = metrics._replace(step_cosines=self.step_cosines(before))
         if self.average is not None and kind.part is not Part.SHARED:  # once per batch
             self.average.update(left_out)
+        if self.adversary is not None:
+            self.adversary.step()
         return metrics if left_out is None else metrics._replace(skipped=left_out)
 
     def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
@@ -475,8 +480,10 @@ class TrainStep:
         return done
 
     def weigh_parameter_rows(self, *rows: Tensor) -> Tensor:  # [m]
-        """Return the weights [m] for rows at parameters, which are added over the batch's parts and the
-        processes."""
+        """Return the aggregation weights [m] from rows of gradients at some parameters.
+
+        The rows are summed over the parts of the batch and over the processes before they are weighed.
+        """
         total = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
         return self.weigh(ops.gramian(self.world.sum_(total)))
 

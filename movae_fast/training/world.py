@@ -12,7 +12,7 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,14 @@ class World:
         if dist.get_backend() == "gloo":  # whose reduce_scatter is five times slower than its all_reduce
             return Pending(dist.all_reduce(row, async_op=True))
         return Pending(dist.reduce_scatter_tensor(self.shard(row), row, async_op=True))
+
+    def gather_rows(self, rows: Tensor) -> Tensor:  # [n, ...] -> [size * n, ...]
+        """Return the rows of all ranks, which have n each, for a statistic that every rank then computes alike.
+
+        The gradient stays on its rank: the same loss on every rank gives a rank's own rows `size` times their
+        part of it, as the sum over ranks would.
+        """
+        return _Gather.apply(rows, self.rank, self.size) if self.size > 1 else rows
 
     def gather_(self, flat: Tensor) -> None:
         """Collect every process's `shard(flat)` into `flat` [P] on all processes, in place."""
@@ -142,6 +150,20 @@ class World:
             self._stop = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, size: int) -> Tensor:
+        ctx.place = slice(rank * len(rows), (rank + 1) * len(rows))
+        ctx.size = size
+        out = rows.new_empty((size * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.place] * ctx.size, None, None
 
 
 class Pending:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from movae_fast.cli import parsing
-from movae_fast.evaluation.metric_names import check_metrics
+from movae_fast.evaluation.metric_names import ON_SETS, check_metrics, named
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_list import find_run
 
@@ -21,19 +21,25 @@ class EvaluateConfig:
         weights: The run's folder or a checkpoint; may stand first without its flag.
         metrics: Comma-separated, of `objectives`, `elbo` (rate, distortion, active units; of text perplexity
             and mutual information too), `images` (PSNR, SSIM, MS-SSIM), `depth` (of codes: bits and error by
-            the number of codebooks used) and, for data with factors, mig, mig_sup, mig_sampled,
-            mig_sup_sampled, modularity, jemmig, factor_vae, sap, dci; `all` is every one that applies, `auto`
-            leaves out the slow ones.
+            the number of codebooks used), `lpips`, `fid`, `kid`, `precision_recall`, `density_coverage` (of
+            sets of images, by --fid_weights or --feature_network) and, for data with factors, mig, mig_sup,
+            mig_sampled, mig_sup_sampled, modularity, jemmig, factor_vae, sap, dci; `all` is every one that
+            applies, `auto` leaves out the slow ones.
         samples: Images whose codes the factor metrics are fitted on; half as many more test dci and sap.
         seed: Seed of the choice of images and of every draw.
         iw: Draws of the importance-weighted bound; 0 leaves it out.
         iw_images: Test images, or sentences, of the importance-weighted bound.
         oracle: Of `lstm_text`, compute the true likelihood of the sentences of --iw (seconds each), and the
             bound's gap to it.
-        fid_weights: File of torch-fidelity's Inception weights; adds FID and KID, to the test images, of
-            reconstructions and (not for a codebook) of samples.
-        fid_images: Test images, reconstructions and samples of FID and KID; published values take 10,000
+        fid_weights: File of torch-fidelity's Inception weights, for the scores of sets; adds FID and KID, to
+            the test images, of reconstructions and samples, where --metrics names no score. Codes are sampled
+            from a fitted prior alone.
+        feature_network: TorchScript file of another network, from uint8 images [N, 3, H, W] to features [N, F];
+            or `random`, fixed random convolutions, whose scores compare models with each other only.
+        lpips_weights: File of torchvision's VGG16 weights, for `lpips` of reconstructions.
+        fid_images: Test images, reconstructions and samples of each score; published values take 10,000
             or more.
+        prior: The prior that samples come from: the one that was fitted last (auto), one by its name, or none.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         limit_test: Use this many evenly spaced test images; 0 means all.
         batch_size: Images (500) or sentences (32, which bounds their mutual information) at a time.
@@ -50,7 +56,10 @@ class EvaluateConfig:
     iw_images: int = 256
     oracle: bool = False
     fid_weights: str | None = None
+    feature_network: str | None = None
+    lpips_weights: str | None = None
     fid_images: int = 10_000
+    prior: str = "auto"
     beta: float | None = None
     limit_test: int = 0
     batch_size: int | None = None
@@ -67,5 +76,22 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)
     check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     check_metrics(config.metrics)
+    check_network(config)
     config.weights = str(find_run(config.weights))
     return config
+
+
+def check_network(config: EvaluateConfig) -> None:
+    """Raise ValueError for scores of sets without a network for their features, and for two networks."""
+    if config.fid_weights and config.feature_network:
+        raise ValueError("--fid_weights and --feature_network both choose the features' network; give one")
+    if ("lpips" in named(config.metrics)) != (config.lpips_weights is not None):
+        raise ValueError("--metrics lpips and --lpips_weights FILE need each other")
+    if config.fid_weights or config.feature_network:
+        return
+    for name in named(config.metrics):
+        if name in ON_SETS:
+            raise ValueError(
+                f"--metrics {name} compares features: give --fid_weights FILE (Inception), --feature_network "
+                "FILE, or --feature_network random"
+            )

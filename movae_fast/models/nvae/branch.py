@@ -52,8 +52,9 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 def is_fusible(layer: nn.Module) -> bool:
     """Return whether a layer is a BatchNorm in training that the op replaces here and now."""
-    here = extension.csrc is not None and not torch.compiler.is_compiling()
-    return here and type(layer) is nn.BatchNorm2d and layer.training and layer.affine
+    if torch.compiler.is_compiling() or type(layer) is not nn.BatchNorm2d:
+        return False
+    return layer.training and layer.affine and not extension.lacks("norm_swish_f32")
 
 
 def fits(x: Tensor) -> bool:
