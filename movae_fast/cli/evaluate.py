@@ -103,7 +103,7 @@ def of_images(
     )
     if network is not None:
         shown = partial(track, console=console, transient=True)
-        found = set_scores(
+        scored = set_scores(
             trained,
             model,
             network,
@@ -116,8 +116,8 @@ def of_images(
             source,
             shown,
         )
-        report.metrics |= found.metrics
-        report.conditions = found.conditions
+        report.metrics |= scored.metrics
+        report.conditions = scored.conditions
     return report
 
 
