@@ -104,7 +104,7 @@ def of_images(
     )
     if network is not None:
         shown = partial(track, console=console, transient=True)
-        of_sets = set_scores(
+        scored = set_scores(
             trained,
             model,
             network,
@@ -117,8 +117,8 @@ def of_images(
             source,
             shown,
         )
-        report.metrics |= of_sets.metrics
-        report.conditions = of_sets.conditions
+        report.metrics |= scored.metrics
+        report.conditions = scored.conditions
     return report
 
 
