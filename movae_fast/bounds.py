@@ -1,4 +1,4 @@
-"""Define the range of a number; nothing heavy is imported."""
+"""Define the range of values that a number may have, without importing anything slow."""
 
 from __future__ import annotations
 

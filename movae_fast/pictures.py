@@ -1,4 +1,4 @@
-"""Arrange and write pictures of a model's images: grids, pairs, strips, GIFs.
+"""Arrange and write pictures of a model's images: labelled sheets, grids, pairs, strips, GIFs.
 
 Images come in as [N, C, H, W] in [0, 1]; a picture is uint8 [h, w, 3]. A file is written under a temporary name
 and renamed, so a file that exists is complete.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from movae_fast.files import replacing
 
 PAD = 2  # pixels between images
-LABEL = 13  # height of a label
+LABEL, FONT = 15, 11  # height of a line of text, and size of its font
+LEAST_WIDTH = 240  # of a picture with a caption
 LEAST_SIDE = 64  # small images are enlarged to about this side, by whole factors
 
 
@@ -53,33 +55,101 @@ def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -
     return picture
 
 
-def labelled_grid(images: Tensor, labels: Sequence[str], columns: int) -> np.ndarray:
-    """Arrange images [N, C, H, W] in rows as one picture uint8 [h, w, 3], each with its label above it."""
-    pixels = to_pixels(images)
+def sheet(
+    images: Tensor,  # [N, C, H, W]
+    columns: int,
+    caption: str = "",
+    rows: Sequence[str] = (),
+    heads: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    scale: int | None = None,
+) -> np.ndarray:
+    """Arrange images as one picture uint8 [h, w, 3], row by row, with words around them.
+
+    rows: a label per row, at its left; heads: one per column, above it; labels: one per image, above it. Where
+    one is empty it takes no room. An image that is NaN stays white.
+    """
+    pixels = to_pixels(torch.where(images.isnan(), 1.0, images), scale)
     _, height, width, _ = pixels.shape
-    rows = math.ceil(len(pixels) / columns)
-    step = (height + LABEL + PAD, width + PAD)
-    canvas = Image.new("RGB", (columns * step[1] + PAD, rows * step[0] + PAD), "white")
+    left = max((text_width(row) for row in rows), default=-2 * PAD) + 2 * PAD
+    above = LABEL if heads else 0
+    step = (height + PAD + (LABEL if labels else 0), width + PAD)
+    size = (left + columns * step[1] + PAD, above + math.ceil(len(pixels) / columns) * step[0] + PAD)
+    canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
-    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        top, left = PAD + i // columns * step[0], PAD + i % columns * step[1]
-        pen.text((left, top), label, fill="black")
-        canvas.paste(Image.fromarray(image), (left, top + LABEL))
-    return np.asarray(canvas)
+
+    def write(x: int, y: int, text: str) -> None:
+        pen.text((x, y), text, fill="black", font=font())
+
+    for column, head in enumerate(heads):
+        write(left + PAD + column * step[1], 0, head)
+    for row, text in enumerate(rows):
+        write(PAD, above + row * step[0] + (step[0] - LABEL) // 2, text)
+    for i, image in enumerate(pixels):
+        x, y = left + PAD + i % columns * step[1], above + PAD + i // columns * step[0]
+        if labels:
+            write(x, y - PAD, labels[i])
+        canvas.paste(Image.fromarray(image), (x, y + (LABEL if labels else 0)))
+    picture = np.asarray(canvas)
+    return captioned(picture, caption) if caption else picture
 
 
 def captioned(picture: np.ndarray, text: str) -> np.ndarray:
-    """Return a picture uint8 [h, w, 3] with a line of text added above it."""
+    """Add text above a picture uint8 [h, w, 3], in as many lines as its width asks for.
+
+    A picture that is narrower than LEAST_WIDTH gets white at its right.
+    """
     height, width, _ = picture.shape
-    canvas = Image.new("RGB", (width, height + LABEL), "white")
-    ImageDraw.Draw(canvas).text((PAD, 1), text, fill="black")
-    canvas.paste(Image.fromarray(picture), (0, LABEL))
+    width = max(width, LEAST_WIDTH)
+    lines = wrapped(text, width - 2 * PAD)
+    canvas = Image.new("RGB", (width, height + LABEL * len(lines) + PAD), "white")
+    pen = ImageDraw.Draw(canvas)
+    for k, line in enumerate(lines):
+        pen.text((PAD, k * LABEL), line, fill="black", font=font())
+    canvas.paste(Image.fromarray(picture), (0, LABEL * len(lines) + PAD))
     return np.asarray(canvas)
 
 
+def widened(picture: np.ndarray, width: int) -> np.ndarray:
+    """Add white at the right of a picture uint8 [h, w, 3] up to a width."""
+    return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the words of `text` as lines that are at most `width` pixels wide, where no word is wider; an end
+    of line in it stays one."""
+    lines = []
+    for part in text.split("\n"):
+        line = ""
+        for word in part.split():
+            longer = f"{line} {word}".strip()
+            if line and text_width(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return lines
+
+
+def text_width(text: str) -> int:
+    """Return how many pixels wide a line of text is."""
+    return math.ceil(font().getlength(text))
+
+
+@cache
+def font() -> Any:
+    """Return Pillow's own font in the size of labels."""
+    return ImageFont.load_default(FONT)
+
+
+def png_bytes(picture: np.ndarray) -> bytes:
+    """Return a picture uint8 [h, w, 3] as a PNG file's content."""
+    return bytes(iio.imwrite("<bytes>", picture, extension=".png"))
+
+
 def write_png(path: Path, picture: np.ndarray) -> Path:
-    """Write a picture uint8 [h, w, 3] as a PNG; return `path`."""
-    return _write(path, iio.imwrite("<bytes>", picture, extension=".png"))
+    """Write a picture uint8 [h, w, 3] as PNG."""
+    return _write(path, png_bytes(picture))
 
 
 def write_gif(path: Path, frames: Sequence[np.ndarray], seconds: float = 0.1) -> Path:
@@ -95,16 +165,18 @@ def _write(path: Path, data: Any) -> Path:
     return path
 
 
-def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> np.ndarray:
-    """Return a picture uint8 [h, w, 3] that compares images [N, C, H, W] with their reconstructions: a row of
-    originals, below it the row of their reconstructions, and so on."""
+def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 8, caption: str = "") -> np.ndarray:
+    """Return a picture uint8 [h, w, 3]: originals in rows of `columns`, each above the row of their
+    reconstructions."""
+    columns = min(columns, len(originals))
     rows = []
     for at in range(0, len(originals), columns):
-        rows += [originals[at : at + columns], reconstructions[at : at + columns]]
-        for k in (-2, -1):  # fill the last row with white
-            lack = min(columns, len(originals)) - len(rows[k])
-            rows[k] = torch.cat([rows[k], torch.ones_like(rows[k][:1]).expand(lack, -1, -1, -1)])
-    return grid(torch.cat(rows), min(columns, len(originals)))
+        for images in (originals, reconstructions):
+            part = images[at : at + columns]
+            lack = columns - len(part)  # the last row is filled with white
+            rows += [part, part.new_full((lack, *part.shape[1:]), math.nan)]
+    labels = ["original", "reconstruction"] * math.ceil(len(originals) / columns)
+    return sheet(torch.cat(rows), columns, caption, labels)
 
 
 def back_and_forth(frames: list[Any]) -> list[Any]:

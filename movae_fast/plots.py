@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ PALETTE = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
 )
+MARKERS = "osD^v<>pP*"
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -129,19 +131,20 @@ def ladder_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequenc
     return _save(figure, path)
 
 
-def latent_scatter(path: Path, means: Tensor, labels: Tensor) -> Path:
-    """Plot the posterior means [N, 2] of a model with two latents, coloured by class label [N]; return
-    `path`."""
+def latent_scatter(path: Path, means: Tensor, labels: Tensor, title: str = "") -> Path:
+    """Plot posterior means [N, 2] coloured by label [N]; of up to ten, each has a marker of its own, too."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
     points, classes = means.cpu().numpy(), labels.cpu().numpy()
-    colours = plt.get_cmap("tab10" if classes.max() < 10 else "turbo")
+    few = classes.max() < len(PALETTE)
     for k in np.unique(classes):
         where = classes == k
-        colour = colours(int(k) if classes.max() < 10 else k / classes.max())
-        axis.scatter(points[where, 0], points[where, 1], s=3, color=colour, label=str(k))
+        shade = colour(int(k)) if few else plt.get_cmap("viridis")(k / classes.max())
+        marker = MARKERS[int(k)] if few else "o"
+        axis.scatter(points[where, 0], points[where, 1], s=7, color=shade, marker=marker, label=str(k), lw=0)
     limit = max(4.0, float(np.quantile(np.abs(points), 0.995)) * 1.1)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xlabel="z0", ylabel="z1", aspect="equal")
+    axis.set_title(title, fontsize=8, wrap=True)
     if len(np.unique(classes)) <= 20:
         axis.legend(loc="upper right", markerscale=3, frameon=False)
     return _save(figure, path)
@@ -183,7 +186,7 @@ def evaluation_plot(
 
 def sweep_plot(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
     """Plot a sweep: each objective over the trials and over each searched parameter, with the best trials (or
-    the Pareto front) in red.
+    the Pareto front) as red diamonds.
 
     A row describes a trial: `number`, `params`, `values` (one per objective in `names`) and whether it is
     `best`. Returns `path`.
@@ -200,10 +203,10 @@ def sweep_plot(path: Path, names: Sequence[str], rows: Sequence[Mapping[str, Any
             xs.append((names[1 - k], [row["values"][1 - k] for row in rows]))
         xs += [(p, [row["params"].get(p, math.nan) for row in rows]) for p in parameters]
         for axis, (label, values) in zip(axes[k], xs, strict=True):
-            for best, colour in ((False, "tab:blue"), (True, "tab:red")):
+            for best, style in ((False, {"color": PALETTE[3]}), (True, {"color": PALETTE[2], "marker": "D"})):
                 points = [(x, r["values"][k]) for x, r in zip(values, rows, strict=True) if r["best"] is best]
                 if points:
-                    axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
+                    axis.plot(*zip(*points, strict=True), **{"marker": "o", "ls": "none", "ms": 4} | style)
             axis.set(xlabel=label, ylabel=name)
             low = min((x for x in values if x > 0), default=0)
             if label in parameters and low > 0 and min(values) > 0 and max(values) / low > 20:
@@ -235,8 +238,8 @@ def curve_plot(path: Path, series: Sequence[Series]) -> Path:
     )
     labels = list(dict.fromkeys(s.label for s in series))
     for one in series:
-        colour = f"C{labels.index(one.label) % 10}"
-        style: dict[str, Any] = {"color": colour, "linewidth": 1, "linestyle": "-" if one.curve else "none"}
+        shade = colour(labels.index(one.label))
+        style: dict[str, Any] = {"color": shade, "linewidth": 1, "linestyle": "-" if one.curve else "none"}
         style |= {"marker": "o", "markersize": 3} if one.curve else {"marker": "x", "markersize": 6}
         seen = next(s for s in series if s.label == one.label) is one
         for axis, (x, y) in zip(
@@ -306,10 +309,14 @@ def colour(k: int) -> str:
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, set up to draw without a screen and with the colours in `PALETTE`."""
+    """Return matplotlib's pyplot, set up to draw without a screen and with the colours in `PALETTE`.
+
+    A program that has chosen where its own plots go, and a notebook, keep that.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")
+    if not {"matplotlib.pyplot", "ipykernel"} & sys.modules.keys():
+        matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=PALETTE)

@@ -39,19 +39,27 @@ def test_a_gif_sweeps_beta(many):
     assert all(bool((frame < 128).any()) for frame in top)  # each has its beta written on it
     assert not np.array_equal(top[0], top[1])
     assert np.array_equal(gif[1], gif[3])
-    below = gif[:, pictures.LABEL + pictures.PAD :]
     side = 64 + pictures.PAD
+    # Two rows of pairs, the samples under their own caption, and above all the caption of the frame.
+    under = 2 * side + pictures.PAD + side + pictures.PAD + pictures.LABEL + pictures.PAD
+    below = gif[:, -under + pictures.PAD :, pictures.text_width("reconstruction") + 2 * pictures.PAD :]
     assert np.array_equal(below[0, :64], below[2, :64])  # the originals stay
     assert not np.array_equal(below[0, side : side + 64], below[2, side : side + 64])
     sheet = iio.imread(many / "figures" / "beta_sweep.png")
-    assert sheet.shape[:2] == (8 * side + pictures.PAD, 3 * side + pictures.PAD)
+    assert sheet.shape[0] >= 8 * side + pictures.PAD + 2 * pictures.LABEL  # a caption and the betas above
+    left = pictures.text_width("sample 4") + 2 * pictures.PAD
+    assert sheet.shape[1] == left + 4 * side + pictures.PAD
+    cells = sheet[-(8 * side + pictures.PAD) :, left:]
+    assert not (cells[4 * side :, :side] < 255).any()  # a sample has no original
+    assert (cells[: 4 * side, :side] < 255).any()
 
 
 def test_a_caption_is_above_the_picture():
-    picture = pictures.grid(torch.zeros(1, 1, 64, 64))
+    picture = pictures.grid(torch.zeros(1, 1, 256, 256))
     with_text = pictures.captioned(picture, "beta 1")
-    assert with_text.shape == (picture.shape[0] + pictures.LABEL, *picture.shape[1:])
-    assert np.array_equal(with_text[pictures.LABEL :], picture)
+    height = pictures.LABEL + pictures.PAD
+    assert with_text.shape == (picture.shape[0] + height, *picture.shape[1:])
+    assert np.array_equal(with_text[height:], picture)
     assert bool((with_text[: pictures.LABEL] < 128).any())
 
 

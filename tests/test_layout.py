@@ -52,6 +52,7 @@ ALLOWED = {
     "priors": {"training", *IN_TRAINING, *LEAVES},
     "evaluation": {"priors", "training", *IN_TRAINING, *LEAVES},
     "sweeps": {"evaluation", "priors", "training", *IN_TRAINING, *LEAVES},
+    "pages": {"evaluation", "priors", "training", "pictures", "plots", *IN_TRAINING, *LEAVES},
     "pictures": {*LEAVES},
     "plots": {*LEAVES},
     "run_pictures": {"evaluation", "training", *IN_TRAINING, "pictures", "plots", *LEAVES},

@@ -18,6 +18,20 @@ def test_there_are_three_without_outputs() -> None:
         assert all(not cell.get("outputs") for cell in notebook.cells), path.name
 
 
+def test_the_program_s_own_plots_go_where_they_went() -> None:
+    """Training draws, and a notebook's plots still appear below its cells."""
+    from matplotlib import pyplot as plt
+
+    from movae_fast import plots
+
+    before = plt.get_backend()
+    try:
+        plt.switch_backend("svg")
+        assert plots.pyplot().get_backend() == "svg"
+    finally:
+        plt.switch_backend(before)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -39,9 +39,50 @@ def test_pairs_put_each_reconstruction_under_its_original():
     originals, copies = image(RED).repeat(5, 1, 1, 1), image(GREEN).repeat(5, 1, 1, 1)
     picture = pictures.pairs(originals, copies, columns=4)
     side = 64 + pictures.PAD
+    picture = picture[:, -(4 * side + pictures.PAD) :]  # the labels of the rows are at its left
     rows = [picture[10 + side * k, 10].tolist() for k in range(4)]
     assert rows == [[255, 0, 0], [0, 255, 0]] * 2
     assert picture[10 + 2 * side, 10 + side].tolist() == [255, 255, 255]
+
+
+def test_a_sheet_has_its_images_where_a_grid_has_them_and_words_around_them():
+    torch.manual_seed(0)
+    images = torch.rand(6, 1, 16, 16)
+    plain = pictures.grid(images, columns=3)
+    rows, heads = ["one", "a longer name"], ["-1", "0", "+1"]
+    whole = pictures.sheet(images, 3, "what this is", rows, heads)
+    h, w, _ = plain.shape
+    left = pictures.text_width("a longer name") + 2 * pictures.PAD
+    assert np.array_equal(whole[-h:, left : left + w], plain)
+    words = whole.copy()
+    words[-h:, left : left + w] = 255
+    dark = (words < 128).all(-1)
+    above = whole.shape[0] - h
+    assert dark[: pictures.LABEL].any()  # the caption
+    for k in range(3):  # a head above each column
+        assert dark[pictures.LABEL + pictures.PAD : above, left + k * 66 : left + k * 66 + 64].any()
+    for k in range(2):  # a name at the left of each row
+        assert dark[above + k * 66 : above + k * 66 + 64, :left].any()
+    assert np.array_equal(pictures.sheet(images, 3), plain)
+
+
+def test_a_caption_has_as_many_lines_as_it_needs():
+    picture = np.zeros((10, 300, 3), np.uint8)
+    text = "word " * 40
+    lines = pictures.wrapped(text, 296)
+    assert len(lines) > 1
+    assert " ".join(lines) == text.strip()
+    assert max(map(pictures.text_width, lines)) <= 296
+    assert pictures.captioned(picture, text).shape == (10 + len(lines) * pictures.LABEL + pictures.PAD, 300, 3)
+    assert pictures.wrapped("value 1\nof a latent", 296) == ["value 1", "of a latent"]
+    assert pictures.captioned(picture[:, :5], "a").shape[1] == pictures.LEAST_WIDTH
+
+
+def test_labels_stand_above_their_images_and_nan_is_white():
+    images = torch.full((2, 1, 64, 64), torch.nan)
+    picture = pictures.sheet(images, 2, labels=["left", ""])
+    assert (picture[:, :66] < 128).any()
+    assert (picture[:, 66:] == 255).all()
 
 
 def test_a_gif_loops_back_and_forth(tmp_path):
@@ -113,7 +154,7 @@ def test_batches_do_not_change_the_picture(trained, tmp_path):
     a, b = (iio.imread(tmp_path / n / "traverse.png").astype(int) for n in "ab")
     assert np.abs(a - b).max() <= 1
     # traverse_dim -1: one strip for each of the two latents.
-    assert a.shape[0] == 2 * (64 + 2) + 2
+    assert 2 * (64 + 2) + 2 < a.shape[0] < 3 * (64 + 2)
 
 
 def test_traverse_changes_the_latent_and_no_other(trained, tmp_path):
@@ -126,7 +167,29 @@ def test_traverse_changes_the_latent_and_no_other(trained, tmp_path):
     z[:, 1] = torch.tensor([-2.0, 0.0, 2.0])
     with torch.no_grad():
         expected = pictures.grid(model.to_image(model.decode(z)).clamp(0, 1), columns=3)
-    assert np.abs(iio.imread(tmp_path / "traverse.png").astype(int) - expected).max() <= 1
+    h, w, _ = expected.shape
+    assert np.abs(iio.imread(tmp_path / "traverse.png")[-h:, :w].astype(int) - expected).max() <= 1
+
+
+def test_interpolation_between_data_has_the_images_at_its_ends(trained, tmp_path):
+    from movae_fast.evaluation.sampling import draw_test_images
+    from movae_fast.training.build import load_model
+
+    flags = ("--mode", "interpolate", "--between", "data", "--n_samples", "1", "--n_interpolate", "3")
+    assert main(["sample", str(trained), *flags, "--save_dir", str(tmp_path), "--seed", "4"]) == 0
+    config, model = load_model(trained, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(4)
+    x, _ = draw_test_images(config, torch.device("cpu"), 1, generator, 2)
+    with torch.no_grad():
+        mu = model.encode(x)[0]
+        middle = model.to_image(model.decode((mu[:1] + mu[1:]) / 2))
+        copies = model.to_image(model.decode(mu))
+    expected = torch.cat([x[:1], copies[:1], middle, copies[1:], x[1:]]).clamp(0, 1)
+    expected = pictures.grid(expected, columns=5)
+    h, w, _ = expected.shape
+    assert np.abs(iio.imread(tmp_path / "interpolate.png")[-h:, :w].astype(int) - expected).max() <= 1
+    frames = iio.imread(tmp_path / "interpolate.gif", index=None)
+    assert len(frames) == 2 * 5 - 2
 
 
 def test_a_codebook_samples_interpolates_and_reconstructs(codebook, tmp_path, capsys):
@@ -214,6 +277,7 @@ def test_generate_takes_a_default_latent_dim_by_its_number(tmp_path, capsys):
         (["--n_samples", "0"], "--n_samples 0 must be at least 1"),
         (["--config", "mo_vae/cifar100-vq_vae-upgrad"], "says arch vq_vae, the checkpoint vae"),
         (["--mode", "draw"], "valid: sample, interpolate"),
+        (["--between", "data"], "--between data is for --mode interpolate"),
     ],
 )
 def test_bad_requests(trained, capsys, flags, message):

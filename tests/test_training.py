@@ -57,7 +57,7 @@ def test_a_run_leaves_what_it_promises(train):
     assert saved["seed"] == 3
     lines = read_lines(folder / "metrics.jsonl")
     first = lines[0]
-    assert first["step"] == 2
+    assert first["step"] == 1
     for objective in ("reconstruction", "kl"):
         for kind in ("", "weight_", "cos_", "grad_norm_"):
             assert math.isfinite(first[f"train/{kind}{objective}"])

@@ -251,7 +251,7 @@ def checked_options(
 
 
 def check_rows(name: str, m: int, args: Mapping[str, Any]) -> None:
-    """Raise ValueError for an aggregator that does not take the rows of m objectives; `args` are all of its."""
+    """Raise ValueError if the aggregator with the parameters `args` cannot aggregate m objectives."""
     if name == "crmogm":
         inner = args["weighting"]
         kinds = argument_kinds(inner)
@@ -308,7 +308,7 @@ def checked_argument(name: str, key: str, value: Any, kind: Any) -> Any:
 
 
 def range_in_words(bounds: Bounds, whole: bool) -> str:
-    """Return what a number within the bounds is called."""
+    """Return an error message's description of the numbers within the bounds."""
     if whole:
         return f"a whole number from {bounds.least} to {bounds.most:,}"
     if math.isinf(bounds.most):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def running() -> bool:
@@ -14,21 +13,11 @@ def running() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-class Pictures:
-    """Hold one place below a cell in which a run's newest pictures are shown."""
+def show_pictures(folder: Path, tag: str) -> None:
+    """Show a run's curves, and its reconstructions and samples of a tag, below the cell that runs."""
+    from IPython.display import HTML, display
 
-    def __init__(self) -> None:
-        self.handle: Any = None
-
-    def show(self, folder: Path, tag: str) -> None:
-        """Show the pictures of a tag, and the loss curves, in place of those before."""
-        from IPython.display import HTML, display
-
-        page = HTML(pictures_html(folder, tag))
-        if self.handle is None:
-            self.handle = display(page, display_id=True)
-        else:
-            self.handle.update(page)
+    display(HTML(pictures_html(folder, tag)))
 
 
 def pictures_html(folder: Path, tag: str) -> str:

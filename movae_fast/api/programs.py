@@ -168,6 +168,7 @@ def sentence_programs(model: SentenceModel) -> list[Program]:
 
 
 def program(name: str, module: nn.Module, inputs: dict[str, Tensor], outputs: tuple[str, ...]) -> Program:
-    """Return a program whose inputs but beta are of any number of images."""
+    """Build a program of `module` with the given example inputs; the batch size of every input except beta may
+    vary."""
     dynamic: dict[str, dict[int, str]] = {key: {} if key == "beta" else {0: "batch"} for key in inputs}
     return Program(name, module.eval(), inputs, outputs, dynamic)

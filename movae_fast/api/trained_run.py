@@ -18,7 +18,8 @@ from movae_fast.training.run_list import find_run
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """Hold a run by its folder; what it says is read from the folder's files when it is asked for.
+    """Give access to a run by its folder; settings, metrics and pictures are read from the files when they are
+    asked for.
 
     `TrainedRun.find("latest")` is the run that was started last; a notebook shows a run as a table.
     """

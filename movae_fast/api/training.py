@@ -13,7 +13,7 @@ from movae_fast.api import notebook
 from movae_fast.api.settings import Config, naming_arguments, settings
 from movae_fast.api.trained_run import TrainedRun
 from movae_fast.names import ArgumentError
-from movae_fast.run_pictures import draw_missing, draw_run
+from movae_fast.run_pictures import draw_missing, draw_run, show_run
 from movae_fast.training.callbacks import Callbacks, nothing
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import check_settings, validate, without_export
@@ -91,19 +91,20 @@ def start(given: dict[str, Any]) -> Run:
 def trained(work: Run, progress: bool) -> TrainedRun:
     """Fit and return the run; its logs are closed whatever happens."""
     shown = progress and work.world.main
-    pictures = notebook.Pictures() if shown and notebook.running() else None
+    tags: list[str] = []
 
     def draw(run: Run, tag: str) -> None:
         draw_run(run, tag)
-        if pictures is not None:
-            pictures.show(run.folder, tag)
+        tags.append(tag)
 
-    work.draw = draw
+    work.draw, work.show = draw, show_run
     try:
         draw_missing(work)
         if not work.ended:
             with Bar(work, Console(quiet=not shown)) as bar:
                 fit(work, bar)
+        if tags and shown and notebook.running():  # below the bar, which may swallow what is shown meanwhile
+            notebook.show_pictures(work.folder, tags[-1])
         if work.config.run.export is not None and work.world.main:
             work.export(Path(work.config.run.export))
         return TrainedRun(work.folder)

@@ -28,6 +28,8 @@ COMMANDS = {
     "export": "a trained model for other programs: safetensors with a model card, torch.export, ONNX",
     "runs": "list the runs below a folder, with their scores",
     "compare": "runs beside each other: flags that differ, scores, curves in one plot",
+    "report": "one page on one or several runs, for any browser: curves, pictures, answers",
+    "serve": "a page to look into a model: sliders for latents and beta, a map of codes (extra web)",
     "data": "list, verify, prepare datasets: decode once, map afterwards",
     "init": "write every setting of train, with what it does, to a YAML file",
     "completion": "a script that completes commands, flags and names in bash, zsh or tcsh",
@@ -36,8 +38,8 @@ COMMANDS = {
 
 TASKS = {
     "Train": ("train", "sweep", "init"),
-    "Look at runs": ("runs", "compare", "evaluate", "curve"),
-    "Use a trained model": ("sample", "reconstruct", "generate", "encode", "prior", "export"),
+    "Look at runs": ("runs", "compare", "report", "evaluate", "curve"),
+    "Use a trained model": ("sample", "reconstruct", "generate", "serve", "encode", "prior", "export"),
     "Data and machine": ("data", "doctor", "completion"),
 }
 
@@ -68,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Search for no garbage meanwhile: what torch imports is 160,000 objects, and all of them stay.
+    """Disable garbage collection inside a `with` block: importing torch makes 160,000 objects, all of which
+    stay.
 
-    This and the freezing in `main` are a quarter of the CPU time of a process that imports torch and ends, as
-    one does that refuses its flags.
+    Together with the freezing in `main` this saves a quarter of the CPU time of a process that imports torch
+    and ends at once, as one that refuses its flags does.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -20,6 +20,8 @@ from movae_fast.ops import extension
 # Optional package -> what it is for and the extra that brings it.
 EXTRAS = {
     "wandb": ("logging to Weights & Biases", "wandb"),
+    "mlflow": ("logging to MLflow", "mlflow"),
+    "gradio": ("movae serve", "web"),
     "nvidia.dali": ("decoding images on the GPU", "dali"),
     "cvxpy": ("the aggregator nash_mtl", "solvers"),
     "torch_fidelity": ("FID and KID", "metrics"),

@@ -65,7 +65,8 @@ def run(config: EvaluateConfig) -> int:
 
 
 def of_sentences(config: EvaluateConfig, trained: TrainConfig, model: LSTMVAE, device: torch.device) -> Report:
-    """Measure a model of sentences. Raises ValueError for what only images have."""
+    """Return the metrics of a text model. Raises ValueError for a metric or flag that applies to images
+    only."""
     if config.fid_weights:
         raise ValueError("--fid_weights: FID and KID are of images; leave it out")
     names = list(ON_TEXT) if config.metrics in ("auto", "all") else named(config.metrics)
@@ -83,7 +84,7 @@ def of_sentences(config: EvaluateConfig, trained: TrainConfig, model: LSTMVAE, d
 def of_images(
     config: EvaluateConfig, trained: TrainConfig, model: VAE, device: torch.device, size: int, console: Console
 ) -> Report:
-    """Measure a model of images, `size` of them at a time."""
+    """Return the metrics of an image model, evaluated on `size` images at a time."""
     if config.oracle:
         raise ValueError("--oracle is for runs on lstm_text, whose true likelihood is known; leave it out")
     names = chosen_metrics(config.metrics, trained, model, config.iw)
@@ -103,7 +104,7 @@ def of_images(
     )
     if network is not None:
         shown = partial(track, console=console, transient=True)
-        found = set_scores(
+        of_sets = set_scores(
             trained,
             model,
             network,
@@ -116,8 +117,8 @@ def of_images(
             source,
             shown,
         )
-        report.metrics |= found.metrics
-        report.conditions = found.conditions
+        report.metrics |= of_sets.metrics
+        report.conditions = of_sets.conditions
     return report
 
 

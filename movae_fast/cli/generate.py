@@ -10,8 +10,8 @@ import torch
 from movae_fast.cli.flags.generate import GenerateConfig
 from movae_fast.cli.trained import new_outdir
 from movae_fast.data import to_unit
-from movae_fast.evaluation.trained import check_option
-from movae_fast.pictures import grid, write_png
+from movae_fast.evaluation.trained import beta_of, caption_of, check_option
+from movae_fast.pictures import grid, sheet, write_png
 from movae_fast.training.build import load_model
 from movae_fast.training.device import resolve_device
 from movae_fast.training.device_checks import check_room
@@ -32,6 +32,7 @@ def run(config: GenerateConfig) -> int:
     images = to_unit(model.sample(config.nsamples, generator), trained.data.normalize)
     for i, image in enumerate(images):
         write_png(folder / f"img_{i:06d}.png", grid(image[None], scale=1))
-    write_png(folder / "all.png", grid(images, columns=8))
+    caption = f"samples from the prior; {caption_of(trained, Path(config.model), beta_of(model))}"
+    write_png(folder / "all.png", sheet(images, min(8, len(images)), caption))
     print(f"{config.nsamples} pictures in {folder}, all of them in {folder / 'all.png'}")
     return 0

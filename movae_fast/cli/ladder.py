@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from movae_fast.evaluation.trained import caption_of
 from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
 from movae_fast.run_pictures import draw_traversals
@@ -28,7 +29,8 @@ def visualize(config: TrainConfig, console: Console) -> int:
     x, _ = next(iter(make_loader(trained, device, "test").epoch()))
     folder = Path(config.run.exp_dir) if config.run.exp_dir else folder_of(path) / "figures"
     stage = int(model.stage)
-    gif, sheet = (free_path(folder / f"traversal_stage_{stage}", f".{kind}") for kind in ("gif", "png"))
-    for made in draw_traversals(model, x, trained.data.normalize, gif, sheet):
+    gif, picture = (free_path(folder / f"traversal_stage_{stage}", f".{kind}") for kind in ("gif", "png"))
+    caption = f"each latent of a test image alone; stage {stage}; {caption_of(trained, path)}"
+    for made in draw_traversals(model, x, trained.data.normalize, gif, picture, caption):
         console.print(str(made), highlight=False, soft_wrap=True)
     return 0

@@ -231,19 +231,21 @@ def is_flag(word: str) -> bool:
 
 
 def build_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """Return the parser of a command: one group of flat flags per dataclass, and --config."""
+    """Return a command's parser: --config and one group of flags per dataclass."""
     return _built(command, tuple(sections), description, True)
 
 
 def new_parser(command: str, sections: Sequence[type], description: str) -> OneLineParser:
-    """Return the parser of a command: one group of flat flags per dataclass."""
+    """Return a command's parser with one group of flags per dataclass and without --config."""
     return _built(command, tuple(sections), description, False)
 
 
 @functools.cache
 def _built(command: str, sections: tuple[type, ...], description: str, recipes: bool) -> OneLineParser:
-    """Build a parser, once per process: that of `movae train` takes a tenth of a second, and a sweep or a
-    resumed run asks for it again."""
+    """Build a command's parser, or return the one built before in this process.
+
+    The parser of `movae train` takes a tenth of a second, and a sweep or a resumed run needs it again.
+    """
     usage = f"movae {command} [--config RECIPE] [--flag value …]" if recipes else None
     parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, usage=usage)
     for section in sections:

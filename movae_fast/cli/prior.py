@@ -36,7 +36,8 @@ from movae_fast.training.world import World, connect
 
 
 def run(flags: tuple[PriorRunConfig, PriorConfig]) -> int:
-    """Fit, score, save; the exit status (130 or 143 after SIGINT or SIGTERM, with the prior saved)."""
+    """Fit a prior, save it with its test scores, and return the exit status: 130 after SIGINT and 143 after
+    SIGTERM."""
     command, config = flags
     world, command.device = connect(command.device)
     device = resolve_device(command.device)
@@ -77,7 +78,8 @@ def run(flags: tuple[PriorRunConfig, PriorConfig]) -> int:
 
 
 def check_folder(folder: Path, resume: bool, config: PriorConfig) -> None:
-    """Refuse a folder that holds a prior unless it is to go on, and to go on with one that is not there."""
+    """Raise ValueError if the folder holds a prior and `resume` is not set, or if it holds none and `resume` is
+    set."""
     last = folder / "checkpoints" / "last.pt"
     if resume and not KINDS[config.kind].stepped:
         raise ValueError(
@@ -102,7 +104,7 @@ def fitted(
     world: World,
     console: Console,
 ) -> nn.Module:
-    """Return the fitted prior, in evaluation mode."""
+    """Fit the prior, or resume fitting it, and return it in evaluation mode."""
     device = resolve_device(command.device)
     if not KINDS[config.kind].stepped:
         prior = build_prior(config, latents.values.shape[1:], latents.grids, classes)
@@ -141,7 +143,7 @@ def fitted(
 
 
 def show(bar: Progress, task: Any, run: fit.PriorRun, line: dict[str, float]) -> None:
-    """Show a step; where there is no terminal, print a line per evaluation."""
+    """Advance the progress bar by a step; without a terminal, print a line per evaluation instead."""
     text = "  ".join(f"{name} {line[name]:.4g}" for name in ("train/loss", "held_out/loss") if name in line)
     bar.update(task, completed=run.at, text=text)
     if bar.disable and run.world.main and run.at % run.config.eval_every == 0:
@@ -160,7 +162,7 @@ def scores_of(
 
 
 def table(config: PriorConfig, trained: TrainConfig, scores: dict[str, float]) -> Table:
-    """Return the scores as a table."""
+    """Return a table of the prior's scores for printing."""
     made = Table(title=f"{config.folder} on what is encoded by {trained.model.arch}, test split")
     made.add_column("score")
     made.add_column("value", justify="right")

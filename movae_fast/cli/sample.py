@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,16 +30,16 @@ from movae_fast.evaluation.sampling import (
     traverse_part,
 )
 from movae_fast.evaluation.text_decoding import Decoding
-from movae_fast.evaluation.trained import adapt_config, option_of, rates_of
+from movae_fast.evaluation.trained import adapt_config, beta_of, caption_of, option_of, rates_of
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, LSTMVAE, NVAE, VAE, GaussianVAE
 from movae_fast.names import shown
-from movae_fast.pictures import back_and_forth, captioned, grid, labelled_grid, pairs, write_gif, write_png
+from movae_fast.pictures import back_and_forth, grid, pairs, sheet, widened, write_gif, write_png
 from movae_fast.plots import latent_scatter
 from movae_fast.priors.base import find_prior, load_prior
 from movae_fast.priors.choice import Choice
 from movae_fast.priors.sampling import check_choice, prior_images
-from movae_fast.training.build import load_model
+from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
@@ -57,7 +58,13 @@ class Job:
     trained: TrainConfig
     model: VAE
     generator: torch.Generator
+    step: int | None = None  # that the weights are of
     prior: FittedPrior | None = None
+
+    def about(self, what: str) -> str:
+        """Return a picture's caption: what it shows, and of which run."""
+        beta = None if self.config.mode == "beta_sweep" else beta_of(self.model)
+        return f"{what}; {caption_of(self.trained, Path(self.config.weights), beta, self.step)}"
 
     @property
     def normalize(self) -> bool:
@@ -110,7 +117,7 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
     ValueError if they do not, or for a flag that does not apply to the model.
     """
     device = resolve_device(config.device)
-    trained, model = load_model(Path(config.weights), device)
+    trained, model, _, step = load_trained(Path(config.weights), device)
     if name is not None:
         agree(expected, trained, model, name)
     adapt_config(trained, config.device, config.data_dir)
@@ -127,8 +134,20 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
         rates_of(trained, model, "mode beta_sweep")
         if config.beta is not None:
             raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
+    if config.between is not None:
+        check_ends(config, model)
     prior = load_prior_of(config, trained, model)
-    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), prior)
+    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), step, prior)
+
+
+def check_ends(config: SampleConfig, model: VAE) -> None:
+    """Refuse ends of interpolation that the mode or the model do not have."""
+    if config.mode != "interpolate":
+        raise ValueError(f"--between {config.between} is for --mode interpolate; leave it out")
+    if config.between == "prior" and model.latents == "codebook":
+        raise ValueError("--between prior: a codebook interpolates between test images; leave it out")
+    if config.between == "data" and model.latents == "hierarchy":
+        raise ValueError("--between data: a hierarchy interpolates between draws; leave it out")
 
 
 def agree(wanted: dict[str, object], trained: TrainConfig, model: VAE, name: str) -> None:
@@ -164,16 +183,20 @@ def sample(job: Job, folder: Path) -> list[Path]:
         estimate_statistics(job.model, config.bn_passes, size, job.generator, config.temperature)
     images = drawn_from_prior(job)
     if images is None:
+        images = drawn_from_prior(job)
+    if images is None:
         images = sample_images(
             job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
         )
-    made = [write_png(free_path(folder / "sample", ".png"), grid(images))]
+    of = "the prior" if job.prior is None else f"the {job.prior[1]} prior"
+    picture = sheet(images, math.ceil(math.sqrt(len(images))), job.about(f"samples from {of}"))
+    made = [write_png(free_path(folder / "sample", ".png"), picture)]
     return made + singles(job, folder, "sample", images.split(1))
 
 
 def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
-    """Return images drawn from the prior that was fitted to the run, and say so; None if there is none to
-    use."""
+    """Return images drawn from the prior that was fitted to the run, and report which prior it is; None without
+    one."""
     if job.prior is None:
         return None
     c, (path, kind, prior) = job.config, job.prior
@@ -185,15 +208,17 @@ def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
 
 
 def choice_of(config: SampleConfig) -> Choice:
-    """Return how the flags say that codes are drawn."""
+    """Return from the flags how codes are drawn from a prior's logits."""
     top_k = config.top_k if config.decoding == "top_k" else 0
     top_p = config.top_p if config.decoding == "nucleus" else 1.0
     return Choice(config.temperature, top_k, top_p, config.guidance)
 
 
 def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> FittedPrior | None:
-    """Return the prior to draw from, or None. Raises ValueError for one that does not fit, and for flags that
-    need one."""
+    """Return the fitted prior that the flags ask for, or None to sample without one.
+
+    Raises ValueError for a prior that does not fit the model, and for flags that need a prior if there is none.
+    """
     run = folder_of(Path(config.weights))
     may = config.mode == "sample" and not trained.is_text and model.latents != "hierarchy"
     path = find_prior(run, config.prior) if may else None
@@ -215,27 +240,33 @@ def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> Fit
 
 
 def say(text: str) -> None:
-    """Write a line for the user to standard error; standard output has the paths alone."""
+    """Write a line to stderr, so that stdout holds only the paths of files."""
     print(f"movae sample: {shown(text)}", file=sys.stderr)
 
 
-def ends(job: Job) -> Tensor:
-    """Return 2 n_samples latents, between which interpolation runs: the first half are starts, the second half
-    ends.
-
-    They are draws from the prior, or for a model with a codebook the encoder's outputs for test images.
-    """
-    if job.model.latents != "codebook":
-        return job.model.sample_latents(2 * job.config.n_samples, job.generator)
-    x, _ = job.test_images(each=2)
-    return job.model.encode(x)[0]
-
-
 def interpolate_latents(job: Job, folder: Path) -> list[Path]:
+    """Write strips from one latent to another: of prior draws, or of test images, which stand at the ends."""
     n, steps = job.config.n_samples, job.config.n_interpolate
-    first, second = ends(job).chunk(2)
-    z = interpolate(job.model, first, second, steps)
-    return strips(job, folder, "interpolate", job.decode(z).unflatten(0, (n, steps)))
+    heads = [f"{k / max(steps - 1, 1):.2f}" for k in range(steps)]
+    if (job.config.between or "prior") == "prior" and job.model.latents != "codebook":
+        first, second = job.model.sample_latents(2 * n, job.generator).chunk(2)
+        images = job.decode(interpolate(job.model, first, second, steps)).unflatten(0, (n, steps))
+        what = Strips("interpolate", "from one draw of the prior to another", heads, numbered_rows("pair", n))
+        return strips(job, folder, what, images)
+    x, _ = job.test_images(each=2)
+    first, second = job.model.encode(x)[0].chunk(2)
+    images = job.decode(interpolate(job.model, first, second, steps)).unflatten(0, (n, steps))
+    start, end = to_unit(x, job.normalize).unsqueeze(1).chunk(2)
+    images = torch.cat([start, images, end], dim=1)
+    what = Strips(
+        "interpolate", "from one test image to another", ["image", *heads, "image"], numbered_rows("pair", n)
+    )
+    return strips(job, folder, what, images)
+
+
+def numbered_rows(word: str, n: int) -> list[str]:
+    """Return the labels of n rows of one kind; none where there is one row."""
+    return [f"{word} {k + 1}" for k in range(n)] if n > 1 else []
 
 
 def traverse_latents(job: Job, folder: Path) -> list[Path]:
@@ -255,7 +286,11 @@ def traverse_latents(job: Job, folder: Path) -> list[Path]:
         )
     reach, dim = config.traverse_range, config.traverse_dim
     z = traverse(model, config.n_samples, config.n_traverse, reach, dim, job.generator)
-    return strips(job, folder, "traverse", job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
+    heads = [f"{value:+.2f}" for value in torch.linspace(-reach, reach, config.n_traverse).tolist()]
+    rows = [f"latent {k}" for k in range(len(z))] if dim < 0 else numbered_rows("draw", len(z))
+    words = "each latent of one draw alone" if dim < 0 else f"latent {dim} of each draw alone"
+    what = Strips("traverse", f"{words}, in prior standard deviations", heads, rows)
+    return strips(job, folder, what, job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]))
 
 
 def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
@@ -273,30 +308,40 @@ def traverse_hierarchy(job: Job, model: NVAE, folder: Path) -> list[Path]:
     steps = config.n_traverse
     z, names = traverse_part(model, config.n_samples, steps, kind, config.traverse_dim, job.generator)
     images = job.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    labels = [name if k == 0 else "" for name in names for k in range(steps)]
-    sheet = labelled_grid(images.flatten(0, 1), labels, steps)
-    made = [write_png(free_path(folder / "traverse", ".png"), sheet)]
-    columns = max(1, round(len(names) ** 0.5))
-    frames = [labelled_grid(images[:, k], names, columns) for k in range(steps)]
-    made.append(write_gif(free_path(folder / "traverse", ".gif"), back_and_forth(frames)))
-    return made + singles(job, folder, "traverse", list(images))
+    heads = [f"{k / max(steps - 1, 1):.2f}" for k in range(steps)]
+    what = Strips("traverse", f"one {kind} at a time, from one draw to another", heads, names)
+    return strips(job, folder, what, images)
 
 
-def strips(job: Job, folder: Path, mode: str, images: Tensor) -> list[Path]:
-    """Write strips [N, steps, C, S, S] as a grid with one strip per row and as a GIF with one frame per step.
+@dataclass
+class Strips:
+    """Hold the words around strips of images."""
 
-    Returns the paths, with those of the single files if they were asked for.
-    """
-    made = [write_png(free_path(folder / mode, ".png"), grid(images.flatten(0, 1), columns=images.shape[1]))]
-    frames = [grid(images[:, k]) for k in range(images.shape[1])]
-    made.append(write_gif(free_path(folder / mode, ".gif"), back_and_forth(frames)))
-    return made + singles(job, folder, mode, list(images))
+    mode: str  # the files' name
+    about: str  # what the strips show
+    heads: Sequence[str]  # of each column, which a GIF shows one after the other
+    rows: Sequence[str]  # of each strip; empty for one that needs no name
+
+
+def strips(job: Job, folder: Path, what: Strips, images: Tensor) -> list[Path]:
+    """Write strips [N, steps, C, S, S] as a sheet with one strip per row, and as a GIF that runs along all
+    of them."""
+    picture = sheet(images.flatten(0, 1), images.shape[1], job.about(what.about), what.rows, what.heads)
+    made = [write_png(free_path(folder / what.mode, ".png"), picture)]
+    columns = math.ceil(math.sqrt(len(images)))
+    frames = [
+        sheet(images[:, k], columns, job.about(f"{head}\n{what.about}"), labels=what.rows)
+        for k, head in enumerate(what.heads)
+    ]
+    made.append(write_gif(free_path(folder / what.mode, ".gif"), back_and_forth(frames)))
+    return made + singles(job, folder, what.mode, list(images))
 
 
 def reconstruct(job: Job, folder: Path) -> list[Path]:
     x, _ = job.test_images()
     x, y = to_unit(x, job.normalize), job.reconstruct(x)
-    made = [write_png(free_path(folder / "reconstruct", ".png"), pairs(x, y))]
+    picture = pairs(x, y, caption=job.about("test images"))
+    made = [write_png(free_path(folder / "reconstruct", ".png"), picture)]
     return made + singles(job, folder, "reconstruct", list(torch.stack([x, y], dim=1)))
 
 
@@ -309,7 +354,8 @@ def visualize_latent(job: Job, folder: Path) -> list[Path]:
         )
     x, labels = job.test_images()
     means = torch.cat([model.encode(part)[0] for part in x.split(job.config.batch_size)])
-    return [latent_scatter(free_path(folder / "latent", ".png"), means, labels)]
+    title = job.about("posterior means of test images by label")
+    return [latent_scatter(free_path(folder / "latent", ".png"), means, labels, title)]
 
 
 def beta_sweep(job: Job, folder: Path) -> list[Path]:
@@ -323,19 +369,24 @@ def beta_sweep(job: Job, folder: Path) -> list[Path]:
     assert model.rates is not None
     x, _ = job.test_images()
     z = model.sample_latents(n, job.generator)
-    columns = min(n, 8)
+    originals, columns = to_unit(x, job.normalize), min(n, 8)
     frames, strips_of = [], []
     betas = log_spaced(model.rates.beta_min, model.rates.beta_max, job.config.n_betas)
     for beta, y, samples in images_at_betas(model, x, z, betas, job.config.batch_size, job.normalize):
-        picture = np.concatenate([pairs(to_unit(x, job.normalize), y, columns), grid(samples, columns)])
-        frames.append(captioned(picture, f"beta {beta:.3g}"))
+        both = pairs(originals, y, columns, job.about(f"beta {beta:.3g}\ntest images"))
+        drawn = sheet(samples, columns, "samples from the prior")
+        width = max(both.shape[1], drawn.shape[1])
+        frames.append(np.concatenate([widened(both, width), widened(drawn, width)]))
         strips_of.append(torch.cat([y, samples]))
-    every = torch.stack(strips_of, dim=1)  # [2 n, betas, C, S, S]
-    made = [
-        write_png(free_path(folder / "beta_sweep", ".png"), grid(every.flatten(0, 1), columns=every.shape[1]))
-    ]
+    blank = torch.full_like(originals, torch.nan)
+    every = torch.stack([torch.cat([originals, blank]), *strips_of], dim=1)  # [2 n, 1 + betas, C, S, S]
+    rows = [f"{word} {k + 1}" for word in ("image", "sample") for k in range(n)]
+    heads = ["original", *(f"{beta:.3g}" for beta in betas)]
+    about = job.about("reconstructions and samples over beta")
+    picture = sheet(every.flatten(0, 1), every.shape[1], about, rows, heads)
+    made = [write_png(free_path(folder / "beta_sweep", ".png"), picture)]
     made.append(write_gif(free_path(folder / "beta_sweep", ".gif"), back_and_forth(frames)))
-    return made + singles(job, folder, "beta_sweep", list(every))
+    return made + singles(job, folder, "beta_sweep", list(every[:, 1:]))
 
 
 MODES: dict[str, Callable[[Job, Path], list[Path]]] = {

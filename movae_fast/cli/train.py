@@ -19,7 +19,7 @@ from movae_fast.cli.errors import explained
 from movae_fast.cli.flags.train import TrainFlags, build_parser
 from movae_fast.cli.ladder import visualize
 from movae_fast.names import first_line, shown
-from movae_fast.run_pictures import draw_missing, draw_run
+from movae_fast.run_pictures import draw_missing, draw_run, show_run
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate, without_export
 from movae_fast.training.continuing import continued as continued_config
@@ -90,7 +90,7 @@ def train(work: Run, console: Console) -> int:
 
     Interruptions and the errors that end a run are reported in one line, with the command that resumes it.
     """
-    work.draw = draw_run
+    work.draw, work.show = draw_run, show_run
     started = time.perf_counter()
     again = f"go on with: movae train --resume {work.folder}"
     try:

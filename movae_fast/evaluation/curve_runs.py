@@ -97,7 +97,7 @@ def read_member(
 
     Raises ValueError, which names the path, for a model that is neither multi-rate nor has a single beta.
     """
-    trained, model, processes = load_trained(path, device)
+    trained, model, processes, _ = load_trained(path, device)
     multirate = is_multirate(model)
     if multirate:
         assert model.rates is not None

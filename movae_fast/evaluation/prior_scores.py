@@ -1,4 +1,4 @@
-"""Score a fitted prior on a split: what codes cost under it, and the ELBO with it in the place of N(0, I)."""
+"""Score a fitted prior on a split: bits per code, or the ELBO with the prior in place of N(0, I)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from movae_fast.reference import gaussian_log_density
 def code_scores(
     prior: nn.Module, fitted: Latents, scored: Latents, image_shape: tuple[int, int, int], batch_size: int = 512
 ) -> dict[str, float]:
-    """Return the bits per code of a split, and per value of an image, under the prior and under the usage of
-    the codes that it was fitted to.
+    """Return bits per code and bits per value of an image, under the prior and under the codes' frequencies as
+    baseline.
 
-    Bits per value are those of the codes alone: log p(x | codes) is not part of them. A prior without a
-    likelihood has only the usage's.
+    The frequencies are those in `fitted`, the latents that the prior was fitted to; `scored` are evaluated. The
+    bits are of the codes alone, without log p(x | codes). A prior without a likelihood has only the baseline's
+    scores.
     """
     codes, label = scored.tensor()[: scored.images], scored.label_tensor()[: scored.images]
     values, length = math.prod(image_shape), codes.shape[1]
@@ -53,10 +54,10 @@ def latent_scores(
     dist: ReconsDist,
     seed: int,
 ) -> dict[str, float]:
-    """Return the ELBO with N(0, I) and with the prior in its place, in nats per image, of the same draws.
+    """Return the ELBO in nats per image, with N(0, I) and with the fitted prior, from the same draws.
 
-    Each is E_q[log p(x|z) + log p(z) - log q(z|x)] by one draw from each posterior, `rate` the part of it
-    without log p(x|z).
+    Each is E_q[log p(x|z) + log p(z) - log q(z|x)] with one draw per posterior; `rate` is that without log
+    p(x|z).
     """
     likelihood = model.likelihood_as(dist)
     generator = torch.Generator().manual_seed(seed)

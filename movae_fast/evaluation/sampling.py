@@ -163,6 +163,19 @@ def traverse(
     return z
 
 
+def traverse_around(
+    model: GaussianVAE, x: Tensor, dims: Sequence[int], steps: int, reach: float
+) -> tuple[list[float], Tensor]:  # [len(dims), steps, D]
+    """Return values from -reach to reach, and latents in which one of `dims` alone takes them, around the
+    posterior mean of one image x [1, C, S, S]."""
+    mean, _ = model.encode(x)
+    values = torch.linspace(-reach, reach, steps, device=mean.device)
+    z = mean.expand(len(dims), steps, -1).clone()
+    for strip, dim in enumerate(dims):
+        z[strip, :, dim] = values
+    return values.tolist(), z
+
+
 def images_at_betas(
     model: VAE,
     x: Tensor,  # [N, C, S, S] in the model's range

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from movae_fast.models import VAE, model_class, model_options
 from movae_fast.models.multirate import Rates
 from movae_fast.names import ArgumentError
 from movae_fast.training.config import TrainConfig
+from movae_fast.training.run_folder import folder_of
 
 
 def adapt_config(
@@ -20,6 +24,31 @@ def adapt_config(
     if batch_size is not None:
         data.batch_size = data.eval_batch_size = batch_size
     run.device, run.accumulate, run.export = device, 1, None
+
+
+def caption_of(trained: TrainConfig, weights: Path, beta: float | None = None, step: int | None = None) -> str:
+    """Return the words of a caption that say which run (or file of weights) a picture is of, and at which
+    beta and step."""
+    of_run = weights.is_dir() or weights.absolute().parent.name == "checkpoints"
+    name = folder_of(weights).absolute().name if of_run else weights.name
+    about = f"{name}: {trained.model.arch} on {trained.data.dataset}, {trained.objective.agg}"
+    return about + ("" if beta is None else f", beta {beta:.3g}") + ("" if step is None else f", step {step:,}")
+
+
+def beta_of(model: VAE) -> float | None:
+    """Return the beta that a multi-rate model is set to; None of a model with one beta."""
+    return None if model.rates is None else float(model.rates.evaluated.exp().reshape(-1)[0])
+
+
+@contextmanager
+def beta_kept(model: VAE) -> Iterator[None]:
+    """Set a multi-rate model back, when the block ends, to the beta that it had before."""
+    before = None if model.rates is None else model.rates.evaluated
+    try:
+        yield
+    finally:
+        if model.rates is not None and before is not None:
+            model.rates.evaluated = before
 
 
 def option_of(trained: TrainConfig, model: VAE, name: str) -> Any:

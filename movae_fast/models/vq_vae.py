@@ -33,9 +33,9 @@ class ResidualBlock(nn.Module):
 def image_decoder(
     dim: int, hidden_dims: Sequence[int], channels: int, num_residual_layers: int, layer_norm: Norm
 ) -> nn.Sequential:
-    """Return the network from codewords of `dim` channels to `channels` per pixel.
+    """Build the network from codewords with `dim` channels to an output with `channels` channels.
 
-    `hidden_dims` are the channels of the encoder's convolutions, which are gone through backwards.
+    hidden_dims: the channels of the encoder's convolutions; the decoder uses them in reverse order.
     """
     width, widths = hidden_dims[-1], list(reversed(hidden_dims))
     layers: list[nn.Module] = [nn.Conv2d(dim, width, 3, padding=1), nn.LeakyReLU()]

@@ -37,7 +37,7 @@ def blocks(channels: int, count: int) -> list[nn.Module]:
 
 
 def image_encoder(channels: int, half: int, width: int, count: int) -> nn.Sequential:
-    """Return the network from images to features of `width` channels at a quarter of the side."""
+    """Build the network from images to features with `width` channels at a quarter of the side."""
     return nn.Sequential(
         nn.Conv2d(channels, half, 4, stride=2, padding=1),
         nn.ReLU(),
@@ -49,7 +49,8 @@ def image_encoder(channels: int, half: int, width: int, count: int) -> nn.Sequen
 
 
 def image_decoder(features: int, width: int, half: int, channels: int, count: int) -> nn.Sequential:
-    """Return the network from features at a quarter of the side to `channels` per pixel."""
+    """Build the network from features at a quarter of the side to an output with `channels` channels at full
+    size."""
     return nn.Sequential(
         nn.Conv2d(features, width, 3, padding=1),
         *blocks(width, count),

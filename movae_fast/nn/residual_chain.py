@@ -1,4 +1,5 @@
-"""Quantize vectors by codebooks after each other, keeping no level's residual for the backward."""
+"""Quantize vectors residually by several codebooks, without storing each level's residual for the backward
+pass."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ ROWS = 1024  # vectors whose residuals are in memory at once in the backward
 
 
 def chainable(x: Tensor, layers: Sequence[VectorQuantizer], mask: Tensor | None) -> bool:
-    """Return whether `chain` gives what the layers would, one called after the other.
+    """Return whether `chain` can replace calling the layers one after the other.
 
-    It has not their masks, cosine similarity, feature maps or learnable codebooks.
+    It does not support masks, cosine similarity, feature maps and learnable codebooks.
     """
     plain = mask is None and x.dtype == torch.float32 and x.requires_grad and torch.is_grad_enabled()
     if not plain or torch.compiler.is_compiling() or extension.missing(x):
@@ -36,9 +37,10 @@ def chain(
     layers: Sequence[VectorQuantizer],
     freeze_codebook: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Return the sum of the levels' codes as x, and each level's indices [...] and loss [], updating codebooks.
+    """Return the sum of the levels' codes, shaped as x, and the indices and the loss of each level; update the
+    codebooks.
 
-    The backward computes the residuals of a few rows at a time again from x, the codes and the indices.
+    The backward pass recomputes the residuals from x, the codes and the indices, a few rows at a time.
     """
     out, index, losses = _Chain.apply(x, list(layers), freeze_codebook)
     return out, list(index.unbind(-1)), list(losses.unbind(0))
@@ -98,7 +100,7 @@ def _row_gradient(
     index: Tensor,  # [n]
     gradient: Gradient,
 ) -> Tensor:  # [n, D]
-    """Return the gradient of one level at its input."""
+    """Return the gradient of one level with respect to its input."""
     error = of_error.expand(len(z)).contiguous()
     return torch.ops.movae.quantize_backward(
         grad_out.contiguous(), error, z, codes, index, gradient, True, False

@@ -146,7 +146,7 @@ class ResidualVQ(nn.Module):
     def _one_by_one(
         self, residual: Tensor, levels: list[VectorQuantizer], mask: Tensor | None, freeze_codebook: bool
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return what `chain` does, by calling the levels."""
+        """Return the same as `chain`, by calling the levels one after the other."""
         total, indices, losses = None, [], []
         for layer in levels:
             z_q, index, loss = layer(residual, mask=mask, freeze_codebook=freeze_codebook)

@@ -1,4 +1,4 @@
-"""Say what every prior offers, and build and save one."""
+"""Define the interface of priors, and build, save and load them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FOLDER, FILE = "priors", "prior.pt"  # below a run; in a prior's folder
 
 
 class Stepped(Protocol):
-    """Say what steps of an optimizer need of a prior, which is a module as well."""
+    """Define the methods that a prior needs to be fitted by an optimizer; it is an nn.Module as well."""
 
     def draws(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw the random numbers [n, ...] of n rows."""
+        """Draw the random numbers [n, ...] that `loss` needs for n rows."""
 
     def loss(self, values: Tensor, label: Tensor, draws: Tensor) -> Tensor:
         """Return the loss [] of rows: codes [B, T], or latents [B, 2, D] as means and log-variances."""
 
 
 def drawn_latents(values: Tensor, noise: Tensor) -> Tensor:  # [B, D]
-    """Return a draw from each posterior of values [B, 2, D] (means and log-variances), by noise [B, D]."""
+    """Return one draw from each posterior in values [B, 2, D] (means and log-variances), with noise [B, D]."""
     mean, logvar = values.unbind(1)
     return mean + torch.exp(0.5 * logvar) * noise
 
@@ -60,9 +60,10 @@ def classes_of(config: PriorConfig, latents: Latents) -> int:
 
 
 def build_prior(config: PriorConfig, shape: tuple[int, ...], grids: Grids, classes: int) -> nn.Module:
-    """Return the prior that the configuration describes, with fresh weights.
+    """Build the prior that the configuration describes, with new weights.
 
-    shape: of a row of the latents: (T,) codes, or (2, D). classes: of the dataset's labels.
+    shape: of one row of latents, (T,) for codes or (2, D) for posteriors; classes: the dataset's number of
+    labels.
     """
     build = resolve(f"movae_fast.priors.{KINDS[config.kind].place}")
     made: nn.Module
@@ -91,13 +92,15 @@ def save_prior(
 
 
 def prior_paths(run: Path) -> list[Path]:
-    """Return the fitted priors of a run, the one that was fitted last at the end."""
+    """Return the files of all priors fitted to a run, the latest last."""
     return sorted((run / FOLDER).glob(f"*/{FILE}"), key=lambda path: (path.stat().st_mtime_ns, path))
 
 
 def find_prior(run: Path, name: str) -> Path | None:
-    """Return the file of the prior called `name`: `auto` is the one that was fitted last, or None if there is
-    none; `none` is None. Raises ValueError for a name that there is not."""
+    """Return the file of the prior called `name`, or None.
+
+    "auto" is the latest one, or None if there is none; "none" is None. Raises ValueError for an unknown name.
+    """
     paths = prior_paths(run)
     if name == "none" or (name == "auto" and not paths):
         return None
@@ -111,9 +114,9 @@ def find_prior(run: Path, name: str) -> Path | None:
 
 
 def load_prior(path: Path, trained: TrainConfig, model: VAE) -> tuple[PriorConfig, nn.Module]:
-    """Return a fitted prior of this model, in evaluation mode on the model's device.
+    """Return the settings and the fitted prior in a file, in evaluation mode and on the model's device.
 
-    Raises ValueError for one of another run, of other weights, or of codes of another grid.
+    Raises ValueError if it was fitted to another run, to other weights, or to codes of another grid.
     """
     content = checkpoint.load(path)
     if "prior" not in content:
@@ -137,5 +140,5 @@ def load_prior(path: Path, trained: TrainConfig, model: VAE) -> tuple[PriorConfi
 
 
 def words(grids: Grids) -> str:
-    """Return the sizes of maps of codes in words."""
+    """Return the sizes of maps of codes as text for messages."""
     return " + ".join(f"{g.height}x{g.width} of {g.codes:,}" for g in grids) or "none"

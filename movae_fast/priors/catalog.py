@@ -1,4 +1,4 @@
-"""List every kind of prior that has a name, with its options and their defaults; torch is not imported."""
+"""List every kind of prior with its options and their defaults, without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Covariance = Literal["auto", "full", "diagonal"]
 
 @dataclass(frozen=True)
 class KindInfo:
-    """Tell which function builds a prior, what it is over, and which options it has."""
+    """Describe a kind of prior: the function that builds it, which latents it models, and its options."""
 
     place: str  # module:function in this package
     latents: LatentKind
@@ -56,5 +56,5 @@ WORDS: dict[str, str] = {"codebook": "codes", "vector": "a vector of latents"}
 
 
 def kinds_for(latents: str) -> list[str]:
-    """Return the kinds of prior over such latents."""
+    """Return the names of the priors for this kind of latents."""
     return [name for name, info in KINDS.items() if info.latents == latents]

@@ -1,4 +1,5 @@
-"""Say how codes are drawn from logits: temperature, the most probable ones, guidance by a label."""
+"""Define how codes are drawn from logits: temperature, truncation to the most probable codes, guidance by a
+label."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Choice:
-    """Say how a code is drawn from its logits.
+    """Hold how a code is drawn from its logits.
 
-    temperature: what logits are divided by. top_k: the most probable codes that are kept, 0 for all. top_p: the
-    fewest codes that have this probability are kept. guidance: how far the logits go from those without a label
-    to those with one and beyond (Ho and Salimans 2022): 1 is the label's own.
+    temperature: what the logits are divided by. top_k: keep only this many most probable codes; 0 keeps all.
+    top_p: keep only the most probable codes whose probabilities add up to this. guidance: the scale of
+    classifier-free guidance (Ho and Salimans 2022); 1 uses the logits given the label unchanged.
     """
 
     temperature: float = 1.0
@@ -27,8 +28,11 @@ PLAIN = Choice()
 
 
 def guided(logits: Tensor, guidance: float) -> Tensor:
-    """Return the logits [n, K] of 2n rows: with labels first, without them behind; as they are if guidance is
-    1."""
+    """Return guided logits [n, K] from the logits of 2n rows, of which the first n have labels and the others
+    none.
+
+    If guidance is 1, there are only rows with labels, and they are returned unchanged.
+    """
     if guidance == 1:
         return logits
     with_label, without = logits.chunk(2)
@@ -36,7 +40,7 @@ def guided(logits: Tensor, guidance: float) -> Tensor:
 
 
 def probabilities(logits: Tensor, choice: Choice) -> Tensor:  # [n, K] float64
-    """Return the probabilities that codes are drawn with."""
+    """Return the probabilities with which codes are drawn, after temperature and truncation."""
     p = torch.softmax(logits.double() / choice.temperature, -1)
     if choice.top_k and choice.top_k < p.shape[-1]:
         least = p.topk(choice.top_k, -1).values[..., -1:]
@@ -49,8 +53,8 @@ def probabilities(logits: Tensor, choice: Choice) -> Tensor:  # [n, K] float64
 
 
 def pick(p: Tensor, uniform: Tensor) -> Tensor:  # [n] int64
-    """Return the codes at uniform numbers [n] in [0, 1) of the distributions p [n, K], which need not sum to
-    one."""
+    """Return the codes that uniform numbers [n] in [0, 1) select from distributions p [n, K], which need not be
+    normalised."""
     cumulative = p.cumsum(-1)
     at = uniform.double()[..., None] * cumulative[..., -1:]
     # A number below the sum lies below it after rounding, too, where the last code with p > 0 ends.
@@ -59,6 +63,6 @@ def pick(p: Tensor, uniform: Tensor) -> Tensor:  # [n] int64
 
 
 def label_rows(label: Tensor | None, n: int, choice: Choice, device: torch.device) -> Tensor:
-    """Return the labels [n], or [2n] where guidance needs the rows without a label as well; -1 is none."""
+    """Return labels [n], or with guidance [2n], where the second half is -1 for "without a label"."""
     label = torch.full((n,), -1, device=device) if label is None else label.to(device)
     return label if choice.guidance == 1 else torch.cat([label, torch.full_like(label, -1)])

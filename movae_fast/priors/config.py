@@ -1,4 +1,4 @@
-"""Define every setting of a prior; torch is not imported."""
+"""Define all settings of a prior, without importing torch."""
 
 from __future__ import annotations
 
@@ -72,21 +72,21 @@ class PriorConfig:
     seed: int = 0
 
     def option(self, name: str) -> Any:
-        """Return an option of the kind, given or by default."""
+        """Return the value of an option of this kind of prior, or its default."""
         given = getattr(self, name)
         return KINDS[self.kind].options[name] if given is None else given
 
     @property
     def folder(self) -> str:
-        """Return the name of the prior's folder."""
+        """Return the name of the folder in which the prior is saved."""
         return self.name or self.kind
 
     def resolved(self) -> dict[str, Any]:
-        """Return every setting by name, those that were left out with the kind's defaults."""
+        """Return setting -> value for all settings, with the kind's defaults for those that were not given."""
         return {**KINDS[self.kind].options, **{k: v for k, v in self.flat().items() if v is not None}}
 
     def flat(self) -> dict[str, Any]:
-        """Return every setting by name."""
+        """Return setting -> value for all settings, None for those that were not given."""
         return asdict(self)
 
 

@@ -1,7 +1,8 @@
-"""Draw codes from a prior that models them one after the other.
+"""Draw code sequences from an autoregressive prior, one code after the other.
 
-With a cache a place costs one token; without one, the whole sequence. The random numbers are an argument, so
-that a seed gives the same codes on every device, cached or not.
+With a cache of keys and values each code costs the computation of one token, without it that of the whole
+sequence. The random numbers are an argument, so that a seed gives the same codes on every device, with and
+without the cache.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def draw_codes(
 def draw_codes_again(
     prior: CausalPrior, uniform: Tensor, label: Tensor | None = None, choice: Choice = PLAIN
 ) -> Tensor:  # [n, T] int64
-    """Draw the same codes without a cache: the network runs over the whole sequence for each place.
+    """Draw the same codes as `draw_codes` without a cache, by running the network on the whole sequence for
+    each code.
 
-    It is what `draw_codes` is compared with.
+    It is the reference for testing `draw_codes`.
     """
     n, length = uniform.shape
     labels = label_rows(label, n, choice, uniform.device)

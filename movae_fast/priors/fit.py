@@ -1,4 +1,4 @@
-"""Fit a prior by steps of an optimizer: the loop, its checkpoints, its evaluation on held-out rows."""
+"""Fit a prior with an optimizer: the loop, its checkpoints, and its evaluation on held-out rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVALUATED = 1024  # rows at a time
 
 @dataclass
 class PriorRun:
-    """Hold a prior that is being fitted; `at` steps are done."""
+    """Hold a prior that is being fitted, with its data and its progress: `at` steps are done."""
 
     config: PriorConfig
     folder: Path
@@ -52,11 +52,11 @@ class PriorRun:
         return int(self.config.option("steps"))
 
     def path_of(self, name: str) -> Path:
-        """Return the path of the checkpoint of that name."""
+        """Return the path of the checkpoint `name`."""
         return self.folder / "checkpoints" / f"{name}.pt"
 
     def save(self) -> None:
-        """Write the `last` checkpoint; rank 0 does."""
+        """Write the checkpoint `last`; only rank 0 writes."""
         if not bool(self.step.flat.data.isfinite().all()):
             raise FloatingPointError(f"the prior's parameters are not finite after step {self.at}")
         if self.world.main:
@@ -78,7 +78,7 @@ class PriorRun:
 def start(
     config: PriorConfig, folder: Path, latents: Latents, classes: int, device: torch.device, world: World
 ) -> PriorRun:
-    """Build a prior with fresh weights at step 0; nothing is written."""
+    """Build a prior with new weights, ready for step 0; no file is written."""
     torch.manual_seed(config.seed)
     rows = divide(latents, config.held_out)
     prior = build_prior(config, latents.values.shape[1:], latents.grids, classes)
@@ -92,14 +92,17 @@ def start(
 
 
 def begin(run: PriorRun) -> None:
-    """Make the folder of a new prior, with its first checkpoint and its log; rank 0 does."""
+    """Create the folder of a new prior with its first checkpoint and its log; only rank 0 writes."""
     checkpoint.save(run.path_of("last"), run.state())
     run.logs = Logs(run.folder, run.config.flat(), WandbConfig(), None)
 
 
 def restored(content: dict[str, Any], path: Path, given: PriorConfig, world: World) -> PriorConfig:
-    """Return the settings with which a saved prior goes on. Raises ValueError for settings that it does not
-    have."""
+    """Return the settings with which a saved prior is resumed: the saved ones, updated by those that may
+    change.
+
+    Raises ValueError for a given setting that must stay the same.
+    """
     saved = PriorConfig(**content["prior"])
     if "position" not in content:
         raise ValueError(f"{shown(path)} is no checkpoint of a prior that is being fitted")
@@ -121,8 +124,8 @@ def restored(content: dict[str, Any], path: Path, given: PriorConfig, world: Wor
 
 
 def go_on(run: PriorRun, content: dict[str, Any], path: Path) -> None:
-    """Bring a prior that was just built to where its checkpoint was written. Raises CheckpointError for one
-    that was fitted to other latents."""
+    """Restore a newly built prior to the state in its checkpoint. Raises CheckpointError if that was fitted to
+    other latents."""
     if content["of"] != run.latents.header["key"]:
         raise checkpoint.CheckpointError(
             f"{shown(path)} is fitted to latents {content['of'][:12]}, the run's are now "
@@ -139,7 +142,7 @@ def go_on(run: PriorRun, content: dict[str, Any], path: Path) -> None:
 
 
 def batch(run: PriorRun, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return this process's values, labels and random numbers of a step."""
+    """Return this process's latents, labels and random numbers for a step."""
     size, world = run.config.option("batch_size"), run.world
     rows = batch_rows(run.rows.fitted, step, size, world.rank, world.size, run.config.seed)
     draws = run.prior.draws(size * world.size, generator_of(run.config.seed, step, DRAWS))  # type: ignore[operator]
@@ -148,7 +151,7 @@ def batch(run: PriorRun, step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def values_of(run: PriorRun, rows: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, labels and draws of the rows on the device."""
+    """Return the latents and labels of the given rows, with their random numbers, on the device."""
     label = torch.from_numpy(run.latents.labels[rows.numpy()])
     return run.latents.tensor(rows).to(run.device), label.to(run.device), draws.to(run.device)
 
@@ -156,9 +159,10 @@ def values_of(run: PriorRun, rows: Tensor, draws: Tensor) -> tuple[Tensor, Tenso
 def fit(
     run: PriorRun, after_step: Callable[[PriorRun, dict[str, float]], None] = lambda run, line: None
 ) -> None:
-    """Fit to the last step. after_step: shown the run and the last log line after each step.
+    """Run the remaining steps. after_step: called after each step with the run and the last log line.
 
-    Raises Interrupted after a signal (the prior is saved), FloatingPointError for a loss that is not finite.
+    Raises Interrupted after a signal, when the prior is saved, and FloatingPointError if the loss is not
+    finite.
     """
     line: dict[str, float] = {}
     config = run.config
@@ -182,7 +186,8 @@ def fit(
 
 
 def log(run: PriorRun, step: int) -> dict[str, float]:
-    """Write a log line of the steps since the last one: mean loss over all processes, and gradient norm."""
+    """Write a log line for the steps since the last one: mean loss over all processes, and gradient norm;
+    return it."""
     total = run.world.sum_(run.window / run.world.size) / run.counted
     loss, norm = total.tolist()
     run.window, run.counted = torch.zeros_like(run.window), 0
@@ -198,8 +203,8 @@ def log(run: PriorRun, step: int) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(run: PriorRun) -> dict[str, float]:
-    """Return the loss on the held-out rows, and keep the weights if it is the least so far; {} if none are held
-    out."""
+    """Return the loss on the held-out rows, and keep the weights if it is the lowest so far; {} if no rows are
+    held out."""
     rows = run.rows.held_out
     if not len(rows):
         return {}
@@ -226,12 +231,13 @@ def evaluate(run: PriorRun) -> dict[str, float]:
 
 
 def averaged(run: PriorRun) -> AbstractContextManager[None]:
-    """Return a context in which the average of the weights is in their place, if there is one."""
+    """Return a context in which the prior has the moving average of its weights, if one is kept."""
     return nullcontext() if run.step.average is None else run.step.average.in_place()
 
 
 def take_best(run: PriorRun) -> None:
-    """Give the prior the weights that were best on the held-out rows, or the average of the last ones."""
+    """Load the weights with the lowest held-out loss into the prior, or without held-out rows the averaged
+    weights."""
     if len(run.rows.held_out):
         path = run.path_of("best")
         checkpoint.load_model(run.prior, checkpoint.load(path)["model"], path)

@@ -16,7 +16,7 @@ LARGEST_LOG_SCALE = 3.0  # of one block and latent, so that sampling cannot over
 
 
 class MaskedLinear(nn.Linear):
-    """Compute a linear layer whose weight is zero where the mask is."""
+    """Apply a linear layer whose weights are zero where the mask is zero."""
 
     def __init__(self, mask: Tensor) -> None:  # [out, in]
         super().__init__(mask.shape[1], mask.shape[0])
@@ -28,7 +28,7 @@ class MaskedLinear(nn.Linear):
 
 
 class MaskedBlock(nn.Module):
-    """Compute shift and log-scale of each latent from those before it (MADE, Germain et al. 2015)."""
+    """Compute the shift and log-scale of each latent from the latents before it (MADE, Germain et al. 2015)."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -53,9 +53,10 @@ class MaskedBlock(nn.Module):
 
 
 class AutoregressivePrior(Scaled):
-    """Turn latents into standard normal noise block by block, with the order of the latents reversed between.
+    """Model latents by a flow of masked blocks that maps them to standard normal noise.
 
-    A density takes one pass per block, a sample one per block and latent.
+    The order of the latents is reversed from block to block. Computing a density takes one pass per block,
+    drawing a sample one pass per block and latent.
     """
 
     def __init__(self, dim: int, width: int, depth: int) -> None:
@@ -74,7 +75,7 @@ class AutoregressivePrior(Scaled):
         return normal + log_det - self.log_scale()
 
     def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, D]
-        """Draw noise of the posteriors."""
+        """Draw the noise with which `loss` draws from the posteriors."""
         return torch.randn(n, self.dim, generator=generator)
 
     def loss(self, values: Tensor, label: Tensor, draws: Tensor) -> Tensor:  # []

@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class FlowMatchingPrior(Scaled):
-    """Model latents as what a learned flow makes of standard normal noise."""
+    """Model latents as the result of a learned flow that starts from standard normal noise."""
 
     def __init__(self, dim: int, width: int, depth: int) -> None:
         super().__init__(dim)
@@ -61,7 +61,7 @@ class FlowMatchingPrior(Scaled):
         return self.last(F.silu(x))
 
     def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, 2 D + 1]
-        """Draw noise of the posteriors, noise that lines begin at, and times."""
+        """Draw what `loss` needs: noise for the posteriors, noise at which the lines start, and times."""
         noise = torch.randn(n, 2 * self.dim, generator=generator)
         return torch.cat([noise, torch.rand(n, 1, generator=generator)], 1)
 
@@ -84,9 +84,10 @@ class FlowMatchingPrior(Scaled):
 
     @torch.no_grad()
     def log_prob(self, z: Tensor) -> Tensor:  # [N] float64
-        """Return the log density at latents z [N, D], in nats: the flow backwards, with the divergence summed.
+        """Return the log density at latents z [N, D] in nats, by integrating the flow backwards with its
+        divergence.
 
-        Its error is that of Heun's method in `STEPS` steps.
+        It is approximate, by Heun's method with `STEPS` steps.
         """
         return torch.cat([self._log_prob(part) for part in z.split(AT_ONCE)])
 

@@ -1,6 +1,6 @@
-"""Define MaskGIT (Chang et al. 2022): a transformer that sees all places and fills in masked codes.
+"""Define MaskGIT (Chang et al. 2022): a transformer that sees all positions and predicts the masked codes.
 
-It has no likelihood. A sample takes a few passes, each of which fills in many places.
+It has no likelihood. Drawing a sample takes a few passes, each of which fills in many positions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PASSES = 8  # of a sample
 
 
 class MaskedPrior(CodeTransformer):
-    """Predict masked codes from all others."""
+    """Predict masked codes of an image from all codes that are not masked."""
 
     exact = False
 
@@ -39,7 +39,8 @@ class MaskedPrior(CodeTransformer):
         self.label_dropout, self.label_smoothing = label_dropout, label_smoothing
 
     def logits(self, codes: Tensor, masked: Tensor, label: Tensor | None = None) -> list[Tensor]:
-        """Return for each map the logits [B, places, K], of codes [B, T] of which some are masked [B, T]."""
+        """Return the logits [B, places, K] of each map, given codes [B, T] and which of them are masked
+        [B, T]."""
         tokens = torch.where(masked, self.mask_token, codes + self.offsets)
         x = self.tokens(tokens) + self.positions() + self.label_vectors(label, len(codes))[:, None]
         x = self.dropout(x)
@@ -48,7 +49,7 @@ class MaskedPrior(CodeTransformer):
         return [self.logits_at(x[:, self.places_of(k)], k) for k in range(len(self.grids))]
 
     def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, 2 + T]
-        """Draw which labels are left out, how much is masked, and in which order places are."""
+        """Draw what `loss` needs: which labels are dropped, how many codes are masked, and in which order."""
         return torch.rand(n, 2 + self.length, generator=generator)
 
     def loss(self, codes: Tensor, label: Tensor, draws: Tensor) -> Tensor:  # []
@@ -70,8 +71,8 @@ class MaskedPrior(CodeTransformer):
 
 
 def masked_at(progress: Tensor, length: int) -> Tensor:
-    """Return how many of `length` places are masked at a progress in [0, 1): the cosine schedule, 1 at
-    least."""
+    """Return how many of `length` codes are masked at `progress` in [0, 1) by the cosine schedule; at least
+    1."""
     return torch.ceil(torch.cos(progress * math.pi / 2) * length).clamp(min=1, max=length).long()
 
 
@@ -107,8 +108,7 @@ def draw_masked(
     choice: Choice,
     passes: int = PASSES,
 ) -> Tensor:  # [n, T] int64
-    """Draw n sequences of codes: one map after the other, each filled in by `passes` passes in Halton's
-    order."""
+    """Draw n code sequences, one map after the other, each filled in within `passes` passes in Halton order."""
     device = prior.head.weight.device
     labels = label_rows(label, n, choice, device)
     codes = torch.zeros(n, prior.length, dtype=torch.int64, device=device)
@@ -136,12 +136,12 @@ def draw_masked(
 def draw_n(
     prior: MaskedPrior, n: int, generator: torch.Generator, label: Tensor | None, choice: Choice
 ) -> Tensor:  # [n, T] int64
-    """Draw n sequences of codes."""
+    """Draw n code sequences with random numbers from the generator."""
     return draw_masked(prior, n, generator, label, choice)
 
 
 def build(config: PriorConfig, grids: Grids, classes: int) -> MaskedPrior:
-    """Build the prior that the configuration describes, over codes of `classes` labels (0: without)."""
+    """Build the prior that the configuration describes; `classes` is the number of labels, 0 for no labels."""
     sizes = (config.option("width"), config.option("depth"), config.option("dropout"))
     left_out = (config.option("label_dropout"), config.option("label_smoothing"))
     return MaskedPrior(grids, *sizes, classes, *left_out)

@@ -1,7 +1,8 @@
 """Define the gated PixelCNN over a map of codes (van den Oord et al. 2016).
 
-A vertical stack sees all rows above, a horizontal one the row to the left; the latter also reads the former.
-Together they see every place before theirs, without the blind spot of a single stack of masked convolutions.
+A vertical stack of convolutions sees all rows above a position, and a horizontal stack sees the row to its left
+and the vertical stack's output. Together they see every earlier position, without the blind spot of a single
+stack of masked convolutions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def gate(x: Tensor) -> Tensor:  # [B, 2 C, h, w] -> [B, C, h, w]
 
 
 class GatedLayer(nn.Module):
-    """Compute one layer of both stacks; the first one leaves out the place itself."""
+    """Compute one layer of the vertical and the horizontal stack; the first layer excludes the position
+    itself."""
 
     def __init__(self, width: int, kernel: int, first: bool, dropout: float) -> None:
         super().__init__()
@@ -40,7 +42,8 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, v: Tensor, h: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both stacks [B, C, h, w]; label [B, C]."""
+        """Return the vertical and the horizontal stack's features [B, C, h, w]; `label` [B, C] is added to
+        both."""
         r = self.reach
         to_v, to_h = self.labels(label)[:, :, None, None].chunk(2, 1)
         above, left = F.pad(v, (r, r, r, 0)), F.pad(h, (r, 0, 0, 0))
@@ -72,7 +75,7 @@ class PixelCNNPrior(nn.Module):
         self.last = nn.Conv2d(4 * width, grid.codes, 1)
 
     def logits(self, codes: Tensor, label: Tensor | None = None) -> Tensor:  # [B, T, K] float32
-        """Return the logits of codes [B, T], each of which depends on the codes before its place alone."""
+        """Return the logits of codes [B, T]; those at a position depend only on earlier codes."""
         x = self.embedding(codes.view(-1, self.grid.height, self.grid.width)).permute(0, 3, 1, 2)
         none = torch.full((len(codes),), self.classes, device=codes.device)
         known = self.label(none if label is None else torch.where(label < 0, self.classes, label))
@@ -86,7 +89,7 @@ class PixelCNNPrior(nn.Module):
         return nats_under([self.logits(codes, label)], codes, self.grids)
 
     def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, 1]
-        """Draw what decides which labels are left out."""
+        """Draw the random numbers by which `loss` decides which labels to drop."""
         return torch.rand(n, 1, generator=generator)
 
     def loss(self, codes: Tensor, label: Tensor, draws: Tensor) -> Tensor:  # []
@@ -99,7 +102,7 @@ class PixelCNNPrior(nn.Module):
 def draw_n(
     prior: PixelCNNPrior, n: int, generator: torch.Generator, label: Tensor | None, choice: Choice
 ) -> Tensor:  # [n, T] int64
-    """Draw n maps of codes; the network runs over the whole map for each place."""
+    """Draw n maps of codes, running the network on the whole map for each code."""
     device = prior.embedding.weight.device
     labels = label_rows(label, n, choice, device)
     uniform = torch.rand(n, prior.length, generator=generator).to(device)

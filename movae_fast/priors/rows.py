@@ -1,7 +1,7 @@
-"""Divide encoded rows into those that a prior is fitted to and those held out, and plan its batches.
+"""Divide encoded rows into those that a prior is fitted to and held-out ones, and plan the batches.
 
-A batch, and every random number of a step, is a function of the seed and the step's number: a resumed prior
-goes on with the same ones, and several processes take their slices of those of one.
+Batches and random numbers depend only on the seed and the step's number. So a resumed prior continues with the
+same ones, and several processes share the batches of one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ DRAWS, DROPOUT, EVALUATION = range(3)  # what a generator is for
 
 @dataclass(frozen=True)
 class Rows:
-    """Hold the rows to fit to and those held out; an image and its mirror image are on one side."""
+    """Hold the rows to fit to and the held-out rows; an image and its mirror image are always in the same
+    part."""
 
     fitted: Tensor  # [N] int64
     held_out: Tensor  # [M] int64
 
 
 def divide(latents: Latents, held_out: float) -> Rows:
-    """Hold out evenly spaced images, at least one, and nothing if the fraction is 0."""
+    """Hold out a fraction of the images, evenly spaced and at least one; none if the fraction is 0."""
     n = latents.images
     count = min(n - 1, max(1, round(held_out * n))) if held_out > 0 else 0
     out = torch.zeros(n, dtype=torch.bool)
@@ -38,9 +39,9 @@ def divide(latents: Latents, held_out: float) -> Rows:
 
 
 def batch_rows(rows: Tensor, step: int, batch_size: int, rank: int, world: int, seed: int) -> Tensor:
-    """Return this process's rows of a step; epochs are complete batches of a shuffle each.
+    """Return this process's rows for a step; each epoch is a new shuffle, cut into whole batches.
 
-    Fewer rows than a global batch are filled up by repetition.
+    If there are fewer rows than a global batch, they are repeated.
     """
     if len(rows) < batch_size * world:
         rows = rows.repeat(-(-batch_size * world // len(rows)))
@@ -51,6 +52,6 @@ def batch_rows(rows: Tensor, step: int, batch_size: int, rank: int, world: int, 
 
 
 def generator_of(seed: int, step: int, purpose: int, rank: int = 0) -> torch.Generator:
-    """Return the generator of a step's random numbers for a purpose."""
+    """Return the generator for the random numbers of a step; each `purpose` has numbers of its own."""
     mixed = ((seed * 1_000_003 + step) * 7 + purpose) * 4099 + rank
     return torch.Generator().manual_seed(mixed % (1 << 63))

@@ -1,4 +1,4 @@
-"""Draw images from a fitted prior: codes or latents, then the model's decoder."""
+"""Draw images from a fitted prior: draw codes or latents, then decode them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Standardise latents, for priors that are networks: each coordinate to mean 0 and standard deviation 1."""
+"""Standardise latents to mean 0 and standard deviation 1 per coordinate, for priors that are neural
+networks."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Scaled(nn.Module):
-    """Hold the mean and the standard deviation of what a prior is fitted to."""
+    """Hold the mean and standard deviation of the latents that a prior is fitted to."""
 
     classes, exact = 0, True
 
@@ -20,20 +21,21 @@ class Scaled(nn.Module):
         self.deviation: Tensor  # [D]
 
     def standardise_by(self, values: Tensor) -> None:
-        """Take mean and deviation of draws from the posteriors `values` [N, 2, D] (means and log-variances)."""
+        """Set mean and deviation from draws of the posteriors `values` [N, 2, D] (means and log-variances)."""
         mean, logvar = values.double().unbind(1)
         self.mean.copy_(mean.mean(0))
         # The variance of a draw: that of the means, and the mean of the variances.
         self.deviation.copy_((mean.var(0, unbiased=False) + logvar.exp().mean(0)).sqrt())
 
     def standardised(self, z: Tensor) -> Tensor:
-        """Return latents [B, D] in units of the deviation, around the mean."""
+        """Return latents [B, D] with the mean subtracted and divided by the deviation."""
         return (z - self.mean) / self.deviation
 
     def restored(self, u: Tensor) -> Tensor:
-        """Return the latents [B, D] that `standardised` made u of."""
+        """Return the latents [B, D] from their standardised form u, undoing `standardised`."""
         return u * self.deviation + self.mean
 
     def log_scale(self) -> Tensor:  # []
-        """Return the log of the volume that standardising divides by."""
+        """Return the sum of the log deviations, which a log density of standardised latents has to be reduced
+        by."""
         return self.deviation.double().log().sum()

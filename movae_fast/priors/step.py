@@ -1,4 +1,5 @@
-"""Take one step of a prior's optimizer: loss, gradient over all processes, clipping, AdamW, average."""
+"""Run one optimizer step of a prior: loss, gradient over all processes, clipping, AdamW, average of the
+weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from movae_fast.training.world import World
 
 
 class PriorStep:
-    """Hold what a step needs, and what of it a checkpoint keeps."""
+    """Hold the prior, its optimizer and the average of its weights, and run steps."""
 
     def __init__(self, config: PriorConfig, prior: nn.Module, device: torch.device, world: World) -> None:
         self.prior, self.world = prior, world
@@ -46,8 +47,8 @@ class PriorStep:
         return float(self.lr * self.factor(step))
 
     def __call__(self, step: int, values: Tensor, label: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Take step number `step`; return the loss [] of this process's rows and the gradient's norm [], both
-        on the device."""
+        """Run step number `step`; return the loss of this process's rows and the gradient's norm, both [] on
+        the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.flat.grad.zero_()
@@ -70,7 +71,7 @@ class PriorStep:
         return loss.detach(), norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what goes on after a resume, besides the prior's weights."""
+        """Return the state that a checkpoint needs besides the prior's weights."""
         average = {} if self.average is None else self.average.state_dict(self.prior)
         return {
             "optimizer": self.optimizer.state_dict(),

@@ -21,7 +21,7 @@ HEAD = 64  # width of an attention head
 
 
 class Attention(nn.Module):
-    """Attend among the places of a sequence; with a cache, from one place to those before it."""
+    """Attend among all positions of a sequence, or with a cache from one position to the earlier ones."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,7 +33,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, heads, T, 64] each
         """Return queries, keys and values of x [B, T, width]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, HEAD)).permute(2, 0, 3, 1, 4)
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        # In float32: autocast's bfloat16 is not the dtype of the norms' weights.
+        return self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype), v
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         q, k, v = self.project(x)
@@ -46,10 +47,10 @@ class Attention(nn.Module):
         position: Tensor,  # [1] int64
         span: int | None,
     ) -> Tensor:
-        """Attend from one place to itself and those before it, whose keys and values are in the cache.
+        """Attend from one position to itself and the earlier ones, whose keys and values are in the cache.
 
-        span: the number of those places, where the host knows it; with None all T are read and those behind
-        `position` are masked, so that every step is the same kernels.
+        span: the number of these positions, if the host knows it. With None all T are read and later ones are
+        masked, so that every step runs the same kernels.
         """
         q, k, v = self.project(x)
         cache[0].index_copy_(2, position, k.to(cache.dtype))
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Add attention and a SwiGLU to the sequence, each of its RMSNorm."""
+    """Add attention and then a SwiGLU block to the sequence, each on its RMS-normalised input."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -82,16 +83,16 @@ class Layer(nn.Module):
         return x + self.dropout(self.mlp(self.before_mlp(x)))
 
     def step(self, x: Tensor, cache: Tensor, position: Tensor, span: int | None) -> Tensor:
-        """Do the same for one place, in evaluation."""
+        """Compute the layer for one position with the cache, in evaluation mode."""
         x = x + self.attention.step(self.before_attention(x), cache, position, span)
         return x + self.mlp(self.before_mlp(x))
 
 
 class CodeTransformer(nn.Module):
-    """Turn a sequence of tokens into the logits of each place's code.
+    """Map a sequence of tokens to the logits of the code at each position.
 
-    Tokens are codes, those of the k-th map behind those of the maps before it, and one more that stands for a
-    masked code. What begins the sequence is the label's vector, the last one for no label.
+    The codes of all maps have different tokens, in the order of the maps; one more token stands for a masked
+    code. The sequence begins with the vector of the label; the last such vector means "no label".
     """
 
     def __init__(self, grids: Grids, width: int, depth: int, dropout: float, classes: int) -> None:
@@ -116,18 +117,18 @@ class CodeTransformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if residual else 0.02)
 
     def positions(self) -> Tensor:  # [T, width]
-        """Return the vector of each place."""
+        """Return the position embedding of each place of the sequence."""
         maps = zip(self.rows, self.columns, strict=True)
         return torch.cat([(rows + columns).flatten(0, 1) for rows, columns in maps])
 
     def label_vectors(self, label: Tensor | None, n: int) -> Tensor:  # [n, width]
-        """Return the vectors of labels [n], or of no label; a label of -1 is none as well."""
+        """Return the embeddings of labels [n]; None and -1 mean "no label"."""
         if label is None:
             return self.labels.weight[self.classes].expand(n, -1)
         return self.labels(torch.where(label < 0, self.classes, label))
 
     def places_of(self, number: int) -> slice:
-        """Return the places of map `number` in the sequence."""
+        """Return the slice of the sequence that holds map `number`."""
         first = places(self.grids[:number])
         return slice(first, first + self.grids[number].places)
 
@@ -139,7 +140,7 @@ class CodeTransformer(nn.Module):
 
 
 class CausalPrior(CodeTransformer):
-    """Model the codes of an image one after the other, each given those before it: exact likelihood."""
+    """Model the codes of an image autoregressively, with exact likelihood."""
 
     exact = True
 
@@ -150,13 +151,13 @@ class CausalPrior(CodeTransformer):
         self.label_dropout = label_dropout
 
     def inputs(self, codes: Tensor, label: Tensor | None) -> Tensor:  # [B, T, width]
-        """Return what the layers read at each place: the token before it, and its own position."""
+        """Return the layers' input at each position: the token before it plus the position's embedding."""
         before = self.tokens(codes[:, :-1] + self.offsets[:-1])
         first = self.label_vectors(label, len(codes))[:, None].to(before)
         return torch.cat([first, before], 1) + self.positions()
 
     def hidden(self, codes: Tensor, label: Tensor | None) -> Tensor:  # [B, T, width]
-        """Return the layers' output at each place, which depends on the codes before it alone."""
+        """Return the layers' output at each position, which depends only on earlier codes."""
         x = self.dropout(self.inputs(codes, label))
         for layer in self.layers:
             x = layer(x, causal=True)
@@ -172,7 +173,7 @@ class CausalPrior(CodeTransformer):
         return nats_under(self.logits(codes, label), codes, self.grids)
 
     def draws(self, n: int, generator: torch.Generator) -> Tensor:  # [n, 1]
-        """Draw what decides which labels are left out."""
+        """Draw the random numbers by which `loss` decides which labels to drop."""
         return torch.rand(n, 1, generator=generator)
 
     def loss(self, codes: Tensor, label: Tensor, draws: Tensor) -> Tensor:  # []
@@ -183,14 +184,15 @@ class CausalPrior(CodeTransformer):
     # --- one place at a time ---
 
     def new_cache(self, n: int) -> Tensor:  # [depth, 2, n, heads, T, 64]
-        """Return room for the keys and values of n sequences."""
+        """Return an empty cache for the keys and values of n sequences."""
         heads, like = self.width // HEAD, self.head.weight
         return like.new_zeros(len(self.layers), 2, n, heads, self.length, HEAD)
 
     def step(self, x: Tensor, cache: Tensor, position: Tensor, span: int | None, number: int) -> Tensor:
-        """Return the logits [n, K] of the place `position` [1] of map `number`.
+        """Return the logits [n, K] at `position` [1], which belongs to map `number`.
 
-        x [n, width]: the token before it, or the label's vector. span: as for `Attention.step`.
+        x [n, width]: the embedding of the token before it, or the label's vector. span: as for
+        `Attention.step`.
         """
         x = (x + self.positions()[position])[:, None]
         for layer, kept in zip(self.layers, cache, strict=True):
@@ -200,7 +202,8 @@ class CausalPrior(CodeTransformer):
 
 
 def kept_labels(label: Tensor, draws: Tensor, dropout: float) -> Tensor:
-    """Return labels [B] of which a fraction is left out (-1): where draws [B, 1] are below it."""
+    """Return labels [B] with a fraction `dropout` of them replaced by -1: those whose number in draws [B, 1] is
+    below it."""
     return torch.where(draws[:, 0] < dropout, -1, label)
 
 
@@ -216,6 +219,6 @@ def nats_under(logits: Sequence[Tensor], codes: Tensor, grids: Sequence[Grid]) -
 
 
 def build_causal(config: PriorConfig, grids: Grids, classes: int) -> CausalPrior:
-    """Build the prior that the configuration describes, over codes of `classes` labels (0: without)."""
+    """Build the prior that the configuration describes; `classes` is the number of labels, 0 for no labels."""
     sizes = (config.option("width"), config.option("depth"), config.option("dropout"))
     return CausalPrior(grids, *sizes, classes, config.option("label_dropout"))

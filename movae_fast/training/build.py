@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -64,20 +64,30 @@ class Lengths:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TrainConfig, VAE]:
-    """Return the configuration and the model, in evaluation mode, of a run's folder, a checkpoint or exported
-    weights."""
-    config, model, _ = load_trained(path, device)
-    return config, model
+    """Return the configuration and the model, in evaluation mode, of a run or checkpoint (or exported
+    weights)."""
+    trained = load_trained(path, device)
+    return trained.config, trained.model
 
 
-def load_trained(path: Path, device: torch.device) -> tuple[TrainConfig, VAE, int]:
-    """Return what `load_model` returns, and the number of processes that trained the run (1 for exported
-    weights, which do not say)."""
+class Trained(NamedTuple):
+    """Hold what a checkpoint has of a trained model."""
+
+    config: TrainConfig
+    model: VAE
+    processes: int  # of the training; 1 where only weights are left
+    step: int | None  # None where only weights are left
+
+
+def load_trained(path: Path, device: torch.device) -> Trained:
+    """Return the configuration and the model, in evaluation mode, of a run or checkpoint (or exported
+    weights), with its step."""
     path, content = checkpoint.read(path)
     config = TrainConfig.from_flat(content["config"])
     model = new_model(config).to(device)
     checkpoint.load_model(model, checkpoint.evaluated_weights(content), path)
-    return config, model.eval(), content.get("position", {}).get("processes", 1)
+    position = content.get("position", {})
+    return Trained(config, model.eval(), position.get("processes", 1), position.get("step"))
 
 
 def new_model(config: TrainConfig) -> VAE:

@@ -470,7 +470,9 @@ class RunConfig:
             in the backward. Less memory, more time, the same numbers; runs eagerly.
         sync_batchnorm: BatchNorm over all processes' images rather than each one's own; KL balancing likewise.
         profile: Write a torch profiler trace of this many steps to the run's folder; 0 for none.
-        log_every: Steps between lines of metrics.jsonl.
+        log_every: Steps between lines of metrics.jsonl; the first step has a line of its own.
+        log_images_every: Epochs between pictures in TensorBoard and the other logs, and at the end; the default
+            is when pictures are drawn (save_freq), 0 is never.
         eval_freq: Epochs between evaluations on the test split; 0 evaluates at the end only.
         save_freq: Epochs between kept checkpoints and pictures; 0 keeps `last` and `best` only.
         checkpoint_every: Steps between writes of the `last` checkpoint, besides each epoch's end; 0 for none.
@@ -496,6 +498,7 @@ class RunConfig:
     sync_batchnorm: bool = False
     profile: int = 0
     log_every: int = 50
+    log_images_every: int | None = None
     eval_freq: int = 1
     save_freq: int = 10
     checkpoint_every: int = 1000
@@ -527,6 +530,22 @@ class WandbConfig:
 
 
 @dataclass
+class MlflowConfig:
+    """MLflow (extra `mlflow`).
+
+    Args:
+        use_mlflow: Log to MLflow too.
+        mlflow_uri: Tracking server or folder (http://…, sqlite:///mlflow.db); the default is MLflow's own
+            (MLFLOW_TRACKING_URI).
+        mlflow_experiment: Experiment.
+    """
+
+    use_mlflow: bool = False
+    mlflow_uri: str | None = None
+    mlflow_experiment: str = "movae-fast"
+
+
+@dataclass
 class CorpusFacts:
     """Hold what a run on text found its corpus to be: no flags, but part of its configuration."""
 
@@ -552,6 +571,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     corpus: CorpusFacts = field(default_factory=CorpusFacts)
 
     @classmethod
@@ -741,4 +761,5 @@ SECTIONS: dict[str, Any] = {
     "optimizer": OptimizerConfig,
     "run": RunConfig,
     "wandb": WandbConfig,
+    "mlflow": MlflowConfig,
 }

@@ -27,6 +27,7 @@ RESUMABLE = {
         "limit_test",
     ),
     *("use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_tags"),
+    *("use_mlflow", "mlflow_uri", "mlflow_experiment"),
 } - {"seed", "log_every", "save_path"}
 
 

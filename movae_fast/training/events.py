@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from movae_fast.files import naming
 
 
 class Events:
-    """Append scalars to a new TensorBoard event file in `folder`.
+    """Append scalars, images and texts to a new event file in `folder`, with one event per call.
 
     purge_step: when a run is resumed, TensorBoard ignores the scalars of earlier files from this step on.
     """
@@ -46,6 +47,31 @@ class Events:
         values = [self.summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         summary = self.summary(value=values)
         self.add(self.event(wall_time=time.time(), step=step, summary=summary))
+
+    def write_images(self, step: int, pngs: Mapping[str, tuple[bytes, int, int]]) -> None:
+        """Append pictures by their tag: the content of a PNG file, its height and its width."""
+        values = [
+            self.summary.Value(
+                tag=tag,
+                image=self.summary.Image(encoded_image_string=png, height=height, width=width, colorspace=3),
+            )
+            for tag, (png, height, width) in pngs.items()
+        ]
+        self.add(self.event(wall_time=time.time(), step=step, summary=self.summary(value=values)))
+
+    def write_text(self, tag: str, text: str) -> None:
+        """Append a text, which TensorBoard shows as Markdown."""
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        self.add(self.event(wall_time=time.time(), summary=text_summary(tag, text)))
+
+    def write_settings(self, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Append what TensorBoard's tab HPARAMS shows: settings, and the tags of the metrics beside them."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
+            self.add(self.event(wall_time=time.time(), summary=summary))
 
     def add(self, event: object) -> None:
         with naming(self.path):

@@ -32,6 +32,7 @@ BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("lr", "eps"), POSITIVE),
     **dict.fromkeys(("n_samples", "n_interpolate", "n_traverse", "nsamples", "n_betas"), Bounds(1, 100_000)),
     **dict.fromkeys(("iw_images", "n", "trials"), ONE),
+    "log_images_every": ZERO,
     "log_every": Bounds(1, 1_000_000),  # the metrics of so many steps are kept on the device
     "profile": Bounds(0, 10_000),
     "num_samples": Bounds(1, 10_000),

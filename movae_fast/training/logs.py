@@ -1,20 +1,29 @@
-"""Write a run's metrics: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Write a run's metrics and pictures: metrics.jsonl, TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
+from PIL import Image
+
 from movae_fast.files import CHUNK, naming, replacing, set_aside, sync
-from movae_fast.training.config import WandbConfig
+from movae_fast.training.config import MlflowConfig, WandbConfig
 from movae_fast.training.events import Events
 from movae_fast.training.log_lines import parsed, read_lines
+from movae_fast.training.mlflow_log import MlflowLog
+
+SHOWN_BESIDE = ("test/loss", "test/mse", "train/conflict")  # metrics beside the settings, in TensorBoard
 
 # Not a function of the training state: a resumed run repeats every other metric exactly.
 TIMING_KEYS = (
@@ -27,17 +36,18 @@ TIMING_KEYS = (
 )
 
 
-def require_wandb(config: WandbConfig) -> None:
-    """Raise ValueError at start-up if the run is to use wandb and the package is not installed."""
-    if config.use_wandb:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise ValueError("--use_wandb needs the extra: pip install 'movae-fast[wandb]'") from None
+def require_extras(wandb: WandbConfig, mlflow: MlflowConfig) -> None:
+    """Say at start, not in the middle of a run, that an extra is missing."""
+    for name, wanted in (("wandb", wandb.use_wandb), ("mlflow", mlflow.use_mlflow)):
+        if wanted:
+            try:
+                import_module(name)
+            except ImportError:
+                raise ValueError(f"--use_{name} needs the extra: pip install 'movae-fast[{name}]'") from None
 
 
 class Logs:
-    """Write each line of metrics to metrics.jsonl, TensorBoard and, if asked for, wandb.
+    """Write each line of metrics, and pictures, to every log. Lines have `step` and `epoch`.
 
     resume_step: the step at which the run is resumed, None for a new run; what was logged after it is removed.
     saved: the result of `mark` in the checkpoint that the run is resumed from; None in old checkpoints. `note`
@@ -51,6 +61,7 @@ class Logs:
         wandb: WandbConfig,
         resume_step: int | None,
         saved: Mapping[str, Any] | None = None,
+        mlflow: MlflowConfig | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self.note = "" if resume_step is None else take_back(self.path, resume_step, saved)
@@ -58,6 +69,10 @@ class Logs:
             self.sha, self.length = hash_of(self.path)
             self.file = self.path.open("ab", buffering=0)
         self.events = Events(folder / "tensorboard", None if resume_step is None else resume_step + 1)
+        if resume_step is None:
+            self.events.write_text("config", as_code(config))
+            self.events.write_settings(settings_of(config), SHOWN_BESIDE)
+        self.mlflow = MlflowLog(folder, config, mlflow) if mlflow is not None and mlflow.use_mlflow else None
         self.wandb = None
         if wandb.use_wandb:
             import wandb as wandb_module
@@ -92,6 +107,19 @@ class Logs:
         self.events.write(step, {k: v for k, v in line.items() if "/" in k})
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=step)
+        if self.mlflow is not None:
+            self.mlflow.write(step, {k: v for k, v in line.items() if "/" in k})
+
+    def write_images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:  # uint8 [h, w, 3] each
+        """Give pictures to every log that shows them, as images/<name>."""
+        tagged = {f"images/{name}": picture for name, picture in pictures.items()}
+        self.events.write_images(step, {tag: (png(p), *p.shape[:2]) for tag, p in tagged.items()})
+        if self.wandb is not None:
+            from wandb import Image as WandbImage
+
+            self.wandb.log({tag: WandbImage(picture) for tag, picture in tagged.items()}, step=step)
+        if self.mlflow is not None:
+            self.mlflow.write_images(step, pictures)
 
     def mark(self) -> dict[str, Any]:
         """Return the length in bytes and the SHA-256 of metrics.jsonl, for a checkpoint; the file is on the
@@ -109,6 +137,25 @@ class Logs:
         self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.mlflow is not None:
+            self.mlflow.close()
+
+
+def png(picture: np.ndarray) -> bytes:
+    """Return a picture uint8 [h, w, 3] as a PNG file's content."""
+    content = io.BytesIO()
+    Image.fromarray(picture).save(content, "PNG")
+    return content.getvalue()
+
+
+def as_code(config: Mapping[str, Any]) -> str:
+    """Return a configuration as YAML in a block of Markdown."""
+    return f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```"
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that were given a value, but for those that say where a run lies."""
+    return {k: v for k, v in config.items() if v is not None and k not in ("exp_dir", "export", "resume")}
 
 
 def wandb_id(path: Path) -> str:

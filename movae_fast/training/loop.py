@@ -99,10 +99,10 @@ def failure_elsewhere(run: Run) -> Exception:
 
 
 def log_due(run: Run, ahead: int = 0) -> bool:
-    """Return whether a log line is due after step `run.step + ahead`: every `log_every` batches, and at the end
-    of an epoch or of the run."""
+    """Return whether a log line is due after step `run.step + ahead`: every `log_every` batches, at the end of
+    an epoch or the run, and after the first step, whose losses are those of an untrained model."""
     batch = run.batch + ahead
-    last = batch == len(run.train_loader) or run.step + ahead == run.total_steps
+    last = batch == len(run.train_loader) or run.step + ahead in (1, run.total_steps)
     return last or batch % run.config.run.log_every == 0
 
 
@@ -186,6 +186,13 @@ def pictures_due(run: Run) -> str:
     return f"epoch_{run.epoch + (run.batch > 0):04d}" if kept or run.ended else ""
 
 
+def images_due(run: Run, drawn: bool) -> bool:
+    """Return whether the logs get pictures at the run's position, right after an epoch or at its end; `drawn`
+    says that pictures are drawn there anyway."""
+    every = run.config.run.log_images_every
+    return drawn if every is None else every > 0 and (run.ended or run.epoch % every == 0)
+
+
 def _besides(metrics: dict[str, float]) -> str:
     """Return, as text for the terminal, the test metrics other than the objectives."""
     names = ("mse", "token_perplexity", "mutual_information", "active_units")
@@ -260,7 +267,10 @@ def end_epoch(run: Run, bar: Bar) -> dict[str, float]:
         run.name_again("best", "last")
     else:
         run.save("last")
-    if run.draw is not None and run.world.main and (tag := pictures_due(run)):
+    tag = pictures_due(run)
+    if run.draw is not None and run.world.main and tag:
         run.draw(run, tag)
+    elif run.show is not None and run.world.main and whole and images_due(run, drawn=False):
+        run.show(run)
     run.telemetry.restart_clock()
     return metrics

@@ -62,6 +62,7 @@ class Run:
     good: Path | None = None  # the last checkpoint written
     notes: list[str] = field(default_factory=list)  # what was found wrong and repaired when resuming
     draw: Callable[[Run, str], None] | None = field(default=None, repr=False)  # makes pictures
+    show: Callable[[Run], None] | None = field(default=None, repr=False)  # gives pictures to the logs alone
     callbacks: Callbacks = field(default_factory=Callbacks, repr=False)
 
     @property

@@ -15,7 +15,15 @@ from movae_fast.models import model_options
 from movae_fast.training import checkpoint
 from movae_fast.training.config import TrainConfig
 
-OURS = ("config.yaml", "metrics.jsonl", "tensorboard", "figures", "wandb_id", "trace.json")  # in a run's folder
+OURS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "tensorboard",
+    "figures",
+    "wandb_id",
+    "mlflow_id",
+    "trace.json",
+)  # in a run's folder
 
 
 def folder_of(path: Path) -> Path:

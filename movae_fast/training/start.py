@@ -29,7 +29,8 @@ from movae_fast.training.build import (
 )
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
-from movae_fast.training.logs import Logs, require_wandb
+from movae_fast.training.logs import Logs, require_extras
+from movae_fast.training.machine import write_machine
 from movae_fast.training.run import Run
 from movae_fast.training.run_folder import check_places, folder_of, latest, make_folder, tidy, write_config
 from movae_fast.training.telemetry import Telemetry
@@ -45,7 +46,7 @@ def setup(config: TrainConfig, joined: tuple[World, str] | None = None, take: bo
     joined: the processes and the device, if this process has joined them already (`world.connect`). take: allow
     an exp_dir that holds files.
     """
-    require_wandb(config.wandb)
+    require_extras(config.wandb, config.mlflow)
     check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
     world.on_main(lambda: check_places(config, take))
@@ -94,7 +95,7 @@ def resume(
             f"{path} lies in no run: a run goes on in the folder of its checkpoints/"
         )
     config = changes(content["config"])
-    require_wandb(config.wandb)
+    require_extras(config.wandb, config.mlflow)
     check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
     keep_global_batch(config, content["position"]["processes"], world.size)
@@ -219,8 +220,9 @@ def open_logs(run: Run, step: int | None, mark: dict[str, Any] | None) -> None:
 
     step, mark: for a resumed run its step and the checkpoint's state of the logs, else None.
     """
-    run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark)
+    run.logs = Logs(run.folder, run.config.flat(), run.config.wandb, step, mark, run.config.mlflow)
     run.notes += [run.logs.note] if run.logs.note else []
+    write_machine(run.folder, run.device, run.step, run.world.size)
     if not run.logs.length and (left := left_out(run)):
         run.logs.write({"step": 0, **left})
 

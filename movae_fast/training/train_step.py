@@ -480,8 +480,10 @@ class TrainStep:
         return done
 
     def weigh_parameter_rows(self, *rows: Tensor) -> Tensor:  # [m]
-        """Return the weights [m] for rows at parameters, which are added over the batch's parts and the
-        processes."""
+        """Return the aggregation weights [m] from rows of gradients at some parameters.
+
+        The rows are summed over the parts of the batch and over the processes before they are weighed.
+        """
         total = rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
         return self.weigh(ops.gramian(self.world.sum_(total)))
 

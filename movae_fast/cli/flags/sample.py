@@ -21,14 +21,16 @@ class SampleConfig:
 
     Args:
         weights: The run's folder or a checkpoint; may stand first without its flag.
-        mode: `sample` from the prior; `interpolate` between two draws; `traverse` one latent; `reconstruct`
-            test images; `visualize_latent`, the posterior means of a model with two latents, coloured by label;
-            `beta_sweep`, reconstructions and samples of a multi-rate model over its range of beta.
+        mode: `sample` from the prior; `interpolate` between two draws or test images; `traverse` one latent;
+            `reconstruct` test images; `visualize_latent`, the posterior means of a model with two latents,
+            coloured by label; `beta_sweep`, reconstructions and samples of a multi-rate model over its betas.
         n_samples: Images, strips, pairs, or (visualize_latent) test images.
         save_dir: Folder for the pictures; the default is figures/ in the run's folder.
         batch_size: Images decoded at a time.
         seed: Seed of the draws.
         n_interpolate: Images of a strip from one draw to the other, both included.
+        between: What a strip of interpolate goes between: draws from the prior, or test images (data), which
+            then stand at its ends; the default is the prior, and data for a codebook.
         n_traverse: Images of a strip along the latent.
         traverse_range: A strip spans [-range, range], in prior standard deviations.
         traverse_dim: The latent (scale, group) to traverse; -1 is every one of one draw, a strip each.
@@ -65,6 +67,7 @@ class SampleConfig:
     batch_size: int = 500
     seed: int = 8888
     n_interpolate: int = 15
+    between: Literal["prior", "data"] | None = None
     n_traverse: int = 15
     traverse_range: float = 3.0
     traverse_dim: int = 0
