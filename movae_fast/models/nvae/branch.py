@@ -18,10 +18,12 @@ class Branch(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:  # [B, C, h, w] -> [B, outputs, h', w']
-        return run(list(self), input)
+        return super().forward(input) if torch.compiler.is_compiling() else run(list(self), input)
 
     def without_last_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the result without the last layer's gate, and that gate [B or 1, C] where there is one."""
+        if torch.compiler.is_compiling():
+            return self(x), None
         *layers, last = self
         if not (isinstance(last, Gated) and isinstance(last.layer, nn.Conv2d)):
             return self(x), None
@@ -40,7 +42,7 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
                 x = gated.multiply(x)
                 continue
             layer = layers.pop(0)
-        swish = bool(layers) and isinstance(layers[0], nn.SiLU)
+        swish = len(layers) > 0 and isinstance(layers[0], nn.SiLU)
         if is_fusible(layer) and fits(x) and (swish or gated is not None):
             assert isinstance(layer, nn.BatchNorm2d)
             x = norm_swish(layer, x, None if gated is None else gated.current().to(x.dtype), swish)
@@ -52,7 +54,7 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 def is_fusible(layer: nn.Module) -> bool:
     """Return whether a layer is a BatchNorm in training that the op replaces here and now."""
-    if torch.compiler.is_compiling() or type(layer) is not nn.BatchNorm2d:
+    if type(layer) is not nn.BatchNorm2d:
         return False
     return layer.training and layer.affine and not extension.lacks("norm_swish_f32")
 
