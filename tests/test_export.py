@@ -173,3 +173,32 @@ def test_a_local_folder_of_the_hub(tmp_path: Path) -> None:
     assert torch.equal(third.reconstruct(x), model.reconstruct(x))
     with pytest.raises(ArgumentError, match="is not empty and is not overwritten"):
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_an_upload_takes_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client is replaced: it keeps what it was given."""
+    hub = pytest.importorskip("huggingface_hub")
+    model = movae_fast.load(write_model("vae", tmp_path / "model"), "cpu")
+    calls = []
+
+    class Address(str):
+        repo_id = "owner/name"
+
+    class Client:
+        def __init__(self, token: str | None) -> None:
+            calls.append(("client", token))
+
+        def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> Address:
+            calls.append(("repository", repository, private, exist_ok))
+            return Address("https://huggingface.co/owner/name")
+
+        def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+            calls.append(("upload", repo_id))
+
+    monkeypatch.setattr(hub, "HfApi", Client)
+    assert model.push_to_hub("name", private=True, token="t") == "https://huggingface.co/owner/name"
+    assert calls == [("client", "t"), ("repository", "name", True, True), ("upload", "owner/name")]
+    x = torch.rand(2, *model.image_shape)
+    again = movae_fast.load(tmp_path / "uploaded", "cpu")
+    assert torch.equal(again.reconstruct(x), model.reconstruct(x))

@@ -113,12 +113,16 @@ def module_of(path):
 
 
 def imported_modules(path, names):
-    """Modules of this package that a file imports, wherever in it."""
+    """Modules of this package that a file imports, wherever in it.
+
+    The package's version is no module: it is there before anything is imported.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                yield whole if whole in names else node.module
+                if alias.name != "__version__":
+                    yield whole if whole in names else node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 

@@ -1,12 +1,9 @@
-"""Write a trained model for other programs: safetensors with a model card, torch.export, ONNX."""
+"""Write a trained model as programs of torch.export or ONNX, compared with the model."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from movae_fast.api.model_card import FIGURE, card_of, figure_of
 from movae_fast.api.programs import Program, programs_of
 from movae_fast.api.trained_model import LoadedModel
-from movae_fast.files import sync_folder
+from movae_fast.api.weights_folder import whole_folder, write_files
 from movae_fast.names import ArgumentError, first_line
-from movae_fast.training.weights_file import NAME, save_weights
 
 ExportFormat = Literal["safetensors", "torch_export", "onnx"]
 TOLERANCE = 1e-5  # by which a program may differ from the model, relative to outputs beyond 1
@@ -35,49 +30,6 @@ class Written:
     path: Path
     difference: float | None  # None where nothing here can run it
     by: str  # what ran it, or what would
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into that takes the name `folder` when the block ends, and goes if it raises.
-
-    Raises ArgumentError for a folder that holds anything.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArgumentError(f"outdir {folder} is not empty and is not overwritten; name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # a temporary folder is its owner's alone
-        if folder.exists():
-            folder.rmdir()  # empty
-        temporary.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def export_weights(model: LoadedModel, folder: Path) -> Path:
-    """Write model.safetensors, config.json and the model card into a new folder, and return it.
-
-    A model of sentences has vocab.txt beside them, a run with pictures its reconstructions.
-    """
-    with whole_folder(folder) as inside:
-        write_files(model, inside)
-    return folder
-
-
-def write_files(model: LoadedModel, folder: Path) -> None:
-    """Write what `export_weights` does into a folder that is there."""
-    config = {k: v for k, v in model.config.flat().items() if k not in ("resume", "exp_dir", "export")}
-    save_weights(folder / NAME, config, model.network.state_dict())
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card_of(model), encoding="utf-8")
-    if (vocabulary := model.folder / "vocab.txt").is_file():
-        shutil.copyfile(vocabulary, folder / "vocab.txt")
-    if (figure := figure_of(model.folder)) is not None:
-        shutil.copyfile(figure, folder / FIGURE)
 
 
 def export_programs(model: LoadedModel, folder: Path, kind: ExportFormat) -> list[Written]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from movae_fast.api.exporting import write_files
 from movae_fast.api.loading import load
 from movae_fast.api.trained_model import LoadedModel
+from movae_fast.api.weights_folder import write_files
 from movae_fast.names import ArgumentError
 
 try:
     from huggingface_hub import ModelHubMixin, snapshot_download
 except ImportError:
-    raise ArgumentError("push_to_hub and HubModel need the extra: pip install 'movae-fast[hub]'") from None
+    raise ArgumentError("HubModel needs the extra: pip install 'movae-fast[hub]'") from None
 
 FILES = ["model.safetensors", "config.json", "README.md", "vocab.txt", "reconstructions.png"]
 
@@ -58,8 +58,3 @@ class HubModel(ModelHubMixin):
                 allow_patterns=FILES,
             )
         return cls(load(folder, device))
-
-
-def hub_model(model: LoadedModel) -> HubModel:
-    """Return a loaded model with huggingface_hub's methods."""
-    return HubModel(model)

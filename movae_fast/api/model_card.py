@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
-from movae_fast.api.trained_model import LoadedModel
+from movae_fast.models import VAE
+from movae_fast.training.config import TrainConfig
 from movae_fast.training.log_lines import read_lines
 
 FIGURE = "reconstructions.png"  # beside the card
 MARK = "<!-- movae-fast -->"  # in every card of ours
+
+
+class ModelParts(Protocol):
+    """Describe what a card is written from: a network, its configuration, and the folder that it came from."""
+
+    @property
+    def network(self) -> VAE: ...
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+    @property
+    def folder(self) -> Path: ...
 
 
 def figure_of(folder: Path) -> Path | None:
@@ -23,7 +37,7 @@ def figure_of(folder: Path) -> Path | None:
     return pictures[-1] if pictures else None
 
 
-def card_of(model: LoadedModel) -> str:
+def card_of(model: ModelParts) -> str:
     """Return the card as Markdown with the front matter that huggingface.co reads."""
     config = model.config
     front = {
@@ -57,7 +71,7 @@ def card_of(model: LoadedModel) -> str:
     )
 
 
-def summary(model: LoadedModel) -> list[str]:
+def summary(model: ModelParts) -> list[str]:
     """Return a paragraph on the model: size, data, objectives and how they were brought together."""
     config, size = model.config, sum(p.numel() for p in model.network.parameters())
     objectives = ", ".join(model.network.objectives)
@@ -69,7 +83,7 @@ def summary(model: LoadedModel) -> list[str]:
     ]
 
 
-def usage(model: LoadedModel) -> list[str]:
+def usage(model: ModelParts) -> list[str]:
     """Return the lines that load the model from this folder."""
     what = "sentences" if model.config.is_text else "images [16, C, S, S] in [0, 1]"
     return [
@@ -83,7 +97,7 @@ def usage(model: LoadedModel) -> list[str]:
     ]
 
 
-def scores(model: LoadedModel) -> list[str]:
+def scores(model: ModelParts) -> list[str]:
     """Return a section with the last evaluation on the test split; nothing where the run is not at hand."""
     lines = [line for line in read_lines(model.folder / "metrics.jsonl") if "test/loss" in line]
     if not lines:
@@ -110,7 +124,7 @@ def scores(model: LoadedModel) -> list[str]:
     ]
 
 
-def given_settings(model: LoadedModel) -> dict[str, Any]:
+def given_settings(model: ModelParts) -> dict[str, Any]:
     """Return the settings that are not the defaults."""
     flat, defaults = model.config.flat(), type(model.config)().flat()
     left_out = ("resume", "exp_dir", "export", "data_dir", "save_path", "device")

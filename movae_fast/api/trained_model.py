@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from movae_fast.api.weights_folder import export_weights, upload
 from movae_fast.data import to_unit
 from movae_fast.evaluation.sampling import sample_images
 from movae_fast.evaluation.trained import rates_of
@@ -77,8 +78,6 @@ class LoadedModel:
         `movae_fast.load` and every command take the folder for a RUN. Raises ArgumentError for a folder that
         holds other files of these names.
         """
-        from movae_fast.api.exporting import export_weights
-
         return export_weights(self, Path(folder))
 
     def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
@@ -86,9 +85,7 @@ class LoadedModel:
 
         Needs the extra `hub`. token: of the account; None is the one that `hf auth login` stored.
         """
-        from movae_fast.api.hub import hub_model
-
-        return hub_model(self).push_to_hub(repository, private=private, token=token)
+        return upload(self, repository, private, token)
 
     def __repr__(self) -> str:
         arch, dataset = self.config.model.arch, self.config.data.dataset

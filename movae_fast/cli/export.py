@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from movae_fast.api.exporting import export_programs, export_weights
+from movae_fast.api.exporting import export_programs
 from movae_fast.api.loading import load
+from movae_fast.api.weights_folder import export_weights
 from movae_fast.cli.flags.export import ExportConfig
 from movae_fast.files import free_path
 from movae_fast.names import shown
