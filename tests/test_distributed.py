@@ -37,6 +37,12 @@ def _none_left():
 
 def start(folder, *flags, ranks=1, before=lives.undrawn):
     """The processes of one run; each writes what it says to a file of its own, and calls `before()` first."""
+    where = [] if "--resume" in flags else [*COMMON, "--exp_dir", str(folder)]
+    return start_command(folder, ["train", *where, *flags], ranks, before)
+
+
+def start_command(folder, words, ranks=1, before=lives.undrawn):
+    """The processes of `movae WORDS`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,8 +52,6 @@ def start(folder, *flags, ranks=1, before=lives.undrawn):
         if ranks > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        where = [] if "--resume" in flags else [*COMMON, "--exp_dir", str(folder)]
-        words = ["train", *where, *flags]
         processes.append(lives.start(words, said(folder, rank), env, before=before))
     STARTED.extend(processes)
     return processes

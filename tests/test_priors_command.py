@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from movae_fast.priors.latents import open_latents
 from movae_fast.training import checkpoint
 from movae_fast.training.config_files import recipe_names
 from movae_fast.training.log_lines import read_lines
-from tests.test_distributed import finish, start
+from tests.test_distributed import finish, start_command
 
 COMMON = "--device cpu --dataset digits --image_size 16 --hidden_dims 8 8 --batch_size 100 --limit_train 300"
 KINDS = {
@@ -135,23 +134,16 @@ def test_two_ranks_fit_what_one_process_does(runs, tmp_path):
     """Half the batch each, by gloo: the same weights to rounding."""
     run = runs["vq"]
     flags = f"--kind transformer {SMALL} --steps 6 --dropout 0 --device cpu --ema_decay 0"
-    command = [sys.executable, "-m", "movae_fast", "prior", str(run), *flags.split()]
-    finish(tmp_path / "two", start_prior(tmp_path / "two", [*command, "--name", "two", "--batch_size", "8"], 2))
-    finish(tmp_path / "one", start_prior(tmp_path / "one", [*command, "--name", "one"], 1))
+    words = ["prior", str(run), *flags.split()]
+    for name, others in (("two", ["--batch_size", "8"]), ("one", [])):
+        folder = tmp_path / name
+        finish(folder, start_command(folder, [*words, "--name", name, *others], ranks=len(others) or 1))
     one, two = (torch.cat([v.flatten() for v in weights_of(run, name).values()]) for name in ("one", "two"))
     begun = fit_start(run)
     assert (one - two).norm() < 1e-4 * (one - begun).norm()
     assert len(read_lines(run / "priors" / "two" / "metrics.jsonl")) == len(
         read_lines(run / "priors" / "one" / "metrics.jsonl")
     )
-
-
-def start_prior(folder, command, ranks):
-    return start(folder, "--resume", ranks=ranks, command=[sys.executable, "-c", WRAPPED, *command[3:]])
-
-
-# `start` adds a flag of training, which is taken off again.
-WRAPPED = "import sys; from movae_fast.cli import main; sys.exit(main(sys.argv[1:-1]))"
 
 
 def fit_start(run):
