@@ -30,8 +30,9 @@ class Chain:
     """A run in `folder` that is stopped and started again."""
 
     def __init__(self, kind, folder, *flags):
-        self.kind, self.folder = kind, folder
-        self.words = ["train", *COMMON.split(), *KINDS[kind].split(), *flags, "--exp_dir", folder]
+        # Runs that are compared have one name, which is in the captions of their pictures.
+        self.kind, self.folder = kind, folder / "run"
+        self.words = ["train", *COMMON.split(), *KINDS[kind].split(), *flags, "--exp_dir", self.folder]
         if kind == "dali":  # which decodes files
             pictures = folder.parent / "pictures"
             for split, count in (("train", 120), ("test", 24)) if not pictures.exists() else ():
@@ -39,7 +40,7 @@ class Chain:
                     datafiles.photo(pictures / split / f"{i:03d}.jpg", i)
             self.words += ["--dataset", "folder", "--data_dir", pictures]
         self.log = folder.parent / f"{folder.name}.log"
-        self.last = folder / "checkpoints" / "last.pt"
+        self.last = self.folder / "checkpoints" / "last.pt"
         self.kills = 0
 
     def start(self, *more, at=None, error=0, limits=None):

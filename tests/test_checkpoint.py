@@ -202,7 +202,7 @@ def test_digest_sees_values_shapes_dtypes_and_keys():
 def test_find(path, tmp_path):
     assert checkpoint.find(tmp_path) == path
     assert checkpoint.find(path) == path
-    with pytest.raises(CheckpointError, match="holds no run"):
+    with pytest.raises(CheckpointError, match=r"is no run: no checkpoints/last\.pt in it"):
         checkpoint.find(path.parent)
     with pytest.raises(CheckpointError, match="no checkpoint or run at"):
         checkpoint.find(tmp_path / "nothing")

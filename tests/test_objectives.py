@@ -21,6 +21,7 @@ from movae_fast.objectives import (
     rung_kl,
     total_correlation,
 )
+from movae_fast.objectives.extras import EXTRAS
 from movae_fast.reference import gaussian_log_density
 from movae_fast.schedules import Capacity, LossSchedule
 
@@ -156,6 +157,7 @@ def test_every_model_s_objectives_have_a_term():
     signs = build_model("vq_vae", (1, 16, 16), "tanh", {"quantizer": "lfq"})
     named = {name for model in (*MODELS.values(), ladder, signs) for name in model.objectives}
     assert named <= OBJECTIVES.keys()
+    named |= {name for extra in EXTRAS.values() for name in extra.objectives}
     assert {name for name in OBJECTIVES.keys() - named if not name.startswith("kl_")} == set()
 
 

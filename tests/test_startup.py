@@ -206,7 +206,9 @@ print(time.process_time() - began, threading.active_count(), *sorted(set(sys.mod
     seconds, threads, *modules = started(code).split()
     assert float(seconds) < 0.05
     assert threads == "1"
-    assert modules == ["movae_fast"]
+    assert "movae_fast" in modules
+    assert {name.split(".")[0] for name in modules} <= {*sys.stdlib_module_names, "movae_fast"}
+    assert [name for name in modules if name.startswith("movae_fast")] == ["movae_fast"]
 
 
 def test_the_ops_are_registered_without_the_compiler():

@@ -9,7 +9,7 @@ from rich.console import Console
 from movae_fast.evaluation.trained import caption_of
 from movae_fast.files import free_path
 from movae_fast.models import ProVLAE
-from movae_fast.run_pictures import draw_traversals
+from movae_fast.run_pictures import draw_traversals, traversal_caption
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
@@ -30,7 +30,7 @@ def visualize(config: TrainConfig, console: Console) -> int:
     folder = Path(config.run.exp_dir) if config.run.exp_dir else folder_of(path) / "figures"
     stage = int(model.stage)
     gif, picture = (free_path(folder / f"traversal_stage_{stage}", f".{kind}") for kind in ("gif", "png"))
-    caption = f"each latent of a test image alone; stage {stage}; {caption_of(trained, path)}"
+    caption = traversal_caption(model, caption_of(trained, path))
     for made in draw_traversals(model, x, trained.data.normalize, gif, picture, caption):
         console.print(str(made), highlight=False, soft_wrap=True)
     return 0

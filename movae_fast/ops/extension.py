@@ -122,6 +122,14 @@ def forced_isa(name: str) -> Iterator[None]:
             os.environ["MOVAE_CPU_ISA"] = before
 
 
+def exporting() -> bool:
+    """Return whether torch.export is tracing, whose programs hold no operators of ours.
+
+    Within torch.compile the answer is no: dynamo takes `torch.compiler.is_exporting()` for true there.
+    """
+    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
 def index_shape(z: Tensor) -> tuple[int, ...]:
     """Return the shape of a tensor with one number per vector of z: [N] for z [N, D], [B, *spatial] for z
     [B, D, *spatial]."""

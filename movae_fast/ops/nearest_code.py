@@ -13,7 +13,7 @@ from torch import Tensor
 
 from movae_fast import reference
 from movae_fast.ops import extension
-from movae_fast.ops.extension import DTYPES, as_rows, csrc, index_shape
+from movae_fast.ops.extension import DTYPES, as_rows, csrc, exporting, index_shape
 from movae_fast.ops.registration import refuse_vmap, triton_kernels
 
 
@@ -38,7 +38,7 @@ def nearest_code(
     Raises ValueError (shape, device, K = 0 or D = 0) or TypeError (dtype), showing both operands.
     """
     z, codebook = check_operands("nearest_code", z, codebook)
-    if torch.compiler.is_exporting():
+    if exporting():
         return search_for_export(z, codebook)
     if extension.missing(z):
         return search_in_torch(z, codebook)

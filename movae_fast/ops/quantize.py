@@ -15,7 +15,7 @@ from torch import Tensor
 
 from movae_fast import reference
 from movae_fast.ops import extension
-from movae_fast.ops.extension import as_map, as_rows, csrc, index_shape
+from movae_fast.ops.extension import as_map, as_rows, csrc, exporting, index_shape
 from movae_fast.ops.nearest_code import (
     check_operands,
     codebook_view,
@@ -64,7 +64,7 @@ def quantize(
     if gradient not in get_args(Gradient):
         raise ValueError(f"quantize: gradient must be one of {get_args(Gradient)}; got {gradient!r}")
     z, codebook = check_operands("quantize", z, codebook)
-    if torch.compiler.is_exporting():
+    if exporting():
         return quantize_for_export(z, codebook)
     if extension.missing(z):
         return quantize_in_torch(z, codebook, gradient)
@@ -95,7 +95,7 @@ def code_error(
         raise ValueError(
             f"code_error: index must be {list(index_shape(z))} for z {list(z.shape)}; got {list(index.shape)}"
         )
-    if torch.compiler.is_exporting():
+    if exporting():
         return (z - torch.nn.functional.embedding(index, codebook).movedim(-1, 1)).square().sum(1)
     if extension.missing(z):
         return code_error_in_torch(z, codebook, index)

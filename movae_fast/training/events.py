@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from movae_fast.files import naming
+from movae_fast.names import shown
 
 
 class Events:
@@ -69,7 +70,7 @@ class Events:
         """Append what TensorBoard's tab HPARAMS shows: settings, and the tags of the metrics beside them."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        plain = {k: v if isinstance(v, bool | int | float) else shown(v) for k, v in settings.items()}
         for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
             self.add(self.event(wall_time=time.time(), summary=summary))
 
