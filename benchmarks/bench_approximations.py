@@ -19,7 +19,8 @@ from benchmarks.bench_step import DEVICE, network
 from benchmarks.measure import Call, interleaved
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.data.datasets.sprites import Sprites, split_index
-from movae_fast.training.gradients import Batch, keeping_buffers
+from movae_fast.models.buffers import keeping_buffers
+from movae_fast.training.gradients import Batch
 from movae_fast.training.train_step import TrainStep
 
 STEPS, BATCH = int(os.environ.get("MOVAE_BENCH_STEPS", "60")), 64

@@ -20,7 +20,8 @@ from benchmarks.bench_approximations import ARCHS, BATCH, train_step
 from benchmarks.bench_step import DEVICE
 from movae_fast import ops
 from movae_fast.data.datasets.sprites import Sprites, split_index
-from movae_fast.training.gradients import Batch, cheap_rows_of, keeping_buffers, last_parameters
+from movae_fast.models.buffers import keeping_buffers
+from movae_fast.training.gradients import Batch, cheap_rows_of, last_parameters
 from movae_fast.training.telemetry import CONFLICT
 from movae_fast.training.train_step import TrainStep
 

@@ -9,11 +9,12 @@ import torch
 
 from movae_fast.cli import parsing
 from movae_fast.cli.train import conflict_rows
+from movae_fast.models.buffers import keeping_buffers
 from movae_fast.plots import loss_curves
 from movae_fast.training import checkpoint
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import validate
-from movae_fast.training.gradients import Batch, keeping_buffers
+from movae_fast.training.gradients import Batch
 from movae_fast.training.logs import read_lines
 from movae_fast.training.start import assemble
 from movae_fast.training.telemetry import CONFLICT, conflict_metrics

@@ -9,8 +9,7 @@ and `of_subset_weighted`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from movae_fast.jacobian import (
     weighted_row,
 )
 from movae_fast.models import VAE, HierarchyOutput, Noise, VQOutput
+from movae_fast.models.buffers import keeping_buffers
 from movae_fast.objectives import LossVector
 from movae_fast.training.precision import Precision
 
@@ -244,21 +244,3 @@ def last_parameters(model: VAE, gramian_at: str) -> list[nn.Parameter]:
             f"give last:1 to last:{len(modules)}"
         )
     return [p for parameters in modules[-int(count) :] for p in parameters]
-
-
-@contextmanager
-def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Run the block on copies of the model's buffers, so that an extra forward pass does not change running
-    statistics.
-
-    The originals are put back as the same tensors, since BatchNorm's backward pass refers to the very tensors
-    that its forward pass used.
-    """
-    kept = [(module, name, b) for module in model.modules() for name, b in module.named_buffers(recurse=False)]
-    for module, name, buffer in kept:
-        setattr(module, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for module, name, buffer in kept:
-            setattr(module, name, buffer)

@@ -22,6 +22,7 @@ from movae_fast.aggregation.registry import aggregate, is_fused, is_weighting
 from movae_fast.choices import StepMetric
 from movae_fast.jacobian import cosines_with_update
 from movae_fast.models import VAE, Noise
+from movae_fast.models.buffers import keeping_buffers
 from movae_fast.objectives import LossVector
 from movae_fast.ops import extension
 from movae_fast.projected_step import Columns, step_cosines
@@ -33,7 +34,7 @@ from movae_fast.training.compiled import MULTIRATE_LIMITS, Compiled, CompileMode
 from movae_fast.training.config import FROM_EXTRA
 from movae_fast.training.cuda_graph import Recorder, Recordings
 from movae_fast.training.flat import FlatParameters, Rows, write
-from movae_fast.training.gradients import Batch, Differentiated, Network, keeping_buffers
+from movae_fast.training.gradients import Batch, Differentiated, Network
 from movae_fast.training.guarded_step import StepGuard
 from movae_fast.training.optim import make_capturable
 from movae_fast.training.precision import Precision

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from movae_fast.models.buffers import keeping_buffers
 from movae_fast.models.nvae.branch import Branch
 from movae_fast.models.nvae.convs import NormedConv2d
 
@@ -88,7 +86,7 @@ class Cell(nn.Module):
             if not computed:
                 computed = True
                 return self.compute(x)
-            with statistics_kept(self):
+            with keeping_buffers(self):
                 return self.compute(x)
 
         # A cell draws no random numbers.
@@ -104,19 +102,6 @@ class Cell(nn.Module):
         factor = self.attention(means if gate is None else means * gate)
         factor = RESIDUAL * (factor if gate is None else factor * gate)
         return torch.addcmul(self.skip(x), y, factor[:, :, None, None].to(y.dtype))
-
-
-@contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let a module in training move copies of its running statistics: they themselves moved once."""
-    kept = [(m, name, b) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
-    for part, name, buffer in kept:
-        setattr(part, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for part, name, buffer in kept:
-            setattr(part, name, buffer)
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
