@@ -302,6 +302,26 @@ def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
     assert "cannot be divided among 3 processes" in refused
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "lfq"])
+def test_quantizers_see_the_batch_of_all_ranks(tmp_path, quantizer):
+    """The averages that ema's codes follow, and the entropy of lfq's mean distribution over the batch."""
+    common = [w for k, w in enumerate(COMMON) if "--latent_dim" not in COMMON[max(k - 1, 0) : k + 1]]
+    flags = [*common, "--arch", "vq_vae", "--quantizer", quantizer, "--num_embeddings", "16", "--lr", "0.01"]
+    models = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        words = ["train", *flags, "--agg", "upgrad", "--steps", "10", "--batch_size", str(64 // ranks)]
+        finish(
+            tmp_path / name, start_command(tmp_path / name, [*words, "--exp_dir", str(tmp_path / name)], ranks)
+        )
+        models.append(checkpoint.load(tmp_path / name / "checkpoints" / "last.pt")["model"])
+    one, two = models
+    for model in models:  # a process counts its own images
+        model["code_usage"] = model["code_usage"] / model["code_usage"].sum()
+    for name, value in one.items():
+        if value.is_floating_point():
+            assert (value - two[name]).norm() <= 1e-5 * value.norm(), name
+
+
 def wait_for_steps(folder, steps):
     for _ in range(600):
         if len(read_lines(folder / "metrics.jsonl")) >= steps:
