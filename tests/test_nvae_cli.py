@@ -51,7 +51,12 @@ def test_training_logs_the_rates_of_scales_and_groups(run):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--agg sum --norm_penalty_init 1", "--agg upgrad --multirate", "--num_flows 1"]
+    "flags",
+    [
+        "--agg upgrad --multirate",
+        pytest.param("--agg sum --norm_penalty_init 1", marks=pytest.mark.slow),
+        pytest.param("--num_flows 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_bit_for_bit_what_it_would_have_been(tmp_path, flags):
     words = ["--norm_penalty", "0.1", *flags.split()]
