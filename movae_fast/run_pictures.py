@@ -46,9 +46,8 @@ def draw_run(run: Run, tag: str) -> None:
         write_png(paths[kind], picture)
     if images_due(run, drawn=True):
         show(run, made)
-    if run.finished and run.progression is not None:
-        for kind, path in pictures(run, f"stage_{run.progression.stage(run.step - 1)}").items():
-            give_name(paths[kind], path)
+    for kind, path in last_stage_pictures(run).items():
+        give_name(paths[kind], path)
 
 
 @torch.no_grad()
@@ -136,11 +135,22 @@ def pictures(run: Run, tag: str) -> dict[str, Path]:
     return {kind: run.folder / "figures" / name for kind, name in names.items()}
 
 
+def last_stage_pictures(run: Run) -> dict[str, Path]:
+    """Return the paths, by kind, under which a finished ladder's pictures stand once more, as its last stage's;
+    nothing of another run."""
+    if not run.finished or run.progression is None:
+        return {}
+    return pictures(run, f"stage_{run.progression.stage(run.step - 1)}")
+
+
 def draw_missing(run: Run) -> None:
     """Draw the pictures that a resumed run lacks because it was killed between writing a checkpoint and its
     pictures."""
     tag = pictures_due(run)
-    if run.world.main and tag and not all(path.exists() for path in pictures(run, tag).values()):
+    if not (run.world.main and tag):
+        return
+    paths = [*pictures(run, tag).values(), *last_stage_pictures(run).values()]
+    if not all(path.exists() for path in paths):
         draw_run(run, tag)
 
 

@@ -442,6 +442,10 @@ def test_pictures_of_every_stage_and_of_a_checkpoint(train, capsys):
     for kind in ("input", "samples", "reconstructions", "traversal"):  # the end is drawn once, under two names
         (end,) = figures.glob(f"{kind}_epoch_*.png")
         assert end.samefile(figures / f"{kind}_stage_3.png")
+    whole = (figures / "traversal_stage_3.gif").read_bytes()
+    (figures / "traversal_stage_3.gif").unlink()  # killed between the two names
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert (figures / "traversal_stage_3.gif").read_bytes() == whole
     capsys.readouterr()
     made = figures / "traversal_stage_2.gif"
     before = made.read_bytes()
