@@ -16,6 +16,7 @@ from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
 from movae_fast.training.logs import read_lines
 from movae_fast.training.train_step import TrainStep
+from movae_fast.training.world import connect
 from tests import lives
 
 COMMON = [
@@ -375,3 +376,23 @@ def test_torchrun_starts_a_run(tmp_path):
     lines = read_lines(folder / "metrics.jsonl")
     assert lines[-1]["step"] == 5  # 320 images, 64 a step
     assert json.dumps(lines)
+
+
+def _meet_again(rank, port, folder):
+    """Join and leave four worlds by a store that outlives them, as torchrun's does; rank 1 comes late."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    sums = []
+    for k in range(4):
+        time.sleep(0.1 * rank)
+        world, _ = connect("cpu")
+        sums += [int(world.sum_(torch.tensor(k + rank)))]
+        world.close()
+    assert sums == [1, 3, 5, 7]
+    (folder / str(rank)).touch()
+
+
+def test_a_process_trains_again_with_the_same_store(tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    lives.ranks(_meet_again, store.port, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]

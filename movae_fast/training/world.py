@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_groups = itertools.count()  # the groups that this process has joined so far, the same number on every rank
 
 
 @dataclass
@@ -204,10 +206,11 @@ def connect(device: str) -> tuple[World, str]:
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=30)
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps the store when it restarts processes, and with it the addresses of the ended ones
-        # (torch 2.11): the new ones would wait for those until the timeout.
+        # torchrun keeps the store, and in it the addresses of groups that have ended (torch 2.11), when it
+        # restarts processes and when a process trains twice. A new group that read one would wait for a
+        # process that is gone until the timeout, or talk to another group of the same process.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt_{attempt}", store)
+        store = dist.PrefixStore(f"attempt_{attempt}/group_{next(_groups)}", store)
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
