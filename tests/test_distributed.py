@@ -97,14 +97,15 @@ test_lines.__test__ = False
         pytest.param("aligned_mtl", "none", marks=pytest.mark.slow),
         pytest.param("cagrad", "none", marks=pytest.mark.slow),
         pytest.param("pcgrad", "none", marks=pytest.mark.slow),  # random: all ranks draw the same order
-        pytest.param("graddrop", "none", marks=pytest.mark.slow),  # looks at single elements
+        pytest.param("graddrop", "none", marks=pytest.mark.slow),
         pytest.param("sum", "batch", marks=pytest.mark.slow),
         ("upgrad", "batch"),
     ],
 )
 def test_two_ranks_are_one_process_with_the_doubled_batch(tmp_path, agg, norm):
     # BatchNorm amplifies rounding: at lr 0.05 two orders of summation are 1e-4 apart after 20 steps.
-    flags = ["--agg", agg, "--layer_norm", norm, "--steps", "20"]
+    # GradDrop drops an element by a threshold, near which rounding decides: after some steps the two differ.
+    flags = ["--agg", agg, "--layer_norm", norm, "--steps", "1" if agg == "graddrop" else "20"]
     # A log line of several steps: the window's losses are a strided view, which gloo does not see as one.
     flags += ["--lr", "0.01" if norm == "batch" else "0.05", "--log_every", "3"]
     one = run(tmp_path / "one", *flags, "--batch_size", "64")
