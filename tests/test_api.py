@@ -65,7 +65,7 @@ def test_a_run_from_python_is_that_of_the_command_line(tmp_path: Path, capsys) -
     assert (movae_fast.evaluate(model, "objectives", limit_test=64, seed=3)["loss"]) == pytest.approx(
         again.metrics["test/loss"], rel=1e-5
     )
-    with pytest.raises(ArgumentError, match=r"^resume .*the run has --batch_size 100"):
+    with pytest.raises(ArgumentError, match=r"^resume .*the run has batch_size 100"):
         movae_fast.train(resume=run.folder, batch_size=50)
 
 
@@ -97,6 +97,7 @@ def test_a_callback_s_error_ends_the_run_and_a_signal_saves_it(tmp_path: Path) -
         ({"resume": "auto"}, "resume auto needs exp_dir"),
         ({"on_step": 3}, "on_step 3 is no function"),
         ({"mode": "visualize", "arch": "provlae", "init_from": "x"}, "mode visualize"),
+        ({"multirate": True, "beta_per": "batch", "layer_norm": "batch"}, "beta_per batch with gate_position"),
     ],
 )
 def test_wrong_settings_are_named(given, message, tmp_path: Path, monkeypatch) -> None:
@@ -105,6 +106,7 @@ def test_wrong_settings_are_named(given, message, tmp_path: Path, monkeypatch) -
         movae_fast.train(**given)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+    assert "--" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 

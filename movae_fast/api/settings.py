@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,20 @@ def naming_arguments() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if type(error) is not ValueError or not str(error).startswith("--"):
+        text = _without_dashes(str(error))
+        if type(error) is not ValueError or text == str(error):
             raise
-        raise ArgumentError(str(error).removeprefix("--")) from None
+        raise ArgumentError(text) from None
+
+
+def _without_dashes(text: str) -> str:
+    """Return a text in which settings, and an argument that it begins with, are named without dashes.
+
+    Other words keep their dashes, such as the flags of another command.
+    """
+    names = flag_types(list(SECTIONS.values()))
+    text = text.removeprefix("--")
+    return re.sub(r"--(\w+)", lambda found: found[1] if found[1] in names else found[0], text)
 
 
 def settings(config: Config | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
