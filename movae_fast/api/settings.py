@@ -35,7 +35,7 @@ def _without_dashes(text: str) -> str:
     """
     names = flag_types(list(SECTIONS.values()))
     text = text.removeprefix("--")
-    return re.sub(r"--(\w+)", lambda found: found[1] if found[1] in names else found[0], text)
+    return re.sub(r"--(\w+)", lambda word: word[1] if word[1] in names else word[0], text)
 
 
 def settings(config: Config | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
