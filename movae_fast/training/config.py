@@ -258,9 +258,9 @@ class ObjectiveConfig:
         pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all); the
             default is shared, and all for nvae, which has no features.
-        upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
-            norm (diagonal), so that no row is too short to be protected, or of the trace (trace), as TorchJD
-            does.
+        upgrad_regularizer: What upgrad, dualproj, nupgrad and comfort regularize the Gramian by: a part of each
+            row's own squared norm (diagonal), so that no row is too short to be protected, or of the trace
+            (trace), as TorchJD does.
         upgrad_norm_eps: Trace of the Gramian below which it is taken for zero; with trace only (TorchJD: 1e-4).
         upgrad_reg_eps: The part of that regularizer (TorchJD: 1e-4).
         gramian_every: Approximation: find the aggregator's weights every so many steps and reuse them between.

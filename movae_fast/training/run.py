@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state
+from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, set_progress
 from movae_fast.data import Loader
 from movae_fast.data.text import TextLoader
 from movae_fast.files import give_name
@@ -93,10 +93,11 @@ class Run:
         set_learning_rate(self.optimizer, self.next_lr)
 
     def begin_step(self) -> None:
-        """Set a progressive model to the stage and alpha of the coming step; other models need nothing.
+        """Set an aggregator's progress, and a progressive model's stage and alpha, to those of the coming step.
 
         At the start of a stage the optimizer's state and the best test loss are reset; the weights carry over.
         """
+        set_progress(self.train_step.aggregator, self.step / max(self.total_steps - 1, 1))
         if self.progression is None:
             return
         if self.progression.starts(self.step):

@@ -578,8 +578,8 @@ def why_not_captured(
         return f"TorchJD's {type(aggregator).__name__}"
     if aggregator is not None and (missing := extension.cuda_missing()):
         # Imports TorchJD, which is loaded by now.
-        from movae_fast.aggregation.weightings import MethodAggregator
+        from movae_fast.aggregation.weightings import MethodWeighting
 
-        if isinstance(aggregator, MethodAggregator):
+        if any(isinstance(module, MethodWeighting) for module in aggregator.modules()):
             return f"weights on the host: {missing}"
     return ""
