@@ -80,6 +80,7 @@ class Outcome:
         self._groups: list[Tensor] | None = None
         self._importance: Importance | None = None
         self._dip: tuple[Tensor, Tensor] | None = None
+        self._edges: Tensor | None = None
 
     def densities(self) -> LogDensities:
         """Return the log densities of the batch's latents."""
@@ -135,6 +136,12 @@ class Outcome:
             off, diagonal = terms.dip_penalties(s.gather(self.out.mu), logvar, weight)
             self._dip = terms.of_whole_batch(off, weight), terms.of_whole_batch(diagonal, weight)
         return self._dip
+
+    def edges(self) -> Tensor:
+        """Return the strength of the images' edges [B, C, S, S]."""
+        if self._edges is None:
+            self._edges = terms.edge_strength(self.images)
+        return self._edges
 
     def kl_of_groups(self, row: int) -> Tensor:
         """Return the mean over images of KL objective number `row` of a hierarchy, the sum of its groups' KLs,
@@ -218,6 +225,26 @@ def _l1(b: Outcome) -> Tensor:
     return terms.absolute_error(s.likelihood.mean(b.out.preactivation), b.images, s.reduction, b.sample_weight)
 
 
+def _edge_weighted(b: Outcome) -> Tensor:
+    s = b.settings
+    image = s.likelihood.mean(b.out.preactivation)
+    return terms.edge_weighted_error(image, b.images, b.edges(), s.reduction, b.sample_weight)
+
+
+def _edge_matching(b: Outcome) -> Tensor:
+    s = b.settings
+    found = terms.edge_strength(s.likelihood.mean(b.out.preactivation))
+    return terms.edge_matching(found, b.edges(), s.reduction, b.sample_weight)
+
+
+def _recursive_kl(b: Outcome) -> Tensor:
+    return terms.kl_standard_normal(*b.out.again, b.sample_weight)
+
+
+def _cycle(b: Outcome) -> Tensor:
+    return terms.cycle_distance(b.out.prior, b.out.returned, b.sample_weight)
+
+
 def _embedding(b: Outcome) -> Tensor:
     return terms.batch_mean(b.out.embedding, b.sample_weight)
 
@@ -246,6 +273,10 @@ OBJECTIVES: dict[str, Objective] = {
     "adversarial_tc": _adversarial_tc,
     "l1": _l1,
     "lpips": _lpips,
+    "edge_weighted": _edge_weighted,
+    "edge_matching": _edge_matching,
+    "recursive_kl": _recursive_kl,
+    "cycle": _cycle,
 }
 
 
@@ -304,6 +335,8 @@ class LossVector:
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
         self.full = self.weights.clone()  # where every rung is active
         self.active = [i for i, w in enumerate(weights) if w != 0]
+        self.recursive = torch.tensor([name == "recursive_kl" for name in self.names], device=model.device)
+        self.has_recursive = "recursive_kl" in self.names
         self.dwkl = torch.tensor([name == "dwkl" for name in self.names], device=model.device)
         # The KLs of latents in use: their weight may be annealed, and they may be pulled to the capacity.
         self.is_kl = [name.startswith("kl") for name in self.names]
@@ -331,6 +364,9 @@ class LossVector:
     def weights_at(self, step: int) -> Tensor:  # [m]
         """Return the loss weights [m] at the 0-based `step`, including annealing."""
         weights = torch.where(self.dwkl, self.weights * self.schedule.dwkl_factor(step), self.weights)
+        if self.has_recursive:
+            factor = self.schedule.recursive_factor(step)
+            weights = torch.where(self.recursive, weights * factor, weights)
         if self.schedule.kl_factor is not None:
             weights = torch.where(self.live, weights * self.schedule.kl_factor(step), weights)
         return weights

@@ -98,6 +98,9 @@ def new_model(config: TrainConfig) -> VAE:
     model.objectives = (*model.objectives, *extra_objectives(config.objective.extra_objectives))
     if isinstance(model, GaussianVAE):
         model.importance_samples = config.objective.importance_samples
+        model.encodes_again = "recursive_kl" in config.objective.extra_objectives
+        model.returns = "cycle" in config.objective.extra_objectives
+        model.draws_prior = model.draws_prior or model.returns
     rate = config.multirate
     if rate.multirate:
         if isinstance(model, LSTMVAE):
@@ -248,6 +251,7 @@ def build_step(
     if adversary is not None and not why_not:
         why_not = "--extra_objectives factor, whose discriminator is trained beside the step"
     apart = objective.gramian_batch < 1 or adversary is not None or objective.importance_gradient == "dreg"
+    apart = apart or bool(config.second_passes)
     # What compares the images of all processes exchanges them within the forward.
     apart = apart or (world.size > 1 and exchanges(config))
     step = TrainStep(
@@ -319,7 +323,9 @@ def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedu
     balanced = factor.lasts if config.kl_balance and isinstance(factor, Warmup) else None
     grows = ladder.use_capacity_increase
     capacity = Capacity(ladder.max_capacity, ladder.capacity_max_iter) if grows else None
-    return LossSchedule(objective.anneal_steps, factor, capacity, balanced, penalty_weight(config, factor))
+    penalty = penalty_weight(config, factor)
+    recursive = objective.recursive_kl_steps
+    return LossSchedule(objective.anneal_steps, factor, capacity, balanced, penalty, recursive)
 
 
 def penalty_weight(config: TrainConfig, kl_factor: Factor | None) -> Factor | None:

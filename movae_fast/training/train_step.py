@@ -108,7 +108,8 @@ class TrainStep:
     recorder: record each kind of step as one CUDA graph, the exchanges between processes and fp16's loss
         scaling included. A replay overwrites the metrics of the one before.
 
-    Raises ValueError for a `gramian_at` that the model or the aggregator does not support.
+    Raises ValueError for a `gramian_at` that the model or the aggregator does not support, and for "shared" with
+    a model that encodes a second time.
     """
 
     def __init__(
@@ -134,6 +135,10 @@ class TrainStep:
         recorder: Recorder | None = None,
         adversary: Adversary | None = None,
     ) -> None:
+        if jacobian == "shared" and model.passes_again:
+            raise ValueError(
+                'jacobian "shared": the model encodes a second time, past its features; give "all"'
+            )
         self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
         self.precision = precision or Precision("fp32", model.device)
         self.world = world or World()
