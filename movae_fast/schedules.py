@@ -143,6 +143,7 @@ class LossSchedule:
     capacity: Capacity | None = None  # towards which each KL is pulled, instead of towards 0
     balanced: Callable[[int], bool] | None = None  # whether a hierarchy's KLs are balanced; None is never
     penalty: Factor | None = None  # the weight of the model's penalty; None is no penalty
+    gan_start: int = 0  # the 0-based step from which the hinge GAN's objective counts
     recursive_steps: int = 0  # steps in which the weight of the KL of reconstructions rises to its full size
 
     def dwkl_factor(self, step: int) -> float:

@@ -57,7 +57,10 @@ def test_a_frame_is_no_edge_and_images_do_not_meet():
     flat = torch.full((1, 1, 4, 4), 0.7)
     torch.testing.assert_close(terms.edge_strength(flat), torch.full_like(flat, 1e-4), rtol=1e-3, atol=0)
     x, image = images()
-    each = [terms.edge_weighted_error(image[b : b + 1], x[b : b + 1], terms.edge_strength(x[b : b + 1])) for b in range(3)]
+    each = [
+        terms.edge_weighted_error(image[b : b + 1], x[b : b + 1], terms.edge_strength(x[b : b + 1]))
+        for b in range(3)
+    ]
     close(terms.edge_weighted_error(image, x, terms.edge_strength(x)), sum(each) / 3)
     counts = torch.tensor([1.5, 1.5, 0])
     found = terms.edge_strength(image), terms.edge_strength(x)
@@ -90,7 +93,8 @@ def test_the_second_passes_and_the_gradients_of_every_parameter():
     for ours, truth in ((got[2], kl), (got[3], cycle)):
         close(ours, truth, 1e-12)
         mine, exact = (
-            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in (ours, truth)
+            torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            for value in (ours, truth)
         )
         for a, b in zip(mine, exact, strict=True):
             assert (a is None) == (b is None)
@@ -136,23 +140,32 @@ def test_the_recursive_kls_weight_rises():
     assert losses.weights_at(99).tolist() == losses.weights_at(10_000).tolist() == [1.0, 1.0, 0.5, 0.25]
 
 
-DIGITS = "--dataset digits --image_size 16 --device cpu --batch_size 16 --limit_train 64 --limit_test 16 --seed 3"
+DIGITS = (
+    "--dataset digits --image_size 16 --device cpu --batch_size 16 --limit_train 64 --limit_test 16 --seed 3"
+)
 SMALL = "--hidden_dims 4 4 --latent_dim 3"
 
 
 def test_they_are_flags():
-    words = f"{DIGITS} {SMALL} --arch vae --extra_objectives edges recursive_kl cycle --agg upgrad --steps 3"
+    words = f"{DIGITS} {SMALL} --arch vae --extra_objectives edges recursive_kl cycle --agg comfort --steps 3"
     config = parse([*words.split(), "--recursive_kl_steps", "10", "--loss_weights.kl", "0"]).config
     assert config.jacobian == "all"
     assert config.weights() == [1.0, 0.0, 1.0, 1.0, 0.00025, 0.00025]
     run = assemble(config, CPU, World())
     assert run.losses.weights_at(4)[4] == pytest.approx(0.000125)
+    run.step = 2
+    run.begin_step()  # the last
+    assert run.train_step.aggregator.progress == 1
+    run.step = 0
     run.begin_step()
+    assert run.train_step.aggregator.progress == 0
     x, _ = next(iter(run.train_loader.epoch()))
     metrics = run.train_step(x, 0, run.noise(len(x)), log=True)
     assert bool(metrics.losses.isfinite().all())
     assert bool((metrics.norms[[0, 2, 3, 4, 5]] > 0).all())
-    assert not new_model(parse(f"{DIGITS} --arch vae --extra_objectives edges".split()).config).passes_again
+    assert not new_model(
+        parse(f"{DIGITS} {SMALL} --arch vae --extra_objectives edges".split()).config
+    ).passes_again
     coded = parse(f"{DIGITS} --arch vq_vae --hidden_dims 4 4 --extra_objectives edges".split()).config
     assert coded.weights() == [1.0, 1.0, 0.25, 1.0, 1.0]  # MO-VAE's gg_vq_vae
     assert coded.jacobian == "shared"
@@ -161,8 +174,14 @@ def test_they_are_flags():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--arch vae --extra_objectives cycle --jacobian shared", "--jacobian shared: --extra_objectives cycle"),
-        ("--arch vae --extra_objectives cycle --agg upgrad --gramian_at features", "--gramian_at features: --ex"),
+        (
+            "--arch vae --extra_objectives cycle --jacobian shared",
+            "--jacobian shared: --extra",
+        ),
+        (
+            "--arch vae --extra_objectives cycle --agg upgrad --gramian_at features",
+            "--gramian_at features: --ex",
+        ),
         ("--arch vq_vae --extra_objectives recursive_kl", "a vector of latents; vq_vae"),
         ("--arch vlae --extra_objectives cycle --image_size 32", "one vector of latents for one beta"),
         ("--arch vae --extra_objectives recursive_kl --multirate", "one vector of latents for one beta"),

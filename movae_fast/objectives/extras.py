@@ -25,6 +25,7 @@ EXTRAS: dict[Extra, ExtraInfo] = {
     "edges": ExtraInfo({"edge_weighted": 1.0, "edge_matching": 1.0}),
     "recursive_kl": ExtraInfo({"recursive_kl": 0.00025}, ("vector",)),
     "cycle": ExtraInfo({"cycle": 0.00025}, ("vector",)),
+    "gan": ExtraInfo({"adversarial": 0.1}),
     "l1": ExtraInfo({"l1": 1.0}),
     "lpips": ExtraInfo({"lpips": 1.0}),
 }

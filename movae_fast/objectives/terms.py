@@ -83,16 +83,16 @@ def edge_weighted_error(
 
 
 def edge_matching(
-    found: Tensor,  # [B, C, H, W] `edge_strength` of the reconstruction's mean
-    wanted: Tensor,  # [B, C, H, W] that of the image
+    edges: Tensor,  # [B, C, H, W] `edge_strength` of the reconstruction's mean
+    target: Tensor,  # [B, C, H, W] that of the image
     reduction: ReconsReduction = "mean",
     sample_weight: Tensor | None = None,  # [B]
 ) -> Tensor:  # []
     """Return the smooth L1 distance (with its bend at 1) of two images' edges, over values as `reconstruction`
     is (MO-VAE's gg_vae)."""
-    distance = torch.nn.functional.smooth_l1_loss(found, wanted, reduction="none")
+    distance = torch.nn.functional.smooth_l1_loss(edges, target, reduction="none")
     error = batch_mean(distance.flatten(1).sum(1), sample_weight)
-    return error / wanted[0].numel() if reduction == "mean" else error
+    return error / target[0].numel() if reduction == "mean" else error
 
 
 def cycle_distance(

@@ -247,10 +247,12 @@ class ObjectiveConfig:
             seven scales, unbiased (imq).
         extra_objectives: Objectives added to the model's own, behind them: dip_i and dip_ii (off_diagonal,
             diagonal: DIP-VAE's penalties of the latents' covariance), factor (adversarial_tc: FactorVAE's total
-            correlation, by a discriminator with an optimizer of its own), l1, lpips, edges (edge_weighted,
+            correlation, by a discriminator with an optimizer of its own), l1, lpips, gan (adversarial:
+            the hinge GAN's, by a discriminator of patches that is trained likewise), edges (edge_weighted,
             edge_matching: MO-VAE's gg_vae), recursive_kl (the KL of the encoded reconstruction), cycle (the
             distance of draws from the prior from what their images are encoded to). The last two reach encoder
             and decoder at once, so they need --jacobian all, their default.
+        gan_start: Step from which the objective adversarial counts; its discriminator is trained before, too.
         recursive_kl_steps: Steps in which the weight of recursive_kl rises to its full size.
         lpips_weights: File of torchvision's VGG16 weights, for lpips.
         importance_samples: Draws of the posterior for each image in training: above 1 the objectives are those
@@ -297,6 +299,7 @@ class ObjectiveConfig:
     mmd_lambda: float = 1.0
     mmd_kernel: MMDKernel = "gaussian"
     extra_objectives: list[Extra] = field(default_factory=list)
+    gan_start: int = 0
     recursive_kl_steps: int = 25_000
     lpips_weights: str | None = None
     importance_samples: int = 1

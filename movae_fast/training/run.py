@@ -126,7 +126,6 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the run's state as the sections of a checkpoint."""
         aggregator, average = self.train_step.aggregator, self.train_step.average
-        adversary = self.train_step.adversary
         return {
             "config": self.config.flat(),
             "model": self.model.state_dict(),
@@ -145,7 +144,7 @@ class Run:
                 "processes": self.world.size,
             },
             "rng": checkpoint.rng_state(self.device),
-            **({"adversary": adversary.state_dict()} if adversary is not None else {}),
+            **{adversary.section: adversary.state_dict() for adversary in self.train_step.adversaries},
             **({"average": average.state_dict(self.model)} if average is not None else {}),
             **({"plateau": self.plateau.state_dict()} if self.plateau is not None else {}),
             **({"aggressive": self.aggressive.state_dict()} if self.aggressive is not None else {}),
@@ -203,8 +202,8 @@ class Run:
         self.train_step.prepare_optimizer()
         if self.train_step.average is not None:
             self.train_step.average.load_state_dict(self.model, checkpoint.evaluated_weights(content))
-        if self.train_step.adversary is not None:
-            self.train_step.adversary.load_state_dict(content["adversary"])
+        for adversary in self.train_step.adversaries:
+            adversary.load_state_dict(content[adversary.section])
         self.scheduler.last_epoch = content["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
         if self.train_step.aggregator is not None:
             load_aggregator_state(self.train_step.aggregator, content["aggregator"], self.device)
