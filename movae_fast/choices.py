@@ -22,7 +22,9 @@ DecodingMethod = Literal["greedy", "ancestral", "top_k", "nucleus", "beam"]
 TooLong = Literal["error", "cut", "skip"]
 Binarization = Literal["none", "threshold", "static", "dynamic"]
 # Objectives and their gradients.
-Extra = Literal["dip_i", "dip_ii", "factor", "l1", "lpips"]  # objectives that are added to a model's own
+Extra = Literal[
+    "dip_i", "dip_ii", "factor", "l1", "lpips", "edges", "recursive_kl", "cycle", "gan"
+]  # objectives that are added to a model's own
 MMDKernel = Literal["gaussian", "imq"]
 ImportanceGradient = Literal["iwae", "dreg"]
 ReconsDist = Literal["bernoulli", "gaussian", "laplacian", "gaussian_optimal", "logistic", "dmol"]

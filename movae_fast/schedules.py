@@ -143,11 +143,18 @@ class LossSchedule:
     capacity: Capacity | None = None  # towards which each KL is pulled, instead of towards 0
     balanced: Callable[[int], bool] | None = None  # whether a hierarchy's KLs are balanced; None is never
     penalty: Factor | None = None  # the weight of the model's penalty; None is no penalty
+    gan_start: int = 0  # the 0-based step from which the hinge GAN's objective counts
+    recursive_steps: int = 0  # steps in which the weight of the KL of reconstructions rises to its full size
 
     def dwkl_factor(self, step: int) -> float:
         """Return the factor on the weight of the dimension-wise KL at a 0-based step: it rises from 1 /
         anneal_steps to 1."""
         return min((step + 1) / max(self.anneal_steps, 1), 1.0)
+
+    def recursive_factor(self, step: int) -> float:
+        """Return the factor on the weight of the KL of reconstructions at a 0-based step: it rises from 1 /
+        recursive_steps to 1."""
+        return min((step + 1) / max(self.recursive_steps, 1), 1.0)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_nothing_is_read_on_the_host(name):
         jd.MGDA()(J)
 
 
-@pytest.mark.parametrize("name", ["aligned_mtl", "cagrad", "imtl_g", "mgda", "pcgrad"])
+@pytest.mark.parametrize("name", ["aligned_mtl", "cagrad", "comfort", "imtl_g", "mgda", "nupgrad", "pcgrad"])
 def test_in_one_graph(name):
     aggregator = make_aggregator(name, 2)
     J = conflicting(2)

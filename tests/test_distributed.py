@@ -229,6 +229,17 @@ def test_statistics_of_a_batch_are_those_of_all_ranks(tmp_path):
     assert distance(two, one) < 1e-4
 
 
+@pytest.mark.slow
+def test_a_discriminator_is_trained_on_the_images_of_all_ranks(tmp_path):
+    flags = ["--layer_norm", "none", "--extra_objectives", "gan", "--agg", "upgrad", "--steps", "8"]
+    one = run(tmp_path / "one", *flags, "--lr", "0.01", "--batch_size", "64")
+    two = run(tmp_path / "two", *flags, "--lr", "0.01", "--batch_size", "32", ranks=2)
+    assert distance(two, one) < 1e-4
+    patches = [checkpoint.load(folder / "checkpoints" / "last.pt")["patches"]["model"] for folder in (one, two)]
+    for key, value in patches[0].items():
+        assert float((patches[1][key] - value).norm()) < 0.01 * float(value.norm()) + 1e-5, key
+
+
 def test_a_ladders_stages_on_two_ranks(tmp_path):
     flags = ["--dataset", "sprites", "--image_size", "32", "--arch", "provlae", "--mode", "seq_train"]
     flags += ["--hidden_dims", "null", "--hidden_dim", "4", "--fc_dim", "8", "--latent_dim", "2"]

@@ -202,7 +202,7 @@ FLAGS = (
 @pytest.mark.parametrize(
     "more",
     [
-        "--extra_objectives factor dip_ii",
+        "--extra_objectives factor dip_ii gan --gan_start 2",
         "--importance_samples 3 --importance_gradient dreg",
     ],
 )
@@ -215,8 +215,9 @@ def test_runs_go_on_bit_for_bit(tmp_path, more):
         torch.load(tmp_path / run / "checkpoints" / "last.pt", weights_only=True) for run in ("whole", "part")
     )
     states = [(whole["model"], part["model"])]
-    if "factor" in more:
-        states.append((whole["adversary"]["model"], part["adversary"]["model"]))
+    for section in {"adversary": "factor", "patches": "gan"}.items():
+        if section[1] in more:
+            states.append((whole[section[0]]["model"], part[section[0]]["model"]))
     for one, other in states:
         for key, value in one.items():
             assert torch.equal(value, other[key]), key

@@ -196,7 +196,7 @@ def test_models_and_counts_that_cannot_work_are_named():
         ("--agg upgrad --upgrad_norm_eps 1e-4", "add --upgrad_regularizer trace"),
         (
             "--agg mgda --upgrad_reg_eps 0.1",
-            "is a setting of upgrad, dualproj, crmogm; --agg mgda does not have it",
+            "is a setting of upgrad, dualproj, nupgrad, comfort, crmogm; --agg mgda does not have it",
         ),
         ("--conflict_free step --gramian_every 2", "needs every step's rows"),
         ("--agg upgrad --upgrad_reg_eps -1", "--upgrad_reg_eps -1.0 must be zero or more"),

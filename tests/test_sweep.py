@@ -379,7 +379,9 @@ def test_the_sweeps_and_the_recipes_beside_them_are_valid():
     names = [
         n
         for n in parsing.recipe_names()
-        if n.startswith(("provlae/", "mrvae/", "nvae/", "text/", "quantizers/", "priors/fashion_mnist"))
+        if n.startswith(
+            ("provlae/", "mrvae/", "nvae/", "text/", "quantizers/", "objectives/", "priors/fashion_mnist")
+        )
     ]
     assert len([n for n in names if n.startswith("provlae/")]) == 9
     for name in names:

@@ -1,4 +1,5 @@
-"""List the aggregators by name, with their parameters: every one that TorchJD offers.
+"""List the aggregators by name, with their parameters: those of TorchJD, and MO-VAE's `comfort` and
+`nupgrad`.
 
 A name is TorchJD's class name in snake case (`cagrad`, `imtl_g`, `nash_mtl`, …), plus `jd_sum` for its Sum and
 `sum` (or None) for an ordinary backward pass of the summed loss, which needs no Jacobian.
@@ -62,6 +63,20 @@ def _cagrad(c: float = 0.5, norm_eps: float = 1e-4) -> Aggregator:
     from movae_fast.aggregation.weightings import CAGrad
 
     return CAGrad(c=c, norm_eps=norm_eps)
+
+
+def _comfort(
+    k: float = 1.0,
+    a: float = 1.0,
+    first: float = 0.01,
+    last: float = 1.0,
+    epsilon: float = 1e-5,
+    max_iters: int = 250,
+    cone: Mapping[str, Any] | None = None,
+) -> Aggregator:
+    from movae_fast.aggregation.comfort import COMFORT
+
+    return COMFORT(k, a, first, last, epsilon, max_iters, **(cone or {}))
 
 
 def _config(pref_vector: Tensor | None = None) -> Aggregator:
@@ -128,6 +143,16 @@ def _nash_mtl(
     return _torchjd("NashMTL", n_tasks, max_norm, update_weights_every, optim_niter)
 
 
+def _nupgrad(
+    pref_vector: Tensor | None = None,
+    row_lengths: Literal["own", "shortest"] = "own",
+    cone: Mapping[str, Any] | None = None,
+) -> Aggregator:
+    from movae_fast.aggregation.nupgrad import NUPGrad
+
+    return NUPGrad(pref_vector, **(cone or {}), row_lengths=row_lengths)
+
+
 def _pcd(tau: float = 0.02, beta: float = 0.999, eps: float = 1e-8) -> Aggregator:
     return _torchjd("PCD", tau=tau, beta=beta, eps=eps)
 
@@ -153,6 +178,7 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "aligned_mtl": _aligned_mtl,
     "aligned_mtl_median": _aligned_mtl_median,
     "cagrad": _cagrad,
+    "comfort": _comfort,
     "config": _config,
     "constant": _constant,
     "crmogm": _crmogm,
@@ -165,17 +191,21 @@ AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "mean": _mean,
     "mgda": _mgda,
     "nash_mtl": _nash_mtl,
+    "nupgrad": _nupgrad,
     "pcd": _pcd,
     "pcgrad": _pcgrad,
     "random": _random,
     "trimmed_mean": _trimmed_mean,
 }
 
-# Aggregators that run on the rows' device and read nothing on the host; the rest are TorchJD's.
-FUSED = ("upgrad", "dualproj", "aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad")
+# Aggregators that run on the rows' device and read nothing on the host; the rest are TorchJD's own.
+FUSED = (
+    *("upgrad", "dualproj", "nupgrad", "comfort"),
+    *("aligned_mtl", "aligned_mtl_median", "cagrad", "imtl_g", "mgda", "pcgrad"),
+)
 
 # Aggregators that project onto the dual cone, and so have a regularizer.
-CONES = ("upgrad", "dualproj", "crmogm")
+CONES = ("upgrad", "dualproj", "nupgrad", "comfort", "crmogm")
 
 # TorchJD's weightings that need two independent mini-batches per step; with one their guarantees are lost.
 NEED_TWO_BATCHES = ("modo", "sdmgrad")
@@ -185,6 +215,11 @@ MOST_WHOLE = 1_000_000  # largest value of an aggregator's integer options, such
 # Of an aggregator's numbers, all of them zero or more, those that have less room, as their classes say. TorchJD
 # would say it too, after the seconds that importing it takes.
 BOUNDS = {
+    ("comfort", "a"): Bounds(0, above=True),
+    ("comfort", "first"): Bounds(0, 1),
+    ("comfort", "last"): Bounds(0, 1),
+    ("comfort", "epsilon"): Bounds(0, above=True),
+    ("comfort", "max_iters"): Bounds(1, MOST_WHOLE),
     ("crmogm", "alpha"): Bounds(0, 1),
     ("excess_mtl", "robust_step_size"): Bounds(0, above=True),
     ("gradvac", "beta"): Bounds(0, 1),

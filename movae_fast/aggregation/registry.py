@@ -1,4 +1,4 @@
-"""Make and use aggregators by name: every one that TorchJD offers, with its parameters by keyword.
+"""Make and use aggregators by name: those of TorchJD and two of MO-VAE, with their parameters by keyword.
 
 The names and parameters are listed in `catalog`. TorchJD is imported when the first aggregator is made.
 """
@@ -40,6 +40,7 @@ __all__ = [
     "is_weighting",
     "load_aggregator_state",
     "make_aggregator",
+    "set_progress",
     "weights_by_gramian",
     "weights_rows",
 ]
@@ -132,6 +133,18 @@ def aggregate(
     else:
         return aggregator(rows), None
     return ops.combine(rows, weights), weights
+
+
+def set_progress(aggregator: nn.Module | None, progress: float) -> None:
+    """Tell an aggregator how far training is, from 0 at the first step to 1 at the last: COMFORT changes with
+    it."""
+    if aggregator is None:
+        return
+    from movae_fast.aggregation.comfort import MixtureWeighting
+
+    for module in aggregator.modules():
+        if isinstance(module, MixtureWeighting):
+            module.progress.fill_(progress)
 
 
 def aggregator_state(aggregator: nn.Module) -> dict[str, dict[str, Any]]:

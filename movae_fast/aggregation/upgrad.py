@@ -13,7 +13,7 @@ longest is hardly protected. `UPGrad.strict()` and `DualProj.strict()` regulariz
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -139,7 +139,8 @@ def _epsilon(name: str) -> Any:
 
 
 class ProjectionAggregator(FusedAggregator):
-    """Aggregate a Jacobian [m, P] by projection onto the dual cone: the base class of UPGrad and DualProj.
+    """Aggregate a Jacobian [m, P] by projection onto the dual cone: the base class of UPGrad, DualProj
+    and NUPGrad.
 
     Calling the aggregator with a Jacobian [m, P] returns the update [P] in the Jacobian's dtype; NaN if the
     Gramian is not finite.
@@ -157,6 +158,7 @@ class ProjectionAggregator(FusedAggregator):
     """
 
     mode: Mode
+    weighting_class: ClassVar[type[ProjectionWeighting]] = ProjectionWeighting
     gramian_weighting: ProjectionWeighting
 
     pref_vector = preference()
@@ -179,7 +181,7 @@ class ProjectionAggregator(FusedAggregator):
             projector = FusedProjector(norm_eps=norm_eps, reg_eps=reg_eps, regularizer=regularizer)
         elif (norm_eps, reg_eps, regularizer) != (1e-4, 1e-4, "trace"):
             raise ValueError("give a projector or norm_eps, reg_eps and regularizer, not both")
-        super().__init__(ProjectionWeighting(self.mode, pref_vector, projector))
+        super().__init__(self.weighting_class(self.mode, pref_vector, projector))
 
     @classmethod
     def strict(cls, pref_vector: Tensor | None = None, reg_eps: float = STRICT_REG_EPS) -> Self:

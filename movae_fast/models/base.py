@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from movae_fast.choices import Activation, Gate, LatentKind, ReconsDist
+from movae_fast.models.buffers import keeping_buffers
 from movae_fast.models.likelihoods import Likelihood, at_least_float32, make_likelihood
 from movae_fast.models.rates import Rates
 
@@ -51,6 +52,8 @@ class GaussianOutput(NamedTuple):
     z: Tensor  # [B, D], or [B * K, D] of K draws for each image
     prior: Tensor | None = None  # [B, D] draws from the prior, for objectives that compare with it
     beta: Tensor | None = None  # [B] or [1] weight of each example's rate, of a multi-rate model
+    again: tuple[Tensor, ...] = ()  # (mu, logvar) [B, D] of the reconstructions, where asked for
+    returned: Tensor | None = None  # [B, D] mu of the images decoded from `prior`, where asked for
 
 
 class HierarchyOutput(NamedTuple):
@@ -120,6 +123,12 @@ class VAE(nn.Module):
         self.image_shape = image_shape
         self.activation = activation
         self.likelihood = likelihood or make_likelihood("gaussian", image_shape[0], activation)
+
+    @property
+    def passes_again(self) -> bool:
+        """Return whether the forward pass runs the encoder a second time, so that features do not cut the
+        network in two."""
+        return False
 
     @property
     def head_channels(self) -> int:
@@ -325,10 +334,17 @@ class GaussianVAE(VAE):
 
     latents = "vector"
     importance_samples: int = 1  # draws of the posterior for each image in training
+    draws_prior: bool = False  # whether the noise has draws from the prior, too
+    encodes_again: bool = False  # whether the forward pass encodes its reconstructions
+    returns: bool = False  # whether it encodes images decoded from the prior
     encoder: nn.Module
     mu: nn.Module
     logvar: nn.Module
     decoder: nn.Module
+
+    @property
+    def passes_again(self) -> bool:
+        return self.encodes_again or self.returns
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         """Return the modules after the features, with the output layer last."""
@@ -342,6 +358,9 @@ class GaussianVAE(VAE):
 
     def draw_noise(self, n: int) -> Noise:
         if self.rates is None:
+            if self.draws_prior:  # one draw for both, image by image
+                posterior, prior = self.standard_normal(n, 2, self.latent_dim).unbind(1)
+                return Noise(posterior.contiguous(), prior=prior.contiguous())
             draws = self.importance_samples if self.training else 1
             return Noise(self.standard_normal(n, draws * self.latent_dim))
         # One normal draw, whose last column the log betas then overwrite. Another order would change
@@ -369,7 +388,23 @@ class GaussianVAE(VAE):
             several = noise.latent.unflatten(1, (-1, self.latent_dim))
             z = (mu[:, None] + torch.exp(0.5 * logvar)[:, None] * several).flatten(0, 1)
         beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
-        return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta)
+        out = GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, noise.prior, beta)
+        return self.encoded_again(out) if self.passes_again else out
+
+    def encoded_again(self, out: GaussianOutput) -> GaussianOutput:
+        """Return the output with its reconstructions, and images decoded from the prior, encoded as far as
+        objectives need them.
+
+        These passes leave running statistics to the first one.
+        """
+        with keeping_buffers(self):
+            if self.encodes_again:
+                out = out._replace(again=self.encode(self.to_image(out.preactivation)))
+            if self.returns:
+                assert out.prior is not None
+                image = self.to_image(at_least_float32(self.decode(out.prior)))
+                out = out._replace(returned=self.encode(image)[0])
+        return out
 
     def reconstruct(self, x: Tensor) -> Tensor:
         mu, _ = self.encode(x)

@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from movae_fast.models.base import GaussianOutput, GaussianVAE, Noise, check_image_size
+from movae_fast.models.base import GaussianVAE, check_image_size
 from movae_fast.models.likelihoods import Activation, Likelihood
 
 
@@ -84,15 +84,7 @@ class MMDVAE(CNNVAE):
 
     objectives = ("reconstruction", "kl", "mmd")
     beta_objective = "mmd"
-
-    def draw_noise(self, n: int) -> Noise:
-        # One draw for both, image by image.
-        posterior, prior = self.standard_normal(n, 2, self.latent_dim).unbind(1)
-        return Noise(posterior.contiguous(), prior=prior.contiguous())
-
-    def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
-        noise = self.draw_noise(len(features[0])) if noise is None else noise
-        return super().forward_features(features, noise)._replace(prior=noise.prior)
+    draws_prior = True
 
     @classmethod
     def default_weights(cls, image_shape: tuple[int, int, int]) -> tuple[float, ...]:

@@ -51,6 +51,60 @@ def absolute_error(
     return error / x[0].numel() if reduction == "mean" else error
 
 
+def edge_strength(images: Tensor) -> Tensor:  # [B, C, H, W] -> the same
+    """Return the length of each channel's gradient by Sobel's filters, sqrt(g_x^2 + g_y^2 + 1e-8).
+
+    Outside an image its outermost values go on, so that its frame is not an edge.
+    """
+    x = torch.cat([images[..., :1], images, images[..., -1:]], -1)
+    x = torch.cat([x[..., :1, :], x, x[..., -1:, :]], -2)
+    across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+    g_x = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    g_y = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    return (g_x.square() + g_y.square() + 1e-8).sqrt()
+
+
+def edge_weighted_error(
+    image: Tensor,  # [B, C, H, W] the reconstruction's mean
+    x: Tensor,  # [B, C, H, W]
+    strength: Tensor,  # [B, C, H, W] `edge_strength` of x
+    reduction: ReconsReduction = "mean",
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return the squared error of images, each place weighted by its strongest channel's edge over the image's
+    strongest edge (MO-VAE's gg_vae); over values as `reconstruction` is.
+
+    The weights are in (0, 1] and of each image alone: MO-VAE divides by the strongest edge of the batch.
+    """
+    weight = strength.amax(1, keepdim=True)
+    weight = weight / weight.amax((2, 3), keepdim=True)
+    error = batch_mean((weight * (image - x).square()).flatten(1).sum(1), sample_weight)
+    return error / x[0].numel() if reduction == "mean" else error
+
+
+def edge_matching(
+    edges: Tensor,  # [B, C, H, W] `edge_strength` of the reconstruction's mean
+    target: Tensor,  # [B, C, H, W] that of the image
+    reduction: ReconsReduction = "mean",
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return the smooth L1 distance (with its bend at 1) of two images' edges, over values as `reconstruction`
+    is (MO-VAE's gg_vae)."""
+    distance = torch.nn.functional.smooth_l1_loss(edges, target, reduction="none")
+    error = batch_mean(distance.flatten(1).sum(1), sample_weight)
+    return error / target[0].numel() if reduction == "mean" else error
+
+
+def cycle_distance(
+    drawn: Tensor,  # [B, D] from the prior
+    returned: Tensor,  # [B, D] the posterior means of the images decoded from them
+    sample_weight: Tensor | None = None,  # [B]
+) -> Tensor:  # []
+    """Return the squared distance of latents from what their images are encoded to, summed over latents and
+    averaged over the batch (MO-VAE's cycle_vae)."""
+    return batch_mean((drawn - returned).square().sum(1), sample_weight)
+
+
 def text_reconstruction(
     hidden: Tensor,  # [B, T, H]
     projection: Tensor,  # [V, H]

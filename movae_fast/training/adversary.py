@@ -1,4 +1,4 @@
-"""Train FactorVAE's discriminator beside the model: outside the Jacobian, by an optimizer of its own."""
+"""Train a discriminator beside the model: outside the Jacobian, by an optimizer of its own."""
 
 from __future__ import annotations
 
@@ -6,40 +6,45 @@ from typing import Any
 
 import torch
 
-from movae_fast.objectives.discriminators import LatentDiscriminator, discriminator_loss, permuted
+from movae_fast.objectives.discriminators import LatentDiscriminator, PatchDiscriminator
 from movae_fast.training.world import World
 
-LEARNING_RATE, BETAS = 1e-4, (0.5, 0.9)  # Kim & Mnih 2018
+LEARNING_RATE, BETAS = 1e-4, (0.5, 0.9)  # Kim & Mnih 2018; the betas are VQGAN's, too
 
 
 class Adversary:
-    """Hold the discriminator, the same on every process, and its Adam.
+    """Hold a discriminator, the same on every process, and its Adam.
 
-    A step of the model uses the discriminator as it is; `step` trains it afterwards on the latents that it has
-    seen. One half of them stands for q(z), the other half, permuted, for the product of its marginals.
+    A step of the model uses the discriminator as it is; `step` trains it afterwards on what it has seen.
     """
 
-    def __init__(self, discriminator: LatentDiscriminator, world: World) -> None:
+    def __init__(self, discriminator: LatentDiscriminator | PatchDiscriminator, world: World) -> None:
         self.discriminator, self.world = discriminator, world
         self.optimizer = torch.optim.Adam(discriminator.parameters(), lr=LEARNING_RATE, betas=BETAS)
 
+    @property
+    def section(self) -> str:
+        """Return the name of its section of a checkpoint."""
+        return "adversary" if isinstance(self.discriminator, LatentDiscriminator) else "patches"
+
     def step(self) -> None:
-        """Train the discriminator on the latents of all processes since the last call, and forget them."""
+        """Train the discriminator on what was seen since the last call, by all processes, and forget it."""
         seen, self.discriminator.seen = self.discriminator.seen, []
         if not seen:
             return
         with torch.no_grad():
-            z = self.world.gather_rows(torch.cat(seen).float())
-        half = len(z) // 2
-        if half < 1:
+            batch = [torch.cat(parts).float() for parts in zip(*seen, strict=True)]
+            if self.discriminator.compares:
+                batch = [self.world.gather_rows(part) for part in batch]
+        # Of a step that is left out; the discriminator must not be lost.
+        loss = self.discriminator.loss(*(torch.where(part.isfinite(), part, 0) for part in batch))
+        if loss is None:
             return
-        z = torch.where(z.isfinite(), z, 0)  # of a step that is left out; the discriminator must not be lost
-        loss = discriminator_loss(self.discriminator.net, z[:half], permuted(z[half:]))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for parameter in self.discriminator.parameters():
             assert parameter.grad is not None
-            # Of the same latents everywhere, so equal but for rounding; now equal in every bit.
+            # The mean of the processes' means; where all have the same latents, equal in every bit.
             self.world.sum_(parameter.grad).div_(self.world.size)
         self.optimizer.step()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from movae_fast.models import (
 )
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
-from movae_fast.objectives.discriminators import LatentDiscriminator
+from movae_fast.objectives.discriminators import LatentDiscriminator, PatchDiscriminator
 from movae_fast.objectives.extras import extra_objectives
 from movae_fast.objectives.perceptual import load_lpips
 from movae_fast.schedules import (
@@ -51,6 +51,8 @@ from movae_fast.training.plateau import Plateau
 from movae_fast.training.precision import Precision
 from movae_fast.training.train_step import CAPTURED_MODES, TrainStep, why_not_captured
 from movae_fast.training.world import World
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def new_model(config: TrainConfig) -> VAE:
     model.objectives = (*model.objectives, *extra_objectives(config.objective.extra_objectives))
     if isinstance(model, GaussianVAE):
         model.importance_samples = config.objective.importance_samples
+        model.encodes_again = "recursive_kl" in config.objective.extra_objectives
+        model.returns = "cycle" in config.objective.extra_objectives
+        model.draws_prior = model.draws_prior or model.returns
     rate = config.multirate
     if rate.multirate:
         if isinstance(model, LSTMVAE):
@@ -175,6 +180,7 @@ def build_losses(
         importance_gradient=objective.importance_gradient,
         dip_variances="dip_ii" in objective.extra_objectives,
         discriminator=build_discriminator(objective, model, world),
+        patches=build_patches(objective, model, world),
         perceptual=build_perceptual(config, model.device),
     )
 
@@ -196,10 +202,21 @@ def build_discriminator(objective: ObjectiveConfig, model: VAE, world: World) ->
     """Return FactorVAE's discriminator where the run has its objective, the same on every process."""
     if "factor" not in objective.extra_objectives:
         return None
-    made = LatentDiscriminator(model.latent_dim).to(model.device)
-    for parameter in made.parameters():
+    return same_everywhere(LatentDiscriminator(model.latent_dim).to(model.device), world)
+
+
+def build_patches(objective: ObjectiveConfig, model: VAE, world: World) -> PatchDiscriminator | None:
+    """Return the hinge GAN's discriminator where the run has its objective, the same on every process."""
+    if "gan" not in objective.extra_objectives:
+        return None
+    return same_everywhere(PatchDiscriminator(model.image_shape).to(model.device), world)
+
+
+def same_everywhere(module: M, world: World) -> M:
+    """Return a module with process 0's parameters on every process."""
+    for parameter in module.parameters():
         world.broadcast_(parameter.data)
-    return made
+    return module
 
 
 def build_plateau(optimizer: OptimizerConfig) -> Plateau | None:
@@ -243,11 +260,12 @@ def build_step(
     why_not = why_not_captured(
         "off" if run.recompute else run.compile, device, config.optimizer.optimizer, aggregator
     )
-    discriminator = losses.settings.discriminator
-    adversary = None if discriminator is None else Adversary(discriminator, world)
-    if adversary is not None and not why_not:
-        why_not = "--extra_objectives factor, whose discriminator is trained beside the step"
-    apart = objective.gramian_batch < 1 or adversary is not None or objective.importance_gradient == "dreg"
+    discriminators = (losses.settings.discriminator, losses.settings.patches)
+    adversaries = [Adversary(each, world) for each in discriminators if each is not None]
+    if adversaries and not why_not:
+        why_not = "--extra_objectives factor or gan, whose discriminator is trained beside the step"
+    apart = objective.gramian_batch < 1 or bool(adversaries) or objective.importance_gradient == "dreg"
+    apart = apart or bool(config.second_passes)
     # What compares the images of all processes exchanges them within the forward.
     apart = apart or (world.size > 1 and exchanges(config))
     step = TrainStep(
@@ -269,7 +287,7 @@ def build_step(
         gramian_batch=objective.gramian_batch,
         gramian_at=objective.gramian_at,
         recorder=None if why_not else CudaGraphs(device),
-        adversary=adversary,
+        adversaries=adversaries,
     )
     return step, why_not
 
@@ -319,7 +337,9 @@ def loss_schedule(config: TrainConfig, steps: int, per_epoch: int) -> LossSchedu
     balanced = factor.lasts if config.kl_balance and isinstance(factor, Warmup) else None
     grows = ladder.use_capacity_increase
     capacity = Capacity(ladder.max_capacity, ladder.capacity_max_iter) if grows else None
-    return LossSchedule(objective.anneal_steps, factor, capacity, balanced, penalty_weight(config, factor))
+    penalty = penalty_weight(config, factor)
+    starts = (objective.gan_start, objective.recursive_kl_steps)
+    return LossSchedule(objective.anneal_steps, factor, capacity, balanced, penalty, *starts)
 
 
 def penalty_weight(config: TrainConfig, kl_factor: Factor | None) -> Factor | None:

@@ -34,7 +34,7 @@ from movae_fast.choices import (
 )
 from movae_fast.data import text
 from movae_fast.data.datasets import DATASETS, DatasetInfo
-from movae_fast.objectives.extras import extra_objectives
+from movae_fast.objectives.extras import SECOND_PASSES, extra_objectives
 from movae_fast.objectives.weights import resolve_weights
 
 FROM_EXTRA = ("lamb", "diffgrad", "madgrad")  # optimizers of pytorch-optimizer
@@ -247,7 +247,13 @@ class ObjectiveConfig:
             seven scales, unbiased (imq).
         extra_objectives: Objectives added to the model's own, behind them: dip_i and dip_ii (off_diagonal,
             diagonal: DIP-VAE's penalties of the latents' covariance), factor (adversarial_tc: FactorVAE's total
-            correlation, by a discriminator with an optimizer of its own), l1, lpips.
+            correlation, by a discriminator with an optimizer of its own), l1, lpips, gan (adversarial:
+            the hinge GAN's, by a discriminator of patches that is trained likewise), edges (edge_weighted,
+            edge_matching: MO-VAE's gg_vae), recursive_kl (the KL of the encoded reconstruction), cycle (the
+            distance of draws from the prior from what their images are encoded to). The last two reach encoder
+            and decoder at once, so they need --jacobian all, their default.
+        gan_start: Step from which the objective adversarial counts; its discriminator is trained before, too.
+        recursive_kl_steps: Steps in which the weight of recursive_kl rises to its full size.
         lpips_weights: File of torchvision's VGG16 weights, for lpips.
         importance_samples: Draws of the posterior for each image in training: above 1 the objectives are those
             of the importance-weighted bound (IWAE), with --recons_reduction sum.
@@ -257,10 +263,10 @@ class ObjectiveConfig:
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
         pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
         jacobian: Aggregate the gradients before the features (shared), or those of every parameter (all); the
-            default is shared, and all for nvae, which has no features.
-        upgrad_regularizer: What upgrad and dualproj regularize the Gramian by: a part of each row's own squared
-            norm (diagonal), so that no row is too short to be protected, or of the trace (trace), as TorchJD
-            does.
+            default is shared, and all for nvae, which has no features, and for recursive_kl and cycle.
+        upgrad_regularizer: What upgrad, dualproj, nupgrad and comfort regularize the Gramian by: a part of each
+            row's own squared norm (diagonal), so that no row is too short to be protected, or of the trace
+            (trace), as TorchJD does.
         upgrad_norm_eps: Trace of the Gramian below which it is taken for zero; with trace only (TorchJD: 1e-4).
         upgrad_reg_eps: The part of that regularizer (TorchJD: 1e-4).
         gramian_every: Approximation: find the aggregator's weights every so many steps and reuse them between.
@@ -293,6 +299,8 @@ class ObjectiveConfig:
     mmd_lambda: float = 1.0
     mmd_kernel: MMDKernel = "gaussian"
     extra_objectives: list[Extra] = field(default_factory=list)
+    gan_start: int = 0
+    recursive_kl_steps: int = 25_000
     lpips_weights: str | None = None
     importance_samples: int = 1
     importance_gradient: ImportanceGradient = "iwae"
@@ -675,9 +683,18 @@ class TrainConfig:
 
     @property
     def jacobian(self) -> Literal["shared", "all"]:
-        """Return which gradients are aggregated: those of the shared parameters ("shared") or of all ("all"); a
-        model without features has only shared parameters, "all"."""
-        return self.objective.jacobian or ("shared" if self.model_info.has_features else "all")
+        """Return which gradients are aggregated: those of the shared parameters ("shared") or of all ("all").
+
+        A model without features, or an objective that reaches the encoder past them, has only shared
+        parameters.
+        """
+        cut = self.model_info.has_features and not self.second_passes
+        return self.objective.jacobian or ("shared" if cut else "all")
+
+    @property
+    def second_passes(self) -> list[Extra]:
+        """Return the added objectives whose gradient reaches the encoder past the features."""
+        return [name for name in self.objective.extra_objectives if name in SECOND_PASSES]
 
     @property
     def kl_warmup(self) -> float:

@@ -230,14 +230,8 @@ def check_extras(config: TrainConfig) -> None:
         raise ValueError(
             "--extra_objectives of a batch's statistics need at least 2 images at a time: --batch_size"
         )
-    if ("lpips" in o.extra_objectives) != (o.lpips_weights is not None):
-        raise ValueError("--extra_objectives lpips and --lpips_weights FILE need each other")
-    if o.lpips_weights is not None and not Path(o.lpips_weights).expanduser().is_file():
-        raise ValueError(f"--lpips_weights {o.lpips_weights}: no such file; it is torchvision's VGG16")
-    if "lpips" in o.extra_objectives and config.image_shape[1] < 16:
-        raise ValueError(
-            f"--extra_objectives lpips needs images of 16 pixels; --image_size is {config.image_shape[1]}"
-        )
+    check_lpips(config)
+    check_gan_and_passes(config)
     if o.mmd_kernel != "gaussian" and "mmd" not in config.objective_names:
         raise ValueError(f"--mmd_kernel is a setting of mmd_vae; {arch} has no mmd")
     if o.importance_samples == 1:
@@ -257,6 +251,38 @@ def check_extras(config: TrainConfig) -> None:
         raise ValueError(
             "--importance_samples weighs draws by their likelihood; gaussian_optimal fits its variance"
         )
+
+
+def check_lpips(config: TrainConfig) -> None:
+    """Check that LPIPS has its weights and images that are large enough."""
+    o = config.objective
+    if ("lpips" in o.extra_objectives) != (o.lpips_weights is not None):
+        raise ValueError("--extra_objectives lpips and --lpips_weights FILE need each other")
+    if o.lpips_weights is not None and not Path(o.lpips_weights).expanduser().is_file():
+        raise ValueError(f"--lpips_weights {o.lpips_weights}: no such file; it is torchvision's VGG16")
+    if "lpips" in o.extra_objectives and config.image_shape[1] < 16:
+        raise ValueError(
+            f"--extra_objectives lpips needs images of 16 pixels; --image_size is {config.image_shape[1]}"
+        )
+
+
+def check_gan_and_passes(config: TrainConfig) -> None:
+    """Check the hinge GAN, and the objectives that pass the encoder a second time."""
+    o = config.objective
+    if config.second_passes and (config.multirate.multirate or "kl_1" in config.objective_names):
+        raise ValueError(
+            f"--extra_objectives {config.second_passes[0]} needs one vector of latents for one beta: leave it "
+            "out of a ladder and of --multirate"
+        )
+    if "gan" in o.extra_objectives and config.image_shape[1] < 8:
+        raise ValueError(
+            f"--extra_objectives gan needs images of 8 pixels; --image_size is {config.image_shape[1]}"
+        )
+    if o.gan_start and "gan" not in o.extra_objectives:
+        raise ValueError("--gan_start is a setting of --extra_objectives gan: add it")
+    default = ObjectiveConfig().recursive_kl_steps
+    if o.recursive_kl_steps != default and "recursive_kl" not in o.extra_objectives:
+        raise ValueError("--recursive_kl_steps is a setting of --extra_objectives recursive_kl: add it")
 
 
 def check_run(run: RunConfig) -> None:
@@ -298,10 +324,13 @@ def check_aggregation(config: TrainConfig) -> None:
 
 
 def check_cut(config: TrainConfig) -> None:
-    """Raise ValueError if a setting needs features that cut the network in two, and the model has none."""
-    o, arch = config.objective, config.model.arch
-    if config.model_info.has_features:
+    """Raise ValueError if a setting needs features that cut the network in two, and there are none."""
+    o, arch, passes = config.objective, config.model.arch, config.second_passes
+    if config.model_info.has_features and not passes:
         return
+    why = f"{arch} has no features to cut it at"
+    if passes:
+        why = f"--extra_objectives {' '.join(passes)} reaches the encoder past the features"
     asked = {
         "jacobian": o.jacobian == "shared",
         "gramian_at": o.gramian_at != "shared",
@@ -309,8 +338,8 @@ def check_cut(config: TrainConfig) -> None:
     }
     for name in (name for name, wrong in asked.items() if wrong):
         raise ValueError(
-            f"--{name} {getattr(o, name)}: {arch} has no features to cut it at, so all its parameters are "
-            "shared (--jacobian all, its default): leave it out"
+            f"--{name} {getattr(o, name)}: {why}, so all parameters are shared (--jacobian all, its default): "
+            "leave it out"
         )
 
 

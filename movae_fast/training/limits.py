@@ -14,9 +14,21 @@ ONE, ZERO, POSITIVE = Bounds(1), Bounds(0), Bounds(0, above=True)
 # Bounds on flags of all commands that do not depend on other flags; `validate` has those that do.
 BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "image_size", "epochs", "accumulate"), ONE),
-    **dict.fromkeys(("anneal_steps", "gramian_every", "cycle_period", "capacity_max_iter", "train_seq"), ONE),
+    **dict.fromkeys(
+        (
+            "anneal_steps",
+            "recursive_kl_steps",
+            "gramian_every",
+            "cycle_period",
+            "capacity_max_iter",
+            "train_seq",
+        ),
+        ONE,
+    ),
     **dict.fromkeys(("limit_train", "limit_test", "limit", "steps", "eval_freq", "save_freq"), ZERO),
-    **dict.fromkeys(("checkpoint_every", "warmup_steps", "warmup_epochs", "fade_in_duration"), ZERO),
+    **dict.fromkeys(
+        ("checkpoint_every", "gan_start", "warmup_steps", "warmup_epochs", "fade_in_duration"), ZERO
+    ),
     **dict.fromkeys(("max_fid_samples", "max_images", "max_length", "free_bits"), ZERO),
     **dict.fromkeys(("dropout_in", "dropout_out", "word_dropout"), Bounds(0, 1, below=True)),
     **dict.fromkeys(("pad_multiple", "max_words", "top_k", "beam"), ONE),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state
+from movae_fast.aggregation.registry import aggregator_state, load_aggregator_state, set_progress
 from movae_fast.data import Loader
 from movae_fast.data.text import TextLoader
 from movae_fast.files import give_name
@@ -93,10 +93,11 @@ class Run:
         set_learning_rate(self.optimizer, self.next_lr)
 
     def begin_step(self) -> None:
-        """Set a progressive model to the stage and alpha of the coming step; other models need nothing.
+        """Set an aggregator's progress, and a progressive model's stage and alpha, to those of the coming step.
 
         At the start of a stage the optimizer's state and the best test loss are reset; the weights carry over.
         """
+        set_progress(self.train_step.aggregator, self.step / max(self.total_steps - 1, 1))
         if self.progression is None:
             return
         if self.progression.starts(self.step):
@@ -125,7 +126,6 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return the run's state as the sections of a checkpoint."""
         aggregator, average = self.train_step.aggregator, self.train_step.average
-        adversary = self.train_step.adversary
         return {
             "config": self.config.flat(),
             "model": self.model.state_dict(),
@@ -144,7 +144,7 @@ class Run:
                 "processes": self.world.size,
             },
             "rng": checkpoint.rng_state(self.device),
-            **({"adversary": adversary.state_dict()} if adversary is not None else {}),
+            **{adversary.section: adversary.state_dict() for adversary in self.train_step.adversaries},
             **({"average": average.state_dict(self.model)} if average is not None else {}),
             **({"plateau": self.plateau.state_dict()} if self.plateau is not None else {}),
             **({"aggressive": self.aggressive.state_dict()} if self.aggressive is not None else {}),
@@ -202,8 +202,8 @@ class Run:
         self.train_step.prepare_optimizer()
         if self.train_step.average is not None:
             self.train_step.average.load_state_dict(self.model, checkpoint.evaluated_weights(content))
-        if self.train_step.adversary is not None:
-            self.train_step.adversary.load_state_dict(content["adversary"])
+        for adversary in self.train_step.adversaries:
+            adversary.load_state_dict(content[adversary.section])
         self.scheduler.last_epoch = content["scheduler"]["last_epoch"]  # the rate itself is in the optimizer
         if self.train_step.aggregator is not None:
             load_aggregator_state(self.train_step.aggregator, content["aggregator"], self.device)

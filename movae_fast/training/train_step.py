@@ -108,7 +108,8 @@ class TrainStep:
     recorder: record each kind of step as one CUDA graph, the exchanges between processes and fp16's loss
         scaling included. A replay overwrites the metrics of the one before.
 
-    Raises ValueError for a `gramian_at` that the model or the aggregator does not support.
+    Raises ValueError for a `gramian_at` that the model or the aggregator does not support, and for "shared"
+    with a model that encodes a second time.
     """
 
     def __init__(
@@ -132,16 +133,15 @@ class TrainStep:
         gramian_batch: float = 1.0,
         gramian_at: str = "shared",
         recorder: Recorder | None = None,
-        adversary: Adversary | None = None,
+        adversaries: Sequence[Adversary] = (),
     ) -> None:
+        check_cut(model, aggregator, jacobian, gramian_at)
         self.model, self.losses, self.aggregator, self.optimizer = model, losses, aggregator, optimizer
         self.precision = precision or Precision("fp32", model.device)
         self.world = world or World()
         self.accumulate, self.max_grad_norm, self.clip_apart = accumulate, max_grad_norm, clip_apart
         self.gramian_every, self.gramian_batch, self.gramian_at = gramian_every, gramian_batch, gramian_at
         self.last = gradients.last_parameters(model, gramian_at)
-        if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
-            raise ValueError(f"gramian_at {gramian_at}: the aggregator must weight rows by their Gramian alone")
         self.first = 0  # the step that gramian_every counts from: a new stage's losses need new weights
         task = [p for parameters in model.task_parameters().values() for p in parameters]
         shared = model.shared_parameters()
@@ -158,7 +158,7 @@ class TrainStep:
         # The last finite weights [m], for the steps that reuse them: part of a checkpoint.
         self.weights = torch.full((self.m,), 1 / self.m, dtype=torch.float64, device=model.device)
         self.columns = Columns(self.world.shard, self.world.sum_, self.world.gather_)
-        self.adversary = adversary  # trained after each step
+        self.adversaries = adversaries  # trained after each step
         self.projection = None
         if step_metric is not None and optimizer is not None:
             self.projection = StepProjection(step_metric, optimizer, self.flat, self.columns)
@@ -250,8 +250,8 @@ class TrainStep:
                 metrics = metrics._replace(step_cosines=self.step_cosines(before))
         if self.average is not None and kind.part is not Part.SHARED:  # once per batch
             self.average.update(left_out)
-        if self.adversary is not None:
-            self.adversary.step()
+        for adversary in self.adversaries:
+            adversary.step()
         return metrics if left_out is None else metrics._replace(skipped=left_out)
 
     def differentiate(self, kind: Kind, batch: Batch, scale: Tensor) -> StepMetrics:
@@ -548,6 +548,14 @@ class TrainStep:
         return values if self.m == len(self.unknown) else self.unknown.index_copy(0, self.active, values)
 
 
+def check_cut(model: VAE, aggregator: nn.Module | None, jacobian: str, gramian_at: str) -> None:
+    """Raise ValueError if the gradients at the features are not what `jacobian` and `gramian_at` need."""
+    if jacobian == "shared" and model.passes_again:
+        raise ValueError('jacobian "shared": the model encodes a second time, past its features; give "all"')
+    if gramian_at != "shared" and (aggregator is None or not is_weighting(aggregator)):
+        raise ValueError(f"gramian_at {gramian_at}: the aggregator must weight rows by their Gramian alone")
+
+
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Hide the gradients of these parameters inside a `with` block, so that an optimizer skips them."""
@@ -578,8 +586,8 @@ def why_not_captured(
         return f"TorchJD's {type(aggregator).__name__}"
     if aggregator is not None and (missing := extension.cuda_missing()):
         # Imports TorchJD, which is loaded by now.
-        from movae_fast.aggregation.weightings import MethodAggregator
+        from movae_fast.aggregation.weightings import MethodWeighting
 
-        if isinstance(aggregator, MethodAggregator):
+        if any(isinstance(module, MethodWeighting) for module in aggregator.modules()):
             return f"weights on the host: {missing}"
     return ""
