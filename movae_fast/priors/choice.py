@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from movae_fast.choices import Order
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -16,12 +18,16 @@ class Choice:
     temperature: what the logits are divided by. top_k: keep only this many most probable codes; 0 keeps all.
     top_p: keep only the most probable codes whose probabilities add up to this. guidance: the scale of
     classifier-free guidance (Ho and Salimans 2022); 1 uses the logits given the label unchanged.
+    order: of maskgit, whether a pass fills in the next places of a Halton sequence, or those of whose codes the
+    network is most confident. order_noise: the scale of the Gumbel noise on that confidence at the first pass.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    order: Order = "halton"
+    order_noise: float = 4.5
 
 
 PLAIN = Choice()
