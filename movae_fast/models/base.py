@@ -293,6 +293,11 @@ class VAE(nn.Module):
         """Return the modules that map latents to an image, with the output layer last."""
         raise NotImplementedError
 
+    @property
+    def prior_words(self) -> str:
+        """Return what the model's own prior is called in a sentence."""
+        return "the model's own prior"
+
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n latents [n, D] from the prior."""
         return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
@@ -374,6 +379,16 @@ class GaussianVAE(VAE):
     def reconstruct(self, x: Tensor) -> Tensor:
         mu, _ = self.encode(x)
         return self.to_image(self.decode(mu))
+
+    @property
+    def prior_words(self) -> str:
+        return "N(0, I), the model's own prior"
+
+    def sample_latents(
+        self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw n latents [n, D] from the prior, whose standard deviations are multiplied by `temperature`."""
+        return temperature * super().sample_latents(n, generator)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.to_image(self.decode(self.sample_latents(n, generator)))
