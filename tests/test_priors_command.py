@@ -210,6 +210,7 @@ REFUSED = {
     "--kind transformer --name a/b": "--name a/b must be a folder's name",
     "--kind transformer --resume": "--resume: there is no ",
     "--kind transfromer": "--kind transfromer",
+    "--kind vamp": "--kind vamp is trained with its model, not afterwards: movae train --prior vamp",
     "": "which kind of prior?",
 }
 

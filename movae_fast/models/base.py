@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from movae_fast.choices import Activation, Gate, LatentKind, ReconsDist
 from movae_fast.models.likelihoods import Likelihood, at_least_float32, make_likelihood
 from movae_fast.models.rates import Rates
+from movae_fast.models.vamp import Components, PseudoInputs, draw_from, mixture_log_density
+from movae_fast.reference import gaussian_log_density
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -51,6 +53,7 @@ class GaussianOutput(NamedTuple):
     z: Tensor  # [B, D], or [B * K, D] of K draws for each image
     prior: Tensor | None = None  # [B, D] draws from the prior, for objectives that compare with it
     beta: Tensor | None = None  # [B] or [1] weight of each example's rate, of a multi-rate model
+    components: Components | None = None  # of a VampPrior; None where the prior is N(0, I)
 
 
 class HierarchyOutput(NamedTuple):
@@ -319,13 +322,16 @@ class VAE(nn.Module):
 
 
 class GaussianVAE(VAE):
-    """Model images with the posterior N(mu, diag exp(logvar)) and the prior N(0, I).
+    """Model images with the posterior N(mu, diag exp(logvar)) and the prior N(0, I), or a VampPrior.
 
     Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and `decoder`
     ([B, D] to preactivations).
 
     The multi-rate form (`make_multirate`) has `rates`: in training the noise holds each example's log beta; in
     evaluation all methods use the beta of `set_beta`.
+
+    With `pseudo_inputs` the prior is the mixture of their posteriors (`models.vamp`). It depends on the shared
+    part, so in training `encode` also returns the mixture's means and log-variances [K, D]: they are features.
     """
 
     latents = "vector"
@@ -334,6 +340,15 @@ class GaussianVAE(VAE):
     mu: nn.Module
     logvar: nn.Module
     decoder: nn.Module
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation,
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        super().__init__(image_shape, activation, likelihood)
+        self.pseudo_inputs: PseudoInputs | None = None
 
     def decoder_parts(self) -> tuple[nn.Module, ...]:
         """Return the modules after the features, with the output layer last."""
@@ -356,7 +371,18 @@ class GaussianVAE(VAE):
         # Contiguous, as every copy of a draw is: a compiled step would compile anew for other strides.
         return Noise(drawn[:, :-1].contiguous(), log_beta=drawn[:, -1].contiguous())
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.pseudo_inputs is None or not self.training:
+            return self.posterior(x)
+        return *self.posterior(x), *self.components()
+
+    def components(self) -> Components:
+        """Return the Gaussians of the VampPrior: the posteriors of the pseudo-inputs."""
+        assert self.pseudo_inputs is not None
+        return Components(*self.posterior(self.pseudo_inputs()))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the means and log-variances [B, D] of the posteriors of images x [B, C, S, S]."""
         h = self.encoder(x)
         with torch.autocast(h.device.type, enabled=False):  # bfloat16 would round the posterior's parameters
             h = at_least_float32(h)
@@ -366,7 +392,7 @@ class GaussianVAE(VAE):
         return self.decoder(z)
 
     def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
-        mu, logvar = features
+        mu, logvar, *of_prior = features
         noise = self.draw_noise(len(mu)) if noise is None else noise
         if noise.latent.shape[1] == self.latent_dim:
             z = mu + torch.exp(0.5 * logvar) * noise.latent
@@ -374,7 +400,10 @@ class GaussianVAE(VAE):
             several = noise.latent.unflatten(1, (-1, self.latent_dim))
             z = (mu[:, None] + torch.exp(0.5 * logvar)[:, None] * several).flatten(0, 1)
         beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
-        return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta)
+        components = Components(*of_prior) if of_prior else None
+        if components is None and self.pseudo_inputs is not None:
+            components = self.components()
+        return GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, beta=beta, components=components)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         mu, _ = self.encode(x)
@@ -382,12 +411,23 @@ class GaussianVAE(VAE):
 
     @property
     def prior_words(self) -> str:
+        if self.pseudo_inputs is not None:
+            return f"the VampPrior of {len(self.pseudo_inputs.values):,} pseudo-inputs, the model's own prior"
         return "N(0, I), the model's own prior"
+
+    def log_prior(self) -> Callable[[Tensor], Tensor]:
+        """Return the prior's log density in nats, a function from latents [N, D] to [N] in their dtype."""
+        if self.pseudo_inputs is None:
+            return lambda z: gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+        components = self.components()
+        return lambda z: mixture_log_density(z, components)
 
     def sample_latents(
         self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
         """Draw n latents [n, D] from the prior, whose standard deviations are multiplied by `temperature`."""
+        if self.pseudo_inputs is not None:
+            return draw_from(self.components(), n, generator, temperature)
         return temperature * super().sample_latents(n, generator)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

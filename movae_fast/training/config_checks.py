@@ -87,6 +87,7 @@ def check_settings(config: TrainConfig) -> None:
     check_multirate(config)
     check_weights(config)
     check_extras(config)
+    check_vamp(config)
     check_run(config.run)
     check_model(config)
 
@@ -257,6 +258,31 @@ def check_extras(config: TrainConfig) -> None:
         raise ValueError(
             "--importance_samples weighs draws by their likelihood; gaussian_optimal fits its variance"
         )
+
+
+def check_vamp(config: TrainConfig) -> None:
+    """Check that the model and the other settings allow a VampPrior, where one is asked for.
+
+    `device_checks.check_encoder` checks the encoder.
+    """
+    o, info = config.objective, config.model_info
+    if o.prior == "normal":
+        if o.pseudo_inputs is not None:
+            raise ValueError("--pseudo_inputs is a setting of --prior vamp: add it, or leave this out")
+        return
+    if tuple(info.objectives) != ("reconstruction", "kl") or info.latents != "vector" or config.is_text:
+        raise ValueError(
+            f"--prior vamp is for images, a vector of latents, and the objectives reconstruction and kl; "
+            f"{config.model.arch} has {', '.join(config.objective_names)}"
+        )
+    unsuited = {
+        "multirate": config.multirate.multirate,
+        "importance_samples": o.importance_samples > 1,
+        "gramian_batch": o.gramian_batch < 1,
+        "gramian_at": o.gramian_at != "shared",
+    }
+    for name in (name for name, given in unsuited.items() if given):
+        raise ValueError(f"--{name} does not go with --prior vamp, which depends on the encoder; leave one out")
 
 
 def check_run(run: RunConfig) -> None:
