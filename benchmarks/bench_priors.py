@@ -7,14 +7,13 @@ samplers do.
 """
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Call, allocated_memory, interleaved, record_ratios
+from benchmarks.measure import Call, allocated_memory, extra_memory, interleaved, record_ratios
 from movae_fast.priors.codes import Grid
 from movae_fast.priors.config import PriorConfig
 from movae_fast.priors.draw_codes import draw_codes, draw_codes_again
@@ -75,7 +74,7 @@ def test_sampling(benchmark: Any, images: int) -> None:
     medians = interleaved(calls, ROUNDS, time.process_time)
     benchmark.extra_info["images_per_s"] = {name: 1000 * images / ms for name, ms in medians.items()}
     record_ratios(benchmark, f"{images} images", medians, "without", lambda _: "without")
-    record_memory(benchmark, calls)
+    benchmark.extra_info["extra_memory_mib"] = extra_memory(calls["with the cache"])
     benchmark.pedantic(calls["with the cache"], rounds=3)
 
 
@@ -85,10 +84,5 @@ def test_step(benchmark: Any) -> None:
     calls = steps()
     medians = interleaved(calls, 7, time.process_time)
     record_ratios(benchmark, "step", medians, "eager-loop", lambda _: "eager loop")
-    record_memory(benchmark, calls)
-    benchmark.pedantic(calls["movae"], rounds=3)
-
-
-def record_memory(benchmark: Any, calls: Mapping[str, Call]) -> None:
-    """Record how many MiB torch's allocator hands out at most during each call."""
     benchmark.extra_info["allocated_mib"] = {name: allocated_memory(call) for name, call in calls.items()}
+    benchmark.pedantic(calls["movae"], rounds=3)
