@@ -20,6 +20,7 @@ from movae_fast.training.build import new_model
 from movae_fast.training.config_checks import validate
 from movae_fast.training.gradients import Batch, Network, exact_rows
 from movae_fast.training.precision import Precision
+from tests.test_distributed import finish, start_command
 
 CPU = torch.device("cpu")
 
@@ -192,3 +193,31 @@ def test_the_pseudo_inputs_are_images_of_the_data():
         assert unit.std().item() == pytest.approx(0.01, abs=1e-3)
         made.values.data.fill_(-5)
         assert bool((made() == least).all())
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_does(tmp_path):
+    """Each rank has all pseudo-inputs: the mean of the ranks' rows is the row of the union of the batches."""
+    models = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        words = [
+            "train",
+            *FLAGS,
+            "--optimizer",
+            "sgd",
+            "--lr",
+            "0.01",
+            "--steps",
+            "6",
+            "--exp_dir",
+            str(folder),
+        ]
+        words[words.index("--batch_size") + 1] = str(16 // ranks)
+        finish(folder, start_command(folder, words, ranks))
+        models.append(checkpoint.load(folder / "checkpoints" / "last.pt")["model"])
+    one, two = models
+    begun = new_model(parse(FLAGS).config).state_dict()
+    for name, value in one.items():
+        assert (value - two[name]).norm() <= 1e-5 * value.norm(), name
+        assert not torch.equal(value, begun[name])
