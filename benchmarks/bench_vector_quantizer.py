@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import Call, interleaved, record, sgemm_gflops
+from benchmarks.measure import Call, allocated_memory, interleaved, record, sgemm_gflops
 from movae_fast.nn import ResidualVQ, VectorQuantizer
 
 N = 32768  # 32 feature maps of 32 x 32
@@ -99,6 +99,7 @@ def test_residual_ratios(benchmark: Any) -> None:
     benchmark.extra_info["median_ms"] = medians
     benchmark.extra_info["times_faster_than_vector_quantize_pytorch"] = ratio
     print(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()) + f": {ratio:.2f}x")
+    benchmark.extra_info["allocated_mib"] = {name: allocated_memory(call) for name, call in peers.items()}
     bound = "float32 operations of the searches over the sgemm rate of this run"
     flops = 2 * RVQ["num_quantizers"] * N * RVQ["codebook_size"] * RVQ["dim"]
     record(benchmark, peers["movae"], flops / sgemm_gflops() / 1e6, bound, rounds=3)

@@ -19,12 +19,14 @@ PAD, BEGIN, END, UNKNOWN = range(4)
 # Data.
 TEXT_SETS = ("lstm_text", "python_topics", "text", "yahoo", "yelp", "ptb")  # datasets of sentences
 DecodingMethod = Literal["greedy", "ancestral", "top_k", "nucleus", "beam"]
+Order = Literal["halton", "confidence"]  # in which maskgit fills in the places of a map
 TooLong = Literal["error", "cut", "skip"]
 Binarization = Literal["none", "threshold", "static", "dynamic"]
 # Objectives and their gradients.
 Extra = Literal[
     "dip_i", "dip_ii", "factor", "l1", "lpips", "edges", "recursive_kl", "cycle", "gan"
 ]  # objectives that are added to a model's own
+TrainedPrior = Literal["normal", "vamp"]  # of a vector of latents
 MMDKernel = Literal["gaussian", "imq"]
 ImportanceGradient = Literal["iwae", "dreg"]
 ReconsDist = Literal["bernoulli", "gaussian", "laplacian", "gaussian_optimal", "logistic", "dmol"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import to_unit
+from movae_fast.evaluation.sample_source import SampleSource
 from movae_fast.evaluation.sampling import FRAMES, ladder_traversals
 from movae_fast.evaluation.trained import beta_of, caption_of
 from movae_fast.files import give_name
@@ -81,7 +82,9 @@ def images_of_run(run: Run) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
             frames, made["sheet"] = traversal_pictures(run.model, x[:1], normalize, words)
         samples, reconstructions = run.model.sample(n, noise), run.model.reconstruct(x)
     samples, x, reconstructions = (to_unit(images, normalize) for images in (samples, x, reconstructions))
-    made["samples"] = sheet(samples, math.ceil(math.sqrt(n)), f"samples from the prior; {about}")
+    made["samples"] = sheet(
+        samples, math.ceil(math.sqrt(n)), f"samples from {SampleSource(run.model).name}; {about}"
+    )
     made["reconstructions"] = pairs(x, reconstructions, caption=f"test images; {about}")
     run.model.train(was_training)
     return made, frames

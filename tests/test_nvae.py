@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from movae_fast.evaluation.sampling import estimate_statistics, sample_images
+from movae_fast.evaluation.sample_source import SampleSource
+from movae_fast.evaluation.sampling import estimate_statistics
 from movae_fast.models import NVAE, Noise, build_model, make_likelihood, make_multirate
 from movae_fast.models.multirate import gated_layers
 from movae_fast.models.nvae import branch
@@ -18,6 +19,7 @@ from movae_fast.models.nvae.group import Group
 from movae_fast.models.nvae.normals import kl_between, normal_of
 from movae_fast.names import ArgumentError
 from movae_fast.objectives import LossVector
+from movae_fast.priors.choice import Choice
 from tests.nvae_models import SMALL, images, small
 
 PAPER = [
@@ -492,7 +494,7 @@ def test_a_codebook_has_no_temperature() -> None:
     model = build_model("vq_vae", (1, 16, 16), "sigmoid", {"hidden_dims": [8, 8], "num_embeddings": 8})
     generator = torch.Generator()
     with pytest.raises(ArgumentError, match=r"temperature 0\.5"):
-        sample_images(model, 2, 2, generator, False, 0.5)
+        SampleSource(model).check(Choice(0.5))
     with pytest.raises(ArgumentError, match="no BatchNorm"):
         estimate_statistics(build_model("linear_vae", (1, 8, 8), "none", {}), 1, 2, generator)
 

@@ -7,11 +7,19 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from movae_fast.cli import main
+import movae_fast
+from movae_fast.cli import main, serve
 from movae_fast.cli.flags.prior import parse
+from movae_fast.cli.flags.serve import ServeConfig
+from movae_fast.names import ArgumentError
+from movae_fast.pages.gather import Options, gather
+from movae_fast.pages.live import Viewer
+from movae_fast.pictures import to_pixels
 from movae_fast.priors import base, catalog, fit
 from movae_fast.priors.config import PriorConfig, check_prior
 from movae_fast.priors.latents import open_latents
@@ -20,6 +28,7 @@ from movae_fast.training.config_files import recipe_names
 from movae_fast.training.log_lines import read_lines
 from tests.test_distributed import finish, start_command
 
+CPU = torch.device("cpu")
 COMMON = "--device cpu --dataset digits --image_size 16 --hidden_dims 8 8 --batch_size 100 --limit_train 300"
 KINDS = {
     "vq": "--arch vq_vae --embedding_dim 8 --num_embeddings 16 --num_residual_layers 1 --steps 60",
@@ -86,6 +95,8 @@ def test_a_prior_over_codes_is_fitted_and_sampled(runs, capsys, kind):
     assert f"drawn from the prior {run / 'priors' / kind / 'prior.pt'}" in said.err
     assert said.out.split() == [str(run / "figures" / "sample-2.png")]
     sample(run, "--label 3 --guidance 2 --temperature 0.9 --decoding top_k --top_k 5")
+    if kind == "maskgit":
+        sample(run, "--order confidence --order_noise 2")
     sample(run, "--prior none")
     assert "without a prior" in capsys.readouterr().err
 
@@ -99,6 +110,42 @@ def test_a_prior_over_latents_is_fitted_and_sampled(runs, capsys, kind):
     assert scores["elbo_gain"] == pytest.approx(gain)
     sample(run, "--temperature 0.5")
     assert f"drawn from the prior {run / 'priors' / kind}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vq", "pixelcnn"), ("vae", "gmm")])
+def test_every_way_to_sample_draws_from_one_source(runs, tmp_path, capsys, name, kind):
+    """`movae sample`, `movae generate`, Python, a report and the page."""
+    run = runs[name]
+    own = "codes are drawn without a prior" if name == "vq" else "drawn from N(0, I), the model's own prior"
+    expected = {"own": own, "fitted": f"drawn from the prior {run / 'priors' / kind / 'prior.pt'}"}
+    drawn = {}
+    for case, said in expected.items():
+        if case == "fitted":
+            prior(run, "--kind gmm --components 3" if kind == "gmm" else f"--kind {kind} {STEPPED}")
+        model = movae_fast.load(run, "cpu")
+        assert model.sampled_from().startswith(said)
+        drawn[case] = model.sample(3, seed=4)
+        capsys.readouterr()
+        words = f"generate --model {run} --outdir {tmp_path / case} --nsamples 3 --seed 4 --device cpu"
+        assert main(words.split()) == 0
+        assert said in capsys.readouterr().err
+        files = sorted((tmp_path / case).glob("img_*.png"))
+        for image, path in zip(drawn[case], files, strict=True):
+            inside = np.asarray(Image.open(path).convert("L"))[2:-2, 2:-2]  # without the margin
+            assert np.array_equal(inside, to_pixels(image[None], 1)[0, ..., 0])
+        sample(run, "--seed 4")
+        assert said in capsys.readouterr().err
+        source = serve.source_of(ServeConfig(str(run)), model.config, model.network)
+        assert source.sentence == model.sampled_from()
+        shown = Viewer(source, model.config.data.normalize, None).sample(4)
+        assert np.array_equal(shown, to_pixels(model.sample(1, seed=4), 20)[0])
+        assert model.sampled_from("none").startswith(own)
+    page = gather(run, "run", CPU, Options(images=3, seed=4, limit=20))
+    assert any(f"drawn from the fitted prior ({kind})" in chart.note for chart in page.pictures)
+    assert not torch.equal(drawn["own"], drawn["fitted"])
+    assert torch.equal(drawn["own"], model.sample(3, seed=4, prior="none"))
+    with pytest.raises(ArgumentError, match=r"prior other: .* has no such prior"):
+        model.sample(3, prior="other")
 
 
 def test_an_interrupted_prior_goes_on_bit_for_bit(runs, monkeypatch, capsys):
@@ -163,6 +210,7 @@ REFUSED = {
     "--kind transformer --name a/b": "--name a/b must be a folder's name",
     "--kind transformer --resume": "--resume: there is no ",
     "--kind transfromer": "--kind transfromer",
+    "--kind vamp": "--kind vamp is trained with its model, not afterwards: movae train --prior vamp",
     "": "which kind of prior?",
 }
 
@@ -187,9 +235,11 @@ def test_a_prior_over_codes_is_refused_for_latents(trained, capsys):
 def test_samples_refuse_what_the_prior_has_not(runs, capsys):
     run = runs["vq"]
     for flags, said in {
-        "--label 3": "--label 3 is for --mode sample with a prior",
+        "--label 3": "--label 3 is for a fitted prior",
         "--prior mine": "has no such prior; it has none",
-        "--guidance 2": "--guidance 2.0 is for --mode sample with a prior",
+        "--guidance 2": "--guidance 2 is for a fitted prior",
+        "--order confidence": "--order confidence is for a fitted prior of kind maskgit",
+        "--mode reconstruct --order confidence": "--order confidence is for --mode sample",
     }.items():
         sample(run, flags, status=2)
         assert said in capsys.readouterr().err
@@ -200,6 +250,8 @@ def test_samples_refuse_what_the_prior_has_not(runs, capsys):
         "--guidance 2": "guidance 2 goes from no label towards one: transformer was fitted without labels",
         "--prior transfomer": "did you mean transformer",
         "--prior transformer --mode reconstruct": "is for --mode sample",
+        "--order confidence": "--order confidence: transformer is no maskgit",
+        "--order_noise 3": "--order_noise 3 is for order confidence",
     }.items():
         sample(run, flags, status=2)
         assert said in capsys.readouterr().err
@@ -216,7 +268,7 @@ def test_a_prior_of_other_weights_or_another_grid_is_refused(runs, capsys):
     sample(run, status=2)
     said = capsys.readouterr().err
     assert "is of weights 0123456789ab, the model has " in said
-    assert "--prior none" in said
+    assert "draw without it (prior none)" in said
     content["of"]["grids"] = [[8, 8, 16]]
     checkpoint.save(path, content)
     sample(run, status=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,19 +103,66 @@ def test_masked_logits_see_both_sides_and_not_the_masked_codes():
         assert bool((after - before).abs().max() > 1e-3) == seen, place
 
 
+@pytest.mark.parametrize("order", ["halton", "confidence"])
 @pytest.mark.parametrize("passes", [1, 8, 99])
-def test_every_place_is_filled_from_its_own_vocabulary(passes):
+def test_every_place_is_filled_from_its_own_vocabulary(passes, order):
     torch.manual_seed(0)
     prior = frozen(MaskedPrior(TWO, 64, 1, 0.0, classes=2), 4.0)
     label = torch.ones(50).long()
     drawn = [
-        draw_masked(prior, 50, torch.Generator().manual_seed(seed), label, Choice(guidance=1.5), passes)
+        draw_masked(
+            prior, 50, torch.Generator().manual_seed(seed), label, Choice(guidance=1.5, order=order), passes
+        )
         for seed in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert drawn[0][:, :6].max() < 7
     assert drawn[0][:, 6:].max() > 7
+
+
+def confident_codes(logits_of, uniform, places, passes, noise):
+    """Codes [n, T] by confidence, written out: float64 NumPy, image by image and place by place."""
+    n = len(uniform[0][0])
+    codes, masked = np.zeros((n, places), dtype=np.int64), np.ones((n, places), dtype=bool)
+    for k in range(1, passes + 1):
+        logits, stay = logits_of(codes, masked), 0
+        if k < passes:
+            stay = min(math.ceil(math.cos(math.pi / 2 * k / passes) * places), int(masked[0].sum()) - 1)
+        for i in range(n):
+            scored = []
+            for t in np.flatnonzero(masked[i]):
+                p = np.exp(logits[i, t] - logits[i, t].max())
+                p = p / p.sum()
+                code = int(np.searchsorted(np.cumsum(p), uniform[k - 1][0][i, t], side="right"))
+                gumbel = -math.log(-math.log(uniform[k - 1][1][i, t]))
+                scored.append((math.log(p[code]) + noise * (1 - k / passes) * gumbel, t, code))
+            for _, t, code in sorted(scored, reverse=True)[: len(scored) - max(stay, 0)]:
+                codes[i, t], masked[i, t] = code, False
+    assert not masked.any()
+    return codes
+
+
+@pytest.mark.parametrize("passes", [4, 8])  # of 3, cos(pi / 3) * 12 rounds to either side of 6
+def test_the_order_of_confidence_is_the_published_schedule(passes):
+    torch.manual_seed(0)
+    prior = frozen(MaskedPrior((Grid(4, 3, 9),), 64, 1, 0.0), 5.0)
+    generator = torch.Generator().manual_seed(5)
+    uniform = [torch.rand(2, 40, 12, generator=generator, dtype=torch.float64).numpy() for _ in range(passes)]
+
+    def logits_of(codes, masked):
+        return prior.logits(torch.from_numpy(codes), torch.from_numpy(masked))[0].double().numpy()
+
+    draws = {
+        order: draw_masked(
+            prior, 40, torch.Generator().manual_seed(5), None, Choice(order=order, order_noise=1.5), passes
+        ).numpy()
+        for order in ("confidence", "halton")
+    }
+    expected = confident_codes(logits_of, uniform, 12, passes, 1.5)
+    assert np.array_equal(draws["confidence"], expected)
+    assert not np.array_equal(draws["halton"], expected)
+    assert not np.array_equal(confident_codes(logits_of, uniform, 12, passes, 0.0), expected)
 
 
 def test_maskgit_learns_what_belongs_together():

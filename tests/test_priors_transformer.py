@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from movae_fast.priors.cached_steps import CachedSteps
 from movae_fast.priors.choice import Choice, pick, probabilities
 from movae_fast.priors.codes import Grid
 from movae_fast.priors.draw_codes import draw_codes, draw_codes_again
@@ -39,12 +40,12 @@ def test_cached_logits_are_those_of_the_whole_sequence(grids, masked):
     codes, label = random_codes(grids, 5), torch.tensor([0, 1, 2, -1, 0])
     whole = prior.logits(codes, label)
     assert max(float(w.std(-1).min()) for w in whole) > 0.1  # the logits say something
-    cache, x = prior.new_cache(5), prior.label_vectors(label, 5)
+    cached, x = CachedSteps(prior, 5), prior.label_vectors(label, 5)
     for number, each in enumerate(whole):
         here = prior.places_of(number)
         for t in range(here.start, here.stop):
             span = None if masked else t + 1
-            logits = prior.step(x, cache, torch.tensor([t]), span, number)
+            logits = cached.logits(x, torch.tensor([t]), span, number)
             torch.testing.assert_close(logits, each[:, t - here.start], atol=1e-4, rtol=0)
             x = prior.tokens(codes[:, t] + prior.starts[number])
 

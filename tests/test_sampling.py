@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from movae_fast.evaluation.sample_source import SampleSource
 from movae_fast.evaluation.sampling import (
     decode_images,
     draw_test_images,
     images_at_betas,
     interpolate,
-    sample_images,
     traverse,
 )
 from movae_fast.names import ArgumentError
@@ -31,7 +31,8 @@ def generator():
 def test_samples_are_drawn_so_many_at_a_time():
     draws = generator()
     parts = [model().sample(size, draws) for size in (3, 3, 1)]
-    torch.testing.assert_close(sample_images(model(), 7, 3, generator(), False), torch.cat(parts))
+    drawn = SampleSource(model()).images(7, 3, generator())
+    torch.testing.assert_close(torch.cat(list(drawn)), torch.cat(parts))
 
 
 def test_lines_go_from_one_latent_to_the_other():

@@ -13,6 +13,7 @@ import torch
 
 from movae_fast.cli import main, serve
 from movae_fast.cli.flags.serve import ServeConfig, parse
+from movae_fast.evaluation.sample_source import SampleSource
 from movae_fast.pages.live import Viewer
 from movae_fast.pictures import to_pixels
 from movae_fast.training.build import load_model, make_loader
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 
 def viewer_of(folder: Path) -> Viewer:
     config, model = load_model(folder, CPU)
-    return Viewer(model, config.data.normalize, make_loader(config, CPU, "test"))
+    return Viewer(SampleSource(model), config.data.normalize, make_loader(config, CPU, "test"))
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from movae_fast.api.weights_folder import export_weights, upload
 from movae_fast.data import to_unit
-from movae_fast.evaluation.sampling import sample_images
+from movae_fast.evaluation.sample_source import SampleSource, find_source
 from movae_fast.evaluation.trained import rates_of
 from movae_fast.models import LATENT_WORDS, NVAE, VAE, CodebookVAE, GaussianVAE
 from movae_fast.names import ArgumentError
@@ -151,12 +151,17 @@ class TrainedModel(LoadedModel):
         return self._map(lambda x: self._unit(self.network.reconstruct(x)), self._images(images))
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int | None = None, temperature: float = 1.0) -> Tensor:
-        """Return n images [n, C, S, S] in [0, 1] drawn from the prior.
+    def sample(self, n: int, seed: int | None = None, temperature: float = 1.0, prior: str = "auto") -> Tensor:
+        """Return n images [n, C, S, S] in [0, 1] drawn from the prior that `sampled_from` names.
 
         seed: gives the same images again, on every device up to rounding; None draws others each time.
         temperature: what the prior's standard deviation (a hierarchy's: of each group's prior) is multiplied
-            by. A codebook, whose codes are drawn by how often training chose them, has none.
+            by, and the logits of a fitted prior over codes are divided by. A codebook without a fitted prior,
+            whose codes are drawn by how often training chose them, has none.
+        prior: "auto" is the prior that `movae prior` fitted to the run last, and the model's own where there is
+            none; or a fitted prior's name, or "none" for the model's own.
+
+        Raises ArgumentError for an unknown prior, and for one that was fitted to other weights.
         """
         if n < 1:
             raise ArgumentError(f"n {n} must be at least 1")
@@ -165,7 +170,12 @@ class TrainedModel(LoadedModel):
             generator.seed()
         else:
             generator.manual_seed(seed)
-        return sample_images(self.network, n, BATCH, generator, self.config.data.normalize, temperature)
+        parts = self._source(prior).images_at(temperature, n, BATCH, generator)
+        return torch.cat([self._unit(part) for part in parts])
+
+    def sampled_from(self, prior: str = "auto") -> str:
+        """Return in one sentence what `sample` draws from, with the file of a fitted prior."""
+        return self._source(prior).sentence
 
     @torch.no_grad()
     def quantize(self, latents: Tensor | NDArray[np.generic]) -> Quantized:
@@ -197,6 +207,9 @@ class TrainedModel(LoadedModel):
     @property
     def _arch(self) -> str:
         return self.config.model.arch
+
+    def _source(self, prior: str) -> SampleSource:
+        return find_source(self.folder, self.config, self.network, prior)
 
     def _codebook(self, name: str) -> CodebookVAE:
         if not isinstance(self.network, CodebookVAE):

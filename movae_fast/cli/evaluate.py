@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from movae_fast.cli.flags.evaluate import EvaluateConfig
 from movae_fast.cli.trained import choose_beta
@@ -21,6 +19,7 @@ from movae_fast.evaluation.feature_networks import inception_network, load_netwo
 from movae_fast.evaluation.measure import Report, measure
 from movae_fast.evaluation.metric_choice import chosen_metrics
 from movae_fast.evaluation.metric_names import ON_SETS, named
+from movae_fast.evaluation.sample_source import find_source
 from movae_fast.evaluation.set_scores import Draw, check_count, set_scores
 from movae_fast.evaluation.text_report import ON_TEXT, measure_sentences
 from movae_fast.evaluation.trained import adapt_config
@@ -28,9 +27,7 @@ from movae_fast.files import free_path
 from movae_fast.models import LSTMVAE, VAE
 from movae_fast.objectives.perceptual import load_lpips
 from movae_fast.plots import evaluation_plot
-from movae_fast.priors.base import find_prior, load_prior
-from movae_fast.priors.choice import Choice
-from movae_fast.priors.sampling import prior_images
+from movae_fast.priors.choice import PLAIN, Choice
 from movae_fast.training.build import load_model, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
@@ -130,26 +127,17 @@ def fewest_images(config: EvaluateConfig, trained: TrainConfig, device: torch.de
 def samples_of(config: EvaluateConfig, trained: TrainConfig, model: VAE) -> tuple[str, Draw | None]:
     """Return where samples come from, in words, and how to draw them; None of codes without a fitted prior.
 
-    Codes that are drawn by their usage alone are no samples of a model. Raises ValueError for a prior that does
-    not fit.
+    Codes that are drawn by their usage alone are no samples of a model. Raises ArgumentError for a prior that
+    does not fit.
     """
-    may = model.latents != "hierarchy"
-    path = find_prior(folder_of(Path(config.weights)), config.prior) if may else None
-    if path is None and model.latents == "codebook":
+    source = find_source(folder_of(Path(config.weights)), trained, model, config.prior)
+    if not source.is_prior:
+        source.check(Choice(order=config.order))
         return "none: codes have no fitted prior (movae prior RUN fits one)", None
-    if path is None:
-
-        def from_model(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-            for first in range(0, n, size):
-                yield model.sample(min(size, n - first), generator)
-
-        return "the model's own prior", from_model
-    fitted, prior = load_prior(path, trained, model)
-
-    def from_prior(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        return prior_images(model, prior, fitted.kind, n, size, generator, Choice())
-
-    return f"the prior {path}", from_prior
+    choice = Choice(order=config.order)
+    source.check(choice)
+    in_order = "" if config.order == PLAIN.order else f", places by {config.order}"
+    return source.sentence + in_order, partial(source.images, choice=choice)
 
 
 def beside(report: Report) -> str:

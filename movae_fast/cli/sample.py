@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from movae_fast.cli import sentences
 from movae_fast.cli.flags.sample import SampleConfig
-from movae_fast.cli.trained import choose_beta
+from movae_fast.cli.trained import choose_beta, say_source
 from movae_fast.data import to_unit
 from movae_fast.evaluation.rate_distortion import log_spaced
+from movae_fast.evaluation.sample_source import SampleSource, find_source
 from movae_fast.evaluation.sampling import (
     decode_images,
     draw_test_images,
@@ -25,7 +25,6 @@ from movae_fast.evaluation.sampling import (
     images_at_betas,
     interpolate,
     reconstruct_images,
-    sample_images,
     traverse,
     traverse_part,
 )
@@ -33,20 +32,15 @@ from movae_fast.evaluation.text_decoding import Decoding
 from movae_fast.evaluation.trained import adapt_config, beta_of, caption_of, option_of, rates_of
 from movae_fast.files import free_path
 from movae_fast.models import LATENT_WORDS, LSTMVAE, NVAE, VAE, GaussianVAE
-from movae_fast.names import shown
 from movae_fast.pictures import back_and_forth, grid, pairs, sheet, widened, write_gif, write_png
 from movae_fast.plots import latent_scatter
-from movae_fast.priors.base import find_prior, load_prior
 from movae_fast.priors.choice import Choice
-from movae_fast.priors.sampling import check_choice, prior_images
 from movae_fast.training.build import load_trained
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.config_checks import validate
 from movae_fast.training.device import resolve_device
 from movae_fast.training.device_checks import check_room
 from movae_fast.training.run_folder import folder_of
-
-FittedPrior = tuple[Path, str, nn.Module]  # its file, its kind, itself
 
 
 @dataclass
@@ -59,7 +53,7 @@ class Job:
     model: VAE
     generator: torch.Generator
     step: int | None = None  # that the weights are of
-    prior: FittedPrior | None = None
+    source: SampleSource | None = None  # of images of mode sample
 
     def about(self, what: str) -> str:
         """Return a picture's caption: what it shows, and of which run."""
@@ -136,8 +130,8 @@ def load(config: SampleConfig, name: str | None, expected: dict[str, Any]) -> Jo
             raise ValueError("--mode beta_sweep goes through all betas; leave out --beta")
     if config.between is not None:
         check_ends(config, model)
-    prior = load_prior_of(config, trained, model)
-    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), step, prior)
+    source = source_of(config, trained, model)
+    return Job(config, trained, model, torch.Generator().manual_seed(config.seed), step, source)
 
 
 def check_ends(config: SampleConfig, model: VAE) -> None:
@@ -177,71 +171,42 @@ def singles(job: Job, folder: Path, mode: str, pictures: Sequence[Tensor]) -> li
 
 
 def sample(job: Job, folder: Path) -> list[Path]:
-    config = job.config
+    config, source = job.config, job.source
+    assert source is not None
     if config.bn_passes:
         size = min(config.batch_size, 100)
         estimate_statistics(job.model, config.bn_passes, size, job.generator, config.temperature)
-    images = drawn_from_prior(job)
-    if images is None:
-        images = drawn_from_prior(job)
-    if images is None:
-        images = sample_images(
-            job.model, config.n_samples, config.batch_size, job.generator, job.normalize, config.temperature
-        )
-    of = "the prior" if job.prior is None else f"the {job.prior[1]} prior"
-    picture = sheet(images, math.ceil(math.sqrt(len(images))), job.about(f"samples from {of}"))
+    say_source("sample", source)
+    parts = source.images(config.n_samples, config.batch_size, job.generator, choice_of(config), config.label)
+    images = torch.cat([to_unit(part, job.normalize) for part in parts])
+    picture = sheet(images, math.ceil(math.sqrt(len(images))), job.about(f"samples from {source.name}"))
     made = [write_png(free_path(folder / "sample", ".png"), picture)]
     return made + singles(job, folder, "sample", images.split(1))
-
-
-def drawn_from_prior(job: Job) -> Tensor | None:  # [n, C, S, S] in [0, 1]
-    """Return images drawn from the prior that was fitted to the run, and report which prior it is; None without
-    one."""
-    if job.prior is None:
-        return None
-    c, (path, kind, prior) = job.config, job.prior
-    say(f"drawn from the prior {path}")
-    parts = prior_images(
-        job.model, prior, kind, c.n_samples, c.batch_size, job.generator, choice_of(c), c.label
-    )
-    return torch.cat([to_unit(part, job.normalize) for part in parts])
 
 
 def choice_of(config: SampleConfig) -> Choice:
     """Return from the flags how codes are drawn from a prior's logits."""
     top_k = config.top_k if config.decoding == "top_k" else 0
     top_p = config.top_p if config.decoding == "nucleus" else 1.0
-    return Choice(config.temperature, top_k, top_p, config.guidance)
+    return Choice(config.temperature, top_k, top_p, config.guidance, config.order, config.order_noise)
 
 
-def load_prior_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> FittedPrior | None:
-    """Return the fitted prior that the flags ask for, or None to sample without one.
+def source_of(config: SampleConfig, trained: TrainConfig, model: VAE) -> SampleSource | None:
+    """Return what the images of mode sample are drawn from; None for another mode, and for sentences.
 
-    Raises ValueError for a prior that does not fit the model, and for flags that need a prior if there is none.
+    Raises ValueError for a prior that does not fit the model, and for flags that do not fit the source.
     """
-    run = folder_of(Path(config.weights))
-    may = config.mode == "sample" and not trained.is_text and model.latents != "hierarchy"
-    path = find_prior(run, config.prior) if may else None
-    if path is None:
-        for name in ("label", "guidance"):
-            if (value := getattr(config, name)) != getattr(SampleConfig, name):
-                raise ValueError(f"--{name} {value} is for --mode sample with a prior; leave it out")
-        if config.prior not in ("auto", "none"):
-            raise ValueError(f"--prior {config.prior} is for --mode sample of codes or a vector of latents")
-        if may and model.latents == "codebook":
-            say(f"codes are drawn without a prior (movae prior {run} --kind transformer fits one)")
+    if config.mode != "sample" or trained.is_text:
+        for name in ("prior", "label", "guidance", "order", "order_noise"):
+            value = getattr(config, name)
+            if value not in (getattr(SampleConfig, name), "none"):
+                raise ValueError(f"--{name} {value} is for --mode sample of images; leave it out")
         return None
-    fitted, prior = load_prior(path, trained, model)
-    assert isinstance(prior.classes, int)
-    check_choice(fitted, prior.classes, config.label, choice_of(config))
-    if config.bn_passes:
+    source = find_source(folder_of(Path(config.weights)), trained, model, config.prior)
+    source.check(choice_of(config), config.label)
+    if config.bn_passes and source.fitted is not None:
         raise ValueError(f"--bn_passes {config.bn_passes} draws from N(0, I); give --prior none with it")
-    return path, fitted.kind, prior
-
-
-def say(text: str) -> None:
-    """Write a line to stderr, so that stdout holds only the paths of files."""
-    print(f"movae sample: {shown(text)}", file=sys.stderr)
+    return source
 
 
 def interpolate_latents(job: Job, folder: Path) -> list[Path]:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from movae_fast.cli.flags.serve import ServeConfig
+from movae_fast.cli.trained import say_source
 from movae_fast.data import Loader
+from movae_fast.evaluation.sample_source import SampleSource, find_source
 from movae_fast.evaluation.trained import adapt_config, caption_of
-from movae_fast.names import first_line
+from movae_fast.models import VAE
+from movae_fast.names import ArgumentError, first_line
 from movae_fast.pages.live import Viewer, page
 from movae_fast.training.build import load_trained, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
+from movae_fast.training.run_folder import folder_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -42,7 +46,22 @@ def build(config: ServeConfig) -> Any:
         raise ValueError(f"{config.weights} is a model of text; movae sample prints its sentences")
     adapt_config(trained, config.device, config.data_dir, 1)
     title = caption_of(trained, Path(config.weights), step=step)
-    return page(Viewer(model, trained.data.normalize, test_images(trained, device)), title)
+    source = source_of(config, trained, model)
+    say_source("serve", source)
+    return page(Viewer(source, trained.data.normalize, test_images(trained, device)), title)
+
+
+def source_of(config: ServeConfig, trained: TrainConfig, model: VAE) -> SampleSource:
+    """Return what the page's draws are drawn from.
+
+    A prior is fitted at one beta, and the page of a multi-rate model moves it: such a page draws from the
+    model's own prior. Raises ArgumentError for a prior that does not fit.
+    """
+    if model.rates is None:
+        return find_source(folder_of(Path(config.weights)), trained, model, config.prior)
+    if config.prior not in ("auto", "none"):
+        raise ArgumentError(f"prior {config.prior} is of one beta, which this page moves; leave it out")
+    return SampleSource(model)
 
 
 def test_images(trained: TrainConfig, device: Any) -> Loader | None:

@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+from movae_fast.evaluation.sample_source import SampleSource
 from movae_fast.evaluation.trained import rates_of
 from movae_fast.models import VAE
 from movae_fast.training.config import TrainConfig
@@ -35,6 +36,11 @@ def say_extrapolation(command: str, least: float, most: float, beta_min: float, 
             file=sys.stderr,
         )
     return outside
+
+
+def say_source(command: str, source: SampleSource) -> None:
+    """Write to stderr what a command's samples are drawn from, so that stdout holds only what it made."""
+    print(f"movae {command}: {source.sentence}", file=sys.stderr)
 
 
 def new_outdir(folder: Path) -> Path:

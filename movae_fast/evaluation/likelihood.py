@@ -58,33 +58,36 @@ def elbo_metrics(
 @torch.no_grad()
 def elbo(
     model: GaussianVAE, batches: Iterable[tuple[Tensor, Tensor]], dist: ReconsDist, seed: int
-) -> tuple[dict[str, float], Tensor]:
+) -> tuple[dict[str, float], Tensor | None]:
     """Return rate, distortion, ELBO and active units over the batches as metrics, and the rate of each latent
     [D].
 
     For a proper likelihood the metrics include `nats` (the negative ELBO) and `bits_per_dim`, from the same
-    draws.
+    draws. Under a VampPrior the rate is that of these draws, and a latent alone has none: None.
     """
     likelihood = model.likelihood_as(dist)
     generator = torch.Generator().manual_seed(seed)
     distortion, count = 0.0, 0
-    rates: Tensor | None = None
+    log_prior = None if model.pseudo_inputs is None else model.log_prior()
+    rates = torch.zeros((), dtype=torch.float64, device=model.device)  # [D] in the end, or [] under a VampPrior
     means: list[Tensor] = []
     for x, _ in batches:
         mu, logvar = (v.double() for v in model.encode(x))
         noise = torch.randn(mu.shape, generator=generator).to(mu)
         z = mu + torch.exp(0.5 * logvar) * noise
         distortion -= float(log_likelihood(model.decode(z.to(x)), x, likelihood).sum())
-        part = kl_of_latents(mu, logvar).sum(0)
-        rates = part if rates is None else rates + part
+        if log_prior is None:
+            rates = rates + kl_of_latents(mu, logvar).sum(0)
+        else:
+            rates = rates + (gaussian_log_density(z, mu, logvar).sum(1) - log_prior(z)).sum()
         means.append(mu)
         count += len(x)
-    assert rates is not None
     rates = (rates / count).cpu()
     rate, distortion = float(rates.sum()), distortion / count
     spread = torch.cat(means).var(0, unbiased=False)
     active = int((spread > ACTIVE_VARIANCE).sum())
-    return elbo_metrics(rate, distortion, active, likelihood, math.prod(model.image_shape)), rates
+    metrics = elbo_metrics(rate, distortion, active, likelihood, math.prod(model.image_shape))
+    return metrics, rates if log_prior is None else None
 
 
 @torch.no_grad()
@@ -105,7 +108,7 @@ def importance_weighted_bound(
     if dist == "gaussian_optimal":
         raise ValueError("the importance-weighted bound is of a likelihood; gaussian_optimal fits its variance")
     likelihood = model.likelihood_as(dist)
-    generator = torch.Generator().manual_seed(seed)
+    generator, log_prior = torch.Generator().manual_seed(seed), model.log_prior()
 
     def log_weights(x: Tensor) -> Callable[[int], Tensor]:
         mu, logvar = (v.double() for v in model.encode(x))
@@ -115,7 +118,7 @@ def importance_weighted_bound(
             z = mu + torch.exp(0.5 * logvar) * noise
             posterior = gaussian_log_density(z, mu.expand_as(z), logvar.expand_as(z)).sum(1)
             log_p = log_likelihood(model.decode(z.to(x)), x.expand(k, -1, -1, -1), likelihood)
-            return log_p + log_standard_normal(z) - posterior
+            return log_p + log_prior(z) - posterior
 
         return draw
 

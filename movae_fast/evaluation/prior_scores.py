@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from movae_fast.choices import ReconsDist
-from movae_fast.evaluation.likelihood import log_likelihood, log_standard_normal
+from movae_fast.evaluation.likelihood import log_likelihood
 from movae_fast.models import GaussianVAE
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.priors.codes import usage_bits
@@ -54,12 +54,15 @@ def latent_scores(
     dist: ReconsDist,
     seed: int,
 ) -> dict[str, float]:
-    """Return the ELBO in nats per image, with N(0, I) and with the fitted prior, from the same draws.
+    """Return the ELBO in nats per image, with the model's own prior and with the fitted one, of the same draws.
+
+    The own prior is N(0, I), or a VampPrior; the scores are named after it.
 
     Each is E_q[log p(x|z) + log p(z) - log q(z|x)] with one draw per posterior; `rate` is that without log
     p(x|z).
     """
-    likelihood = model.likelihood_as(dist)
+    likelihood, log_prior = model.likelihood_as(dist), model.log_prior()
+    own = "standard_normal" if model.pseudo_inputs is None else "vamp"
     generator = torch.Generator().manual_seed(seed)
     sums, count = torch.zeros(3, dtype=torch.float64), 0
     for x, _ in batches:
@@ -68,15 +71,15 @@ def latent_scores(
         posterior = gaussian_log_density(z, mu, logvar).sum(1)
         log_p = log_likelihood(model.decode(z.to(x)), x, likelihood)
         under = prior.log_prob(z)  # type: ignore[operator]
-        parts = (log_p, posterior - log_standard_normal(z), posterior - under.double())
+        parts = (log_p, posterior - log_prior(z), posterior - under.double())
         sums += torch.stack([part.sum() for part in parts]).cpu()
         count += len(x)
-    log_p_mean, standard, replaced = (sums / count).tolist()
+    log_p_mean, before, replaced = (sums / count).tolist()
     return {
         "distortion": -log_p_mean,
-        "rate_standard_normal": standard,
+        f"rate_{own}": before,
         "rate": replaced,
-        "elbo_standard_normal": log_p_mean - standard,
+        f"elbo_{own}": log_p_mean - before,
         "elbo": log_p_mean - replaced,
-        "elbo_gain": standard - replaced,
+        "elbo_gain": before - replaced,
     }

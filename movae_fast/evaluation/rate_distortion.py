@@ -23,6 +23,7 @@ from movae_fast.evaluation.hierarchy import ACTIVE_RATE, channel_rates, group_no
 from movae_fast.evaluation.likelihood import summed_error
 from movae_fast.models import LSTMVAE, NVAE, VAE, GaussianVAE, Likelihood, Noise, ProVLAE
 from movae_fast.objectives import kl_of_latents
+from movae_fast.reference import gaussian_log_density
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import ACTIVE_VARIANCE
 
@@ -106,6 +107,7 @@ def one_pass(
     """Measure a model with a Gaussian posterior at up to `rows` betas in one pass over the images; see
     `curve_points`."""
     k, n, done = len(betas), len(noise), 0
+    log_prior = None if model.pseudo_inputs is None else model.log_prior()
     likelihood = model.likelihood_as(dist)
     sums: tuple[Tensor, ...] | None = None
     for images, _ in loader.epoch():
@@ -115,7 +117,7 @@ def one_pass(
             wanted = x.repeat(k, *(1,) * (x.dim() - 1))
             part = (
                 errors(model, z.flatten(0, 1), wanted, likelihood).view(k, -1).sum(1),
-                kl_of_latents(mu, logvar).sum((1, 2)),
+                rates_of_draws(z, mu, logvar, log_prior),
                 mu.sum(1),
                 mu.square().sum(1),
             )
@@ -127,6 +129,19 @@ def one_pass(
     distortion, rate, first, second = ((s / n).cpu() for s in sums)
     active = (second - first.square() > ACTIVE_VARIANCE).sum(1)
     return points_of(betas, rate, distortion, active)
+
+
+def rates_of_draws(
+    z: Tensor,  # [K, B, D]
+    mu: Tensor,  # [K, B, D]
+    logvar: Tensor,  # [K, B, D]
+    log_prior: Callable[[Tensor], Tensor] | None,
+) -> Tensor:  # [K]
+    """Return the images' summed rate in nats at each beta: exact to N(0, I), else of the draws z."""
+    if log_prior is None:
+        return kl_of_latents(mu, logvar).sum((1, 2))
+    posterior = gaussian_log_density(z, mu, logvar).sum(2)
+    return (posterior - log_prior(z.flatten(0, 1)).unflatten(0, z.shape[:2])).sum(1)
 
 
 def errors(model: GaussianVAE, z: Tensor, wanted: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64

@@ -23,31 +23,25 @@ def decode_images(model: VAE, z: Tensor, batch_size: int, normalize: bool) -> Te
     return to_unit(torch.cat([model.to_image(model.decode(part)) for part in z.split(batch_size)]), normalize)
 
 
-def sample_images(
-    model: VAE,
-    n: int,
-    batch_size: int,
-    generator: torch.Generator,
-    normalize: bool,
-    temperature: float = 1.0,
-) -> Tensor:  # [n, C, S, S] in [0, 1]
-    """Return n images from the model's prior, drawn batch_size at a time.
-
-    temperature: the factor on the standard deviation of the prior; for a hierarchy, of each group's prior.
-        Raises ArgumentError for a codebook, which has no standard deviation, unless it is 1.
-    """
+def check_temperature(model: VAE, temperature: float) -> None:
+    """Raise ArgumentError for the temperature of a codebook without a prior, unless it is 1."""
     if temperature != 1 and model.latents == "codebook":
         raise ArgumentError(f"temperature {temperature:g}: a codebook has no standard deviation; leave it out")
-    sizes = [min(batch_size, n - first) for first in range(0, n, batch_size)]
-    return torch.cat([to_unit(_drawn(model, size, generator, temperature), normalize) for size in sizes])
 
 
-def _drawn(model: VAE, n: int, generator: torch.Generator, temperature: float) -> Tensor:
+def draw_images(
+    model: VAE, n: int, generator: torch.Generator, temperature: float = 1.0
+) -> Tensor:  # [n, C, S, S] in the model's range
+    """Return n images from the model's own prior.
+
+    temperature: the factor on the standard deviation of the prior; for a hierarchy, of each group's prior.
+        A codebook has none (see `check_temperature`).
+    """
     if isinstance(model, NVAE):
         return model.sample(n, generator, temperature)
-    if temperature == 1:
-        return model.sample(n, generator)
-    return model.to_image(model.decode(temperature * model.sample_latents(n, generator)))
+    if isinstance(model, GaussianVAE):
+        return model.to_image(model.decode(model.sample_latents(n, generator, temperature)))
+    return model.sample(n, generator)
 
 
 @torch.no_grad()
@@ -71,7 +65,7 @@ def estimate_statistics(
         norm.momentum = None  # a mean over all batches
         norm.train()
     for _ in range(passes):
-        _drawn(model, batch_size, generator, temperature)
+        draw_images(model, batch_size, generator, temperature)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

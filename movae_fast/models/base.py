@@ -20,6 +20,8 @@ from movae_fast.choices import Activation, Gate, LatentKind, ReconsDist
 from movae_fast.models.buffers import keeping_buffers
 from movae_fast.models.likelihoods import Likelihood, at_least_float32, make_likelihood
 from movae_fast.models.rates import Rates
+from movae_fast.models.vamp import Components, PseudoInputs, draw_from, mixture_log_density
+from movae_fast.reference import gaussian_log_density
 
 Norm = Literal["batch", "layer", "none"]
 
@@ -54,6 +56,7 @@ class GaussianOutput(NamedTuple):
     beta: Tensor | None = None  # [B] or [1] weight of each example's rate, of a multi-rate model
     again: tuple[Tensor, ...] = ()  # (mu, logvar) [B, D] of the reconstructions, where asked for
     returned: Tensor | None = None  # [B, D] mu of the images decoded from `prior`, where asked for
+    components: Components | None = None  # of a VampPrior; None where the prior is N(0, I)
 
 
 class HierarchyOutput(NamedTuple):
@@ -302,6 +305,11 @@ class VAE(nn.Module):
         """Return the modules that map latents to an image, with the output layer last."""
         raise NotImplementedError
 
+    @property
+    def prior_words(self) -> str:
+        """Return what the model's own prior is called in a sentence."""
+        return "the model's own prior"
+
     def sample_latents(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n latents [n, D] from the prior."""
         return torch.randn(n, self.latent_dim, generator=generator).to(self.device)
@@ -323,13 +331,16 @@ class VAE(nn.Module):
 
 
 class GaussianVAE(VAE):
-    """Model images with the posterior N(mu, diag exp(logvar)) and the prior N(0, I).
+    """Model images with the posterior N(mu, diag exp(logvar)) and the prior N(0, I), or a VampPrior.
 
     Subclasses build `encoder` (images to [B, H]), the heads `mu` and `logvar` ([B, H] to [B, D]), and `decoder`
     ([B, D] to preactivations).
 
     The multi-rate form (`make_multirate`) has `rates`: in training the noise holds each example's log beta; in
     evaluation all methods use the beta of `set_beta`.
+
+    With `pseudo_inputs` the prior is the mixture of their posteriors (`models.vamp`). It depends on the shared
+    part, so in training `encode` also returns the mixture's means and log-variances [K, D]: they are features.
     """
 
     latents = "vector"
@@ -341,6 +352,15 @@ class GaussianVAE(VAE):
     mu: nn.Module
     logvar: nn.Module
     decoder: nn.Module
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        activation: Activation,
+        likelihood: Likelihood | None = None,
+    ) -> None:
+        super().__init__(image_shape, activation, likelihood)
+        self.pseudo_inputs: PseudoInputs | None = None
 
     @property
     def passes_again(self) -> bool:
@@ -370,7 +390,18 @@ class GaussianVAE(VAE):
         # Contiguous, as every copy of a draw is: a compiled step would compile anew for other strides.
         return Noise(drawn[:, :-1].contiguous(), log_beta=drawn[:, -1].contiguous())
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.pseudo_inputs is None or not self.training:
+            return self.posterior(x)
+        return *self.posterior(x), *self.components()
+
+    def components(self) -> Components:
+        """Return the Gaussians of the VampPrior: the posteriors of the pseudo-inputs."""
+        assert self.pseudo_inputs is not None
+        return Components(*self.posterior(self.pseudo_inputs()))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the means and log-variances [B, D] of the posteriors of images x [B, C, S, S]."""
         h = self.encoder(x)
         with torch.autocast(h.device.type, enabled=False):  # bfloat16 would round the posterior's parameters
             h = at_least_float32(h)
@@ -380,7 +411,7 @@ class GaussianVAE(VAE):
         return self.decoder(z)
 
     def forward_features(self, features: tuple[Tensor, ...], noise: Noise | None = None) -> GaussianOutput:
-        mu, logvar = features
+        mu, logvar, *of_prior = features
         noise = self.draw_noise(len(mu)) if noise is None else noise
         if noise.latent.shape[1] == self.latent_dim:
             z = mu + torch.exp(0.5 * logvar) * noise.latent
@@ -388,7 +419,11 @@ class GaussianVAE(VAE):
             several = noise.latent.unflatten(1, (-1, self.latent_dim))
             z = (mu[:, None] + torch.exp(0.5 * logvar)[:, None] * several).flatten(0, 1)
         beta = None if self.rates is None else self.rates.current(self.training, mu).exp()
-        out = GaussianOutput(at_least_float32(self.decode(z)), mu, logvar, z, noise.prior, beta)
+        components = Components(*of_prior) if of_prior else None
+        if components is None and self.pseudo_inputs is not None:
+            components = self.components()
+        image = at_least_float32(self.decode(z))
+        out = GaussianOutput(image, mu, logvar, z, noise.prior, beta, components=components)
         return self.encoded_again(out) if self.passes_again else out
 
     def encoded_again(self, out: GaussianOutput) -> GaussianOutput:
@@ -399,16 +434,37 @@ class GaussianVAE(VAE):
         """
         with keeping_buffers(self):
             if self.encodes_again:
-                out = out._replace(again=self.encode(self.to_image(out.preactivation)))
+                out = out._replace(again=self.posterior(self.to_image(out.preactivation)))
             if self.returns:
                 assert out.prior is not None
                 image = self.to_image(at_least_float32(self.decode(out.prior)))
-                out = out._replace(returned=self.encode(image)[0])
+                out = out._replace(returned=self.posterior(image)[0])
         return out
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        mu, _ = self.encode(x)
+        mu, _ = self.posterior(x)
         return self.to_image(self.decode(mu))
+
+    @property
+    def prior_words(self) -> str:
+        if self.pseudo_inputs is not None:
+            return f"the VampPrior of {len(self.pseudo_inputs.values):,} pseudo-inputs, the model's own prior"
+        return "N(0, I), the model's own prior"
+
+    def log_prior(self) -> Callable[[Tensor], Tensor]:
+        """Return the prior's log density in nats, a function from latents [N, D] to [N] in their dtype."""
+        if self.pseudo_inputs is None:
+            return lambda z: gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+        components = self.components()
+        return lambda z: mixture_log_density(z, components)
+
+    def sample_latents(
+        self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw n latents [n, D] from the prior, whose standard deviations are multiplied by `temperature`."""
+        if self.pseudo_inputs is not None:
+            return draw_from(self.components(), n, generator, temperature)
+        return temperature * super().sample_latents(n, generator)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.to_image(self.decode(self.sample_latents(n, generator)))

@@ -225,7 +225,7 @@ class LSTMVAE(GaussianVAE):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._tokens = x
-        return super().encode(x)
+        return self.posterior(x)
 
     def forward_features(  # type: ignore[override]
         self, features: tuple[Tensor, ...], noise: Noise | None = None

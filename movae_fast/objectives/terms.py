@@ -13,6 +13,7 @@ from torch import Tensor
 from movae_fast import ops
 from movae_fast.choices import ReconsReduction
 from movae_fast.models import GaussianOutput, HierarchyOutput, Likelihood, VQOutput
+from movae_fast.models.vamp import Components, mixture_log_density
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
 
@@ -140,10 +141,25 @@ def kl_of_latents(
 
 
 def rate(out: GaussianOutput | HierarchyOutput | VQOutput) -> Tensor | None:  # [B]
-    """Return each image's KL from posterior to prior in nats [B]; None for a codebook, which has no prior."""
+    """Return each image's KL from posterior to prior in nats [B]; None for a codebook, which has no prior.
+
+    To a VampPrior it is the estimate of one draw.
+    """
     if isinstance(out, HierarchyOutput):
         return torch.cat(list(out.kl), 1).sum(1)
+    if isinstance(out, GaussianOutput) and out.components is not None:
+        return rate_of_draws(out.z, out.mu, out.logvar, out.components)
     return kl_of_latents(out.mu, out.logvar).sum(1) if isinstance(out, GaussianOutput) else None
+
+
+def rate_of_draws(
+    z: Tensor,  # [B, D] a draw from each posterior
+    mu: Tensor,  # [B, D]
+    logvar: Tensor,  # [B, D]
+    components: Components,  # of the prior
+) -> Tensor:  # [B]
+    """Return log q(z|x) - log p(z) in nats, whose mean over draws is the KL from a posterior to a mixture."""
+    return gaussian_log_density(z, mu, logvar).sum(1) - mixture_log_density(z, components)
 
 
 def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:

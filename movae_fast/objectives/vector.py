@@ -169,6 +169,9 @@ def _kl(b: Outcome) -> Tensor:
         return b.kl_of_groups(0)
     if (parts := b.importance()) is not None:
         return terms.batch_mean((parts.weights * parts.log_ratio).sum(1), b.sample_weight)
+    if isinstance(b.out, GaussianOutput) and b.out.components is not None:
+        rates = terms.rate_of_draws(b.out.z, b.out.mu, b.out.logvar, b.out.components)
+        return terms.batch_mean(rates, b.sample_weight)
     free = b.out.free_bits if isinstance(b.out, TextOutput) else 0.0
     return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta, free)
 

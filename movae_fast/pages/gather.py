@@ -16,11 +16,11 @@ from movae_fast.data import Loader, to_unit
 from movae_fast.evaluation.curve_runs import of_images
 from movae_fast.evaluation.measure import Report, measure_elbo
 from movae_fast.evaluation.rate_distortion import curve_points, log_spaced, nominal_beta
-from movae_fast.evaluation.sampling import sample_images
+from movae_fast.evaluation.sample_source import SampleSource, find_source
 from movae_fast.evaluation.trained import adapt_config, beta_kept
 from movae_fast.models import NVAE, GaussianVAE
 from movae_fast.models.codebook_vae import CodebookVAE
-from movae_fast.names import first_line
+from movae_fast.names import ArgumentError, first_line
 from movae_fast.pages.answers import (
     Answer,
     BetaPoint,
@@ -39,9 +39,6 @@ from movae_fast.pages.charts import (
     usage_chart,
 )
 from movae_fast.pages.sheets import sheets_of
-from movae_fast.priors.base import find_prior, load_prior
-from movae_fast.priors.choice import Choice
-from movae_fast.priors.sampling import prior_images
 from movae_fast.training.build import Trained, load_trained, make_loader
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.log_lines import read_lines
@@ -177,24 +174,20 @@ def add_model(page: RunPage, trained: Trained, loader: Loader, options: Options)
 def samples_of(page: RunPage, trained: Trained, options: Options) -> tuple[Tensor, str]:
     """Return samples [n, C, S, S] in [0, 1], and a sentence on what they are drawn from: the prior that was
     fitted to the run, where there is one, or the model's own."""
-    model, n = trained.model, options.images
-    normalize = trained.config.data.normalize
-    generator = torch.Generator().manual_seed(options.seed)
-    path = None if model.latents == "hierarchy" else find_prior(page.path, "auto")
-    if path is not None:
-        try:
-            fitted, prior = load_prior(path, trained.config, model)
-        except ValueError as error:  # of other weights
-            page.notes.append(f"The fitted prior is not used: {first_line(error)}")
-            path = None
-    if path is None:
-        if model.latents == "codebook":
-            of = "drawn code by code, without a fitted prior: texture and no shape (movae prior fits one)"
-        else:
-            of = "decoded from draws of the prior"
-        return sample_images(model, n, options.batch_size, generator, normalize), of
-    images = prior_images(model, prior, fitted.kind, n, options.batch_size, generator, Choice(), None)
-    return to_unit(torch.cat(list(images)), normalize), f"drawn from the fitted prior ({fitted.kind})"
+    model = trained.model
+    try:
+        source = find_source(page.path, trained.config, model)
+    except ArgumentError as error:  # of other weights
+        page.notes.append(f"The fitted prior is not used: {first_line(error)}")
+        source = SampleSource(model)
+    if source.fitted is not None:
+        of = f"drawn from the fitted prior ({source.fitted.config.kind})"
+    elif source.is_prior:
+        of = f"decoded from draws of {model.prior_words}"
+    else:
+        of = "drawn code by code, without a fitted prior: texture and no shape (movae prior fits one)"
+    parts = source.images(options.images, options.batch_size, torch.Generator().manual_seed(options.seed))
+    return to_unit(torch.cat(list(parts)), trained.config.data.normalize), of
 
 
 def add_codebook(page: RunPage, model: CodebookVAE, loader: Loader) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from movae_fast.data import Loader, to_unit
-from movae_fast.models import NVAE, VAE, GaussianVAE
+from movae_fast.evaluation.sample_source import SampleSource
+from movae_fast.models import GaussianVAE
 from movae_fast.models.vq_vae import VQVAE
 from movae_fast.pages.sheets import latent_name
 from movae_fast.pictures import to_pixels
@@ -25,8 +26,8 @@ SIDE = 320  # pixels of an image on the page
 class Viewer:
     """Hold a model in evaluation mode, and its test images where they are there; compute what a page shows."""
 
-    def __init__(self, model: VAE, normalize: bool, loader: Loader | None) -> None:
-        self.model, self.normalize, self.loader = model, normalize, loader
+    def __init__(self, source: SampleSource, normalize: bool, loader: Loader | None) -> None:
+        self.source, self.model, self.normalize, self.loader = source, source.model, normalize, loader
 
     @property
     def images(self) -> int:
@@ -63,8 +64,16 @@ class Viewer:
         return self.pixels(x), self.model.encode(x)[0].float().cpu()
 
     def draw(self, seed: int) -> Tensor:  # [1, D]
-        """Return a draw of latents from the prior."""
-        return self.model.sample_latents(1, torch.Generator().manual_seed(seed)).float().cpu()
+        """Return a draw of latents from the prior that was fitted, or the model's own."""
+        return self.source.latents(1, torch.Generator().manual_seed(seed)).float().cpu()
+
+    @torch.no_grad()
+    def sample(self, seed: int, temperature: float = 1.0, log10_beta: float = 0.0) -> np.ndarray:
+        """Return an image drawn from the prior that was fitted, or the model's own."""
+        self.set_beta(log10_beta)
+        generator = torch.Generator().manual_seed(seed)
+        (image,) = self.source.images_at(temperature, 1, 1, generator)
+        return self.pixels(image)
 
     @torch.no_grad()
     def codes_of(self, number: int) -> tuple[np.ndarray, list[list[int]]]:
@@ -91,9 +100,9 @@ class Viewer:
         return self.pixels(self.model.to_image(self.model.decode(self.model.lookup(index))))
 
     def random_codes(self, seed: int) -> list[list[int]]:
-        """Return a map of codes, each drawn by how often training chose it."""
-        assert isinstance(self.model, VQVAE)
-        return self.model.sample_codes(1, torch.Generator().manual_seed(seed))[0].tolist()
+        """Return a map of codes from the prior that was fitted; without one, each by how often training chose
+        it."""
+        return self.source.codes(1, torch.Generator().manual_seed(seed))[0].tolist()
 
 
 def page(viewer: Viewer, title: str) -> Any:
@@ -140,7 +149,7 @@ def latents_page(gr: Any, viewer: Viewer) -> None:
             number = gr.Number(0, label="test image, by number", precision=0, visible=viewer.images > 0)
             take = gr.Button("Latents of this test image", visible=viewer.images > 0)
             seed = gr.Number(0, label="seed", precision=0)
-            draw = gr.Button("Draw latents from the prior")
+            draw = gr.Button(f"Draw latents from {viewer.source.name}")
             sliders = [
                 gr.Slider(-REACH, REACH, value=0, step=0.05, label=latent_name(model, k)) for k in range(count)
             ]
@@ -177,7 +186,9 @@ def codes_page(gr: Any, viewer: Viewer) -> None:
         number = gr.Number(0, label="test image, by number", precision=0, visible=viewer.images > 0)
         take = gr.Button("Codes of this test image", visible=viewer.images > 0)
         seed = gr.Number(0, label="seed", precision=0)
-        draw = gr.Button("Draw codes by how often they are used")
+        fitted = viewer.source.fitted is not None
+        how = f"from {viewer.source.name}" if fitted else "by how often they are used"
+        draw = gr.Button(f"Draw codes {how}")
     codes = gr.Dataframe(
         start[1], type="array", datatype="number", interactive=True, label="the codes: change a cell"
     )
@@ -199,21 +210,18 @@ def codes_page(gr: Any, viewer: Viewer) -> None:
 
 
 def draws_page(gr: Any, viewer: Viewer) -> None:
-    """Lay out draws from the prior of a hierarchy or of several codebooks, which are too many for sliders."""
+    """Lay out draws of a hierarchy or of several codebooks, which are too many for sliders."""
     beta = beta_slider(gr, viewer)
-    warm = isinstance(viewer.model, NVAE)
-    warmth = gr.Slider(0.1, 1.2, value=0.8, step=0.05, label="temperature of the priors", visible=warm)
+    warm = viewer.source.is_prior
+    warmth = gr.Slider(
+        0.1, 1.2, value=0.8 if warm else 1.0, step=0.05, label="temperature of the prior", visible=warm
+    )
     seed = gr.Number(0, label="seed", precision=0)
     button = gr.Button("Draw")
     image = gr.Image(label="sample", interactive=False)
 
-    @torch.no_grad()
     def drawn(k: float, temperature: float, log10_beta: float) -> np.ndarray:
-        viewer.set_beta(log10_beta)
-        generator = torch.Generator().manual_seed(int(k))
-        if isinstance(viewer.model, NVAE):
-            return viewer.pixels(viewer.model.sample(1, generator, temperature))
-        return viewer.pixels(viewer.model.sample(1, generator))
+        return viewer.sample(int(k), temperature, log10_beta)
 
     button.click(drawn, [seed, warmth, beta], image, api_name="draw", **ONE)
 

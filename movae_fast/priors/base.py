@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from movae_fast.lazy import resolve
 from movae_fast.models import VAE
-from movae_fast.names import nearest, shown
+from movae_fast.names import ArgumentError, nearest, shown
 from movae_fast.priors.catalog import KINDS, WORDS, kinds_for
 from movae_fast.priors.codes import Grid, Grids, grids_of
 from movae_fast.priors.config import PriorConfig
@@ -99,7 +99,8 @@ def prior_paths(run: Path) -> list[Path]:
 def find_prior(run: Path, name: str) -> Path | None:
     """Return the file of the prior called `name`, or None.
 
-    "auto" is the latest one, or None if there is none; "none" is None. Raises ValueError for an unknown name.
+    "auto" is the latest one, or None if there is none; "none" is None. Raises ArgumentError for an unknown
+    name.
     """
     paths = prior_paths(run)
     if name == "none" or (name == "auto" and not paths):
@@ -109,31 +110,33 @@ def find_prior(run: Path, name: str) -> Path | None:
     names = {path.parent.name: path for path in paths}
     if name not in names:
         has = f"it has {', '.join(names)}" if names else "it has none: fit one with movae prior"
-        raise ValueError(f"--prior {name}: {shown(run)} has no such prior{nearest(name, names)}; {has}")
+        raise ArgumentError(f"prior {name}: {shown(run)} has no such prior{nearest(name, names)}; {has}")
     return names[name]
 
 
 def load_prior(path: Path, trained: TrainConfig, model: VAE) -> tuple[PriorConfig, nn.Module]:
     """Return the settings and the fitted prior in a file, in evaluation mode and on the model's device.
 
-    Raises ValueError if it was fitted to another run, to other weights, or to codes of another grid.
+    Raises ArgumentError if it was fitted to another run, to other weights, or to codes of another grid.
     """
     content = checkpoint.load(path)
     if "prior" not in content:
-        raise ValueError(f"{shown(path)} is no prior of movae-fast")
+        raise ArgumentError(f"prior {shown(path)} is no prior of movae-fast")
     config, of = PriorConfig(**content["prior"]), content["of"]
+    again = f"fit it again (movae prior RUN --kind {config.kind} --name NEW), or draw without it (prior none)"
+
+    def refuse(of_prior: str, of_model: str) -> ArgumentError:
+        return ArgumentError(f"prior {shown(path)} is {of_prior}, the model has {of_model}: {again}")
+
     grids = tuple(Grid(*grid) for grid in of["grids"])
     own = grids_of(model) if model.latents == "codebook" else ()
-    again = f"fit it again (movae prior RUN --kind {config.kind} --name NEW), or leave it out (--prior none)"
     if grids != own:
-        raise ValueError(f"{shown(path)} is over codes {words(grids)}, the model has {words(own)}: {again}")
+        raise refuse(f"over codes {words(grids)}", words(own))
     known = identity(trained, model, "train")
     if known["weights"] != of["weights"]:
-        raise ValueError(
-            f"{shown(path)} is of weights {of['weights'][:12]}, the model has {known['weights'][:12]}: {again}"
-        )
+        raise refuse(f"of weights {of['weights'][:12]}", known["weights"][:12])
     if known["beta"] != of["beta"]:
-        raise ValueError(f"{shown(path)} was fitted at beta {of['beta']}, here it is {known['beta']}: {again}")
+        raise refuse(f"of beta {of['beta']}", f"{known['beta']}")
     prior = build_prior(config, tuple(content["shape"]), grids, content["classes"])
     checkpoint.load_model(prior, content["model"], path)
     return config, prior.to(model.device).eval()

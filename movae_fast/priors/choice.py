@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from movae_fast.choices import Order
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -16,15 +18,20 @@ class Choice:
     temperature: what the logits are divided by. top_k: keep only this many most probable codes; 0 keeps all.
     top_p: keep only the most probable codes whose probabilities add up to this. guidance: the scale of
     classifier-free guidance (Ho and Salimans 2022); 1 uses the logits given the label unchanged.
+    order: of maskgit, whether a pass fills in the next places of a Halton sequence, or those of whose codes the
+    network is most confident. order_noise: the scale of the Gumbel noise on that confidence at the first pass.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     guidance: float = 1.0
+    order: Order = "halton"
+    order_noise: float = 4.5
 
 
 PLAIN = Choice()
+BELOW_ONE = 1 - 2**-52  # times any float64 it is a smaller number
 
 
 def guided(logits: Tensor, guidance: float) -> Tensor:
@@ -41,7 +48,8 @@ def guided(logits: Tensor, guidance: float) -> Tensor:
 
 def probabilities(logits: Tensor, choice: Choice) -> Tensor:  # [n, K] float64
     """Return the probabilities with which codes are drawn, after temperature and truncation."""
-    p = torch.softmax(logits.double() / choice.temperature, -1)
+    logits = logits.double()
+    p = torch.softmax(logits if choice.temperature == 1 else logits / choice.temperature, -1)
     if choice.top_k and choice.top_k < p.shape[-1]:
         least = p.topk(choice.top_k, -1).values[..., -1:]
         p = torch.where(p < least, 0.0, p)
@@ -56,10 +64,9 @@ def pick(p: Tensor, uniform: Tensor) -> Tensor:  # [n] int64
     """Return the codes that uniform numbers [n] in [0, 1) select from distributions p [n, K], which need not be
     normalised."""
     cumulative = p.cumsum(-1)
-    at = uniform.double()[..., None] * cumulative[..., -1:]
-    # A number below the sum lies below it after rounding, too, where the last code with p > 0 ends.
-    last = (p > 0).double().mul(torch.arange(1, p.shape[-1] + 1, device=p.device)).argmax(-1)
-    return torch.minimum((cumulative <= at).sum(-1), last)
+    # The product with the sum lies below the sum after rounding, too: where the last code with p > 0 ends.
+    at = uniform.double().clamp(max=BELOW_ONE)[..., None] * cumulative[..., -1:]
+    return (cumulative <= at).sum(-1)
 
 
 def label_rows(label: Tensor | None, n: int, choice: Choice, device: torch.device) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from movae_fast.priors.cached_steps import CachedSteps
 from movae_fast.priors.choice import PLAIN, Choice, guided, label_rows, pick, probabilities
 from movae_fast.priors.transformer import CausalPrior
 from movae_fast.training.cuda_graph import CudaGraphs, Recordings
@@ -34,27 +36,40 @@ def draw_codes(
     On CUDA a step is recorded as one CUDA graph per map and replayed for each of its places.
     """
     device = prior.head.weight.device
-    n, length = uniform.shape
-    labels = label_rows(label, n, choice, device)
-    cache = prior.new_cache(len(labels))
-    on_gpu = device.type == "cuda"
-    steps = Recordings(CudaGraphs(device) if on_gpu else None, lambda done: done, lambda: None)
-    twice = 1 if choice.guidance == 1 else 2
+    labels = label_rows(label, len(uniform), choice, device)
     columns = uniform.to(device).t().contiguous()
-    x = prior.label_vectors(labels, len(labels))
-    codes = torch.zeros(n, length, dtype=torch.int64, device=device)
+    if device.type == "cuda":
+        return codes_of_steps(prior, columns, labels, choice, CudaGraphs(device))
+    with torch.inference_mode():  # where torch spends less on each small operation
+        codes = codes_of_steps(prior, columns, labels, choice, None)
+    return codes.clone()
+
+
+def codes_of_steps(
+    prior: CausalPrior,
+    columns: Tensor,  # [T, n]
+    labels: Tensor,  # [n], or with guidance [2n]
+    choice: Choice,
+    graphs: CudaGraphs | None,
+) -> Tensor:  # [n, T] int64
+    """Draw one code after the other; with `graphs`, all places of a map run the same kernels."""
+    length, n = columns.shape
+    cached = CachedSteps(prior, len(labels))
+    steps = Recordings(graphs, lambda done: done, lambda: None)
+    x, every = prior.label_vectors(labels, len(labels)), torch.arange(length, device=columns.device)
+    codes = torch.zeros(n, length, dtype=torch.int64, device=columns.device)
     for number in range(len(prior.grids)):
-        places = prior.places_of(number)
+        places, start = prior.places_of(number), prior.starts[number]
         for t in range(places.start, places.stop):
-            span = None if on_gpu else t + 1
+            span = t + 1 if graphs is None else None
 
             def one(x: Tensor, position: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-                logits = guided(prior.step(x, cache, position, span, number), choice.guidance)  # noqa: B023
+                logits = guided(cached.logits(x, position, span, number), choice.guidance)  # noqa: B023
                 code = pick(probabilities(logits, choice), u)
-                return code, prior.tokens(code + prior.starts[number]).repeat(twice, 1)  # noqa: B023
+                token = F.embedding(code + start, prior.tokens.weight)  # noqa: B023
+                return code, token if len(labels) == n else token.repeat(2, 1)
 
-            position = torch.tensor([t], device=device)
-            codes[:, t], x = steps(number, one, [x, position, columns[t]])
+            codes[:, t], x = steps(number, one, [x, every[t : t + 1], columns[t]])
     return codes
 
 

@@ -18,6 +18,7 @@ from movae_fast.priors.config import PriorConfig
 from movae_fast.priors.transformer import CodeTransformer, kept_labels
 
 PASSES = 8  # of a sample
+AT_ONCE = 32  # images whose probabilities at every place are held at a time
 
 
 class MaskedPrior(CodeTransformer):
@@ -99,6 +100,20 @@ def halton_order(height: int, width: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+def masked_after(passes: int, length: int) -> list[int]:
+    """Return how many of `length` codes are masked after each pass by the cosine schedule; 0 after the last.
+
+    Each pass fills in at least one code, so there are at most `length` passes.
+    """
+    count = min(passes, length)
+    left = masked_at(torch.arange(1, count + 1) / count, length).tolist()
+    left[-1] = 0
+    before = [length, *left]
+    for k in range(1, len(before)):
+        before[k] = max(0, min(before[k], before[k - 1] - 1))
+    return before[1:]
+
+
 @torch.no_grad()
 def draw_masked(
     prior: MaskedPrior,
@@ -108,29 +123,68 @@ def draw_masked(
     choice: Choice,
     passes: int = PASSES,
 ) -> Tensor:  # [n, T] int64
-    """Draw n code sequences, one map after the other, each filled in within `passes` passes in Halton order."""
+    """Draw n code sequences, one map after the other, each filled in within `passes` passes in the choice's
+    order."""
     device = prior.head.weight.device
     labels = label_rows(label, n, choice, device)
     codes = torch.zeros(n, prior.length, dtype=torch.int64, device=device)
     masked = torch.ones(n, prior.length, dtype=torch.bool, device=device)
     twice = len(labels) // n
     for number, grid in enumerate(prior.grids):
-        first, order = prior.places_of(number).start, torch.tensor(halton_order(grid.height, grid.width))
-        count = min(passes, grid.places)
-        left = masked_at(torch.arange(1, count + 1) / count, grid.places)
-        left[-1] = 0
-        done = 0
-        for behind in left.tolist():
-            until = max(done + 1, grid.places - behind)
-            here = (order[done:until]).to(device)
-            logits = prior.logits(codes.repeat(twice, 1), masked.repeat(twice, 1), labels)[number][:, here]
-            p = probabilities(guided(logits, choice.guidance), choice)
-            uniform = torch.rand(n, len(here), generator=generator).to(device)
-            codes[:, first + here], masked[:, first + here] = pick(p, uniform), False
-            done = until
-            if done >= grid.places:
-                break
+        here = prior.places_of(number)
+        left = masked_after(passes, grid.places)
+        for k, behind in enumerate(left, 1):
+            logits = prior.logits(codes.repeat(twice, 1), masked.repeat(twice, 1), labels)[number]
+            part = codes[:, here], masked[:, here], logits, choice
+            if choice.order == "confidence":
+                fill_by_confidence(*part, behind, choice.order_noise * (1 - k / len(left)), generator)
+            else:
+                done = grid.places - ([grid.places, *left])[k - 1]
+                order = torch.tensor(halton_order(grid.height, grid.width)[done : grid.places - behind])
+                fill_places(*part, order.to(device), generator)
     return codes
+
+
+def fill_places(
+    codes: Tensor,  # [n, T] of one map, filled in in place
+    masked: Tensor,  # [n, T] bool, likewise
+    logits: Tensor,  # [n, T, K], or with guidance [2n, T, K]
+    choice: Choice,
+    places: Tensor,  # [P] int64
+    generator: torch.Generator,
+) -> None:
+    """Draw codes at the given places."""
+    p = probabilities(guided(logits[:, places], choice.guidance), choice)
+    uniform = torch.rand(len(codes), len(places), generator=generator).to(p.device)
+    codes[:, places], masked[:, places] = pick(p, uniform), False
+
+
+def fill_by_confidence(
+    codes: Tensor,  # [n, T] of one map, filled in in place
+    masked: Tensor,  # [n, T] bool, likewise
+    logits: Tensor,  # [n, T, K], or with guidance [2n, T, K]
+    choice: Choice,
+    behind: int,
+    noise: float,
+    generator: torch.Generator,
+) -> None:
+    """Draw a code for every masked place and keep the most confident ones, so that `behind` stay masked.
+
+    The confidence is the log probability with which the code was drawn, plus `noise` times a Gumbel number
+    (Chang et al. 2022).
+    """
+    uniform = torch.rand(2, *codes.shape, generator=generator, dtype=torch.float64).to(codes.device)
+    drawn, confidence = torch.empty_like(codes), torch.empty_like(uniform[0])
+    scores = guided(logits, choice.guidance)
+    for rows in torch.arange(len(codes)).split(AT_ONCE):
+        p = probabilities(scores[rows], choice)
+        drawn[rows] = pick(p, uniform[0, rows])
+        of_code = p.gather(-1, drawn[rows][..., None])[..., 0] / p.sum(-1)
+        confidence[rows] = of_code.log() - noise * torch.log(-torch.log(uniform[1, rows].clamp_min(1e-300)))
+    confidence[~masked] = -torch.inf
+    rank = confidence.argsort(1, descending=True).argsort(1)
+    new = rank < int(masked[0].sum()) - behind
+    codes[new], masked[new] = drawn[new], False
 
 
 def draw_n(

@@ -11,7 +11,7 @@ from movae_fast.lazy import Later
 from movae_fast.models import VAE
 from movae_fast.names import ArgumentError
 from movae_fast.priors.catalog import KINDS
-from movae_fast.priors.choice import Choice
+from movae_fast.priors.choice import PLAIN, Choice
 from movae_fast.priors.codes import images_of
 from movae_fast.priors.config import PriorConfig
 
@@ -36,8 +36,35 @@ def check_choice(config: PriorConfig, classes: int, label: int | None, choice: C
     if choice.guidance != 1 and (not conditional or label is None):
         needs = "give a --label" if conditional else f"{config.folder} was fitted without labels"
         raise ArgumentError(f"guidance {choice.guidance:g} goes from no label towards one: {needs}")
+    if choice.order != PLAIN.order and config.kind != "maskgit":
+        raise ArgumentError(
+            f"order {choice.order}: {config.folder} is no maskgit, which alone has two orders; leave it out"
+        )
+    if choice.order_noise != PLAIN.order_noise and choice.order != "confidence":
+        raise ArgumentError(f"order_noise {choice.order_noise:g} is for order confidence; leave it out")
     if not over_codes and (choice.top_k or choice.top_p < 1):
         raise ArgumentError(f"decoding: {config.folder} is over latents and draws no codes; leave it out")
+
+
+@torch.no_grad()
+def draw_from_prior(
+    prior: nn.Module,
+    kind: str,
+    n: int,
+    generator: torch.Generator,
+    choice: Choice = PLAIN,
+    label: int | None = None,
+) -> Tensor:
+    """Return what a prior draws for n images: codes [n, T] int64, or latents [n, D] float32.
+
+    The random numbers come from the CPU, so that a seed gives the same codes on every device.
+    """
+    if KINDS[kind].latents == "codebook":
+        known = None if label is None else torch.full((n,), label)
+        codes: Tensor = DRAW_CODES[kind](prior, n, generator, known, choice)
+        return codes
+    z: Tensor = prior.sample(n, generator, choice.temperature)  # type: ignore[operator]
+    return z.float()
 
 
 @torch.no_grad()
@@ -51,15 +78,8 @@ def prior_images(
     choice: Choice,
     label: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield batches [B, C, S, S], in the model's range, of n images drawn from the prior.
-
-    The random numbers come from the CPU, so that a seed gives the same codes on every device.
-    """
+    """Yield batches [B, C, S, S], in the model's range, of n images drawn from the prior."""
     for first in range(0, n, batch_size):
-        size = min(batch_size, n - first)
-        if KINDS[kind].latents == "codebook":
-            known = None if label is None else torch.full((size,), label)
-            yield images_of(model, DRAW_CODES[kind](prior, size, generator, known, choice))
-        else:
-            z = prior.sample(size, generator, choice.temperature)  # type: ignore[operator]
-            yield model.to_image(model.decode(z.float()))
+        drawn = draw_from_prior(prior, kind, min(batch_size, n - first), generator, choice, label)
+        over_codes = KINDS[kind].latents == "codebook"
+        yield images_of(model, drawn) if over_codes else model.to_image(model.decode(drawn))

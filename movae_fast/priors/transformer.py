@@ -21,7 +21,7 @@ HEAD = 64  # width of an attention head
 
 
 class Attention(nn.Module):
-    """Attend among all positions of a sequence, or with a cache from one position to the earlier ones."""
+    """Attend among all positions of a sequence."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -40,30 +40,12 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
 
-    def step(
-        self,
-        x: Tensor,  # [B, 1, width]
-        cache: Tensor,  # [2, B, heads, T, 64]
-        position: Tensor,  # [1] int64
-        span: int | None,
-    ) -> Tensor:
-        """Attend from one position to itself and the earlier ones, whose keys and values are in the cache.
-
-        span: the number of these positions, if the host knows it. With None all T are read and later ones are
-        masked, so that every step runs the same kernels.
-        """
-        q, k, v = self.project(x)
-        cache[0].index_copy_(2, position, k.to(cache.dtype))
-        cache[1].index_copy_(2, position, v.to(cache.dtype))
-        mask = None
-        if span is None:
-            mask = torch.arange(cache.shape[3], device=x.device)[None] <= position
-        keys, values = cache[:, :, :, :span]
-        return self.out(F.scaled_dot_product_attention(q, keys, values, mask).transpose(1, 2).flatten(2))
-
 
 class Layer(nn.Module):
-    """Add attention and then a SwiGLU block to the sequence, each on its RMS-normalised input."""
+    """Add attention and then a SwiGLU block to the sequence, each on its RMS-normalised input.
+
+    `cached_steps` computes the same for one place at a time.
+    """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -81,11 +63,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         x = x + self.dropout(self.attention(self.before_attention(x), causal))
         return x + self.dropout(self.mlp(self.before_mlp(x)))
-
-    def step(self, x: Tensor, cache: Tensor, position: Tensor, span: int | None) -> Tensor:
-        """Compute the layer for one position with the cache, in evaluation mode."""
-        x = x + self.attention.step(self.before_attention(x), cache, position, span)
-        return x + self.mlp(self.before_mlp(x))
 
 
 class CodeTransformer(nn.Module):
@@ -134,9 +111,12 @@ class CodeTransformer(nn.Module):
 
     def logits_at(self, hidden: Tensor, number: int) -> Tensor:  # [..., K] float32
         """Return the logits of codes of map `number` from hidden [..., width]."""
+        return F.linear(self.norm(hidden), self.head_of(number)).float()
+
+    def head_of(self, number: int) -> Tensor:  # [K, width]
+        """Return the part of the output layer's weight that gives the logits of map `number`."""
         start = self.starts[number]
-        weight = self.head.weight[start : start + self.grids[number].codes]
-        return F.linear(self.norm(hidden), weight).float()
+        return self.head.weight[start : start + self.grids[number].codes]
 
 
 class CausalPrior(CodeTransformer):
@@ -180,25 +160,6 @@ class CausalPrior(CodeTransformer):
         """Return the nats per code of a batch, codes [B, T] and labels [B]."""
         known = kept_labels(label, draws, self.label_dropout) if self.classes else None
         return self.nats(codes, known).mean() / self.length
-
-    # --- one place at a time ---
-
-    def new_cache(self, n: int) -> Tensor:  # [depth, 2, n, heads, T, 64]
-        """Return an empty cache for the keys and values of n sequences."""
-        heads, like = self.width // HEAD, self.head.weight
-        return like.new_zeros(len(self.layers), 2, n, heads, self.length, HEAD)
-
-    def step(self, x: Tensor, cache: Tensor, position: Tensor, span: int | None, number: int) -> Tensor:
-        """Return the logits [n, K] at `position` [1], which belongs to map `number`.
-
-        x [n, width]: the embedding of the token before it, or the label's vector. span: as for
-        `Attention.step`.
-        """
-        x = (x + self.positions()[position])[:, None]
-        for layer, kept in zip(self.layers, cache, strict=True):
-            assert isinstance(layer, Layer)
-            x = layer.step(x, kept, position, span)
-        return self.logits_at(x[:, 0], number)
 
 
 def kept_labels(label: Tensor, draws: Tensor, dropout: float) -> Tensor:

@@ -24,6 +24,7 @@ from movae_fast.models import (
     make_multirate,
     make_text_multirate,
 )
+from movae_fast.models.vamp import PSEUDO_INPUTS, PseudoInputs
 from movae_fast.nn.sync_batchnorm import convert_sync_batchnorm
 from movae_fast.objectives import LossVector
 from movae_fast.objectives.discriminators import LatentDiscriminator, PatchDiscriminator
@@ -103,6 +104,9 @@ def new_model(config: TrainConfig) -> VAE:
         model.encodes_again = "recursive_kl" in config.objective.extra_objectives
         model.returns = "cycle" in config.objective.extra_objectives
         model.draws_prior = model.draws_prior or model.returns
+        if config.objective.prior == "vamp":
+            count = config.objective.pseudo_inputs or PSEUDO_INPUTS
+            model.pseudo_inputs = PseudoInputs(count, config.image_shape, config.data.normalize)
     rate = config.multirate
     if rate.multirate:
         if isinstance(model, LSTMVAE):

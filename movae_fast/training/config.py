@@ -31,6 +31,7 @@ from movae_fast.choices import (
     Regularizer,
     StepMetric,
     TooLong,
+    TrainedPrior,
 )
 from movae_fast.data import text
 from movae_fast.data.datasets import DATASETS, DatasetInfo
@@ -259,6 +260,10 @@ class ObjectiveConfig:
             of the importance-weighted bound (IWAE), with --recons_reduction sum.
         importance_gradient: The encoder's gradient of that bound: as it is (iwae), or doubly reparametrised,
             with less noise (dreg).
+        prior: Prior of a vector of latents: N(0, I) (normal), or the mean of the posteriors of learned
+            pseudo-inputs (vamp, the VampPrior), for models with the objectives reconstruction and kl whose
+            encoder has no BatchNorm. The kl is then log q(z given x) - log p(z) of the draws.
+        pseudo_inputs: Number of pseudo-inputs of vamp (500).
         agg: Aggregator of the objectives' gradients; `sum` is the plain backward of the sum.
         agg_args: Parameters of the aggregator: `--agg_args.c 0.5`.
         pref_weights: Preference of the aggregator, one weight per objective (default 1/m each).
@@ -304,6 +309,8 @@ class ObjectiveConfig:
     lpips_weights: str | None = None
     importance_samples: int = 1
     importance_gradient: ImportanceGradient = "iwae"
+    prior: TrainedPrior = "normal"
+    pseudo_inputs: int | None = None
     agg: str = "sum"
     agg_args: dict[str, Any] = field(default_factory=dict)
     pref_weights: list[float] | None = None

@@ -87,6 +87,7 @@ def check_settings(config: TrainConfig) -> None:
     check_multirate(config)
     check_weights(config)
     check_extras(config)
+    check_vamp(config)
     check_run(config.run)
     check_model(config)
 
@@ -283,6 +284,35 @@ def check_gan_and_passes(config: TrainConfig) -> None:
     default = ObjectiveConfig().recursive_kl_steps
     if o.recursive_kl_steps != default and "recursive_kl" not in o.extra_objectives:
         raise ValueError("--recursive_kl_steps is a setting of --extra_objectives recursive_kl: add it")
+
+
+def check_vamp(config: TrainConfig) -> None:
+    """Check that the model and the other settings allow a VampPrior, where one is asked for.
+
+    `device_checks.check_encoder` checks the encoder.
+    """
+    o, info = config.objective, config.model_info
+    if o.prior == "normal":
+        if o.pseudo_inputs is not None:
+            raise ValueError("--pseudo_inputs is a setting of --prior vamp: add it, or leave this out")
+        return
+    if tuple(info.objectives) != ("reconstruction", "kl") or info.latents != "vector" or config.is_text:
+        raise ValueError(
+            f"--prior vamp is for images, a vector of latents, and the objectives reconstruction and kl; "
+            f"{config.model.arch} has {', '.join(config.objective_names)}"
+        )
+    unsuited = {
+        "multirate": config.multirate.multirate,
+        "importance_samples": o.importance_samples > 1,
+        "gramian_batch": o.gramian_batch < 1,
+        "gramian_at": o.gramian_at != "shared",
+    }
+    if config.second_passes:
+        raise ValueError(
+            f"--extra_objectives {config.second_passes[0]} compares with N(0, I); leave out --prior vamp"
+        )
+    for name in (name for name, given in unsuited.items() if given):
+        raise ValueError(f"--{name} does not go with --prior vamp, which depends on the encoder; leave one out")
 
 
 def check_run(run: RunConfig) -> None:

@@ -14,7 +14,7 @@ from movae_fast.aggregation.registry import check_runs
 from movae_fast.data.loaders.dali import require as require_dali
 from movae_fast.data.memory import all_memory
 from movae_fast.data.text import read_text
-from movae_fast.models import build_model
+from movae_fast.models import GaussianVAE, build_model, model_options
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
@@ -27,8 +27,27 @@ def check_machine(config: TrainConfig) -> None:
         read_size(config)
     if config.data.loader == "dali":
         require_dali()
+    if config.objective.prior == "vamp":
+        check_encoder(config)
     if config.needs_jacobian:
         check_runs(config.objective.agg, **config.aggregator_options())
+
+
+def check_encoder(config: TrainConfig) -> None:
+    """Raise ValueError if the encoder has BatchNorm, under which an image's posterior depends on its batch, and
+    a VampPrior has no density of its own."""
+    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    with torch.device("meta"):
+        model = build_model(config.model.arch, config.image_shape, config.activation, given, config.likelihood)
+    assert isinstance(model, GaussianVAE)
+    if any("BatchNorm" in type(module).__name__ for module in model.encoder.modules()):
+        remedy = {"layer_norm": "--layer_norm layer", "with_bn": "--with_bn false"}
+        options = [flag for name, flag in remedy.items() if name in model_options(config.model.arch)]
+        how = f"add {options[0]}" if options else "vae takes --layer_norm layer, mlp_vae has none"
+        raise ValueError(
+            f"--prior vamp: the encoder of {config.model.arch} has BatchNorm, so that the posterior of a "
+            f"pseudo-input would depend on its batch: {how}"
+        )
 
 
 def read_size(config: TrainConfig) -> None:

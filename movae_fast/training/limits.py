@@ -65,6 +65,7 @@ BOUNDS: dict[str, Bounds] = {
     "recons_components": Bounds(1, 1000),
     "num_residual_layers": Bounds(0, 1000),
     **dict.fromkeys(("num_quantizers", "num_groups"), Bounds(1, 64)),
+    "pseudo_inputs": Bounds(1, 100_000),
     "importance_samples": Bounds(1, 1000),
     "codebook_decay": Bounds(0, 1, below=True),
     "num_ladders": Bounds(1, 32),

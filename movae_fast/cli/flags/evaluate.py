@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from movae_fast.choices import Order
 from movae_fast.cli import parsing
 from movae_fast.evaluation.metric_names import ON_SETS, check_metrics, named
 from movae_fast.training.limits import Bounds, check_values
@@ -40,6 +41,8 @@ class EvaluateConfig:
         fid_images: Test images, reconstructions and samples of each score; published values take 10,000
             or more.
         prior: The prior that samples come from: the one that was fitted last (auto), one by its name, or none.
+        order: In which order a maskgit prior fills in the codes of samples: that of a Halton sequence, or where
+            it is the most confident.
         beta: Beta of a multi-rate model; the default is 1, or the end of its range that is nearest to it.
         limit_test: Use this many evenly spaced test images; 0 means all.
         batch_size: Images (500) or sentences (32, which bounds their mutual information) at a time.
@@ -60,6 +63,7 @@ class EvaluateConfig:
     lpips_weights: str | None = None
     fid_images: int = 10_000
     prior: str = "auto"
+    order: Order = "halton"
     beta: float | None = None
     limit_test: int = 0
     batch_size: int | None = None

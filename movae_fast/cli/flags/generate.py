@@ -9,7 +9,7 @@ from movae_fast.cli import parsing
 from movae_fast.training.limits import check_values
 from movae_fast.training.run_list import find_run
 
-DESCRIPTION = "Draw samples from a model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
+DESCRIPTION = "Draw samples from a trained model's prior: OUTDIR/img_000000.png, … and OUTDIR/all.png."
 
 
 @dataclass
@@ -23,6 +23,8 @@ class GenerateConfig:
         nimg_channels: If given, the channels that the model must have (1 grey, 3 RGB).
         latent_dim: If given, the number of latents that the model must have.
         max_filters: If given, the widest convolution that the model must have.
+        prior: What the images are drawn from: the prior that `movae prior` fitted last (auto), one by name, or
+            none; then codes are drawn by their usage, and latents from the model's own prior.
         seed: Seed of the draws.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
     """
@@ -33,6 +35,7 @@ class GenerateConfig:
     nimg_channels: int | None = None
     latent_dim: int | None = None
     max_filters: int | None = None
+    prior: str = "auto"
     seed: int = 0
     device: str = "auto"
 

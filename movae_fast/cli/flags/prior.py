@@ -47,6 +47,8 @@ def parse(argv: Sequence[str]) -> tuple[PriorRunConfig, PriorConfig]:
         raise ValueError("which model? give the run's folder: movae prior RUN --kind transformer")
     if not asked and "kind" not in recipe and not any(w.startswith("--kind=") for w in words):
         raise ValueError("which kind of prior? movae prior RUN --kind transformer (codes) or gmm (latents)")
+    if any(w == "--kind=vamp" for w in words):
+        raise ValueError("--kind vamp is trained with its model, not afterwards: movae train --prior vamp")
     values = parsing.parse(parsing.build_parser("prior", sections, DESCRIPTION), words, recipe)
     run, config = (kind(**{f.name: values[f.name] for f in fields(kind)}) for kind in sections)
     check_values(run, beta=POSITIVE, encode_batch_size=Bounds(1))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from movae_fast.choices import DecodingMethod
+from movae_fast.choices import DecodingMethod, Order
 from movae_fast.cli import parsing
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.limits import Bounds, check_values
@@ -53,9 +53,12 @@ class SampleConfig:
             in NVAE's published pictures); 0 keeps those of training.
         beam: Width of the beam.
         prior: What images of mode sample are drawn from: the prior that `movae prior` fitted last (auto), one
-            by name, or none; then codes are drawn by their usage, and latents from N(0, I).
+            by name, or none; then codes are drawn by their usage, and latents from the model's own prior.
         label: Label of the images, for a prior that was fitted with --labels.
         guidance: How far towards that label: 1 is the prior's own distribution, above it is more typical.
+        order: In which order a maskgit prior fills in codes: that of a Halton sequence, or where it is the most
+            confident.
+        order_noise: Scale of the noise on that confidence, which falls to 0 over the passes.
     """
 
     weights: str
@@ -87,6 +90,8 @@ class SampleConfig:
     prior: str = "auto"
     label: int | None = None
     guidance: float = 1.0
+    order: Order = "halton"
+    order_noise: float = 4.5
 
 
 def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]]:
@@ -102,7 +107,12 @@ def parse(argv: Sequence[str]) -> tuple[SampleConfig, str | None, dict[str, Any]
     parser = parsing.build_parser("sample", [SampleConfig], DESCRIPTION)
     config = SampleConfig(**parsing.parse(parser, words, {}))
     check_values(
-        config, traverse_dim=Bounds(-1), bn_passes=Bounds(0, 100_000), label=Bounds(0), guidance=Bounds(0)
+        config,
+        traverse_dim=Bounds(-1),
+        bn_passes=Bounds(0, 100_000),
+        label=Bounds(0),
+        guidance=Bounds(0),
+        order_noise=Bounds(0),
     )
     kinds = parsing.flag_types([TrainConfig, *SECTIONS.values()])
     config.weights = str(find_run(config.weights))

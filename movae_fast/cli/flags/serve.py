@@ -21,6 +21,8 @@ class ServeConfig:
         host: Address to answer at. The default answers this machine alone; any other, such as 0.0.0.0, lets
             other machines in, without a password.
         port: Port.
+        prior: What the page draws from: the prior that `movae prior` fitted last (auto), one by name, or none;
+            a multi-rate model draws from its own.
         device: `auto`, `cpu`, `cuda` or `cuda:1`.
         data_dir: Folder of the original files, for test images, if not where training had it.
     """
@@ -28,6 +30,7 @@ class ServeConfig:
     weights: str
     host: str = "127.0.0.1"
     port: int = 7860
+    prior: str = "auto"
     device: str = "auto"
     data_dir: str | None = None
 
