@@ -442,7 +442,7 @@ class GaussianVAE(VAE):
         return out
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        mu, _ = self.posterior(x)
+        mu = self.encode(x)[0]
         return self.to_image(self.decode(mu))
 
     @property
