@@ -206,7 +206,7 @@ REFUSED = {
     "--kind gmm": "--kind gmm is over a vector of latents; vq_vae has codes: valid: transformer",
     "--kind transformer --components 3": "--components does not apply to transformer; it is an option of gmm",
     "--kind transformer --width 100": "--width 100 must be a multiple of 64",
-    "--kind transformer --label_dropout 0.5": "--label_dropout leaves out labels: it needs --labels",
+    "--kind transformer --label_dropout 0.5": "--label_dropout leaves out labels: it needs labels",
     "--kind transformer --name a/b": "--name a/b must be a folder's name",
     "--kind transformer --resume": "--resume: there is no ",
     "--kind transfromer": "--kind transfromer",

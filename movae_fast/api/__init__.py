@@ -1,1 +1,1 @@
-"""Define what a Python program uses of the trainer: `movae_fast.train`, `load` and `evaluate`."""
+"""Define the trainer's functions for Python programs: `movae_fast.train`, `load` and `evaluate`."""

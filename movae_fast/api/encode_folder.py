@@ -24,18 +24,19 @@ from movae_fast.models import CodebookVAE, GaussianVAE
 from movae_fast.names import ArgumentError, shown
 
 Arrays = dict[str, np.ndarray]
-Progress = Callable[[Iterable[Tensor], int], Iterable[Tensor]]  # passes rows on, and shows how many are done
+Progress = Callable[[Iterable[Tensor], int], Iterable[Tensor]]  # passes batches on, and shows how many are done
 SUFFIXES = (".npz", ".safetensors")
 # Names of NumPy's types in the header of a safetensors file.
 SAFE_TYPES = {"float32": "F32", "int64": "I64"}
 
 
 def images_below(model: TrainedModel, folder: Path, skip_unreadable: bool) -> ImageFiles:
-    """Return the images below a folder (of its tars where it has no others), each its central square at the
-    model's size, sorted by their paths.
+    """Return an image source of all images below a folder, sorted by path; each is cropped to its central
+    square and resized to the model's image size.
 
-    Raises ArgumentError for a folder without images and, unless they are to be skipped, for a file that cannot
-    be read.
+    If the folder has no image files but tar files, these are the images in the tar files. Raises ArgumentError
+    for a folder without images and, unless `skip_unreadable`, for a file that cannot be read; with
+    `skip_unreadable` such files are left out.
     """
     if not folder.is_dir():
         raise ArgumentError(f"folder {shown(folder)}: there is no such folder")
@@ -60,8 +61,9 @@ def images_below(model: TrainedModel, folder: Path, skip_unreadable: bool) -> Im
 
 
 def encoded_rows(model: TrainedModel, x: Tensor) -> Arrays:
-    """Return what a file keeps of images x [N, C, S, S] by name: mean and log_variance [N, D] of a Gaussian
-    posterior, codes [N, *code_shape] int64, or latents [N, D] of a hierarchy."""
+    """Return the arrays that a file holds for images x [N, C, S, S], by name: `mean` and `log_variance` [N, D]
+    for a Gaussian posterior, `codes` [N, *code_shape] int64 for a codebook, `latents` [N, D] for a
+    hierarchy."""
     values: dict[str, Tensor]
     if isinstance(model.network, GaussianVAE):
         mean, log_variance = model.posterior(x)
@@ -81,12 +83,16 @@ def encode_folder(
     skip_unreadable: bool = False,
     progress: Progress = lambda batches, count: batches,
 ) -> tuple[int, list[str]]:
-    """Write the latents or codes of all images below `folder` to `out`, an .npz or .safetensors file, and
-    return how many there are and the files that were left out, each with the reason.
+    """Encode all images below `folder` into one file `out`, .npz or .safetensors; return the number of images
+    in it, and the files that were left out, each with the reason.
 
-    The file has the arrays of `encoded_rows` in the order of the images' paths, relative to the folder: the
-    array `files` of an .npz, a JSON list `files` in the metadata of a .safetensors. Memory holds one batch;
-    the file appears whole or not at all, and an existing one is refused.
+    The file has the arrays of `encoded_rows`, one row per image, and the images' paths relative to the folder
+    in the same order: as an array `files` in an .npz, as a JSON list `files` in the metadata of a .safetensors.
+    Memory holds one batch at a time. The file appears only when it is complete.
+
+    batch_size: images per forward pass. skip_unreadable: leave out files that cannot be read. progress: is
+    given the batches and their number, and returns the batches; a place for a progress bar. Raises
+    ArgumentError for another suffix, for a file `out` that exists, and as `images_below`.
     """
     if out.suffix not in SUFFIXES:
         raise ArgumentError(f"out {shown(out)}: give a name that ends in {' or '.join(SUFFIXES)}")
@@ -103,7 +109,8 @@ def encode_folder(
 
 
 def fill(model: TrainedModel, source: ImageFiles, inside: Path, batch_size: int, progress: Progress) -> Arrays:
-    """Encode a source's images, a batch at a time, into arrays that lie in files of a temporary folder."""
+    """Encode a source's images, a batch at a time, and return the arrays of `encoded_rows`, memory-mapped from
+    files in the folder `inside`."""
     arrays: Arrays = {}
     rows = torch.arange(len(source)).split(batch_size)
     for batch in progress(iter(rows), len(rows)):
@@ -145,6 +152,6 @@ def write_safetensors(file: IO[bytes], arrays: Arrays, names: list[str]) -> None
 
 
 def parts(values: np.ndarray, rows: int = 4096) -> Iterator[bytes]:
-    """Yield an array's bytes, so many rows at a time."""
+    """Yield an array's bytes, `rows` rows at a time."""
     for first in range(0, len(values), rows):
         yield values[first : first + rows].tobytes()

@@ -33,18 +33,20 @@ def evaluate(
 ) -> dict[str, float]:
     """Return a trained model's metrics by name, on the test split of its data; nothing is written.
 
-    run: a model that is loaded (a multi-rate one is measured at its beta), or what `load` takes.
-    metrics: names, or one text with commas between them: `objectives`, `elbo`, `images`, and for data with
-        known factors `mig` and others; "all" is every one that applies, "auto" leaves out the slow ones.
-    samples: images whose latents the metrics of factors are fitted on.
-    seed: of the choice of images and of every draw.
-    iw, iw_images: draws of the importance-weighted bound (0 leaves it out), and test images for it.
+    run: a loaded model (a multi-rate one is measured at its present beta), or anything that `load` takes.
+    metrics: names of metrics, as a list or as one text with commas: `objectives`, `elbo`, `images`, and for
+        data whose factors are known disentanglement metrics such as `mig`; "all" means every metric that
+        applies, "auto" every one that is not slow.
+    samples: number of images whose latents the disentanglement metrics are computed from.
+    seed: makes the choice of images and every random draw repeatable.
+    iw: draws per image for the importance-weighted bound; 0 leaves it out. iw_images: test images for it.
     limit_test: use this many evenly spaced test images; 0 means all.
-    batch_size: images at a time.
-    device: of a model that is loaded here.
-    data_dir: folder of the data, if not where training had it.
+    batch_size: images per forward pass.
+    device: where to load the model, as in `load`; a loaded model stays where it is.
+    data_dir: folder of the data, if it is not where training found it.
 
-    Raises ArgumentError for a metric that there is not, or that the model or the data do not have.
+    Raises ArgumentError for an unknown metric, for one that the model or its data cannot give, and for a model
+    of text.
     """
     model = run if isinstance(run, TrainedModel | SentenceModel) else load(run, device)
     if isinstance(model, SentenceModel):

@@ -1,4 +1,4 @@
-"""Write a trained model as programs of torch.export or ONNX, compared with the model."""
+"""Write a trained model as programs of torch.export or ONNX, and check their outputs against the model's."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ TOLERANCE = 1e-5  # by which a program may differ from the model, relative to ou
 
 @dataclass(frozen=True)
 class Written:
-    """Hold what became of a program: its file, and how far its outputs are from the model's."""
+    """Hold the result of writing one program: its file, and how far its outputs are from the model's."""
 
     path: Path
-    difference: float | None  # None where nothing here can run it
-    by: str  # what ran it, or what would
+    difference: float | None  # as of `largest_difference`; None where no runtime for it is installed
+    by: str  # the runtime that computed its outputs, or that is missing
 
 
 def export_programs(model: LoadedModel, folder: Path, kind: ExportFormat) -> list[Written]:
-    """Write a model's programs into a new folder as `.pt2` (torch_export) or `.onnx`, and compare each with the
-    model.
+    """Write a model's programs (encoder, decoder, ...) into a new folder, and return one `Written` for each.
 
-    Raises ArgumentError for a model that cannot be exported, naming the part, and for a program whose outputs
-    are not the model's to TOLERANCE; nothing is then written.
+    kind: "torch_export" writes .pt2 files, "onnx" .onnx files; the folder also has what `export_weights`
+    writes. Each program is run and compared with the model. Raises ArgumentError for a model that cannot be
+    exported, naming the part, and for a program whose outputs differ from the model's by more than TOLERANCE;
+    no folder is then left behind.
     """
     if kind == "onnx":
         require_onnx()
@@ -58,14 +59,15 @@ def export_programs(model: LoadedModel, folder: Path, kind: ExportFormat) -> lis
 
 
 def require_onnx() -> None:
-    """Raise ArgumentError where what writes ONNX is missing."""
+    """Raise ArgumentError, with the install command, if a package that writes ONNX is not installed."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ArgumentError(f"format onnx needs {' and '.join(missing)}: pip install 'movae-fast[onnx]'")
 
 
 def traced(program: Program) -> torch.export.ExportedProgram:
-    """Return a program as torch.export sees it, with a batch of any size."""
+    """Trace a program by torch.export so that it takes batches of any size. Raises ArgumentError, which names
+    the part, where that fails."""
     dimensions: dict[str, torch.export.Dim] = {}
     shapes = {
         name: {axis: dimensions.setdefault(word, torch.export.Dim(word)) for axis, word in axes.items()}
@@ -82,7 +84,8 @@ def traced(program: Program) -> torch.export.ExportedProgram:
 
 @contextmanager
 def rates_kept(program: Program) -> Iterator[None]:
-    """Put the beta of a multi-rate model back after the block, which traces it as an input."""
+    """Restore the beta of a multi-rate model after the block; tracing in the block sets it to a program's
+    input."""
     network: Any = getattr(program.module, "network", None)
     rates = getattr(network, "rates", None)
     if rates is None:
@@ -96,14 +99,15 @@ def rates_kept(program: Program) -> Iterator[None]:
 
 
 def write_pt2(program: Program, path: Path) -> Written:
-    """Write a program by torch.export, load it again, and compare."""
+    """Write a program as a .pt2 file of torch.export, load it again, and compare its outputs with the
+    model's."""
     torch.export.save(traced(program), path)
     loaded = torch.export.load(path).module()
     return Written(path, largest_difference(program, lambda inputs: loaded(**inputs)), "torch.export")
 
 
 def write_onnx(program: Program, path: Path) -> Written:
-    """Write a program as ONNX, and compare where onnxruntime is installed."""
+    """Write a program as an ONNX file, and compare its outputs with the model's if onnxruntime is installed."""
     graph = torch.onnx.export(
         traced(program),
         input_names=list(program.inputs),
@@ -129,10 +133,10 @@ def write_onnx(program: Program, path: Path) -> Written:
 
 
 def largest_difference(program: Program, run: Callable[[dict[str, Tensor]], Any]) -> float:
-    """Return how far the outputs of `run` are from the module's, for batches of 1, 2 and 5.
+    """Return the largest difference between the outputs of `run` and those of the program's module, on batches
+    of 1, 2 and 5 images or sentences.
 
-    Absolute where outputs are within [-1, 1], else relative to the largest. Infinite for another shape, type or
-    index.
+    run: takes the inputs by name, and returns the outputs as the module does. See `difference`.
     """
     worst = 0.0
     with rates_kept(program):
@@ -148,7 +152,7 @@ EXAMPLE_BATCH = 2
 
 
 def resized(x: Tensor, axes: dict[int, str], size: int) -> Tensor:
-    """Return an input with `size` entries along its batch, repeated."""
+    """Return an input with `size` entries along its batch dimension, which repeat those that it has."""
     for axis, word in axes.items():
         if word == "batch":
             rows = torch.arange(size, device=x.device) % x.shape[axis]
@@ -157,7 +161,11 @@ def resized(x: Tensor, axes: dict[int, str], size: int) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference of two outputs, as `largest_difference` counts it."""
+    """Return the largest difference of two tensors, divided by the largest absolute value of `a` if that is
+    above 1.
+
+    It is infinite if shapes or dtypes differ, or if integers (such as codes) are not all equal.
+    """
     if a.shape != b.shape or a.dtype != b.dtype or (not a.is_floating_point() and not torch.equal(a, b)):
         return float("inf")
     a, b = a.double(), b.double()
@@ -165,5 +173,5 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    """Return one output or several as a tuple."""
+    """Return a module's output as a tuple, also if it is a single tensor."""
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)

@@ -19,10 +19,10 @@ FILES = ["model.safetensors", "config.json", "README.md", "vocab.txt", "reconstr
 
 
 class HubModel(ModelHubMixin):
-    """Hold a trained model as huggingface_hub does: `save_pretrained`, `from_pretrained`, `push_to_hub`.
+    """Give a trained model the methods of huggingface_hub: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
-    `HubModel.from_pretrained("owner/name")` downloads a model, and takes a local folder, too; its `model` is
-    what `movae_fast.load` returns.
+    `HubModel.from_pretrained("owner/name")` downloads a model from huggingface.co; a local folder may be given,
+    too. The attribute `model` is the loaded model, as `movae_fast.load` returns it.
     """
 
     def __init__(self, model: LoadedModel) -> None:

@@ -20,14 +20,14 @@ from movae_fast.training.run_list import find_run
 def load(
     run: str | os.PathLike[str] | TrainedRun, device: str | torch.device = "auto"
 ) -> TrainedModel | SentenceModel:
-    """Return a trained model in evaluation mode: a `TrainedModel`, or of text a `SentenceModel`.
+    """Return a trained model in evaluation mode: a `TrainedModel` for images, a `SentenceModel` for text.
 
-    run: a run (what `train` returned), its folder, a checkpoint in it, a file or folder of exported weights, or
-        a run's name, the beginning of one, or "latest" (below runs/).
-    device: where to put it; "auto" is the first GPU, or the CPU where there is none.
+    run: a run as `train` returns it, a run's folder, a checkpoint in it, a file or folder of exported weights,
+        or the name of a folder below runs/: in full, its beginning, or "latest" for the run started last.
+    device: where to put the model; "auto" is the first GPU, or the CPU if there is none.
 
-    Raises ValueError for a name of no run or of several, which lists the runs that there are, CheckpointError
-    for a file that is damaged or of a newer version.
+    Raises ValueError, which lists the runs that exist, for a name that belongs to no run or to several, and
+    CheckpointError for a file that is damaged or was written by a newer version.
     """
     with naming_arguments():
         path = run.folder if isinstance(run, TrainedRun) else find_run(os.fspath(run))

@@ -1,4 +1,4 @@
-"""Write the card of a trained model: what it is, how to use it, its settings, its scores and their protocol."""
+"""Write the model card (README.md) of a trained model: a summary, how to use it, its scores and settings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from movae_fast.models import VAE
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.log_lines import read_lines
 
-FIGURE = "reconstructions.png"  # beside the card
-MARK = "<!-- movae-fast -->"  # in every card of ours
+FIGURE = "reconstructions.png"  # the picture that lies beside the card
+MARK = "<!-- movae-fast -->"  # marks a card as written here
 
 
 class ModelParts(Protocol):
-    """Describe what a card is written from: a network, its configuration, and the folder that it came from."""
+    """Define the attributes that a card is written from: a network, its configuration, and the folder it came
+    from."""
 
     @property
     def network(self) -> VAE: ...
@@ -29,7 +30,7 @@ class ModelParts(Protocol):
 
 
 def figure_of(folder: Path) -> Path | None:
-    """Return the run's newest picture of reconstructions, None where it has none."""
+    """Return the path of the newest picture of reconstructions in a run's folder; None if there is none."""
     own = folder / FIGURE
     if own.is_file():  # of an exported model that is exported again
         return own
@@ -38,7 +39,7 @@ def figure_of(folder: Path) -> Path | None:
 
 
 def card_of(model: ModelParts) -> str:
-    """Return the card as Markdown with the front matter that huggingface.co reads."""
+    """Return the model card as Markdown, with the YAML front matter that huggingface.co reads."""
     config = model.config
     front = {
         "library_name": "movae-fast",
@@ -72,7 +73,7 @@ def card_of(model: ModelParts) -> str:
 
 
 def summary(model: ModelParts) -> list[str]:
-    """Return a paragraph on the model: size, data, objectives and how they were brought together."""
+    """Return the lines of a paragraph on the model: its size, data and objectives, and their aggregator."""
     config, size = model.config, sum(p.numel() for p in model.network.parameters())
     objectives = ", ".join(model.network.objectives)
     how = "added up" if config.objective.agg == "sum" else f"aggregated by {config.objective.agg}"
@@ -84,7 +85,7 @@ def summary(model: ModelParts) -> list[str]:
 
 
 def usage(model: ModelParts) -> list[str]:
-    """Return the lines that load the model from this folder."""
+    """Return the lines of a Python example that loads the model and samples from it."""
     what = "sentences" if model.config.is_text else "images [16, C, S, S] in [0, 1]"
     return [
         "```python",
@@ -98,7 +99,8 @@ def usage(model: ModelParts) -> list[str]:
 
 
 def scores(model: ModelParts) -> list[str]:
-    """Return a section with the last evaluation on the test split; nothing where the run is not at hand."""
+    """Return the lines of a section with the last metrics on the test split; [] if the folder has no log of
+    them."""
     lines = [line for line in read_lines(model.folder / "metrics.jsonl") if "test/loss" in line]
     if not lines:
         return []
@@ -125,7 +127,7 @@ def scores(model: ModelParts) -> list[str]:
 
 
 def given_settings(model: ModelParts) -> dict[str, Any]:
-    """Return the settings that are not the defaults."""
+    """Return the settings, by name, whose values are not the defaults; paths and the device are left out."""
     flat, defaults = model.config.flat(), type(model.config)().flat()
     left_out = ("resume", "exp_dir", "export", "data_dir", "save_path", "device")
     return {k: v for k, v in flat.items() if v != defaults[k] and k not in left_out}

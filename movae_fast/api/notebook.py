@@ -7,21 +7,24 @@ from pathlib import Path
 
 
 def running() -> bool:
-    """Return whether this process is a notebook's kernel; nothing is imported to find out."""
+    """Return whether this process is the kernel of a Jupyter notebook. IPython is not imported to find out."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
 
 
 def show_pictures(folder: Path, tag: str) -> None:
-    """Show a run's curves, and its reconstructions and samples of a tag, below the cell that runs."""
+    """Show a run's loss curves, reconstructions and samples below the running cell of a notebook.
+
+    tag: the end of the pictures' file names, which says when in training they were drawn.
+    """
     from IPython.display import HTML, display
 
     display(HTML(pictures_html(folder, tag)))
 
 
 def pictures_html(folder: Path, tag: str) -> str:
-    """Return a piece of HTML that holds a run's curves, and its reconstructions and samples of a tag."""
+    """Return HTML with the pictures that `show_pictures` shows inside it; "" if there are none."""
     import base64
     from html import escape
 

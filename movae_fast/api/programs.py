@@ -1,7 +1,7 @@
-"""Cut a trained model into programs that other runtimes can run: encoder, decoder, quantizer, lookup.
+"""Divide a trained model into modules that can be exported: encoder, decoder, quantizer, lookup of codes.
 
 Each is a module of plain torch whose inputs and outputs have names and whose batch may have any size. Images
-are [N, C, S, S] in [0, 1]. A multi-rate model's programs take beta, [1], as their last input.
+are [N, C, S, S] in [0, 1]. The encoder and the decoder of a multi-rate model take beta [1] as their last input.
 """
 
 from __future__ import annotations
@@ -19,37 +19,41 @@ from movae_fast.data import to_unit
 from movae_fast.models import LSTMVAE, NVAE, VAE, CodebookVAE
 from movae_fast.names import ArgumentError
 
-EXAMPLES = 2  # images of the example inputs; the batch is dynamic
+EXAMPLES = 2  # images in the example inputs; a program takes any number
 
 
 @dataclass(frozen=True)
 class Program:
-    """Hold a part of a model, examples of its inputs and the names of what goes in and comes out."""
+    """Hold a part of a model to be exported, with example inputs and the names of inputs and outputs."""
 
     name: str
     module: nn.Module
-    inputs: dict[str, Tensor]  # by the names of `module.forward`'s arguments
-    outputs: tuple[str, ...]
-    # Of each input, the names of its dimensions that may have any size, by their number.
+    inputs: dict[str, Tensor]  # example inputs, by the names of `module.forward`'s arguments
+    outputs: tuple[str, ...]  # names
+    # Input -> {number of a dimension that may have any size: its name}; equal names have equal sizes.
     dynamic: dict[str, dict[int, str]]
 
 
 class Part(nn.Module):
-    """Hold the network of a program, and the beta that it computes at."""
+    """Hold the network that a part belongs to.
+
+    normalize: whether the network's images are in [-1, 1] instead of [0, 1].
+    """
 
     def __init__(self, network: VAE, normalize: bool = False) -> None:
         super().__init__()
         self.network, self.normalize = network, normalize
 
     def at(self, beta: Tensor | None) -> None:
-        """Compute at a beta [1] from here on; None leaves a model with one rate as it is."""
+        """Set a multi-rate network to a beta [1]; None changes nothing."""
         if beta is not None:
             assert self.network.rates is not None
             self.network.rates.evaluated = beta.log()
 
 
 class Encoder(Part):
-    """Turn images into latents: of a Gaussian posterior into its mean and log-variance."""
+    """Map images [N, C, S, S] to latents [N, *latent_shape], or to mean and log-variance [N, D] of a Gaussian
+    posterior."""
 
     def forward(self, images: Tensor, beta: Tensor | None = None) -> Any:
         self.at(beta)
@@ -60,7 +64,7 @@ class Encoder(Part):
 
 
 class Decoder(Part):
-    """Turn latents, or codewords, into images."""
+    """Map latents, or codewords, [N, *latent_shape] to images [N, C, S, S] in [0, 1]."""
 
     def forward(self, latents: Tensor, beta: Tensor | None = None) -> Tensor:
         self.at(beta)
@@ -68,7 +72,8 @@ class Decoder(Part):
 
 
 class Quantizer(Part):
-    """Turn an encoder's output into its codewords and their codes [N, *code_shape]."""
+    """Map an encoder's output [N, *latent_shape] to its codewords, of the same shape, and to their codes
+    [N, *code_shape] int64."""
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.network, CodebookVAE)
@@ -77,7 +82,7 @@ class Quantizer(Part):
 
 
 class Lookup(Part):
-    """Turn codes [N, *code_shape] into codewords, which the decoder reads."""
+    """Map codes [N, *code_shape] int64 to their codewords [N, *latent_shape], which the decoder reads."""
 
     def forward(self, codes: Tensor) -> Tensor:
         assert isinstance(self.network, CodebookVAE)
@@ -85,7 +90,7 @@ class Lookup(Part):
 
 
 class SentenceEncoder(nn.Module):
-    """Turn tokens [N, T] into the mean and the log-variance of each sentence's posterior."""
+    """Map tokens [N, T] int64 to the mean and the log-variance [N, D] of each sentence's posterior."""
 
     def __init__(self, network: LSTMVAE) -> None:
         super().__init__()
@@ -96,14 +101,16 @@ class SentenceEncoder(nn.Module):
 
 
 class SentenceStart(SentenceEncoder):
-    """Turn latents [N, D] into the decoder's state before the first word."""
+    """Map latents [N, D] to the state of the decoder's LSTM before the first word: output and cell
+    [1, N, hidden]."""
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         return self.network.decoder.start(latents)
 
 
 class SentenceStep(SentenceEncoder):
-    """Read one more word [N] of each sentence: the logits [N, V] of the next one, and the new state."""
+    """Advance the decoder's LSTM by one word [N] int64 of each sentence: return the logits [N, V] of the next
+    word, and the new state (output and cell, [1, N, hidden])."""
 
     def forward(  # type: ignore[override]
         self, words: Tensor, latents: Tensor, output: Tensor, cell: Tensor
@@ -113,7 +120,10 @@ class SentenceStep(SentenceEncoder):
 
 
 def programs_of(model: LoadedModel) -> list[Program]:
-    """Return a model's programs. Raises ArgumentError, which names the part, for what cannot be one."""
+    """Return the programs of a model: encoder and decoder, with a codebook also quantizer and lookup.
+
+    Raises ArgumentError, which names the part, for a model of sentences that cannot be exported.
+    """
     if isinstance(model, SentenceModel):
         return sentence_programs(model)
     assert isinstance(model, TrainedModel)
@@ -135,7 +145,10 @@ def programs_of(model: LoadedModel) -> list[Program]:
 
 
 def sentence_programs(model: SentenceModel) -> list[Program]:
-    """Return the programs of a model of sentences: encoder, the decoder's start and its step."""
+    """Return the programs of a model of sentences: encoder, and start and step of the decoder.
+
+    Raises ArgumentError, which names the part, for a multi-rate model and for one that reads packed sequences.
+    """
     network = model.network
     assert isinstance(network, LSTMVAE)
     if network.rates is not None:

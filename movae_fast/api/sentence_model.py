@@ -19,8 +19,8 @@ from movae_fast.training.config import TrainConfig
 
 
 def vocabulary_beside(folder: Path, config: TrainConfig) -> Vocabulary:
-    """Return the vocabulary that lies in a run's folder. Raises ValueError for one that is missing or not
-    the model's."""
+    """Return the vocabulary in a run's folder (vocab.txt). Raises ValueError if it is missing or its size is
+    not the model's."""
     path = folder / "vocab.txt"
     if not path.is_file():
         raise ValueError(f"{shown(path)}, the words of the model's ids, is missing: put the run's file there")
@@ -37,8 +37,8 @@ def vocabulary_beside(folder: Path, config: TrainConfig) -> Vocabulary:
 class SentenceModel(LoadedModel):
     """Encode, decode and sample sentences with a trained model, in evaluation mode and without gradients.
 
-    A sentence is text: words of the vocabulary with blanks between them; another word is unknown to the model.
-    Latents are the posteriors' means [N, D].
+    A sentence is a text of words with blanks between them; a word that is not in the vocabulary is read as
+    `<unk>`. Latents [N, D] are the means of the sentences' posteriors.
     """
 
     vocabulary: Vocabulary
@@ -65,8 +65,9 @@ class SentenceModel(LoadedModel):
     def decode(self, latents: Tensor, how: Decoding | None = None, seed: int | None = None) -> list[str]:
         """Return one sentence for each of the latents [N, D].
 
-        how: the method, and its numbers; None takes the most probable word each time. seed: of methods that
-        draw words; None draws others each time.
+        how: the method of decoding, with its settings; None takes the most probable word at each place. seed:
+        makes a method that draws words repeatable; with None each call draws other words. Raises ArgumentError
+        for latents of another shape.
         """
         z = torch.as_tensor(latents).to(self.device)
         if z.dim() != 2 or tuple(z.shape[1:]) != self.latent_shape or not len(z):
@@ -76,11 +77,14 @@ class SentenceModel(LoadedModel):
         return [self.vocabulary.decode(one.words) for part in decoded for one in part]
 
     def reconstruct(self, sentences: Sequence[str], how: Decoding | None = None) -> list[str]:
-        """Return each sentence as it is decoded from its posterior's mean."""
+        """Return for each sentence the one that is decoded from its posterior's mean, by the method `how`."""
         return self.decode(self.encode(sentences), how)
 
     def sample(self, n: int, seed: int | None = None, how: Decoding | None = None) -> list[str]:
-        """Return n sentences of latents that are drawn from the prior. seed: None draws others each time."""
+        """Return n sentences decoded from latents that are drawn from the prior.
+
+        seed: gives the same sentences again; with None each call draws others. how: as in `decode`.
+        """
         if n < 1:
             raise ArgumentError(f"n {n} must be at least 1")
         return self.decode(self._lstm.sample_latents(n, self._generator(seed)), how, seed)

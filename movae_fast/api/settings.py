@@ -1,4 +1,5 @@
-"""Make a configuration of a recipe, a file or settings by name, as a Python program gives them."""
+"""Turn the settings that a Python program gives (a recipe, a file, a dictionary, arguments) into one
+dictionary."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Config = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
 @contextmanager
 def naming_arguments() -> Iterator[None]:
-    """Raise the block's ValueErrors as ArgumentErrors that name a setting as a program does, without dashes."""
+    """Turn a ValueError of the block that names a flag (`--lr`) into an ArgumentError that names the argument
+    (`lr`)."""
     try:
         yield
     except ValueError as error:
@@ -39,10 +41,10 @@ def _without_dashes(text: str) -> str:
 
 
 def settings(config: Config | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that are given, by name: those of `config` under the overrides.
+    """Return the given settings by name; a setting in `overrides` replaces the one in `config`.
 
-    config: a recipe's name, a YAML file, settings by name, a whole configuration, or None. Raises ArgumentError
-    for a name that is no setting and for a value of another type.
+    config: a recipe's name, the path of a YAML file, settings by name, a whole configuration, or None. Raises
+    ArgumentError for an unknown setting and for a value of the wrong type.
     """
     kinds = flag_types(list(SECTIONS.values()))
     if config is None:
@@ -65,7 +67,7 @@ def settings(config: Config | None, overrides: Mapping[str, Any]) -> dict[str, A
 
 
 def plain(value: Any) -> Any:
-    """Return a value as a file of settings would hold it: paths as text, tuples as lists."""
+    """Return a value as YAML holds it: a path as text, a tuple as a list."""
     if isinstance(value, Path):
         return str(value)
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="LoadedModel")
 BATCH = 256  # images at a time; a call takes any number
-TOLERANCE = 1e-3  # by which an image may leave [0, 1]: what resampling adds
+TOLERANCE = 1e-3  # by which values may lie outside [0, 1], as resampling can leave them
 
 
 class Quantized(NamedTuple):
-    """Hold the codes nearest to an encoder's output."""
+    """Hold the codebook's choice for an encoder's output: vectors of the codebook, and their indices."""
 
-    codewords: Tensor  # [N, *latent_shape] what the decoder reads
-    indices: Tensor  # [N, *code_shape] int64, which codes they are
+    codewords: Tensor  # [N, *latent_shape], which the decoder reads
+    indices: Tensor  # [N, *code_shape] int64, their numbers in the codebook
 
 
 @dataclass
@@ -46,7 +46,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the parameters; inputs are brought there."""
+        """Return the device of the parameters; the methods move their inputs to it."""
         return self.network.device
 
     def to(self: Model, device: str | torch.device) -> Model:
@@ -56,15 +56,15 @@ class LoadedModel:
 
     @property
     def beta(self) -> float | None:
-        """Return the beta that a multi-rate model computes at; None of a model with one rate."""
+        """Return the beta that a multi-rate model is set to; None for a model that is not multi-rate."""
         rates = self.network.rates
         return None if rates is None else float(rates.evaluated.exp().mean())
 
     def set_beta(self: Model, beta: float) -> Model:
-        """Let a multi-rate model compute at this beta from now on, and return the model.
+        """Set a multi-rate model to a beta, at which it computes from then on, and return the model.
 
-        A beta beyond the range that was trained extrapolates. Raises ArgumentError for a model that was trained
-        for one beta, and for a beta that is not positive and finite.
+        A beta outside the range of training is allowed, and extrapolates. Raises ArgumentError for a model that
+        is not multi-rate, and for a beta that is not positive and finite.
         """
         rates_of(self.config, self.network, "beta")
         if not 0 < beta < float("inf"):
@@ -75,15 +75,17 @@ class LoadedModel:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write model.safetensors, config.json and a model card README.md into a folder, and return it.
 
-        `movae_fast.load` and every command take the folder for a RUN. Raises ArgumentError for a folder that
-        holds other files of these names.
+        `movae_fast.load` and every command that takes a RUN take the folder. Raises ArgumentError for a folder
+        that is not empty.
         """
         return export_weights(self, Path(folder))
 
     def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes to huggingface.co/<repository>, and return its address.
 
-        Needs the extra `hub`. token: of the account; None is the one that `hf auth login` stored.
+        repository: "owner/name"; it is made if it does not exist. private: whether a new one is private. token:
+        an access token of huggingface.co; None takes the one that `hf auth login` stored. Raises ArgumentError
+        if the extra `hub` is not installed.
         """
         return upload(self, repository, private, token)
 
@@ -96,20 +98,22 @@ class LoadedModel:
 class TrainedModel(LoadedModel):
     """Encode, decode and sample images with a trained model, in evaluation mode and without gradients.
 
-    Images are [N, C, S, S] in [0, 1], float32, as they come out; those that go in may be uint8 and NumPy
-    arrays, too. Any number is taken, a batch at a time. For gradients, or in training, use `model.network`.
+    Images [N, C, S, S] are returned as float32 in [0, 1]; those that are given may also be uint8, and may be
+    NumPy arrays. N may be any number: the model computes a batch at a time. For gradients, or for training, use
+    `model.network`.
 
-    Latents are what `encode` returns, and `decode(encode(x))` equals `reconstruct(x)` for every model:
+    `encode` returns latents, and `decode(encode(x))` equals `reconstruct(x)` for every model. The latents are
 
-    - of a Gaussian posterior its means [N, D];
-    - of a codebook the encoder's output, [N, D, h, w] or of two maps [N, D, vectors], which `decode` quantizes;
-    - of a hierarchy [N, D], all groups' posterior means in units of their priors, standard normal under the
-      prior.
+    - of a model with a Gaussian posterior: the means [N, D];
+    - of a model with a codebook: the encoder's output before quantization, [N, D, h, w], or [N, D, vectors] of
+      a model with two maps of codes; `decode` quantizes it;
+    - of a hierarchy: [N, D], each group's posterior mean as its distance from the prior's mean in the prior's
+      standard deviations, so that draws from the prior are standard normal.
     """
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Return [C, S, S] of an image."""
+        """Return [C, S, S], the shape of one image."""
         return self.network.image_shape
 
     @cached_property
@@ -123,8 +127,8 @@ class TrainedModel(LoadedModel):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Return the shape of one image's codes: [h, w], with several codebooks behind it; of two maps their
-        vectors in a row. Raises ArgumentError for a model without a codebook."""
+        """Return the shape of one image's codes: [h, w]; [h, w, codebooks] if each place has several codes;
+        [vectors] for a model with two maps of codes. Raises ArgumentError for a model without a codebook."""
         return self._codebook("code_shape").code_shape
 
     def encode(self, images: Tensor | NDArray[np.generic]) -> Tensor:
@@ -143,11 +147,12 @@ class TrainedModel(LoadedModel):
         return pairs[:, 0], pairs[:, 1]
 
     def decode(self, latents: Tensor | NDArray[np.generic]) -> Tensor:
-        """Return the images [N, C, S, S] in [0, 1] of latents [N, *latent_shape]; codes are looked up first."""
+        """Return the images [N, C, S, S] in [0, 1] decoded from latents [N, *latent_shape]; a model with a
+        codebook quantizes the latents first."""
         return self._map(self._decoded, self._latents(latents))
 
     def reconstruct(self, images: Tensor | NDArray[np.generic]) -> Tensor:
-        """Return images [N, C, S, S] after encoding and decoding without noise, in [0, 1]."""
+        """Return the reconstructions [N, C, S, S] in [0, 1] of images, encoded and decoded without noise."""
         return self._map(lambda x: self._unit(self.network.reconstruct(x)), self._images(images))
 
     @torch.no_grad()
@@ -179,7 +184,7 @@ class TrainedModel(LoadedModel):
 
     @torch.no_grad()
     def quantize(self, latents: Tensor | NDArray[np.generic]) -> Quantized:
-        """Return the codewords of latents [N, *latent_shape], and their indices [N, *code_shape].
+        """Return the vectors of the codebook chosen for latents [N, *latent_shape], with their indices.
 
         Raises ArgumentError for a model without a codebook.
         """
@@ -188,9 +193,9 @@ class TrainedModel(LoadedModel):
         return Quantized(torch.cat([p.codewords for p in parts]), torch.cat([p.codes for p in parts]))
 
     def indices_to_image(self, indices: Tensor | NDArray[np.generic]) -> Tensor:
-        """Return the images [N, C, S, S] in [0, 1] of codes [N, *code_shape], by their indices.
+        """Return the images [N, C, S, S] in [0, 1] decoded from indices of codes [N, *code_shape].
 
-        Raises ArgumentError for a model without a codebook, and for an index that it does not have.
+        Raises ArgumentError for a model without a codebook, and for an index beyond the codebook.
         """
         network = self._codebook("indices_to_image")
         index = torch.as_tensor(indices).to(self.device, torch.int64)
@@ -235,7 +240,8 @@ class TrainedModel(LoadedModel):
         return torch.cat([function(part) for part in x.split(BATCH)]).contiguous()
 
     def _images(self, images: Tensor | NDArray[np.generic]) -> Tensor:
-        """Return images as the network takes them. Raises ArgumentError for another shape, type or range."""
+        """Return images in the network's dtype, range and bit depth, on its device. Raises ArgumentError for a
+        wrong shape, dtype or range."""
         x = torch.as_tensor(images).to(self.device)
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape or not len(x):
             shape = ", ".join(map(str, self.image_shape))

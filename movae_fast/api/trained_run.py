@@ -18,19 +18,20 @@ from movae_fast.training.run_list import find_run
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """Give access to a run by its folder; settings, metrics and pictures are read from the files when they are
-    asked for.
+    """Give access to the settings, metrics and pictures in a run's folder; the files are read on access.
 
-    `TrainedRun.find("latest")` is the run that was started last; a notebook shows a run as a table.
+    `TrainedRun.find("latest")` returns the run that was started last. A notebook shows a run as a table of its
+    test metrics.
     """
 
     folder: Path
 
     @classmethod
     def find(cls, name: str | os.PathLike[str]) -> TrainedRun:
-        """Return the run at a path, or of a name, the beginning of a name, or "latest" (below runs/).
+        """Return the run in a folder, given its path or a name of a folder below runs/: in full, its beginning,
+        or "latest".
 
-        Raises ValueError, which lists the runs that there are.
+        Raises ValueError, which lists the existing runs, for a name that belongs to no run or to several.
         """
         folder = find_run(os.fspath(name))
         if not (folder / "config.yaml").is_file():
@@ -44,22 +45,23 @@ class TrainedRun:
         return dict(values)
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl in order: `step`, `epoch`, and `train/…` or `test/…` by name.
+        """Return the lines of metrics.jsonl in order, each a dictionary with `step`, `epoch` and metrics whose
+        names begin with `train/` or `test/`.
 
-        `pandas.DataFrame(run.history())` is a table of them.
+        `pandas.DataFrame(run.history())` makes a table of them.
         """
         return read_lines(self.folder / "metrics.jsonl")
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the last value of each `test/…` and `train/…` metric."""
+        """Return metric -> its last value in the log, for every metric of `train/` and `test/`."""
         last: dict[str, float] = {}
         for line in self.history():
             last |= {name: value for name, value in line.items() if "/" in name}
         return last
 
     def pictures(self) -> list[Path]:
-        """Return the run's pictures and plots, the one that was drawn last at the end."""
+        """Return the paths of the run's pictures and plots, the newest last."""
         paths = [p for p in (self.folder / "figures").glob("*") if p.suffix in (".png", ".gif")]
         return sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name))
 

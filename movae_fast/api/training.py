@@ -37,21 +37,22 @@ def train(
     progress: bool = True,
     **overrides: Any,
 ) -> TrainedRun:
-    """Train a model as `movae train` does, and return the run: its folder and what is in it.
+    """Train a model as the command `movae train` does, and return the run, which gives access to its folder.
 
-    config: the name of a recipe (`"demo"`, `"mo_vae/cifar10-vae-upgrad"`), a YAML file of settings, settings by
-        name, or a `TrainConfig`; None is the defaults.
-    overrides: single settings, which have the names of the command's flags: `epochs=3, latent_dim=16`.
-        `resume="latest"` (a run's folder, checkpoint or name) goes on with a run, `resume="auto"` with the one
-        in `exp_dir` if there is one.
-    on_step, on_epoch_end, on_checkpoint: functions of the run and of a step's metrics, an epoch's metrics, a
-        checkpoint's path. See `training.callbacks.Callbacks`; the loop waits for the device only where one of
-        them reads a value.
-    progress: whether a bar and a line per epoch are shown; in a notebook the pictures, too.
+    config: the name of a recipe (`"demo"`, `"mo_vae/cifar10-vae-upgrad"`), the path of a YAML file, settings by
+        name, or a `TrainConfig`; None means the defaults.
+    overrides: single settings, named like the command's flags: `epochs=3, latent_dim=16`. `resume=` continues
+        an earlier run, given its folder, its name, a checkpoint, or "latest"; `resume="auto"` continues the run
+        in `exp_dir`, or starts it there.
+    on_step, on_epoch_end, on_checkpoint: called with the run and with a step's metrics, an epoch's metrics, or
+        the path of a checkpoint. See `training.callbacks.Callbacks`. A step's metrics lie on the device: the
+        loop waits for it only if a callback reads a value.
+    progress: whether to show a bar and a line per epoch, and in a notebook the pictures.
 
-    Ctrl-C (in a notebook: interrupting the kernel) saves the run and raises KeyboardInterrupt, which says how
-    to go on. Raises ArgumentError for settings that cannot work, before anything is made, and NonFiniteError
-    for a loss that became NaN or infinite. Under torchrun each process calls it, and they train together.
+    Ctrl-C (in a notebook, interrupting the kernel) saves the run and raises KeyboardInterrupt, whose message
+    says how to continue. Raises ArgumentError for settings that cannot work, before any file is written, and
+    NonFiniteError if a loss becomes NaN or infinite. Under torchrun every process calls this function, and they
+    train together.
     """
     given = {"on_step": on_step, "on_epoch_end": on_epoch_end, "on_checkpoint": on_checkpoint}
     for name, function in given.items():
@@ -64,7 +65,8 @@ def train(
 
 
 def start(given: dict[str, Any]) -> Run:
-    """Return the run that the settings start or go on with. Raises ValueError for settings that cannot work."""
+    """Return the run that the settings start, or continue with `resume`, ready to be trained. Raises ValueError
+    for settings that cannot work."""
     resumed = given.pop("resume", None)
 
     def changes(where: str) -> Callable[[dict[str, Any]], TrainConfig]:
@@ -78,7 +80,7 @@ def start(given: dict[str, Any]) -> Run:
     if config.ladder.mode == "visualize":
         raise ArgumentError("mode visualize draws a trained ladder; movae_fast.load gives its model")
     if resumed is None:
-        check_settings(config)  # an export that exists among them
+        check_settings(config)  # refuses, among others, an export's path that exists
     without_export(config, validate)
     check_fits(config)
     if resumed is None:
@@ -89,7 +91,8 @@ def start(given: dict[str, Any]) -> Run:
 
 
 def trained(work: Run, progress: bool) -> TrainedRun:
-    """Fit and return the run; its logs are closed whatever happens."""
+    """Train the run to its end, draw and export what its settings ask for, and return it; its logs are closed
+    in any case."""
     shown = progress and work.world.main
     tags: list[str] = []
 
@@ -117,7 +120,7 @@ def trained(work: Run, progress: bool) -> TrainedRun:
 
 
 def stop(work: Run, interrupt: Interrupted) -> NoReturn:
-    """Raise what a Python program expects of SIGINT and SIGTERM, once the run is saved."""
+    """Raise KeyboardInterrupt after SIGINT, SystemExit after another signal; the run has been saved."""
     if interrupt.signum == signal.SIGINT:
         raise KeyboardInterrupt(
             f"saved at step {work.step:,}; go on with movae_fast.train(resume={str(work.folder)!r})"

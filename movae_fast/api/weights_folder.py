@@ -17,9 +17,10 @@ from movae_fast.training.weights_file import NAME, save_weights
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a folder to write into that takes the name `folder` when the block ends, and goes if it raises.
+    """Yield a temporary folder to write into, which is renamed to `folder` at the end of the block, or removed
+    if the block raises.
 
-    Raises ArgumentError for a folder that holds anything.
+    Raises ArgumentError if `folder` exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArgumentError(f"outdir {folder} is not empty and is not overwritten; name another folder")
@@ -27,7 +28,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)  # a temporary folder is its owner's alone
+        temporary.chmod(0o755)  # a temporary folder is readable by its owner only
         if folder.exists():
             folder.rmdir()  # empty
         temporary.rename(folder)
@@ -37,9 +38,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def export_weights(model: ModelParts, folder: Path) -> Path:
-    """Write model.safetensors, config.json and the model card into a new folder, and return it.
+    """Write model.safetensors, config.json and the model card README.md into a new folder, and return its path.
 
-    A model of sentences has vocab.txt beside them, a run with pictures its reconstructions.
+    For a model of sentences the folder also has vocab.txt, for a run with pictures its newest reconstructions.
+    Raises ArgumentError for a folder that is not empty.
     """
     with whole_folder(folder) as inside:
         write_files(model, inside)
@@ -47,7 +49,7 @@ def export_weights(model: ModelParts, folder: Path) -> Path:
 
 
 def write_files(model: ModelParts, folder: Path) -> None:
-    """Write what `export_weights` does into a folder that is there."""
+    """Write the files of `export_weights` into a folder that exists."""
     config = {k: v for k, v in model.config.flat().items() if k not in ("resume", "exp_dir", "export")}
     save_weights(folder / NAME, config, model.network.state_dict())
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -59,9 +61,10 @@ def write_files(model: ModelParts, folder: Path) -> None:
 
 
 def upload(model: ModelParts, repository: str, private: bool, token: str | None) -> str:
-    """Upload what `export_weights` writes to a repository of huggingface.co, and return its address.
+    """Upload the files of `export_weights` to a repository of huggingface.co, and return its web address.
 
-    The repository is made where there is none. Raises ArgumentError where huggingface_hub is not installed.
+    repository: "owner/name"; it is made if it does not exist. token: an access token, None for the stored one.
+    Raises ArgumentError if huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import HfApi

@@ -22,7 +22,7 @@ from movae_fast.training.config_files import recipe_names
 
 
 def run(shell: str) -> int:
-    """Print the script, and return the exit status."""
+    """Print the script by which a shell completes commands and flags, and return the exit status."""
     print(shtab.complete(parser_of_all(), shell))
     return 0
 

@@ -24,7 +24,8 @@ from movae_fast.training.run_folder import folder_of
 
 
 def run(config: EncodeConfig) -> int:
-    """Encode what the command line names, or find its file, and return the exit status."""
+    """Encode a split of the run's dataset, or a folder of images, unless a file of it exists; return the exit
+    status."""
     if config.folder is not None:
         return run_folder(config, Path(config.folder))
     device = resolve_device(config.device)

@@ -14,7 +14,7 @@ from movae_fast.training.run_folder import folder_of
 
 
 def run(config: ExportConfig) -> int:
-    """Load, write, say what was written; the exit status."""
+    """Load the trained model, export it, print which files were written, and return the exit status."""
     weights = Path(config.weights)
     model = load(weights, config.device)
     folder = Path(config.outdir) if config.outdir else free_path(folder_of(weights) / f"export_{config.format}")

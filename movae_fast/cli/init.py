@@ -21,7 +21,7 @@ LEFT_OUT = ("resume", "exp_dir", "export", "vocabulary_size", "longest", "corpus
 
 
 def run(flags: tuple[InitConfig, dict[str, Any]]) -> int:
-    """Write the file, say how to use it, and return the exit status."""
+    """Write a YAML file of settings for `movae train`, print how to use it, and return the exit status."""
     config, recipe = flags
     with replacing(Path(config.file)) as file:
         file.write(commented(recipe).encode())

@@ -1,5 +1,7 @@
-"""Run `movae reconstruct`: write each image beside its reconstruction, one file per pair, with torch-vae's
-flags."""
+"""Run `movae reconstruct`: write each image beside its reconstruction, one file per pair.
+
+The flags are those of the program torch-vae, whose users find them here under the same names.
+"""
 
 from __future__ import annotations
 

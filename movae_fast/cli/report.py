@@ -15,7 +15,7 @@ from movae_fast.training.run_list import run_folder, unlike_names
 
 
 def run(config: ReportConfig) -> int:
-    """Compute, write the page, and return the exit status."""
+    """Write the report on the given runs as an HTML page, print its path, and return the exit status."""
     paths = [Path(name) for name in config.runs]
     folders = [run_folder(path) for path in paths]
     out = Path(config.out).expanduser() if config.out else free_path(folders[0] / "report", ".html")

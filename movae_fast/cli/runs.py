@@ -28,7 +28,7 @@ KEYS = {
 
 
 def run(config: RunsConfig) -> int:
-    """Print the list and return the exit status: 0, or 1 if there is no run."""
+    """Print a table of the runs below a folder and return the exit status: 0, or 1 if there is no run."""
     root = Path(config.folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"{config.folder}: there is no such folder; give the one that runs lie in")

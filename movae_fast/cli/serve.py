@@ -25,7 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def run(config: ServeConfig) -> int:
-    """Serve until Ctrl-C, and return the exit status."""
+    """Serve the interactive page of a trained model until Ctrl-C, and return the exit status."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is told to anybody
     try:
         import gradio  # noqa: F401

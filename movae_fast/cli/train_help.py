@@ -50,7 +50,8 @@ def short_help() -> str:
 
 
 def families() -> list[str]:
-    """Return the recipes' folders, each with the number of its recipes; a recipe of its own by its name."""
+    """Return the recipes for the help: a folder as its name and number of recipes, a recipe that lies in
+    no folder as its name."""
     counts: dict[str, int] = {}
     for name in recipe_names():
         family = name.partition("/")[0]

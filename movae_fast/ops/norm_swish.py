@@ -109,7 +109,8 @@ def _norm_swish_backward(
 
 
 def _inputs(y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return y, gate, weight and bias as the C++ reads them."""
+    """Return y in channels-last memory format, and gate (or None), weight and bias contiguous, as the C++ code
+    requires."""
     gate = None if gate is None else gate.contiguous()
     return y.contiguous(memory_format=torch.channels_last), gate, weight.contiguous(), bias.contiguous()
 

@@ -1,1 +1,1 @@
-"""Make pages of runs for a browser: a report in one file, and a page to look into a model."""
+"""Make web pages of runs: a report as one HTML file, and an interactive page of a model."""

@@ -1,4 +1,4 @@
-"""Answer a reader's questions on a run from its log and its curve, in whole sentences."""
+"""Answer questions about a run in whole sentences, from its log and its rate-distortion points."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, Literal
 from movae_fast.training.log_lines import conflict_of
 
 Tone = Literal["good", "attention", "neutral"]
-CONFLICT = -1e-3  # a cosine below it counts as conflict, as in the log
-MANY, FEW = 0.5, 0.1  # fractions of codes in use: above, well used; below, hardly
+CONFLICT = -1e-3  # a cosine below this counts as a conflict, as in the log
+MANY, FEW = 0.5, 0.1  # fractions of codes in use: from MANY on well used, below FEW hardly used
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Hold a question, its short answer, and the sentences that give the reason."""
+    """Hold a question, its short answer, the sentences that explain it, and whether it is good news
+    (`tone`)."""
 
     question: str
     short: str
@@ -25,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class BetaPoint:
-    """Hold what a curve says of one beta."""
+    """Hold the rate and the distortion, in nats per image, and the number of active latents at one beta."""
 
     beta: float
     rate: float
@@ -34,7 +35,7 @@ class BetaPoint:
 
     @property
     def total(self) -> float:
-        """Return D + R."""
+        """Return distortion + rate, the negative ELBO, in nats per image."""
         return self.rate + self.distortion
 
 
@@ -42,8 +43,12 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def against(lines: Lines, names: Sequence[str], kind: str) -> dict[str, tuple[float, float]]:
-    """Return by objective the fraction of log lines in which the update (`cos_`) or the applied step
-    (`step_cosine_`) made it worse, and its mean cosine; the objectives that were measured alone."""
+    """Return objective -> (fraction of log lines in conflict with it, mean cosine), for the objectives whose
+    cosine is in the log.
+
+    kind: "cos_" for the cosine of an objective's gradient with the update, "step_cosine_" with the applied
+    step. A line is in conflict if the cosine is below CONFLICT.
+    """
     made = {}
     for name in names:
         values = [line[f"train/{kind}{name}"] for line in lines if f"train/{kind}{name}" in line]
@@ -53,7 +58,10 @@ def against(lines: Lines, names: Sequence[str], kind: str) -> dict[str, tuple[fl
 
 
 def conflict_answer(lines: Lines, names: Sequence[str], agg: str) -> Answer | None:
-    """Say which objective the updates worked against; None where nothing was measured."""
+    """Answer which objectives the updates and the applied steps made worse; None if the log has no cosines.
+
+    names: the objectives. agg: the run's aggregator, on which the advice depends.
+    """
     update, step = conflict_of(lines), conflict_of(lines, "step_")
     if update is None and step is None:
         return None
@@ -96,7 +104,8 @@ def conflict_answer(lines: Lines, names: Sequence[str], agg: str) -> Answer | No
 
 
 def codebook_answer(used: int, codes: int, perplexity: float, images: int) -> Answer:
-    """Say whether a codebook is used, from a count over `images` images."""
+    """Answer whether a codebook of `codes` codes is used, given that `images` test images use `used` of them
+    with this perplexity."""
     fraction = used / codes
     why = (
         f"{images:,} test images use {used:,} of {codes:,} codes ({fraction:.0%}), as unevenly as if "
@@ -112,7 +121,7 @@ def codebook_answer(used: int, codes: int, perplexity: float, images: int) -> An
 
 
 def latents_answer(active: int, latents: int, words: str = "latents") -> Answer:
-    """Say how many latents carry information about the image."""
+    """Answer how many of the latents are active, that is, carry information about the image."""
     why = (
         "An active one changes with the image; the others are noise to the decoder. Fewer active ones than "
         "there are is no fault by itself: the model needs no more at this beta."
@@ -122,7 +131,10 @@ def latents_answer(active: int, latents: int, words: str = "latents") -> Answer:
 
 
 def quality_answer(last: Mapping[str, float]) -> Answer | None:
-    """Say how good reconstructions are beside the simplest guess; None without that in the log."""
+    """Answer how much smaller the reconstructions' squared error is than that of the mean training image.
+
+    last: metric -> value. Returns None if it lacks `test/mse` or `test/mse_mean_image`.
+    """
     mse, mean = last.get("test/mse"), last.get("test/mse_mean_image")
     if mse is None or not mean:
         return None
@@ -137,7 +149,11 @@ def quality_answer(last: Mapping[str, float]) -> Answer | None:
 
 
 def beta_answer(points: Sequence[BetaPoint], spans_runs: bool = False) -> Answer | None:
-    """Say which beta to take, by purpose, from the points of a curve; None for fewer than two of them."""
+    """Answer which beta to take for which purpose, from points of a rate-distortion curve; None for fewer than
+    two.
+
+    spans_runs: whether the points are of several runs instead of one multi-rate model.
+    """
     if len(points) < 2:
         return None
     best = min(points, key=lambda p: p.total)
@@ -159,7 +175,8 @@ def beta_answer(points: Sequence[BetaPoint], spans_runs: bool = False) -> Answer
 
 
 def thrifty(points: Sequence[BetaPoint]) -> BetaPoint:
-    """Return the point of the largest beta that keeps half of what a smaller one gains in distortion."""
+    """Return the point of the largest beta whose distortion is at most midway between the smallest and
+    the largest."""
     least, most = min(p.distortion for p in points), max(p.distortion for p in points)
     good = [p for p in points if p.distortion <= (least + most) / 2]
     return max(good, key=lambda p: p.beta)

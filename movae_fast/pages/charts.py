@@ -1,4 +1,4 @@
-"""Draw charts for a page, as SVG that needs no font and no file beside it."""
+"""Draw the charts of a page as SVG, which needs no font file and no other file."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ SIZE = (4.6, 2.9)  # inches: one chart fills a phone's width, several stand side
 
 @dataclass(frozen=True)
 class Chart:
-    """Hold a drawing for a page: its title, a sentence on how to read it, and the image as a data: address."""
+    """Hold a chart or picture of a page: title, an explanation of how to read it, and the image as a `data:`
+    URL."""
 
     title: str
     note: str
     source: str
-    width: int = 0  # in pixels, of a picture that is shown as it is; 0 of a drawing, which fits any width
+    width: int = 0  # of a picture, in pixels; 0 for a chart, which is scaled to the page
 
 
 def svg(figure: Any) -> str:
-    """Return a matplotlib figure as a data: address, and close it."""
+    """Return a matplotlib figure as an SVG image in a `data:` URL, and close the figure."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     pyplot().close(figure)
@@ -33,7 +34,7 @@ def svg(figure: Any) -> str:
 
 
 def axes() -> tuple[Any, Any]:
-    """Return a new figure and its axis, in the style of the page."""
+    """Return a new matplotlib figure and its axes, in the style of the page."""
     plt = pyplot()
     style = {"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif", "svg.hashsalt": "movae"}
     plt.rcParams.update(style)
@@ -48,13 +49,13 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def points_of(lines: Lines, key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and the values of a metric in a log."""
+    """Return the steps at which a log has the metric `key`, and its values there."""
     both = [(line["step"], line[key]) for line in lines if key in line]
     return [step for step, _ in both], [value for _, value in both]
 
 
 def objective_chart(lines: Lines, name: str, note: str) -> Chart | None:
-    """Draw one objective over training; None if the log does not have it."""
+    """Draw an objective's training and test values over the steps; return None if the log has neither."""
     train, test = points_of(lines, f"train/{name}"), points_of(lines, f"test/{name}")
     if not train[0] and not test[0]:
         return None
@@ -69,10 +70,10 @@ def objective_chart(lines: Lines, name: str, note: str) -> Chart | None:
 def lines_chart(
     lines: Lines, title: str, note: str, keys: Mapping[str, str], zero: bool = False
 ) -> Chart | None:
-    """Draw several metrics of a log over each other, by their key and their name; None if it has none of them.
+    """Draw several metrics of a log over the steps in one chart; return None if the log has none of them.
 
-    One that is 0 throughout is left out: an objective whose gradient does not meet the others'. zero: mark 0,
-    and shade what is below it.
+    keys: metric -> its name in the legend. A metric that is always 0 is left out, such as the cosine of
+    an objective whose Jacobian row is zero. zero: draw a line at 0 and shade the region below it.
     """
     there = {key: name for key, name in keys.items() if any(line.get(key) for line in lines)}
     if not there:
@@ -80,7 +81,7 @@ def lines_chart(
     figure, axis = axes()
     for k, (key, name) in enumerate(keys.items()):
         if key not in there:
-            continue  # what is missing keeps its colour for the other charts
+            continue  # a metric that is left out keeps its colour, so that colours agree between charts
         steps, values = points_of(lines, key)
         style = {"linewidth": 1.3, "marker": "o" if len(steps) < 3 else "", "markersize": 4}
         axis.plot(steps, values, DASHES[k % len(DASHES)], color=colour(k), label=name, **style)
@@ -99,7 +100,10 @@ def lines_chart(
 
 
 def curve_charts(curves: Mapping[str, Sequence[BetaPoint]]) -> list[Chart]:
-    """Draw distortion over rate, and D + R and active latents over beta, one colour per run."""
+    """Draw three charts: distortion over rate, distortion + rate over beta, and active latents over beta.
+
+    curves: a run's name -> its points; each run has its own colour.
+    """
     figure, axis = axes()
     for k, (name, points) in enumerate(curves.items()):
         axis.plot(
@@ -132,7 +136,7 @@ def curve_charts(curves: Mapping[str, Sequence[BetaPoint]]) -> list[Chart]:
 
 
 def usage_chart(counts: Sequence[float], note: str) -> Chart:
-    """Draw how often each code is used, the most used first."""
+    """Draw how often each code of a codebook is used, in descending order."""
     figure, axis = axes()
     ordered = sorted(counts, reverse=True)
     axis.fill_between(range(1, len(ordered) + 1), ordered, step="mid", color=colour(0), linewidth=0)
@@ -141,7 +145,10 @@ def usage_chart(counts: Sequence[float], note: str) -> Chart:
 
 
 def rates_chart(rates: Sequence[float], words: str) -> Chart:
-    """Draw how many nats each latent (or group) carries."""
+    """Draw the rates of all latents (or groups) in nats per image, in descending order.
+
+    words: what the bars are called, "latent" or "group".
+    """
     figure, axis = axes()
     ordered = sorted(rates, reverse=True)
     axis.bar(range(1, len(ordered) + 1), ordered, color=colour(0))

@@ -1,4 +1,4 @@
-"""Collect what a report says of one run: its log, and what its model does with test images."""
+"""Collect the content of a report on one run, from its log and from its model's output on test images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from movae_fast.training.machine import NAME, machine
 from movae_fast.training.run_list import run_folder
 from movae_fast.training.telemetry import codebook_metrics
 
-# What an objective is, for a reader who does not know the field.
+# Objective -> a sentence on it, for a reader who does not know the field.
 MEANINGS = {
     "reconstruction": "How far images are from their reconstructions; smaller is better.",
     "kl": "How much the code says about an image, in nats; smaller is a more compact code.",
@@ -61,11 +61,11 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Hold how much a report computes."""
+    """Hold the numbers of images and betas that a report is computed from, and where its data is."""
 
-    images: int = 16  # in a picture
-    betas: int = 12  # of a curve
-    limit: int = 1000  # test images that numbers are computed on
+    images: int = 16  # test images, and samples, in a picture
+    betas: int = 12  # points of a multi-rate model's curve
+    limit: int = 1000  # test images that metrics are computed from, evenly spaced
     batch_size: int = 500
     seed: int = 0
     data_dir: str | None = None
@@ -73,7 +73,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Score:
-    """Hold a row of the table of scores."""
+    """Hold a metric, its value as text, and the protocol: how and on which images it was measured."""
 
     name: str
     value: str
@@ -82,7 +82,7 @@ class Score:
 
 @dataclass
 class RunPage:
-    """Hold what a report says of one run."""
+    """Hold the content of a report on one run; a part that could not be made is empty, and `notes` says why."""
 
     name: str
     path: Path
@@ -101,16 +101,17 @@ class RunPage:
 
     @property
     def images_key(self) -> tuple[tuple[str, Any], ...]:
-        """Return what runs must have in common for one plot of rates and distortions."""
+        """Return the settings, as pairs of name and value, in which two runs must agree for their rates and
+        distortions to be comparable: those of the images and the likelihood."""
         return tuple(of_images(self.config).items())
 
 
 @torch.no_grad()
 def gather(path: Path, name: str, device: torch.device, options: Options) -> RunPage:
-    """Return the page of the run at `path` (its folder or a checkpoint of it).
+    """Return the content of a report on the run at `path`, which is its folder or one of its checkpoints.
 
-    Where the test images cannot be read the page says so and has the log alone. Raises ValueError for what is
-    no run, CheckpointError for one that cannot be loaded.
+    name: of the run, as the report shows it. If the test images cannot be read, the page has only what the log
+    gives, and a note. Raises ValueError if `path` is no run, CheckpointError if its model cannot be loaded.
     """
     folder = run_folder(path)
     trained = load_trained(path, device)
@@ -143,13 +144,13 @@ def gather(path: Path, name: str, device: torch.device, options: Options) -> Run
 
 
 def add(answers: list[Answer], answer: Answer | None) -> None:
-    """Append an answer, if there is one."""
+    """Append an answer unless it is None."""
     if answer is not None:
         answers.append(answer)
 
 
 def add_model(page: RunPage, trained: Trained, loader: Loader, options: Options) -> None:
-    """Add to the page what the model does with the loader's images."""
+    """Add to the page the metrics, charts and pictures that the model gives on the loader's images."""
     config, model = trained.config, trained.model
     n = len(loader.source)
     protocol = f"{n:,} evenly spaced test images, one draw of z each, seed {options.seed}"
@@ -191,7 +192,7 @@ def samples_of(page: RunPage, trained: Trained, options: Options) -> tuple[Tenso
 
 
 def add_codebook(page: RunPage, model: CodebookVAE, loader: Loader) -> None:
-    """Add how the loader's images use the codebook, or all codebooks of several."""
+    """Add to the page how often the loader's images use each code of the model's codebooks."""
     codes = sum(model.code_sizes)
     counts = torch.zeros(codes, dtype=torch.float64)
     for x, _ in loader.epoch():
@@ -208,7 +209,8 @@ def add_codebook(page: RunPage, model: CodebookVAE, loader: Loader) -> None:
 
 
 def add_curve(page: RunPage, trained: Trained, loader: Loader, options: Options) -> None:
-    """Add a multi-rate run's curve over beta, or a plain run's one point."""
+    """Add to the page rate and distortion on the loader's images: at several betas for a multi-rate model, else
+    at the beta of training; and the answer to which beta to take."""
     config, model = trained.config, trained.model
     if model.rates is not None:
         betas = log_spaced(model.rates.beta_min, model.rates.beta_max, options.betas)
@@ -216,7 +218,7 @@ def add_curve(page: RunPage, trained: Trained, loader: Loader, options: Options)
         try:
             betas = [nominal_beta(config)]
         except ValueError:
-            return  # its loss is not distortion + beta * rate
+            return  # its loss is not distortion + beta * rate, so it has no point
     with beta_kept(model):
         dist, rows = config.objective.recons_dist, options.batch_size
         points = curve_points(model, loader, betas, dist, options.seed, rows)
@@ -234,19 +236,21 @@ def add_curve(page: RunPage, trained: Trained, loader: Loader, options: Options)
 
 
 def of_flag(config: TrainConfig, beta: float) -> str:
-    """Return how the flag's beta, a weight as the reduction has it, is called where it is another number."""
+    """Return words that give the setting `beta` where it differs from the given beta in nats, since the run's
+    loss is averaged over pixels; else ""."""
     given = config.objective.beta
     return f" (--beta {given:g} with the reduction {config.reduction})" if given not in (None, beta) else ""
 
 
 def objectives_of(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the objectives that a log has, in order."""
+    """Return the names of the objectives whose weights are in a log, in the order of their first appearance."""
     prefix = "train/weight_"
     return list(dict.fromkeys(k[len(prefix) :] for line in lines for k in line if k.startswith(prefix)))
 
 
 def log_charts(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Chart]:
-    """Return the charts of a log: each objective, cosines, weights, usage of a codebook."""
+    """Return charts of what a log has: each objective in `names`, cosines, weights, usage of a codebook, and
+    the fade-in of a ladder's rungs."""
     seen = {key for line in lines for key in line}
     charts = [objective_chart(lines, name, meaning(name)) for name in names if f"train/{name}" in seen]
     cosines = {f"train/cos_{name}": name for name in names}
@@ -291,7 +295,8 @@ def log_charts(lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list
 
 
 def meaning(name: str) -> str:
-    """Return what an objective is, in a sentence."""
+    """Return a sentence that explains an objective to a reader from outside the field; "" for an unknown
+    one."""
     if name in MEANINGS:
         return MEANINGS[name]
     if name.startswith("kl_"):
@@ -300,12 +305,12 @@ def meaning(name: str) -> str:
 
 
 def last_values(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the last value of each metric of a log."""
+    """Return metric -> its last value in a log, for numbers."""
     return {k: v for line in lines for k, v in line.items() if isinstance(v, int | float)}
 
 
 def logged_scores(lines: Sequence[Mapping[str, Any]], config: TrainConfig) -> list[Score]:
-    """Return the log's last evaluation as rows of the table of scores."""
+    """Return the metrics of training's last evaluation on the test split as scores; [] if there was none."""
     tested = [line for line in lines if "test/loss" in line]
     if not tested:
         return []
@@ -317,7 +322,8 @@ def logged_scores(lines: Sequence[Mapping[str, Any]], config: TrainConfig) -> li
 
 
 def evaluation_scores(folder: Path) -> list[Score]:
-    """Return the metrics of the last `movae evaluate` of a run as rows of the table of scores."""
+    """Return the metrics that `movae evaluate` wrote last into a run's folder as scores; [] if there are
+    none."""
     files = sorted((folder / "evaluation").glob("metrics*.json"), key=lambda p: p.stat().st_mtime)
     if not files:
         return []
@@ -333,7 +339,8 @@ def evaluation_scores(folder: Path) -> list[Score]:
 
 
 def unusual(config: TrainConfig) -> dict[str, str]:
-    """Return the flags whose values are not the default."""
+    """Return setting -> value as text, for settings that are not the default, without paths; dataset, model and
+    aggregator are always included."""
     usual = TrainConfig().flat()
     places = ("exp_dir", "export", "resume", "data_dir", "save_path")
     flat = {k: v for k, v in config.flat().items() if k not in places and v is not None}
@@ -341,7 +348,7 @@ def unusual(config: TrainConfig) -> dict[str, str]:
 
 
 def machines_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the machines that a run was trained on, one entry per start."""
+    """Return the machines that a run was trained on, one description per start; [] if they cannot be read."""
     try:
         texts = (folder / NAME).read_text(encoding="utf-8").splitlines()
         return [json.loads(text) for text in texts]
@@ -350,12 +357,12 @@ def machines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def here(device: torch.device) -> dict[str, Any]:
-    """Return the machine that makes the report."""
+    """Return a description of this machine, which makes the report."""
     return machine(device)
 
 
 def sentence_of(trained: Trained, lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on what was trained, on what, how and how long."""
+    """Return two sentences on a run: its model and size, data, number of steps, objectives and aggregator."""
     config = trained.config
     size = sum(p.numel() for p in trained.model.parameters())
     what = "a multi-rate " if trained.model.rates is not None else "a "

@@ -1,4 +1,5 @@
-"""Make a page on which a trained model is looked into: sliders for its latents and beta, a map of its codes."""
+"""Make an interactive page of a trained model: sliders for latents and beta, or a map of codes that can be
+edited."""
 
 from __future__ import annotations
 
@@ -16,48 +17,54 @@ from movae_fast.models.vq_vae import VQVAE
 from movae_fast.pages.sheets import latent_name
 from movae_fast.pictures import to_pixels
 
-SLIDERS = 24  # latents that have one; the others keep the value of the image or draw
-REACH = 3.0  # prior standard deviations to either side
-# A model is set to one beta at a time, whoever asks.
+SLIDERS = 24  # the most that a page has; latents without one keep the value of the test image or draw
+REACH = 3.0  # range of a slider to either side of 0, in standard deviations of the prior
+# gradio's settings for one call at a time: the model has one beta, which each call sets.
 ONE: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-SIDE = 320  # pixels of an image on the page
+SIDE = 320  # of an image on the page, in pixels
 
 
 class Viewer:
-    """Hold a model in evaluation mode, and its test images where they are there; compute what a page shows."""
+    """Compute the images that the page shows, with a model in evaluation mode and its test images.
+
+    normalize: whether the model's images are in [-1, 1] instead of [0, 1]. loader: of the test images, None if
+    they cannot be read.
+    """
 
     def __init__(self, source: SampleSource, normalize: bool, loader: Loader | None) -> None:
         self.source, self.model, self.normalize, self.loader = source, source.model, normalize, loader
 
     @property
     def images(self) -> int:
-        """Return how many test images there are."""
+        """Return the number of test images; 0 without a loader."""
         return 0 if self.loader is None else len(self.loader.source)
 
     def pixels(self, images: Tensor) -> np.ndarray:
-        """Return an image [1, C, S, S] in the model's range as uint8 [h, w, 3], enlarged to about SIDE."""
+        """Return an image [1, C, S, S] in the model's range as uint8 [h, w, 3], enlarged to a side of about
+        SIDE pixels."""
         return to_pixels(to_unit(images, self.normalize), max(1, SIDE // images.shape[-1]))[0]
 
     def test_image(self, number: int) -> Tensor:  # [1, C, S, S] in the model's range
-        """Return a test image by its number. Raises ValueError for one that is not there."""
+        """Return a test image by its number from 0. Raises ValueError for a number that no image has."""
         if self.loader is None or not 0 <= number < self.images:
             raise ValueError(f"test image {number}: there are {self.images:,}, numbered from 0")
         return next(iter(self.loader.take(torch.tensor([number]))))[0]
 
     def set_beta(self, log10_beta: float) -> None:
-        """Set a multi-rate model to a beta; nothing for another model."""
+        """Set a multi-rate model to the beta 10^log10_beta; another model stays as it is."""
         if self.model.rates is not None:
             self.model.set_beta(10.0**log10_beta)
 
     @torch.no_grad()
     def from_latents(self, z: Tensor, log10_beta: float = 0.0) -> np.ndarray:
-        """Return the image of latents [1, D]."""
+        """Return the image uint8 [h, w, 3] decoded from latents [1, D] at the beta 10^log10_beta."""
         self.set_beta(log10_beta)
         return self.pixels(self.model.to_image(self.model.decode(z.to(self.model.device))))
 
     @torch.no_grad()
     def latents_of(self, number: int, log10_beta: float = 0.0) -> tuple[np.ndarray, Tensor]:
-        """Return a test image and the posterior mean [1, D] of its latents."""
+        """Return a test image uint8 [h, w, 3] and the mean [1, D] of its posterior at the beta
+        10^log10_beta."""
         assert isinstance(self.model, GaussianVAE)
         self.set_beta(log10_beta)
         x = self.test_image(number)
@@ -77,7 +84,7 @@ class Viewer:
 
     @torch.no_grad()
     def codes_of(self, number: int) -> tuple[np.ndarray, list[list[int]]]:
-        """Return a test image and the map of its codes."""
+        """Return a test image uint8 [h, w, 3] and its map of codes, as a list of rows."""
         assert isinstance(self.model, VQVAE)
         x = self.test_image(number)
         index = self.model.quantize(self.model.encode(x)[0])[1]
@@ -85,7 +92,8 @@ class Viewer:
 
     @torch.no_grad()
     def from_codes(self, codes: list[list[Any]]) -> np.ndarray:
-        """Return the image of a map of codes. Raises ValueError for what is no code of the codebook."""
+        """Return the image uint8 [h, w, 3] decoded from a map of codes. Raises ValueError for an entry that is
+        no index of the codebook."""
         assert isinstance(self.model, VQVAE)
         side, count = self.model.side, self.model.num_embeddings
         try:
@@ -106,7 +114,7 @@ class Viewer:
 
 
 def page(viewer: Viewer, title: str) -> Any:
-    """Return the gradio page of a model."""
+    """Return the page of a model, a `gradio.Blocks`: sliders, a map of codes, or draws, as fits the model."""
     import gradio as gr
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
@@ -121,7 +129,7 @@ def page(viewer: Viewer, title: str) -> Any:
 
 
 def beta_slider(gr: Any, viewer: Viewer) -> Any:
-    """Return the slider of a multi-rate model's beta, in powers of ten; hidden for another model."""
+    """Return a slider of log10 beta over the range of a multi-rate model; a hidden one for another model."""
     rates = viewer.model.rates
     if rates is None:
         return gr.Slider(0, 1, value=0, visible=False, label="log10 beta")
@@ -133,7 +141,7 @@ def beta_slider(gr: Any, viewer: Viewer) -> Any:
 
 
 def latents_page(gr: Any, viewer: Viewer) -> None:
-    """Lay out sliders of the latents beside the image that they make."""
+    """Lay out sliders for a vector of latents beside the image that is decoded from them."""
     model = viewer.model
     assert isinstance(model, GaussianVAE)
     count = min(model.latent_dim, SLIDERS)
@@ -177,7 +185,7 @@ def latents_page(gr: Any, viewer: Viewer) -> None:
 
 
 def codes_page(gr: Any, viewer: Viewer) -> None:
-    """Lay out a map of codes that can be edited beside the image that it makes."""
+    """Lay out a table of codes that can be edited beside the image that is decoded from them."""
     start = viewer.codes_of(0) if viewer.images else (None, viewer.random_codes(0))
     with gr.Row():
         original = gr.Image(start[0], label="test image", interactive=False, visible=viewer.images > 0)
@@ -227,7 +235,7 @@ def draws_page(gr: Any, viewer: Viewer) -> None:
 
 
 def said(gr: Any, compute: Any) -> Any:
-    """Return what a function computes; a ValueError of it is shown on the page."""
+    """Return the result of calling `compute`; a ValueError that it raises is shown on the page."""
     try:
         return compute()
     except ValueError as error:

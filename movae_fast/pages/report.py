@@ -1,4 +1,4 @@
-"""Write the report of one or several runs as one HTML page that asks the network for nothing."""
+"""Write the report of one or several runs as one HTML page, which loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ FLAG = re.compile(r"--\w+( (upgrad|step|[\d.e+-]*\d)\b)?")
 
 
 def render(pages: Sequence[RunPage], device: torch.device) -> str:
-    """Return the report as HTML: images and styles are in it, and its policy forbids every request."""
+    """Return the report on the given runs as HTML.
+
+    Images and styles are inside it, and its Content-Security-Policy forbids every request. device: the one that
+    the report was computed on, which it names.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,15 +47,16 @@ def render(pages: Sequence[RunPage], device: torch.device) -> str:
 
 
 def with_flags(text: str) -> Markup:
-    """Return text as HTML in which flags (--name value) do not break over lines."""
+    """Return text as HTML, with `<code>` around flags such as `--agg upgrad`, so that no line breaks inside
+    them."""
     return Markup(FLAG.sub(r"<code>\g<0></code>", str(escape(text))))
 
 
 def over_runs(pages: Sequence[RunPage]) -> tuple[Answer | None, list[Chart]]:
-    """Return which beta to take among several runs, and their curves in one plot.
+    """Return the answer to which beta to take among several runs, and charts with all their points.
 
-    That is of runs with the same images and likelihood as the first one that has a curve; without two of them
-    there is nothing to compare.
+    Runs are compared if they have the same images and likelihood as the first run that has a point. Returns
+    (None, []) if fewer than two have.
     """
     curved = [page for page in pages if page.points]
     alike = [page for page in curved if page.images_key == curved[0].images_key]
@@ -64,7 +69,7 @@ def over_runs(pages: Sequence[RunPage]) -> tuple[Answer | None, list[Chart]]:
 
 
 def write_report(path: Path, html: str) -> Path:
-    """Write the page, whole or not at all; return its path."""
+    """Write the page to `path` and return it; the file appears only when it is complete."""
     with replacing(path) as file:
         file.write(html.encode("utf-8"))
     return path

@@ -25,20 +25,22 @@ from movae_fast.models.vq_vae import VQVAE
 from movae_fast.pages.charts import Chart
 from movae_fast.pictures import pairs, png_bytes, sheet
 
-STEPS, REACH = 7, 2.5  # of a traversal: images, and prior standard deviations to either side
-STRIPS = 8  # latents that are traversed, the busiest first
-CODES = 64  # codes that are shown, the most used first
+STEPS, REACH = 7, 2.5  # images of a traversal, and its range to either side in standard deviations of the prior
+STRIPS = 8  # the most latents that are traversed, those with the highest rates
+CODES = 64  # the most codes that are shown, the most used first
 BETAS = 6  # columns of images over beta
-AT_ONCE = 128  # images that are decoded at a time
+AT_ONCE = 128  # images decoded per forward pass
 
 
 def sheets_of(
     model: VAE, loader: Loader, rates: Tensor | None, n: int, samples: Tensor, of: str
 ) -> list[Chart]:
-    """Return the pictures of a model in evaluation mode, with n images of the loader's.
+    """Return the pictures of a model in evaluation mode: reconstructions of n evenly spaced images of the
+    loader, the given samples, and what fits the model (traversals, codes, images over beta).
 
-    rates: nats per latent [D], by which the busiest are chosen. samples: images [N, C, S, S] in [0, 1], and
-    `of` says what they are drawn from. A multi-rate model keeps its beta.
+    rates: the rate of each latent in nats [D], by which latents are ordered; None keeps their order. samples:
+    images [N, C, S, S] in [0, 1]. of: words that say what they are drawn from. A multi-rate model has the same
+    beta afterwards.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([images for images, _ in loader.take(spaced_rows(loader, n))])
@@ -68,13 +70,16 @@ def sheets_of(
 
 
 def picture(title: str, note: str, pixels: np.ndarray) -> Chart:
-    """Return a picture uint8 [h, w, 3] for a page."""
+    """Return pixels uint8 [h, w, 3] as a PNG image of a page, with a title and an explanation."""
     source = f"data:image/png;base64,{base64.b64encode(png_bytes(pixels)).decode()}"
     return Chart(title, note, source, width=pixels.shape[1])
 
 
 def latents_sheet(model: GaussianVAE, x: Tensor, rates: Tensor | None, normalize: bool) -> Chart:
-    """Return how the busiest latents change one test image x [1, C, S, S]."""
+    """Return a picture of traversals: a test image x [1, C, S, S] decoded with one latent changed at a time.
+
+    The latents with the highest rates [D] are shown, one row of images each.
+    """
     order = torch.arange(model.latent_dim) if rates is None else rates.argsort(descending=True)
     dims = order[:STRIPS].tolist()
     values, z = traverse_around(model, x, dims, STEPS, REACH)
@@ -92,14 +97,16 @@ def latents_sheet(model: GaussianVAE, x: Tensor, rates: Tensor | None, normalize
 
 
 def latent_name(model: GaussianVAE, dim: int) -> str:
-    """Return what a latent is called: its number, of a ladder within its rung."""
+    """Return the name of latent number `dim` (from 0); in a ladder it gives the rung, and the number within
+    it."""
     if isinstance(model, ProVLAE):
         return f"rung {dim // model.z_dim + 1}, latent {dim % model.z_dim + 1}"
     return f"latent {dim}"
 
 
 def hierarchy_sheet(model: NVAE, generator: torch.Generator, normalize: bool) -> Chart:
-    """Return how each scale of a hierarchy changes one draw."""
+    """Return a picture of one draw from a hierarchy in which, row by row, the latents of one scale alone are
+    moved to those of another draw."""
     z, names = traverse_part(model, 1, STEPS, "scale", -1, generator)
     images = decode_images(model, z.flatten(0, 1), AT_ONCE, normalize)
     note = "One draw; each row moves one scale of the latents alone, on the way to another draw."
@@ -108,7 +115,7 @@ def hierarchy_sheet(model: NVAE, generator: torch.Generator, normalize: bool) ->
 
 
 def codes_sheet(model: VQVAE, normalize: bool) -> Chart:
-    """Return the texture of the codes that training used most, each decoded alone."""
+    """Return a picture of the codes that training chose most, each decoded as a map of this code alone."""
     order = model.code_usage.argsort(descending=True)[:CODES]
     index = order[:, None, None].expand(-1, model.side, model.side)
     images = decode_images(model, model.lookup(index), AT_ONCE, normalize)
@@ -121,7 +128,8 @@ def codes_sheet(model: VQVAE, normalize: bool) -> Chart:
 
 
 def betas_sheet(model: VAE, x: Tensor, generator: torch.Generator, normalize: bool) -> Chart:
-    """Return reconstructions of x [N, C, S, S] and as many samples over beta."""
+    """Return a picture with a column per beta: reconstructions of x [N, C, S, S], and below them N samples,
+    whose latents are the same at every beta."""
     assert model.rates is not None
     z = model.sample_latents(len(x), generator)
     betas = log_spaced(model.rates.beta_min, model.rates.beta_max, BETAS)

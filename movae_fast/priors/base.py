@@ -28,7 +28,10 @@ class Stepped(Protocol):
         """Draw the random numbers [n, ...] that `loss` needs for n rows."""
 
     def loss(self, values: Tensor, label: Tensor, draws: Tensor) -> Tensor:
-        """Return the loss [] of rows: codes [B, T], or latents [B, 2, D] as means and log-variances."""
+        """Return the loss [] of a batch: codes [B, T], or posteriors [B, 2, D] (means and log-variances).
+
+        label: [B] int64. draws: what the method `draws` returned.
+        """
 
 
 def drawn_latents(values: Tensor, noise: Tensor) -> Tensor:  # [B, D]
@@ -38,24 +41,24 @@ def drawn_latents(values: Tensor, noise: Tensor) -> Tensor:  # [B, D]
 
 
 def check_kind(config: PriorConfig, model: VAE, arch: str) -> None:
-    """Raise ValueError for a kind that is not for the model's latents."""
+    """Raise ArgumentError if priors of this kind do not model the latents that the model has."""
     info = KINDS[config.kind]
     if info.latents != model.latents:
         valid = ", ".join(kinds_for(model.latents)) or "none"
         has = WORDS.get(model.latents, "a hierarchy of latents, which has a prior of its own")
-        raise ValueError(
-            f"--kind {config.kind} is over {WORDS[info.latents]}; {arch} has {has}: valid: {valid}"
+        raise ArgumentError(
+            f"kind {config.kind} is over {WORDS[info.latents]}; {arch} has {has}: valid: {valid}"
         )
     if config.kind == "pixelcnn" and len(maps := grids_of(model)) > 1:
-        raise ValueError(f"--kind pixelcnn is over one map of codes; {arch} has {len(maps)}: use transformer")
+        raise ArgumentError(f"kind pixelcnn is over one map of codes; {arch} has {len(maps)}: use transformer")
 
 
 def classes_of(config: PriorConfig, latents: Latents) -> int:
-    """Return the number of labels that the encoded images have. Raises ValueError for a prior that is to be
-    conditioned on them where there is only one."""
+    """Return the number of labels that the encoded images have. Raises ArgumentError for a prior that is to be
+    conditioned on labels if there is only one."""
     classes = int(latents.labels.max()) + 1
     if config.labels and classes < 2:
-        raise ValueError("--labels: the images have no labels; leave it out")
+        raise ArgumentError("labels: the images have no labels; leave it out")
     return classes
 
 
@@ -143,5 +146,5 @@ def load_prior(path: Path, trained: TrainConfig, model: VAE) -> tuple[PriorConfi
 
 
 def words(grids: Grids) -> str:
-    """Return the sizes of maps of codes as text for messages."""
+    """Return the sizes of maps of codes as text for error messages: "8x8 of 512 + 4x4 of 512"."""
     return " + ".join(f"{g.height}x{g.width} of {g.codes:,}" for g in grids) or "none"

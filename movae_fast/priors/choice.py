@@ -1,5 +1,4 @@
-"""Define how codes are drawn from logits: temperature, truncation to the most probable codes, guidance by a
-label."""
+"""Draw codes from logits, with temperature, truncation to the most probable codes, and guidance by a label."""
 
 from __future__ import annotations
 

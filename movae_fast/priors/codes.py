@@ -27,7 +27,7 @@ class Grid(NamedTuple):
         return self.height * self.width
 
 
-ROWS = 1 << 16  # of a mapped file, read at a time
+ROWS = 1 << 16  # rows of a memory-mapped file that are read at a time
 Grids = tuple[Grid, ...]  # the maps of one image, in the order of the sequence
 
 
@@ -60,11 +60,10 @@ def images_of(model: VAE, codes: Tensor) -> Tensor:  # [B, C, S, S] in the model
 
 
 def usage_bits(codes: np.ndarray, grids: Sequence[Grid], fitted_on: np.ndarray) -> float:
-    """Return the bits per code of sequences [N, T] under the frequencies of the
-    codes `fitted_on` [M, T], map by map.
+    """Return the mean cost in bits per code of sequences [N, T] if each map's codes have the frequencies of
+    `fitted_on` [M, T], with 1 added to every count.
 
-    1 is added to every count. This is the cost of codes that are coded independently of each other and of their
-    position, as a baseline for priors.
+    This ignores the order of codes and their positions, and is a baseline for priors.
     """
     nats, at = 0.0, 0
     for grid in grids:
@@ -76,7 +75,8 @@ def usage_bits(codes: np.ndarray, grids: Sequence[Grid], fitted_on: np.ndarray) 
 
 
 def usage_counts(codes: np.ndarray, size: int) -> np.ndarray:  # [size] float64
-    """Return how often each of `size` codes occurs in mapped codes [N, t], which are read part by part."""
+    """Return how often each of `size` codes occurs in memory-mapped codes [N, t], which are read in parts of
+    ROWS rows."""
     counts = np.zeros(size)
     for first in range(0, len(codes), ROWS):
         counts += np.bincount(codes[first : first + ROWS].reshape(-1), minlength=size)

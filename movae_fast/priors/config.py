@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from movae_fast.choices import CompileMode, PrecisionName
+from movae_fast.names import ArgumentError
 from movae_fast.priors.catalog import KINDS, Covariance, PriorKind
 
 
@@ -16,8 +17,7 @@ class PriorConfig:
     Args:
         kind: Over codes: `transformer` (one code after the other), `maskgit` (many at a time), `pixelcnn`
                 (gated, two stacks). Over a vector of latents: `gmm` (a mixture of Gaussians), `flow` (masked
-                autoregressive),
-            `flow_matching`.
+                autoregressive), `flow_matching`.
         name: Folder of the prior below RUN/priors; the default is its kind.
         width: Width of the network (transformer, maskgit: 256, a multiple of 64; pixelcnn: 64; flow: 128;
             flow_matching: 512).
@@ -82,7 +82,8 @@ class PriorConfig:
         return self.name or self.kind
 
     def resolved(self) -> dict[str, Any]:
-        """Return setting -> value for all settings, with the kind's defaults for those that were not given."""
+        """Return setting -> value for all settings, with the defaults of this kind of prior for those not
+        given."""
         return {**KINDS[self.kind].options, **{k: v for k, v in self.flat().items() if v is not None}}
 
     def flat(self) -> dict[str, Any]:
@@ -95,19 +96,19 @@ RESUMABLE = ("checkpoint_every", "compile")
 
 
 def check_prior(config: PriorConfig) -> None:
-    """Raise ValueError for an option that the kind does not have, and for options that do not fit each
+    """Raise ArgumentError for an option that the kind does not have, and for options that do not fit each
     other."""
     options = KINDS[config.kind].options
     known = {name for info in KINDS.values() for name in info.options}
     for entry in fields(config):
         if entry.name in known - options.keys() and getattr(config, entry.name) is not None:
             kinds = ", ".join(name for name, info in KINDS.items() if entry.name in info.options)
-            raise ValueError(f"--{entry.name} does not apply to {config.kind}; it is an option of {kinds}")
+            raise ArgumentError(f"{entry.name} does not apply to {config.kind}; it is an option of {kinds}")
     if config.name is not None and ("/" in config.name or config.name.startswith(".")):
-        raise ValueError(
-            f"--name {config.name} must be a folder's name, without / and not beginning with a dot"
+        raise ArgumentError(
+            f"name {config.name} must be a folder's name, without / and not beginning with a dot"
         )
     if config.label_dropout is not None and not config.labels:
-        raise ValueError("--label_dropout leaves out labels: it needs --labels")
+        raise ArgumentError("label_dropout leaves out labels: it needs labels")
     if config.kind in ("transformer", "maskgit") and config.option("width") % 64:
-        raise ValueError(f"--width {config.width} must be a multiple of 64, which is the width of a head")
+        raise ArgumentError(f"width {config.width} must be a multiple of 64, which is the width of a head")

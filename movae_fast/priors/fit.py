@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from movae_fast.files import remove_leftovers
-from movae_fast.names import shown
+from movae_fast.names import ArgumentError, shown
 from movae_fast.priors.base import build_prior
 from movae_fast.priors.config import RESUMABLE, PriorConfig
 from movae_fast.priors.latents import Latents
@@ -25,7 +25,7 @@ from movae_fast.training.logs import Logs
 from movae_fast.training.signals import Interrupted, Signals
 from movae_fast.training.world import World
 
-EVALUATED = 1024  # rows at a time
+EVALUATED = 1024  # rows per forward pass of an evaluation
 
 
 @dataclass
@@ -101,7 +101,7 @@ def restored(content: dict[str, Any], path: Path, given: PriorConfig, world: Wor
     """Return the settings with which a saved prior is resumed: the saved ones, updated by those that may
     change.
 
-    Raises ValueError for a given setting that must stay the same.
+    Raises ArgumentError for a given setting that must stay the same.
     """
     saved = PriorConfig(**content["prior"])
     if "position" not in content:
@@ -109,14 +109,14 @@ def restored(content: dict[str, Any], path: Path, given: PriorConfig, world: Wor
     asked, has = given.resolved(), saved.resolved()
     changed = [k for k in has if k not in (*RESUMABLE, "name") and asked.get(k) != has[k]]
     if changed:
-        was = ", ".join(f"--{name} {has[name]}" for name in changed)
-        raise ValueError(f"--resume: {shown(path.parents[1])} has {was}, and keeps it; fit another with --name")
+        was = ", ".join(f"{name} {has[name]}" for name in changed)
+        raise ArgumentError(f"resume: {shown(path.parents[1])} has {was}, and keeps it; fit another by name")
     before = content["position"]["processes"]
     if before != world.size:
         total = saved.option("batch_size") * before
         if total % world.size:
-            raise ValueError(
-                f"--resume: its {total} rows a step cannot be divided among {world.size} processes"
+            raise ArgumentError(
+                f"resume: its {total} rows per step cannot be divided among {world.size} processes"
             )
         saved.batch_size = total // world.size
     saved.compile, saved.checkpoint_every = given.compile, given.checkpoint_every
@@ -129,7 +129,7 @@ def go_on(run: PriorRun, content: dict[str, Any], path: Path) -> None:
     if content["of"] != run.latents.header["key"]:
         raise checkpoint.CheckpointError(
             f"{shown(path)} is fitted to latents {content['of'][:12]}, the run's are now "
-            f"{run.latents.header['key'][:12]}: fit another with --name"
+            f"{run.latents.header['key'][:12]}: fit another under a new name"
         )
     checkpoint.load_model(run.prior, content["model"], path)
     run.step.load_state_dict(content)

@@ -26,14 +26,17 @@ def gate(x: Tensor) -> Tensor:  # [B, 2 C, h, w] -> [B, C, h, w]
 
 
 class GatedLayer(nn.Module):
-    """Compute one layer of the vertical and the horizontal stack; the first layer excludes the position
-    itself."""
+    """Compute one layer of both stacks of a gated PixelCNN (see this module's docstring).
+
+    A position sees earlier positions and its own features, in the first layer (`first`) earlier positions only:
+    there its own features contain the code that is to be predicted.
+    """
 
     def __init__(self, width: int, kernel: int, first: bool, dropout: float) -> None:
         super().__init__()
         self.reach, self.first = kernel // 2, first
-        # The map is padded above and to the left. A kernel ends at its own row and place, which have seen what
-        # is before them alone; in the first layer one before those.
+        # The map is padded above and to the left, so that a kernel ends at the position's own row and place,
+        # which depend on earlier codes only. In the first layer it ends one row above, one place to the left.
         self.vertical = nn.Conv2d(width, 2 * width, (self.reach + (not first), kernel))
         self.horizontal = nn.Conv2d(width, 2 * width, (1, self.reach + (not first)))
         self.across = nn.Conv2d(2 * width, 2 * width, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from movae_fast.data.loaders.epoch_plan import Batching, EpochPlan, plan_epoch
 from movae_fast.priors.latents import Latents
 
-DRAWS, DROPOUT, EVALUATION = range(3)  # what a generator is for
+DRAWS, DROPOUT, EVALUATION = range(3)  # the purposes of `generator_of`
 
 
 @dataclass(frozen=True)

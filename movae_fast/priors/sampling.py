@@ -24,9 +24,9 @@ DRAW_CODES = {
 
 
 def check_choice(config: PriorConfig, classes: int, label: int | None, choice: Choice) -> None:
-    """Raise ArgumentError for a choice that the prior does not have.
+    """Raise ArgumentError for settings of drawing (`choice`, `label`) that this kind of prior does not have.
 
-    classes: of labels that the prior was fitted with.
+    classes: number of labels that the prior was fitted with.
     """
     over_codes, conditional = KINDS[config.kind].latents == "codebook", bool(config.labels)
     if label is not None and not conditional:

@@ -36,6 +36,6 @@ class Scaled(nn.Module):
         return u * self.deviation + self.mean
 
     def log_scale(self) -> Tensor:  # []
-        """Return the sum of the log deviations, which a log density of standardised latents has to be reduced
-        by."""
+        """Return the sum of the log deviations, which is subtracted from a log density of standardised
+        latents to give that of the latents."""
         return self.deviation.double().log().sum()

@@ -20,7 +20,7 @@ from movae_fast.training.world import World
 
 
 class PriorStep:
-    """Hold the prior, its optimizer and the average of its weights, and run steps."""
+    """Run optimizer steps of a prior; hold its optimizer, precision, and the moving average of its weights."""
 
     def __init__(self, config: PriorConfig, prior: nn.Module, device: torch.device, world: World) -> None:
         self.prior, self.world = prior, world
@@ -88,7 +88,7 @@ class PriorStep:
 
 
 def loss_of(prior: Stepped | nn.Module) -> Callable[..., Tensor]:
-    """Return the prior's loss as a function."""
+    """Return the prior's method `loss` as a plain function, which torch.compile takes."""
 
     def prior_loss(values: Tensor, label: Tensor, draws: Tensor) -> Tensor:
         return prior.loss(values, label, draws)  # type: ignore[operator]

@@ -155,8 +155,11 @@ def with_its_regularizer(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_collection(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a configuration of the VAE/beta-VAE/MMD-VAE collection (sections encoder, data, train) to our
-    flags."""
+    """Convert a configuration of another program, the VAE/beta-VAE/MMD-VAE collection, to this trainer's
+    settings.
+
+    tree: its YAML file as a dictionary, with the sections encoder, data and train.
+    """
     data, encoder, train = (within(tree, part) for part in ("data", "encoder", "train"))
     root, network = within(data, "params"), within(encoder, "params")
     if not isinstance(root.get("root", ""), str):

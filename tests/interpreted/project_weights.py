@@ -1,5 +1,6 @@
 """The projection against quadprog, against 50 digits, and against the conditions that define it."""
 
+import itertools
 import math
 import sys
 import warnings
@@ -212,23 +213,36 @@ def test_the_matrix_is_that_of_the_cpu_path(device):
         np.testing.assert_array_max_ulp(found, 1 / np.diagonal(regularised(G, 1e-4, 1e-7)), 1)
 
 
-def test_closed_form_of_two(device):
-    """m = 2: w1 = c1 + c2 max(0, -A12 / A11) and the other way round, with c = max(pref, 0).
+def check_closed_form_of_two(angle, length, diagonal, pref, device):
+    """m = 2: w1 = c1 + c2 max(0, -A12 / A11) and the other way round, with c = max(pref, 0)."""
+    J = np.array([[1.0, 0.0], [length * np.cos(angle), length * np.sin(angle)]])
+    G = J @ J.T
+    A, scale = problem(G, 1e-4, 1e-4, diagonal)
+    c = np.maximum(pref, 0) / scale
+    true = scale * (c + c[::-1] * np.maximum(0, -A[0, 1] / np.diagonal(A)))
+    found = project(G, pref, 1e-4, 1e-4, "sum", diagonal, device)
+    np.testing.assert_allclose(found, true, rtol=1e-14)
 
-    Each angle and length with each regulariser; the preferences take turns, so that each pair of two occurs.
-    """
-    prefs = ([0.5, 0.5], [-1.0, 3.0])
+
+PREFERENCES_OF_TWO = ([0.5, 0.5], [-1.0, 3.0])
+
+
+def test_closed_form_of_two(device):
+    """Each pair of an angle, a length, a regulariser and a preference; the slow test has all combinations."""
     for at, angle in enumerate(np.linspace(0, np.pi, 5)):
         for which, length in enumerate((1.0, 1e-3)):
-            J = np.array([[1.0, 0.0], [length * np.cos(angle), length * np.sin(angle)]])
-            G = J @ J.T
             for diagonal in (False, True):
-                A, scale = problem(G, 1e-4, 1e-4, diagonal)
-                pref = prefs[(at + which + diagonal) % 2]
-                c = np.maximum(pref, 0) / scale
-                true = scale * (c + c[::-1] * np.maximum(0, -A[0, 1] / np.diagonal(A)))
-                found = project(G, pref, 1e-4, 1e-4, "sum", diagonal, device)
-                np.testing.assert_allclose(found, true, rtol=1e-14)
+                pref = PREFERENCES_OF_TWO[(at + which + diagonal) % 2]
+                check_closed_form_of_two(angle, length, diagonal, pref, device)
+
+
+@pytest.mark.slow
+def test_closed_form_of_two_everywhere(device):
+    """Every combination, at more angles and lengths."""
+    for angle, length, diagonal, pref in itertools.product(
+        np.linspace(0, np.pi, 13), (1.0, 1e-3, 50.0), (False, True), (*PREFERENCES_OF_TWO, [2.0, 1.0])
+    ):
+        check_closed_form_of_two(angle, length, diagonal, pref, device)
 
 
 def test_small_gramians_give_the_preference(device):
@@ -348,18 +362,32 @@ def test_multipliers_without_a_solution_are_reported(device):
     assert kernel.project(G, b, 0, 0, "multipliers", False)[1] == 1
 
 
+MODES = [("sum", torch.ones(3)), ("rows", torch.ones(2, 3)), ("multipliers", torch.ones(1, 3))]
+PLACES = ((0, 0), (0, 2), (2, 2))
+
+
+def check_not_finite(bad, place, mode, given, diagonal, device):
+    G = torch.eye(3, dtype=torch.float64, device=device)
+    G[place] = bad
+    out, status = kernel.project(G, given.to(device), 1e-4, 1e-4, mode, diagonal)
+    assert out.isnan().all()
+    assert status == -1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_not_finite_everywhere(bad, device):
+    for place, (mode, given), diagonal in itertools.product(PLACES, MODES, (False, True)):
+        check_not_finite(bad, place, mode, given, diagonal, device)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite(bad, device):
+    """Each place and each mode with either regulariser; the slow test has all combinations."""
     good = torch.eye(3, dtype=torch.float64, device=device)
-    modes = [("sum", torch.ones(3)), ("rows", torch.ones(2, 3)), ("multipliers", torch.ones(1, 3))]
-    for at, (i, j) in enumerate(((0, 0), (0, 2), (2, 2))):
-        G = good.clone()
-        G[i, j] = bad
-        for which, (mode, given) in enumerate(modes):
-            diagonal = bool((at + which) % 2)  # each place and each mode meets both regularisers
-            out, status = kernel.project(G, given.to(device), 1e-4, 1e-4, mode, diagonal)
-            assert out.isnan().all()
-            assert status == -1
+    for at, place in enumerate(PLACES):
+        for which, (mode, given) in enumerate(MODES):
+            check_not_finite(bad, place, mode, given, bool((at + which) % 2), device)
     weights, status = kernel.project(good, torch.tensor([1.0, bad, 1.0], device=device), 0, 1e-4, "sum", True)
     # Minus infinity, like any preference below zero, adds nothing.
     assert weights.tolist() == [1, 0, 1] if bad == -math.inf else weights.isnan().all()

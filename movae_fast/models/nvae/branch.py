@@ -1,4 +1,4 @@
-"""Run a cell's layers; a BatchNorm goes together with the gate before it and the swish behind it."""
+"""Run the layers of a cell's branch, with BatchNorm, the gate before it and the swish after it as one op."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from movae_fast.ops import extension
 
 
 class Branch(nn.Sequential):
-    """Compute what nn.Sequential computes, to rounding.
+    """Compute the same as nn.Sequential, up to rounding, with less memory in training on a CPU.
 
-    On a CPU, eagerly and in training, gate, BatchNorm and swish are one op, `ops.norm_swish`: it keeps the map
-    before them alone, and a gate costs it next to nothing. A compiler makes one kernel of the modules itself.
+    There, without torch.compile, a gate, the BatchNorm after it and the swish after that are one op,
+    `ops.norm_swish`, which keeps only its input for the backward. torch.compile fuses the modules itself.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # [B, C, h, w] -> [B, outputs, h', w']
         return super().forward(input) if torch.compiler.is_compiling() else run(list(self), input)
 
     def without_last_gate(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the result without the last layer's gate, and that gate [B or 1, C] where there is one."""
+        """Return the output before the gate of the last layer, and that gate [B or 1, C], None if it has
+        none."""
         if torch.compiler.is_compiling():
             return self(x), None
         *layers, last = self
@@ -32,7 +33,7 @@ class Branch(nn.Sequential):
 
 
 def run(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """Run layers one after the other."""
+    """Return the output of layers applied one after the other to x [B, C, h, w], fused where possible."""
     while layers:
         layer = layers.pop(0)
         gated = layer if isinstance(layer, Gated) and layers and is_fusible(layers[0]) else None
@@ -53,19 +54,22 @@ def run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 
 def is_fusible(layer: nn.Module) -> bool:
-    """Return whether a layer is a BatchNorm in training that the op replaces here and now."""
+    """Return whether a layer is a BatchNorm that uses the batch's statistics, and the op that can replace it is
+    compiled."""
     if type(layer) is not nn.BatchNorm2d:
         return False
     return layer.training and layer.affine and not extension.lacks("norm_swish_f32")
 
 
 def fits(x: Tensor) -> bool:
-    """Return whether the op takes a map: on a CPU, and not in bfloat16 or float16, as under autocast."""
+    """Return whether the op takes x: on a CPU and in float32 or float64, which under autocast it
+    is not."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def norm_swish(norm: nn.BatchNorm2d, y: Tensor, gate: Tensor | None, swish: bool) -> Tensor:
-    """Normalise gate y as `norm` does in training, its running statistics included."""
+    """Return gate * y normalised as by `norm` in training, then swish if asked for; update its running
+    statistics."""
     out, mean, var = ops.norm_swish(y, norm.weight.to(y.dtype), norm.bias.to(y.dtype), gate, norm.eps, swish)
     if norm.track_running_stats:
         assert norm.running_mean is not None
@@ -74,7 +78,7 @@ def norm_swish(norm: nn.BatchNorm2d, y: Tensor, gate: Tensor | None, swish: bool
         count = y.numel() // y.shape[1]
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
-            # No momentum: a mean over all batches.
+            # Without a momentum the running statistics are the mean over all batches.
             new = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
             norm.running_mean.mul_(1 - new).add_(mean, alpha=new)
             norm.running_var.mul_(1 - new).add_(var, alpha=new * count / (count - 1))

@@ -1,4 +1,4 @@
-"""Residual cells: skip(x) + 0.1 SE(branch(x)), one kind for the encoder and one for the decoder."""
+"""Define residual cells, skip(x) + 0.1 SE(branch(x)): one kind for the encoder and one for the decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from movae_fast.models.buffers import keeping_buffers
 from movae_fast.models.nvae.branch import Branch
 from movae_fast.models.nvae.convs import NormedConv2d
 
-RESIDUAL = 0.1  # what a branch is multiplied by
+RESIDUAL = 0.1  # factor on the branch
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -20,7 +20,8 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 class SqueezeExcite(nn.Module):
-    """Find a factor from 0 to 1 for each channel, from the spatial means of all channels."""
+    """Compute a factor between 0 and 1 for each channel from the spatial means of all channels (Hu et al.
+    2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -33,8 +34,8 @@ class SqueezeExcite(nn.Module):
 
 
 class DownSkip(nn.Module):
-    """Halve the side of a map: swish, then four 1x1 convolutions of stride 2, each on another pixel of every
-    2x2 block."""
+    """Halve a map's side: swish, then four 1x1 convolutions of stride 2, each of which reads another pixel of
+    every 2x2 block; their outputs are concatenated."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -48,9 +49,9 @@ class DownSkip(nn.Module):
 
 
 class UpSkip(nn.Module):
-    """Double the side, bilinear with aligned corners, and apply a 1x1 convolution.
+    """Double a map's side by bilinear interpolation with aligned corners, after a 1x1 convolution.
 
-    The two commute, and so do interpolation and gates: the convolution goes first, on a quarter of the pixels.
+    The two commute, so that the convolution runs first, on a quarter of the pixels.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -64,8 +65,9 @@ class UpSkip(nn.Module):
 class Cell(nn.Module):
     """Compute skip(x) + 0.1 SE(branch(x)), with the squeeze-and-excitation layer SE.
 
-    With `recompute`, training keeps a cell's input alone and computes the rest once more in each backward
-    (gradient checkpointing, Chen et al. 2016), to the same bits on a CPU. Not for torch.compile.
+    If `recompute` is set, training keeps only the cell's input and computes the rest again in each backward
+    (gradient checkpointing, Chen et al. 2016). On a CPU the result is the same to the bit. torch.compile does
+    not support it.
     """
 
     recompute = False
@@ -105,7 +107,8 @@ class Cell(nn.Module):
 
 
 def encoder_cell(inputs: int, outputs: int, down: bool = False) -> Cell:
-    """Make an encoder cell, whose branch is twice BatchNorm, swish, 3x3 convolution; `down` halves the side."""
+    """Make an encoder cell; its branch is BatchNorm, swish and 3x3 convolution, twice. `down` halves the
+    side."""
     branch = Branch(
         batch_norm(inputs),
         nn.SiLU(),

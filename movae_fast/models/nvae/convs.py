@@ -1,4 +1,4 @@
-"""Convolutions with a learned norm per output channel, masked ones among them."""
+"""Define convolutions with a learned norm per output channel, with and without an autoregressive mask."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def causal_mask(
     if groups > 1:
         mask[:, :, middle, middle] = 0 if strict else 1
         return mask
-    per = min(inputs, outputs)  # channels as the narrower side counts them
+    per = min(inputs, outputs)  # the number of channels of the narrower side
     came = torch.arange(inputs) // (inputs // per)
     own = torch.arange(outputs)[:, None] // (outputs // per)
     mask[:, :, middle, middle] = (came < own if strict else came <= own).to(mask)

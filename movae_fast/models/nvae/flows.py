@@ -1,4 +1,4 @@
-"""Autoregressive flows that make a group's posterior richer than a normal distribution."""
+"""Define autoregressive flows, which make a group's posterior richer than a normal distribution."""
 
 from __future__ import annotations
 

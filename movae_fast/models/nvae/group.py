@@ -15,7 +15,7 @@ from movae_fast.models.nvae.flows import flow_pairs
 from movae_fast.models.nvae.layout import Layout
 from movae_fast.models.nvae.normals import Normal, kl_between, normal_of
 
-EXPAND = 6  # of a cell's width
+EXPAND = 6  # width inside a decoder cell, in multiples of the cell's width
 
 
 class Inferred(NamedTuple):
@@ -27,9 +27,10 @@ class Inferred(NamedTuple):
 
 
 class Group(nn.Module):
-    """Cells on the decoder's state s; then p(z | s), q(z | s, e) with the encoder's activation e, and s with z.
+    """Apply cells to the decoder's state s, compute the prior p(z | s) and the posterior q(z | s, e), where e
+    is the encoder's activation, and join the drawn z to the state.
 
-    The first group of all has no cells and a prior without a state: mean 0 and sigma 1.01.
+    The first group has no cells, and its prior does not depend on the state: mean 0 and sigma 1.01.
     """
 
     def __init__(self, layout: Layout, width: int, first: bool) -> None:

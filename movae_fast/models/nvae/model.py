@@ -130,7 +130,7 @@ class NVAE(VAE):
         return *groups, self.decoder.ups, self.decoder.outer, self.head
 
     def recompute_cells(self) -> None:
-        """Keep of each cell its input alone in training, and compute the rest again in the backward."""
+        """Set all cells to keep only their input in training, and to compute the rest again in the backward."""
         for module in self.modules():
             if isinstance(module, Cell):
                 module.recompute = True

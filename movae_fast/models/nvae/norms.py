@@ -56,9 +56,11 @@ def matrices(convs: Iterable[nn.Conv2d]) -> Tensor:  # [n, out, rest]
 
 
 class SingularVectors(nn.Module):
-    """Estimates of the largest singular values' vectors, which power iteration goes on from: in checkpoints.
+    """Hold estimates of the singular vectors of the largest singular values, as buffers, so that checkpoints
+    have them.
 
-    One pair of tensors per shape of matrix: `u_i` [n, out] and `v_i` [n, rest].
+    Power iteration continues from them. There is one pair per shape i of matrix: `u_i` [n, out], `v_i` [n,
+    rest].
     """
 
     def __init__(self, convs: Iterable[list[nn.Conv2d]]) -> None:

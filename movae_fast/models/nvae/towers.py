@@ -13,7 +13,7 @@ from movae_fast.models.nvae.convs import NormedConv2d
 from movae_fast.models.nvae.group import Group
 from movae_fast.models.nvae.layout import Layout
 
-TOWER_EXPAND, OUTER_EXPAND = 6, 3  # of a decoder cell's width: between latents, and behind the last ones
+TOWER_EXPAND, OUTER_EXPAND = 6, 3  # width inside a decoder cell / its own: between groups, behind the last
 
 
 class Encoder(nn.Module):
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
         self.outer = nn.Sequential(*outer)
         self.scales = (
             nn.ModuleList()
-        )  # of the largest resolution first, each the cells before each of its groups
+        )  # per scale, the largest resolution first: the cells before each of its groups
         self.downs = nn.ModuleList()  # between the scales
         for scale, count in enumerate(reversed(layout.groups)):
             if scale > 0:
@@ -60,9 +60,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, and in inference the encoder's activations, to what the image's layer reads.
+    """Hold the groups of latents and the cells between and after them, which lead to the input of the image's
+    layer.
 
-    It starts from a learned constant; images reach it through the latents alone.
+    The first state is a learned constant; the image influences the states only through the latents.
     """
 
     def __init__(self, layout: Layout, image_side: int) -> None:
