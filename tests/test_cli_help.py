@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from movae_fast.cli import COMMANDS, TASKS, flag_texts, main, train_help, usage
+from movae_fast.cli import COMMANDS, TASKS, flag_texts, main, parsing, train_help, usage
 from movae_fast.cli.flags import train
+from movae_fast.cli.flags.data import DataCommand
+from movae_fast.cli.flags.evaluate import EvaluateConfig
+from movae_fast.cli.flags.prior import PriorRunConfig
+from movae_fast.cli.flags.sample import SampleConfig
 from movae_fast.models import MODELS
+from movae_fast.priors.config import PriorConfig
 from movae_fast.training.config import SECTIONS, TrainConfig
 
 
@@ -83,3 +88,40 @@ def test_completion_in_bash(tmp_path: Path, capsys) -> None:
     for shell in ("zsh", "tcsh"):
         assert main(["completion", shell]) == 0
         assert "upgrad" in capsys.readouterr().out
+
+
+WORDS = {
+    "train": ["--lr=1e-5", "--hidden_dims=[8, 8]", "--dataset=digits", "--beta=null", "--normalize=true"],
+    "data": ["--image_size=32"],
+    "evaluate": ["--weights=runs/a", "--samples=30"],
+    "prior": ["--weights=runs/a", "--kind=gmm", "--components=3"],
+    "sample": ["--weights=runs/a", "--seed=4"],
+}
+FLAGS = {
+    "train": list(SECTIONS.values()),
+    "data": [DataCommand],
+    "evaluate": [EvaluateConfig],
+    "prior": [PriorConfig, PriorRunConfig],
+    "sample": [SampleConfig],
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_a_parse_of_the_given_flags_alone_is_the_whole_parse(command: str) -> None:
+    """Where no word needs the defaults to be applied and checked they are not: the values are the same."""
+    parser = parsing.new_parser(command, FLAGS[command], "")
+    for words in ([], WORDS[command]) if command == "train" else (WORDS[command],):
+        quick, whole = parsing.parse(parser, words, {}), parser.parse_args(words).as_dict()
+        assert list(quick.items()) == list(whole.items())
+        assert [type(value) for value in quick.values()] == [type(value) for value in whole.values()]
+        assert bool(words) == (quick != parsing.defaults_of(parser))
+
+
+def test_a_word_that_changes_a_part_of_a_default_needs_the_whole_parse() -> None:
+    parser = parsing.new_parser("train", list(SECTIONS.values()), "")
+    assert parsing.parse(parser, ["--agg_args.c=0.4"], {})["agg_args"] == {"c": 0.4}
+    assert parsing.parse(parser, ["--lr=0.1"], {"agg_args": {"c": 1}, "lr": 2.0})["agg_args"] == {"c": 1}
+    with pytest.raises(ValueError, match="--lr x: expected"):
+        parsing.parse(parser, ["--lr=x"], {})
+    with pytest.raises(ValueError, match="required: weights"):
+        parsing.parse(parsing.new_parser("sample", [SampleConfig], ""), ["--seed=4"], {})

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from movae_fast.files import CHUNK, naming, replacing, set_aside, sync
@@ -22,6 +21,7 @@ from movae_fast.training.config import MlflowConfig, WandbConfig
 from movae_fast.training.events import Events
 from movae_fast.training.log_lines import parsed, read_lines
 from movae_fast.training.mlflow_log import MlflowLog
+from movae_fast.training.yaml_file import yaml_text
 
 SHOWN_BESIDE = ("test/loss", "test/mse", "train/conflict")  # metrics beside the settings, in TensorBoard
 
@@ -150,7 +150,7 @@ def png(picture: np.ndarray) -> bytes:
 
 def as_code(config: Mapping[str, Any]) -> str:
     """Return a configuration as YAML in a block of Markdown."""
-    return f"```yaml\n{yaml.safe_dump(dict(config), sort_keys=False)}```"
+    return f"```yaml\n{yaml_text(config)}```"
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from movae_fast.files import numbered, remove_leftovers, replacing, set_aside
 from movae_fast.models import model_options
 from movae_fast.training import checkpoint
 from movae_fast.training.config import TrainConfig
+from movae_fast.training.yaml_file import yaml_text
 
 OURS = (
     "config.yaml",
@@ -120,7 +119,7 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     flat = {k: v for k, v in config.flat().items() if k not in ("resume", "exp_dir", "export")}
     options = model_options(config.model.arch)
     model_only = {k for k in vars(config.model) if k != "arch" and k not in options}
-    text = yaml.safe_dump({k: v for k, v in flat.items() if k not in model_only}, sort_keys=False)
+    text = yaml_text({k: v for k, v in flat.items() if k not in model_only})
     path = folder / "config.yaml"
     if not path.exists() or path.read_bytes() != text.encode():
         with replacing(path) as file:

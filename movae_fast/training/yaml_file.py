@@ -4,6 +4,7 @@ numbers."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ DEEPEST = 20  # levels of mappings and lists
 MOST = 20_000  # values, those that an alias repeats included
 MERGE = "tag:yaml.org,2002:merge"
 BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 KNOWN_TAGS = [None, *(f"tag:yaml.org,2002:{tag}" for tag in "null bool int float str seq map".split())]
 
 
@@ -54,6 +56,11 @@ for tag, pattern, first in (
 # An empty value has no first character.
 FlagsLoader.yaml_implicit_resolvers[""] = FlagsLoader.yaml_implicit_resolvers.pop("\0")
 FlagsLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """Return plain values by name as the text of a YAML file, in their order."""
+    return str(yaml.dump(dict(values), Dumper=DUMPER, sort_keys=False))
 
 
 def read_yaml(path: Path, what: str) -> Any:
