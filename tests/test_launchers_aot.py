@@ -160,11 +160,15 @@ def check(launches: Any, capability: int, compiled_for: Any, folder: Path) -> No
 
 
 def test_sizes_and_strides_of_one(compiled_for: Any, tmp_path: Path) -> None:
+    """One projection of each kernel, which takes seconds to compile; the slow test has all modes of both."""
+    left_out = ("upgrad 1 1 torch.float32 diagonal=False", "project 1 sum", "project 1 multipliers")
     launches = [
         *searches([(1, 1, 1)], [(1, 1, 1, 1)], [torch.float32]),
         *jacobians([(1, 1)], [torch.float32]),
         *correlations([(2, 1)], [2**31 + 5], [torch.float32]),
     ]
+    assert set(left_out) < {name for name, _ in launches}
+    launches = [(name, launcher) for name, launcher in launches if name not in left_out]
     check(launches, 89, compiled_for, tmp_path)
 
 

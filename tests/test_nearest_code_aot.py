@@ -7,25 +7,19 @@ shorter than its codes would lose its products, and a wrong code could win.
 """
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from tests.test_kernels_aot import SHARED, search_cases
+from tests.test_kernels_aot import SHARED, _fresh_cache, search_cases  # noqa: F401
 
 ZERO = r"arith\.constant dense<0\.0+e\+00>"
 DOT = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot) %[\w#]+, %[\w#]+, (%[\w#]+)")
 # The accumulator lies in tensor memory, and the fourth operand says whether it is added to.
 BLACKWELL_DOT = re.compile(r"ttng\.tc_gen5_mma %[\w#]+, %[\w#]+, (%[\w#]+), (%[\w#]+)")
 STORED = re.compile(r"ttng\.tmem_store (%[\w#]+), (%[\w#]+)")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def is_zero(text: str, value: str) -> bool:
@@ -68,15 +62,23 @@ ALL = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for exact in (True, False)
 ]
-AT_ONCE = [(64, torch.float32, True), (64, torch.bfloat16, False), (256, torch.float32, True)]
+# Each generation's matrix instructions, each precision and more than one tile over D; the slow tests are all.
+AT_ONCE = [
+    *((capability, 64, torch.float32, True) for capability in SHARED),
+    (90, 64, torch.bfloat16, False),
+    (100, 256, torch.float32, True),
+]
 
 
 @pytest.mark.parametrize(
-    ("D", "dtype", "exact"),
-    [pytest.param(*case, marks=() if case in AT_ONCE else pytest.mark.slow) for case in ALL],
+    ("capability", "D", "dtype", "exact"),
+    [
+        pytest.param(capability, *case, marks=() if (capability, *case) in AT_ONCE else pytest.mark.slow)
+        for capability in SHARED
+        for case in ALL
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("capability", SHARED)
 def test_every_accumulator_begins_as_zero(capability: int, D: int, dtype: torch.dtype, exact: bool) -> None:
     seen = set()
     for case in search_cases(D, dtype, exact, capability):

@@ -8,17 +8,11 @@ import torch
 pytest.importorskip("triton")
 
 from movae_fast.kernels import quantize
-from tests.test_kernels_aot import POINTER, SHARED, Case, check
+from tests.test_kernels_aot import POINTER, SHARED, Case, _fresh_cache, check  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.mark.parametrize("capability", SHARED)
-def test_code_error_compiles(capability: int, tmp_path: Path) -> None:
-    cases = []
+def cases() -> list[Case]:
+    made = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         types = {"z_ptr": POINTER[dtype], "codebook_ptr": POINTER[dtype], "index_ptr": "*i64"}
         types |= {"sq_err_ptr": "*fp64" if dtype == torch.float64 else "*fp32"}
@@ -26,5 +20,17 @@ def test_code_error_compiles(capability: int, tmp_path: Path) -> None:
         for channel_first in (False, True):
             constants = {"CHANNEL_FIRST": channel_first, "BN": 32, "BD": 32}
             kernel = quantize._code_error_kernel
-            cases.append(Case(f"code_error {dtype} {channel_first}", kernel, types, constants))
-    check(cases, capability, tmp_path)
+            made.append(Case(f"code_error {dtype} {channel_first}", kernel, types, constants))
+    return made
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_code_error_compiles(capability: int, tmp_path: Path) -> None:
+    """Each third of the cases; the slow test has all of them for every capability."""
+    check(cases()[list(SHARED).index(capability) :: len(SHARED)], capability, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED)
+def test_code_error_compiles_in_every_case(capability: int, tmp_path: Path) -> None:
+    check(cases(), capability, tmp_path)

@@ -78,31 +78,39 @@ def preferences(rng, m):
     return [np.full(m, 1 / m), rng.uniform(0.1, 1, m), rng.standard_normal(m)][rng.integers(3)]
 
 
-def check_against_quadprog(seed, count, most, diagonal, device):
-    rng = np.random.default_rng(seed)
-    for t in range(count):
-        family, m = FAMILIES[t % len(FAMILIES)], int(rng.integers(1, most + 1))
-        G, pref = gramian(rng, family, m), preferences(rng, m)
+BOTH_MODES = ("sum", "rows")
+
+
+def check_against_quadprog(rng, t, most, cases, device):
+    """Gramian number t of those of one seed, in each case: a mode and whether the regulariser is `diagonal`."""
+    family, m = FAMILIES[t % len(FAMILIES)], int(rng.integers(1, most + 1))
+    G, pref = gramian(rng, family, m), preferences(rng, m)
+    for mode, diagonal in cases:
         A, scale = problem(G, 1e-4, 1e-4, diagonal)
         # In scaled units: u / s is what the problem is in, s v what it gives.
-        weights = project(G, pref * scale, 1e-4, 1e-4, "sum", diagonal, device) / scale
-        rows = project(G, pref[None] * scale, 1e-4, 1e-4, "rows", diagonal, device)[0] / scale
+        given = (pref if mode == "sum" else pref[None]) * scale
+        found = project(G, given, 1e-4, 1e-4, mode, diagonal, device).reshape(m) / scale
         each = np.array([by_quadprog(A, c * e) for c, e in zip(pref, np.eye(m), strict=True)])
-        for found, true in ((weights, each.sum(0)), (rows, by_quadprog(A, pref))):
-            assert np.abs(found - true).max() <= 1e-10 * size(pref, true), (family, m)
-        if np.any(pref > 0):
-            assert kkt_residual(A, pref, rows) <= 1e-12, (family, m)
+        true = each.sum(0) if mode == "sum" else by_quadprog(A, pref)
+        assert np.abs(found - true).max() <= 1e-10 * size(pref, true), (family, m, mode, diagonal)
+        if mode == "rows" and np.any(pref > 0):
+            assert kkt_residual(A, pref, found) <= 1e-12, (family, m, diagonal)
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_equals_quadprog_on_degenerate_gramians(diagonal, device):
-    check_against_quadprog(0, 11, 7, diagonal, device)
+def test_equals_quadprog_on_degenerate_gramians(device):
+    """Each family with either mode and either regulariser; the slow test has all combinations."""
+    rng = np.random.default_rng(0)
+    for t in range(11):
+        odd = bool(t % 2)
+        check_against_quadprog(rng, t, 7, (("sum", odd), ("rows", not odd)), device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_equals_quadprog_on_larger_gramians(diagonal, device):
-    check_against_quadprog(1, 66, 20, diagonal, device)
+    rng = np.random.default_rng(1)
+    for t in range(66):
+        check_against_quadprog(rng, t, 20, [(mode, diagonal) for mode in BOTH_MODES], device)
 
 
 @pytest.mark.slow
@@ -119,56 +127,60 @@ def test_equals_quadprog_on_the_largest(m, diagonal, device):
             assert kkt_residual(A, x, v) <= 1e-12
 
 
-def check_fifty_digits(seed, count, reg_eps, diagonal, device):
+def check_fifty_digits(seed, count, problems, device):
+    """One row of each of `count` Gramians for each problem: its regulariser, and whether that is `diagonal`."""
     rng = np.random.default_rng(seed)
-    found = 0
+    known = 0
     for t in range(count):
         family, m = FAMILIES[t % len(FAMILIES)], int(rng.integers(1, 13))
         G = gramian(rng, family, m)
-        A, scale = problem(G, 0, reg_eps, diagonal)
-        u = np.stack([np.eye(m)[rng.integers(m)], rng.standard_normal(m)])
-        for x, v in zip(u, project(G, u * scale, 0, reg_eps, "rows", diagonal, device) / scale, strict=True):
+        u = [np.eye(m)[rng.integers(m)], rng.standard_normal(m)]
+        for which, (reg_eps, diagonal) in enumerate(problems):
+            A, scale = problem(G, 0, reg_eps, diagonal)
+            x = u[(t + which) % 2]
+            v = project(G, x[None] * scale, 0, reg_eps, "rows", diagonal, device)[0] / scale
             exact = solution(A, x, v)
             if exact is None:
                 continue
-            found += 1
+            known += 1
             assert np.abs(v - exact).max() <= 8 * np.finfo(float).eps * size(x, exact), (family, m)
-    assert found >= 0.9 * 2 * count
+    assert known >= 0.9 * len(problems) * count
 
 
-@pytest.mark.parametrize(("reg_eps", "diagonal"), [(1e-4, False), (1e-8, True)])
-def test_fifty_digits(reg_eps, diagonal, device):
+def test_fifty_digits(device):
     """The answer is the exact one rounded, whatever the condition; the slow test has all pairs."""
-    check_fifty_digits(2, 11, reg_eps, diagonal, device)
+    check_fifty_digits(2, 11, [(1e-4, False), (1e-8, True)], device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("reg_eps", [1e-4, 1e-6, 1e-8])
 def test_fifty_digits_of_more(reg_eps, diagonal, device):
-    check_fifty_digits(3, 110, reg_eps, diagonal, device)
+    check_fifty_digits(3, 110, 2 * [(reg_eps, diagonal)], device)
 
 
-def check_unregularised(seed, count, device):
-    rng = np.random.default_rng(seed)
-    for t in range(count):
-        family = ("rank 1", "rank m/2", "equal rows", "opposite rows", "stationary")[t % 5]
-        m = int(rng.integers(2, 17))
-        G, u = gramian(rng, family, m), rng.uniform(0.1, 1, m)
-        for diagonal in (False, True):
-            A, scale = problem(G, 0, 0, diagonal)
-            v = project(G, u[None] * scale, 0, 0, "rows", diagonal, device)[0] / scale
-            assert kkt_residual(A, u, v) <= 1e-9, (family, m, diagonal)
+def check_unregularised(rng, t, diagonal, device):
+    family = ("rank 1", "rank m/2", "equal rows", "opposite rows", "stationary")[t % 5]
+    m = int(rng.integers(2, 17))
+    G, u = gramian(rng, family, m), rng.uniform(0.1, 1, m)
+    A, scale = problem(G, 0, 0, diagonal)
+    v = project(G, u[None] * scale, 0, 0, "rows", diagonal, device)[0] / scale
+    assert kkt_residual(A, u, v) <= 1e-9, (family, m, diagonal)
 
 
 def test_unregularised_singular_gramians(device):
     """reg_eps = 0 with a singular Gramian: quadprog refuses; any solution satisfies the conditions."""
-    check_unregularised(4, 10, device)
+    rng = np.random.default_rng(4)
+    for t in range(10):  # each family once with either regulariser
+        check_unregularised(rng, t, t >= 5, device)
 
 
 @pytest.mark.slow
-def test_more_unregularised_singular_gramians(device):
-    check_unregularised(5, 150, device)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_more_unregularised_singular_gramians(diagonal, device):
+    rng = np.random.default_rng(5)
+    for t in range(150):
+        check_unregularised(rng, t, diagonal, device)
 
 
 # Found by counting: all of these take an index out of the support again, or need the tableau made again.
@@ -264,18 +276,18 @@ def test_small_gramians_give_the_preference(device):
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_scaling_the_gramian_changes_nothing_without_norm_eps(diagonal, device):
-    J = np.random.default_rng(7).standard_normal((4, 9))
-    weights = project(J @ J.T, np.ones(4), 0, 1e-6, "sum", diagonal, device)
+    J = np.random.default_rng(7).standard_normal((3, 9))
+    weights = project(J @ J.T, np.ones(3), 0, 1e-6, "sum", diagonal, device)
     for power in (-900, -100, 100, 900):  # exact: powers of two
         scaled = J @ J.T * 2.0**power
-        assert np.array_equal(project(scaled, np.ones(4), 0, 1e-6, "sum", diagonal, device), weights)
+        assert np.array_equal(project(scaled, np.ones(3), 0, 1e-6, "sum", diagonal, device), weights)
 
 
 def test_rows_of_any_length_are_alike_by_their_own_norms(device):
     """weights(S G S, pref) = inv(S) weights(G, S pref): rescaling changes nothing but the weights' units."""
     rng = np.random.default_rng(8)
     for t, family in enumerate(FAMILIES):
-        m = int(rng.integers(2, 6))
+        m = int(rng.integers(2, 4))
         G, pref = gramian(rng, family, m), rng.uniform(0.1, 1, m)
         S = 10.0 ** rng.uniform(-12, 12, m)
         if t % 2:  # exact
@@ -327,20 +339,31 @@ def test_the_longest_and_the_shortest_rows(device):
     np.testing.assert_allclose(found, true, rtol=1e-10)
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_multipliers_equal_quadprog(diagonal, device):
+def check_multipliers(rng, t, diagonals, device):
+    """A row of Gramian number t of those of one seed for each regulariser."""
+    family, m = FAMILIES[t % len(FAMILIES)], int(rng.integers(1, 9))
+    G = gramian(rng, family, m)
+    for diagonal in diagonals:
+        x = rng.standard_normal(m)
+        A, scale = problem(G, 0, 1e-4, diagonal)
+        found = project(G, x[None] / scale, 0, 1e-4, "multipliers", diagonal, device)[0] / scale
+        true = multipliers_by_quadprog(A, x)
+        assert np.abs(found - true).max() <= 1e-9 * size(x, true), (family, m)
+        assert found.min() >= 0
+        assert slackness(A, x, found) <= 1e-14, (family, m)
+
+
+def test_multipliers_equal_quadprog(device):
     rng = np.random.default_rng(10)
     for t in range(11):
-        family, m = FAMILIES[t % len(FAMILIES)], int(rng.integers(1, 9))
-        G, b = gramian(rng, family, m), rng.standard_normal((2, m))
-        A, scale = problem(G, 0, 1e-4, diagonal)
-        for x, found in zip(
-            b, project(G, b / scale, 0, 1e-4, "multipliers", diagonal, device) / scale, strict=True
-        ):
-            true = multipliers_by_quadprog(A, x)
-            assert np.abs(found - true).max() <= 1e-9 * size(x, true), (family, m)
-            assert found.min() >= 0
-            assert slackness(A, x, found) <= 1e-14, (family, m)
+        check_multipliers(rng, t, (False, True), device)
+
+
+@pytest.mark.slow
+def test_multipliers_equal_quadprog_on_more(device):
+    rng = np.random.default_rng(11)
+    for t in range(66):
+        check_multipliers(rng, t, (False, True, False, True), device)
 
 
 @pytest.mark.parametrize("reg_eps", [1e-6, 1e-9])
