@@ -114,7 +114,18 @@ def mo_vae_command(arch, dataset, agg):
     )
 
 
-@pytest.mark.parametrize(("arch", "dataset", "agg"), TWELVE)
+# Half of the twelve, in which each pair of architecture, dataset and aggregator occurs; the rest are slow.
+HALF = [
+    (arch, dataset, ("jd_sum", "upgrad")[(i + j) % 2])
+    for i, arch in enumerate(MO_VAE)
+    for j, dataset in enumerate(("cifar100", "celeba"))
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dataset", "agg"),
+    [pytest.param(*case, marks=() if case in HALF else pytest.mark.slow) for case in TWELVE],
+)
 def test_mo_vae(place, parsed, undrawn, monkeypatch, arch, dataset, agg):
     pytest.importorskip("wandb")
     # "disabled" is wandb without its service process; one test below runs it offline in earnest.

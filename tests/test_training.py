@@ -152,8 +152,15 @@ class StopAfter:
         monkeypatch.setattr(loop, "log_due", log_due)
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
-@pytest.mark.parametrize("flags", ["--agg upgrad", "--agg gradvac --scheduler cosine --flip true"])
+@pytest.mark.parametrize(
+    ("loader", "flags"),
+    [
+        ("resident", "--agg upgrad"),
+        ("torch", "--agg gradvac --scheduler cosine --flip true"),
+        pytest.param("torch", "--agg upgrad", marks=pytest.mark.slow),
+        pytest.param("resident", "--agg gradvac --scheduler cosine --flip true", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_resumes_bit_for_bit(train, monkeypatch, capsys, loader, flags):
     whole = train(flags, "--epochs 2", f"--loader {loader}", "--limit_train 700", "--log_every 3")
     with monkeypatch.context() as patch:
