@@ -19,7 +19,7 @@ Config = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
 @contextmanager
 def naming_arguments() -> Iterator[None]:
-    """Turn a ValueError of the block that names a flag (`--lr`) into an ArgumentError that names the argument
+    """Turn a ValueError of the block that names flags (`--lr`) into an ArgumentError that names them as arguments
     (`lr`)."""
     try:
         yield
