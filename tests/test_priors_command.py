@@ -168,7 +168,9 @@ def test_an_interrupted_prior_goes_on_bit_for_bit(runs, monkeypatch, capsys):
     prior(run, f"{flags} --name parts --lr 1", status=2)
     assert "--resume" in capsys.readouterr().err
     prior(run, f"{flags} --name parts --lr 1 --resume", status=2)
-    assert "has --lr 0.0003, and keeps it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--resume: " in said
+    assert "has lr 0.0003, and keeps it" in said
     prior(run, f"{flags} --name parts --resume")
     whole, parts = (weights_of(run, name) for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -19,8 +19,8 @@ Config = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
 @contextmanager
 def naming_arguments() -> Iterator[None]:
-    """Turn a ValueError of the block that names flags (`--lr`) into an ArgumentError that names them as arguments
-    (`lr`)."""
+    """Turn a ValueError of the block that names flags (`--lr`) into an ArgumentError that names them as
+    arguments (`lr`)."""
     try:
         yield
     except ValueError as error:
