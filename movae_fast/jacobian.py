@@ -30,6 +30,7 @@ from torch.autograd.graph import get_gradient_edge
 from movae_fast import ops
 from movae_fast.aggregation.registry import aggregate, is_weighting
 from movae_fast.exchange import Group, Ranks, ranks_of
+from movae_fast.names import with_former_names
 from movae_fast.projected_step import flatten, project_step
 
 __all__ = ["backward", "flatten", "project_step"]
@@ -162,6 +163,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]: ...
 
 
+@with_former_names(own="task")
 def backward(
     losses: Tensor | Iterable[Tensor],  # m scalars, or [m]
     *,

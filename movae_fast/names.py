@@ -1,7 +1,13 @@
 """Suggest the valid names nearest to a misspelt one, and print names and error messages as one line."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ArgumentError(ValueError):
@@ -9,6 +15,30 @@ class ArgumentError(ValueError):
 
     The message begins with the argument's name; the command line puts the dashes of a flag before it.
     """
+
+
+def with_former_names(**former: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator by which a function still takes arguments by their former names (former name -> name),
+    with a FutureWarning that says the present one.
+
+    The function raises TypeError where both are given.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> T:
+            for old in former.keys() & given.keys():
+                new = former[old]
+                if new in given:
+                    raise TypeError(f"{function.__name__}: {old} is the former name of {new}; give {new} alone")
+                text = f"{function.__name__}: {old} is called {new} now"
+                warnings.warn(text, FutureWarning, stacklevel=2)
+                given[new] = given.pop(old)
+            return function(*args, **given)
+
+        return call
+
+    return decorate
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

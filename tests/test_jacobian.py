@@ -376,3 +376,20 @@ def test_a_step_is_not_corrected_twice():
     p = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="given twice"):
         jacobian.project_step([p, p], torch.zeros(4), torch.zeros(2, 4))
+
+
+def test_an_argument_is_known_by_its_former_name():
+    shared, task = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    features = shared(torch.randn(4, 3))
+    out = task(features)
+    losses = [out.square().mean(), features.mean()]
+    options = {"features": features, "shared": shared.parameters(), "aggregator": UPGrad()}
+    with pytest.warns(FutureWarning, match="backward: own is called task now"):
+        jacobian.backward(losses, own=task.parameters(), retain_graph=True, **options)
+    got = task.weight.grad.clone()
+    task.zero_grad()
+    shared.zero_grad()
+    with pytest.raises(TypeError, match="own is the former name of task; give task alone"):
+        jacobian.backward(losses, own=task.parameters(), task=task.parameters(), **options)
+    jacobian.backward(losses, **(options | {"shared": shared.parameters(), "task": task.parameters()}))
+    assert torch.equal(task.weight.grad, got)
