@@ -11,6 +11,7 @@ import yaml
 
 from movae_fast.cli import COMMANDS, TASKS, flag_texts, main, train_help, usage
 from movae_fast.cli.flags import train
+from movae_fast.cli.parsing import OPERANDS
 from movae_fast.models import MODELS
 from movae_fast.training.config import SECTIONS, TrainConfig
 
@@ -32,6 +33,13 @@ def test_the_short_help_is_short_and_has_the_names(capsys) -> None:
     flags = [name for names in train_help.TASKS.values() for name in names]
     assert len(flags) == len(set(flags))
     assert "(vae\n" not in shown  # a remark is left out whole
+
+
+@pytest.mark.parametrize("command", OPERANDS)
+def test_the_help_says_what_stands_before_the_flags(command: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: movae {command} {OPERANDS[command]} [--config")
 
 
 def test_every_flag_has_a_text() -> None:

@@ -85,6 +85,16 @@ VALUES = {
 # MO-VAE calls the reconstruction's likelihood by its loss today.
 RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
 
+# What stands between a command and its flags, for its help; what is in brackets may be left out.
+OPERANDS = {
+    **dict.fromkeys(("evaluate", "sample", "serve", "prior", "export"), "RUN"),
+    **dict.fromkeys(("curve", "compare", "report"), "RUN …"),
+    "encode": "RUN [FOLDER]",
+    "runs": "[FOLDER]",
+    "init": "[FILE]",
+    **dict.fromkeys(("data verify", "data prepare"), "NAME|FOLDER"),
+    "data synthetic_jpeg": "FOLDER",
+}
 
 Flags = typing.TypeVar("Flags")
 
@@ -246,7 +256,8 @@ def _built(command: str, sections: tuple[type, ...], description: str, recipes: 
 
     The parser of `movae train` takes a tenth of a second, and a sweep or a resumed run needs it again.
     """
-    usage = f"movae {command} [--config RECIPE] [--flag value …]" if recipes else None
+    words = " ".join(filter(None, (command, OPERANDS.get(command), "[--config RECIPE] [--flag value …]")))
+    usage = f"movae {words}" if recipes else None
     parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, usage=usage)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)
