@@ -93,7 +93,8 @@ def images_of_run(run: Run) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
 def traversal_caption(model: ProVLAE, of_run: str) -> str:
     """Return the caption of a ladder's traversals, which says the stage; `of_run` are the words on the run and
     its step."""
-    return f"each latent of a test image alone; stage {int(model.stage)}; {of_run}"
+    stage = f"stage {int(model.stage)} of {model.num_ladders}"
+    return f"each latent of a test image alone; {stage}; {of_run}"
 
 
 def traversal_pictures(

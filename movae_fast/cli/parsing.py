@@ -184,7 +184,7 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
         check_words(name, values)
         if base in ("help", "print_config"):
             out.append(f"--{base}")
-        elif name == base and is_list(kind) and not (len(values) == 1 and values[0][:1] in "[{n"):
+        elif name == base and is_list(kind) and not (len(values) == 1 and is_yaml(values[0])):
             out.append(f"--{name}=[{', '.join(quoted(v, kind) for v in values)}]")
         elif is_bool(kind) and not values:
             out.append(f"--{name}=true")
@@ -229,6 +229,11 @@ def check_words(name: str, values: Sequence[str]) -> None:
             raise ValueError(f"--{name} {value:.40}: {error}") from None
         except yaml.YAMLError:
             continue  # a name with such a beginning
+
+
+def is_yaml(value: str) -> bool:
+    """Return whether one value stands for a whole list: written as YAML, or null."""
+    return value[:1] in ("[", "{") or value.lower() in ("null", "none", "~")
 
 
 def quoted(value: str, kind: Any) -> str:
