@@ -67,6 +67,8 @@ def test_the_settings_file_is_the_configuration(recipe, tmp_path: Path, monkeypa
     assert main(["init", "my.yaml"]) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert Path("my.yaml").read_text() == text
+    assert main(["init", "other.yaml", "--recipe", "demoo"]) == 2
+    assert "--recipe demoo: no such file or recipe" in capsys.readouterr().err
 
 
 def test_completion_in_bash(tmp_path: Path, capsys) -> None:

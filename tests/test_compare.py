@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,11 @@ import pytest
 
 from movae_fast import plots
 from movae_fast.cli import check_outputs, main, parsing
-from movae_fast.cli.compare import differing
+from movae_fast.cli.compare import differing, flags_table
 from movae_fast.cli.flags.curve import CurveConfig
 from movae_fast.training.config import ModelConfig
 from movae_fast.training.log_lines import conflict_of
-from movae_fast.training.run_list import run_folder, unlike_names
+from movae_fast.training.run_list import RunSummary, run_folder, unlike_names
 
 
 def make_run(folder: Path, slope: float, **config) -> Path:
@@ -76,6 +77,8 @@ def test_the_plot_has_a_colour_per_run(runs: Path, tmp_path: Path) -> None:
 def test_flags_that_one_run_lacks_differ_and_places_do_not() -> None:
     configs = [{"a": 1, "b": [1, 2], "exp_dir": "x"}, {"a": 1, "b": [1, 2], "c": None, "exp_dir": "y"}]
     assert differing(configs) == {"c": ["", None]}
+    named = [RunSummary(Path(k), datetime.now(), config) for k, config in zip("xy", configs, strict=True)]
+    assert flags_table(["x", "y"], named).row_count == 0  # no run has a value to show
 
 
 def test_names_are_as_long_as_it_takes() -> None:

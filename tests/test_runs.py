@@ -50,6 +50,20 @@ def test_the_list_says_what_each_run_is_and_reached(runs: Path) -> None:
     assert (row["step"], row["test/loss"], row["train/conflict"]) == (20, 3.5, 0.25)
 
 
+def test_conflict_is_the_fraction_over_the_logs_last_lines(runs: Path) -> None:
+    """Of a log whose lines measured 1, 3 and no steps; the last line alone would say 0."""
+    run = runs / "digits" / "vae" / "sum" / "20260101-110000"
+    measured = [(1, 1.0, 1), (4, 1 / 3, 3), (5, 0.0, 4)]
+    lines = [
+        {"step": s, "train/conflict": f, "train/conflict_steps": n, "train/min_cosine": -0.5}
+        for s, f, n in measured
+    ]
+    damaged = {"step": 6, "train/conflict": "x", "train/conflict_steps": 9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, damaged]))
+    (row,) = (r.as_row() for r in list_runs(runs) if r.path == run)
+    assert row["train/conflict"] == pytest.approx(2 / 8)
+
+
 def test_a_damaged_run_is_listed_with_what_can_be_read(runs: Path) -> None:
     run = runs / "digits" / "vae" / "sum" / "20260101-110000"
     (run / "config.yaml").write_bytes(b"\xff{: not yaml")

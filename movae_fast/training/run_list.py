@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from movae_fast.training.log_lines import parsed
+from movae_fast.training.log_lines import conflict_of, parsed
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 TAIL = 1 << 16  # bytes at the end of a metrics.jsonl in which its last lines are looked for
@@ -31,7 +31,8 @@ class RunSummary:
     started: datetime
     config: dict[str, Any]  # flags by name, as config.yaml has them; empty if it cannot be read
     step: int = 0  # of the last log line
-    scores: dict[str, float] = field(default_factory=dict)  # of SCORES, the last value of each
+    # Of SCORES, the last value of each; of conflict the fraction over the log's last lines (TAIL).
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -88,9 +89,15 @@ def summary(path: Path) -> RunSummary:
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         config = None
     run = RunSummary(path, started, config if isinstance(config, dict) else {})
-    for line in last_lines(path / "metrics.jsonl"):
+    lines = last_lines(path / "metrics.jsonl")
+    for line in lines:
         run.step = line["step"]
         run.scores |= {key: line[key] for key in SCORES if isinstance(line.get(key), int | float)}
+    for kind in ("", "step_"):  # a line alone may have measured one step, and then says 0 or 1
+        keys = [f"train/{kind}{name}" for name in ("conflict", "conflict_steps", "min_cosine")]
+        whole = [line for line in lines if all(isinstance(line.get(key), int | float) for key in keys)]
+        if (conflict := conflict_of(whole, kind)) is not None:
+            run.scores[f"train/{kind}conflict"] = conflict.fraction
     return run
 
 
