@@ -166,3 +166,24 @@ def test_two_hundred_runs_take_less_than_a_second(tmp_path: Path) -> None:
         return after.children_user - before.children_user + after.children_system - before.children_system
 
     assert seconds("many") - seconds("none") < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "flags.yaml: no such file; give a YAML file"),
+        ("[1", "--config is not YAML: while parsing"),
+        ("beta: 3", "--config has beta, which is no flag of this command"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_one_line(text, message, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "flags.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["runs", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    path.write_text("limit: -1")
+    assert main(["runs", "--config", str(path)]) == 2
+    assert "--limit -1 must be at least 0" in capsys.readouterr().err

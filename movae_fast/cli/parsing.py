@@ -108,6 +108,8 @@ class OneLineParser(ArgumentParser):
 
 def tidy(message: str) -> str:
     """Return an error message of jsonargparse as one line: the flag, the given value, and the expected ones."""
+    if (about_config := of_config(message)) is not None:
+        return about_config
     message = re.sub(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", r"\1 \2", message)
     key = re.search(r'Parser key "([\w.]+)"', message) or re.search(r'key "([\w.]+)"', message)
     if key is None:
@@ -123,6 +125,17 @@ def tidy(message: str) -> str:
     )
     kinds = [k for k in dict.fromkeys(expected) if k != "NoneType"]
     return f"--{key.group(1)}{value}: expected {' or '.join(kinds) if kinds else 'another kind of value'}"
+
+
+def of_config(message: str) -> str | None:
+    """Return what jsonargparse says of the file of --config, as one line; None for another message."""
+    if path := re.search(r"""Parser key "config": .*: '(.*)'""", message):
+        return f"--config {path[1]}: no such file; give a YAML file of this command's flags"
+    if broken := re.match(r"(?s)Problems parsing config: (.*)", message):
+        return f"--config is not YAML: {' '.join(broken[1].split())}"
+    if unknown := re.fullmatch(r"Option '(.*)' is not accepted", message.strip()):
+        return f"--config has {unknown[1]}, which is no flag of this command; `--help` lists them all"
+    return None
 
 
 def is_bool(kind: Any) -> bool:
