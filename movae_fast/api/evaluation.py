@@ -49,8 +49,7 @@ def evaluate(
         ones.
     samples: images whose latents the metrics of factors are fitted on.
     seed: of the choice of images and of every draw.
-    iw, iw_images: draws of the importance-weighted bound (0 leaves it out), and test images, or sentences, for
-        it.
+    iw, iw_images: draws of the importance-weighted bound (0 leaves it out), and images or sentences for it.
     oracle: of `lstm_text`, compute the true likelihood of those sentences too, in seconds each.
     fid_weights: file of torch-fidelity's Inception weights, for the scores of sets.
     feature_network: TorchScript file of another network, from uint8 images [N, 3, H, W] to features [N, F]; or
@@ -64,8 +63,7 @@ def evaluate(
     device: of a model that is loaded here.
     data_dir: folder of the data, if not where training had it.
 
-    Raises ArgumentError for a metric that there is not, or that the model or the data do not have, and for a
-    metric without its network.
+    Raises ArgumentError for a metric that is unknown, that the model or the data lack, or without its network.
     """
     text = metrics if isinstance(metrics, str) else ",".join(metrics)
     inception, features, lpips = (
