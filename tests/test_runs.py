@@ -13,7 +13,7 @@ import pytest
 
 from movae_fast.cli import main
 from movae_fast.cli.flags import curve, evaluate, generate, reconstruct, sample, train
-from movae_fast.training.run_list import find_run, list_runs
+from movae_fast.training.run_list import IN_ROW, find_run, list_runs
 
 LINES = (
     {"step": 10, "epoch": 0, "train/conflict": 0.25},
@@ -46,6 +46,7 @@ def test_the_list_says_what_each_run_is_and_reached(runs: Path) -> None:
     listed = list_runs(runs)
     assert [r.name for r in listed] == ["20260101-100000", "20260101-110000", "20260102-090000"]
     row = listed[-1].as_row()
+    assert [r.as_row() for r in list_runs(runs, IN_ROW)] == [r.as_row() for r in listed]
     assert (row["dataset"], row["arch"]) == ("sprites", "vq_vae")
     assert (row["step"], row["test/loss"], row["train/conflict"]) == (20, 3.5, 0.25)
 

@@ -20,6 +20,7 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where P
 TAIL = 1 << 16  # bytes at the end of a metrics.jsonl in which its last lines are looked for
 RUNS = Path("runs")  # the folder that `movae train` puts runs into
 LATEST = "latest"  # the name of the run that was started last
+IN_ROW = ("dataset", "arch", "agg", "multirate", "seed")  # flags that the list shows
 SCORES = ("test/loss", "test/mse", "train/conflict", "train/step_conflict", "test/perplexity")
 
 
@@ -41,12 +42,11 @@ class RunSummary:
 
     def as_row(self) -> dict[str, Any]:
         """Return the entry as plain values, for JSON and for sorting."""
-        keys = ("dataset", "arch", "agg", "multirate", "seed")
         return {
             "name": self.name,
             "path": str(self.path),
             "started": self.started.isoformat(timespec="seconds"),
-            **{key: self.config.get(key) for key in keys},
+            **{key: self.config.get(key) for key in IN_ROW},
             "step": self.step,
             **self.scores,
         }
@@ -81,11 +81,19 @@ def listed(root: Path) -> str:
     return f"below {root} are {_shown(folders, root)}" if folders else ""
 
 
-def summary(path: Path) -> RunSummary:
-    """Return the entry of the run in folder `path`; what a damaged or missing file would say is left empty."""
+def summary(path: Path, flags: Sequence[str] | None = None) -> RunSummary:
+    """Return the entry of the run in folder `path`; what a damaged or missing file would say is left empty.
+
+    flags: read these flags of the configuration alone, a line each; None reads all of them, which takes a few
+    milliseconds.
+    """
     started = datetime.fromtimestamp((path / "config.yaml").stat().st_mtime)
     try:
-        config = yaml.load((path / "config.yaml").read_bytes(), LOADER)
+        text = (path / "config.yaml").read_bytes()
+        if flags is not None:
+            starts = tuple(f"{flag}:".encode() for flag in flags)
+            text = b"\n".join(line for line in text.split(b"\n") if line.startswith(starts))
+        config = yaml.load(text, LOADER)
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         config = None
     run = RunSummary(path, started, config if isinstance(config, dict) else {})
@@ -112,9 +120,10 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in map(parsed, texts) if line is not None]
 
 
-def list_runs(root: Path) -> list[RunSummary]:
-    """Return the entries of all runs below `root`, in the order in which they were started."""
-    return sorted(map(summary, run_folders(root)), key=lambda run: (run.started, run.path))
+def list_runs(root: Path, flags: Sequence[str] | None = None) -> list[RunSummary]:
+    """Return the entries of all runs below `root`, in the order in which they were started; flags: as of
+    `summary`."""
+    return sorted((summary(path, flags) for path in run_folders(root)), key=lambda run: (run.started, run.path))
 
 
 def find_run(name: str, root: Path = RUNS) -> Path:
