@@ -26,6 +26,24 @@ PALETTE = (
 )
 MARKERS = "osD^v<>pP*"
 DASHES = ("-", "--", ":", "-.")
+POOLED = 10  # log lines whose measured steps one point of a curve of conflict is the fraction of
+POOLED_WORDS = f"of {POOLED} log lines"
+
+
+def pooled(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return (step, fraction) of a metric such as "train/conflict", a fraction of measured steps, over the last
+    POOLED log lines that have it.
+
+    A line alone may have measured one step, and then says 0 or 1.
+    """
+    seen = [line for line in lines if key in line]
+    points = []
+    for end, line in enumerate(seen, 1):
+        window = seen[max(0, end - POOLED) : end]
+        steps = [one.get(f"{key}_steps", 1) for one in window]
+        total = sum(one[key] * n for one, n in zip(window, steps, strict=True))
+        points.append((line["step"], total / max(sum(steps), 1)))
+    return points
 
 
 def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Path:
@@ -60,9 +78,8 @@ def loss_curves(path: Path, lines: Sequence[Mapping[str, Any]], names: Sequence[
     if fractions:
         axis = axes[0][-1]
         for key, label in fractions.items():
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1)
-        axis.set(title="fraction of steps in conflict", xlabel="step", ylim=(-0.05, 1.05))
+            axis.plot(*zip(*pooled(lines, key), strict=True), label=label, linewidth=1)
+        axis.set(title=f"steps in conflict, {POOLED_WORDS}", xlabel="step", ylim=(-0.05, 1.05))
         axis.legend(frameon=False)
     return _save(figure, path)
 
@@ -81,8 +98,8 @@ def compared_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]])
         title: (key,)
         for title, key in (
             ("MSE of reconstruction (test)", "test/mse"),
-            ("update in conflict", "train/conflict"),
-            ("applied step in conflict", "train/step_conflict"),
+            (f"update in conflict, {POOLED_WORDS}", "train/conflict"),
+            (f"applied step in conflict, {POOLED_WORDS}", "train/step_conflict"),
         )
         if key in keys
     }
@@ -96,6 +113,7 @@ def compared_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]])
         for k, lines in enumerate(logs.values()):
             for key in wanted:
                 points = [(line["step"], line[key]) for line in lines if key in line]
+                points = pooled(lines, key) if key.endswith("conflict") else points
                 style = "o" if key.startswith("test/") else DASHES[k // len(PALETTE) % len(DASHES)]
                 if points:
                     axis.plot(*zip(*points, strict=True), style, color=colour(k), markersize=4, linewidth=1.2)

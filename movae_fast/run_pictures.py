@@ -78,7 +78,7 @@ def images_of_run(run: Run) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
     with run.averaged():
         if isinstance(run.model, ProVLAE):
             made["input"] = sheet(to_unit(x[:1], normalize), 1, f"the image whose latents are changed; {about}")
-            words = traversal_caption(run.model, caption_of(run.config, run.folder))
+            words = traversal_caption(run.model, about)
             frames, made["sheet"] = traversal_pictures(run.model, x[:1], normalize, words)
         samples, reconstructions = run.model.sample(n, noise), run.model.reconstruct(x)
     samples, x, reconstructions = (to_unit(images, normalize) for images in (samples, x, reconstructions))
@@ -91,8 +91,10 @@ def images_of_run(run: Run) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
 
 
 def traversal_caption(model: ProVLAE, of_run: str) -> str:
-    """Return the caption of a ladder's traversals, which says the stage; `of_run` are the words on the run."""
-    return f"each latent of a test image alone; stage {int(model.stage)}; {of_run}"
+    """Return the caption of a ladder's traversals, which says the stage; `of_run` are the words on the run and
+    its step."""
+    stage = f"stage {int(model.stage)} of {model.num_ladders}"
+    return f"each latent of a test image alone; {stage}; {of_run}"
 
 
 def traversal_pictures(

@@ -202,6 +202,11 @@ def test_digest_sees_values_shapes_dtypes_and_keys():
 def test_find(path, tmp_path):
     assert checkpoint.find(tmp_path) == path
     assert checkpoint.find(path) == path
+    begun = tmp_path / "begun"
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / "config.yaml").touch()
+    with pytest.raises(CheckpointError, match=r"begun is a run without a checkpoint: it has not come to"):
+        checkpoint.find(begun)
     with pytest.raises(CheckpointError, match=r"is no run: no checkpoints/last\.pt in it"):
         checkpoint.find(path.parent)
     with pytest.raises(CheckpointError, match="no checkpoint or run at"):

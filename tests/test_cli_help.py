@@ -15,6 +15,7 @@ from movae_fast.cli.flags.data import DataCommand
 from movae_fast.cli.flags.evaluate import EvaluateConfig
 from movae_fast.cli.flags.prior import PriorRunConfig
 from movae_fast.cli.flags.sample import SampleConfig
+from movae_fast.cli.parsing import OPERANDS
 from movae_fast.models import MODELS
 from movae_fast.priors.config import PriorConfig
 from movae_fast.training.config import SECTIONS, TrainConfig
@@ -37,6 +38,13 @@ def test_the_short_help_is_short_and_has_the_names(capsys) -> None:
     flags = [name for names in train_help.TASKS.values() for name in names]
     assert len(flags) == len(set(flags))
     assert "(vae\n" not in shown  # a remark is left out whole
+
+
+@pytest.mark.parametrize("command", OPERANDS)
+def test_the_help_says_what_stands_before_the_flags(command: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: movae {command} {OPERANDS[command]} [--config")
 
 
 def test_every_flag_has_a_text() -> None:
@@ -64,6 +72,8 @@ def test_the_settings_file_is_the_configuration(recipe, tmp_path: Path, monkeypa
     assert main(["init", "my.yaml"]) == 2
     assert "exists and is not overwritten" in capsys.readouterr().err
     assert Path("my.yaml").read_text() == text
+    assert main(["init", "other.yaml", "--recipe", "demoo"]) == 2
+    assert "--recipe demoo: no such file or recipe" in capsys.readouterr().err
 
 
 def test_completion_in_bash(tmp_path: Path, capsys) -> None:

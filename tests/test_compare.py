@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
 from movae_fast import plots
-from movae_fast.cli import main
-from movae_fast.cli.compare import differing
+from movae_fast.cli import check_outputs, main, parsing
+from movae_fast.cli.compare import differing, flags_table
+from movae_fast.cli.flags.curve import CurveConfig
+from movae_fast.training.config import ModelConfig
 from movae_fast.training.log_lines import conflict_of
-from movae_fast.training.run_list import run_folder, unlike_names
+from movae_fast.training.run_list import RunSummary, run_folder, unlike_names
 
 
 def make_run(folder: Path, slope: float, **config) -> Path:
@@ -73,6 +77,8 @@ def test_the_plot_has_a_colour_per_run(runs: Path, tmp_path: Path) -> None:
 def test_flags_that_one_run_lacks_differ_and_places_do_not() -> None:
     configs = [{"a": 1, "b": [1, 2], "exp_dir": "x"}, {"a": 1, "b": [1, 2], "c": None, "exp_dir": "y"}]
     assert differing(configs) == {"c": ["", None]}
+    named = [RunSummary(Path(k), datetime.now(), config) for k, config in zip("xy", configs, strict=True)]
+    assert flags_table(["x", "y"], named).row_count == 0  # no run has a value to show
 
 
 def test_names_are_as_long_as_it_takes() -> None:
@@ -114,3 +120,28 @@ def test_a_checkpoint_names_its_run(runs: Path) -> None:
     assert run_folder(folder / "checkpoints" / "last.pt") == folder
     with pytest.raises(ValueError, match=r"below .* are (first|second), "):
         run_folder(runs / "vae")
+
+
+def test_one_run_whose_name_begins_like_null_is_a_list_of_one() -> None:
+    kinds = parsing.flag_types([CurveConfig, ModelConfig])
+    for name in ("nvae", "none_at_all", "[x"):
+        written = [f'--runs=["{name}"]'] if name[0] != "[" else [f"--runs={name}"]
+        assert parsing.normalise(["--runs", name], kinds) == written
+    for value in ("null", "None", "[8, 8]"):
+        assert parsing.normalise(["--hidden_dims", value], kinds) == [f"--hidden_dims={value}"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    """A folder's name that is a file's, and a place below a file, of every flag that names one."""
+    file = tmp_path / "file"
+    file.touch()
+    folders = [("export", "outdir"), ("sample", "save_dir"), ("compare", "out"), ("curve", "out")]
+    for command, flag in folders:
+        with pytest.raises(ValueError, match=f"^--{flag} .*file is a file, not a folder"):
+            check_outputs(command, SimpleNamespace(**{flag: str(file)}))
+    for command, flag in [*folders, ("report", "out"), ("encode", "out")]:
+        with pytest.raises(ValueError, match=f"^--{flag} .*file is a file, not a folder"):
+            check_outputs(command, SimpleNamespace(**{flag: str(file / "below")}))
+    check_outputs("report", SimpleNamespace(out=str(file)))  # the command itself overwrites nothing
+    check_outputs("export", SimpleNamespace(outdir=None))
+    assert list(tmp_path.iterdir()) == [file]

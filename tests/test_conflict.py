@@ -10,7 +10,7 @@ import torch
 from movae_fast.cli import parsing
 from movae_fast.cli.train import conflict_rows
 from movae_fast.models.buffers import keeping_buffers
-from movae_fast.plots import loss_curves
+from movae_fast.plots import loss_curves, pooled
 from movae_fast.training import checkpoint
 from movae_fast.training.config import SECTIONS, TrainConfig
 from movae_fast.training.config_checks import validate
@@ -227,6 +227,15 @@ def test_the_figure_has_a_panel_of_conflict(tmp_path):
     path = loss_curves(tmp_path / "curves.png", lines, ["kl"])
     without = loss_curves(tmp_path / "other.png", [{"step": 1, "train/kl": 1.0}], ["kl"])
     assert path.stat().st_size > without.stat().st_size
+
+
+def test_a_point_of_conflict_is_the_fraction_over_ten_log_lines():
+    """By hand: of lines with different numbers of measured steps, and of an old run's without a number."""
+    key = "train/conflict"
+    lines = [{"step": 1, key: 1.0, f"{key}_steps": 1}, {"step": 2}, {"step": 5, key: 0.5, f"{key}_steps": 4}]
+    assert pooled(lines, key) == [(1, 1.0), (5, pytest.approx(3 / 5))]
+    old = [{"step": k, key: float(k > 10)} for k in range(1, 16)]
+    assert pooled(old, key)[9:] == [(10, 0.0), *((k, pytest.approx((k - 10) / 10)) for k in range(11, 16))]
 
 
 def test_an_old_run_goes_on_with_its_regularizer(train):

@@ -265,6 +265,8 @@ def test_evaluate_a_codebook(train):
         ("--metrics migg", "--metrics migg: unknown; did you mean"),
         ("--metrics ,", "--metrics is empty"),
         ("--samples 5", "--samples 5 must be at least 100"),
+        (f"--save_dir {__file__}", f"--save_dir {__file__}: {__file__} is a file, not a folder"),
+        (f"--save_dir {__file__}/x", f"--save_dir {__file__}/x: {__file__} is a file, not a folder"),
     ],
 )
 def test_refusals_are_one_line_before_work_starts(train, capsys, flags, message, monkeypatch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,22 @@ def _no_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def _one_registry() -> Iterator[None]:
+    """Read torch.onnx's table of operators once, not at each export: that takes 1.3 s of CPU time."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        tables = functools.cache(_registration.ONNXRegistry.from_torchlib)
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(tables))
+        yield
+
+
 def each_family():
     return [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES]
 
 
+@pytest.mark.usefixtures("_one_registry")
 @pytest.mark.parametrize("family", each_family())
 @pytest.mark.parametrize("kind", ["torch_export", "onnx"])
 def test_programs_equal_the_model(family: str, kind: exporting.ExportFormat, tmp_path: Path) -> None:

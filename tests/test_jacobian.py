@@ -383,7 +383,7 @@ def test_an_argument_is_known_by_its_former_name():
     features = shared(torch.randn(4, 3))
     out = task(features)
     losses = [out.square().mean(), features.mean()]
-    options = {"features": features, "shared": shared.parameters(), "aggregator": UPGrad()}
+    options = {"features": features, "shared": [*shared.parameters()], "aggregator": jd.Sum()}
     with pytest.warns(FutureWarning, match="backward: own is called task now"):
         jacobian.backward(losses, own=task.parameters(), retain_graph=True, **options)
     got = task.weight.grad.clone()
@@ -391,5 +391,5 @@ def test_an_argument_is_known_by_its_former_name():
     shared.zero_grad()
     with pytest.raises(TypeError, match="own is the former name of task; give task alone"):
         jacobian.backward(losses, own=task.parameters(), task=task.parameters(), **options)
-    jacobian.backward(losses, **(options | {"shared": shared.parameters(), "task": task.parameters()}))
+    jacobian.backward(losses, task=task.parameters(), **options)
     assert torch.equal(task.weight.grad, got)

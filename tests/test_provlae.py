@@ -14,6 +14,7 @@ from movae_fast.cli import main
 from movae_fast.evaluation.sampling import ladder_traversals
 from movae_fast.models import Noise, build_model
 from movae_fast.objectives import LossVector
+from movae_fast.run_pictures import traversal_caption
 from movae_fast.schedules import Capacity, LossSchedule, Stages
 from movae_fast.training import checkpoint
 from movae_fast.training.compiled import graph_counters
@@ -464,6 +465,10 @@ def test_pictures_of_every_stage_and_of_a_checkpoint(train, capsys):
 def test_a_traversal_moves_one_latent_and_only_active_rungs():
     model = ladder().eval()
     model.set_stage(2)
+    assert (
+        traversal_caption(model, "run, step 4")
+        == "each latent of a test image alone; stage 2 of 3; run, step 4"
+    )
     values, images = ladder_traversals(model, torch.rand(1, 1, 32, 32), normalize=False)
     assert images.shape == (3, 2, 10, 1, 32, 32)
     assert (float(values[0]), float(values[-1])) == (-2.5, 2.5)

@@ -13,7 +13,7 @@ import pytest
 
 from movae_fast.cli import main
 from movae_fast.cli.flags import curve, evaluate, generate, reconstruct, sample, train
-from movae_fast.training.run_list import find_run, list_runs
+from movae_fast.training.run_list import IN_ROW, find_run, list_runs
 
 LINES = (
     {"step": 10, "epoch": 0, "train/conflict": 0.25},
@@ -46,8 +46,23 @@ def test_the_list_says_what_each_run_is_and_reached(runs: Path) -> None:
     listed = list_runs(runs)
     assert [r.name for r in listed] == ["20260101-100000", "20260101-110000", "20260102-090000"]
     row = listed[-1].as_row()
+    assert [r.as_row() for r in list_runs(runs, IN_ROW)] == [r.as_row() for r in listed]
     assert (row["dataset"], row["arch"]) == ("sprites", "vq_vae")
     assert (row["step"], row["test/loss"], row["train/conflict"]) == (20, 3.5, 0.25)
+
+
+def test_conflict_is_the_fraction_over_the_logs_last_lines(runs: Path) -> None:
+    """Of a log whose lines measured 1, 3 and no steps; the last line alone would say 0."""
+    run = runs / "digits" / "vae" / "sum" / "20260101-110000"
+    measured = [(1, 1.0, 1), (4, 1 / 3, 3), (5, 0.0, 4)]
+    lines = [
+        {"step": s, "train/conflict": f, "train/conflict_steps": n, "train/min_cosine": -0.5}
+        for s, f, n in measured
+    ]
+    damaged = {"step": 6, "train/conflict": "x", "train/conflict_steps": 9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, damaged]))
+    (row,) = (r.as_row() for r in list_runs(runs) if r.path == run)
+    assert row["train/conflict"] == pytest.approx(2 / 8)
 
 
 def test_a_damaged_run_is_listed_with_what_can_be_read(runs: Path) -> None:
@@ -152,3 +167,24 @@ def test_two_hundred_runs_take_less_than_a_second(tmp_path: Path) -> None:
         return after.children_user - before.children_user + after.children_system - before.children_system
 
     assert seconds("many") - seconds("none") < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "flags.yaml: no such file; give a YAML file"),
+        ("[1", "--config is not YAML: while parsing"),
+        ("beta: 3", "--config has beta, which is no flag of this command"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_one_line(text, message, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "flags.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["runs", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    path.write_text("limit: -1")
+    assert main(["runs", "--config", str(path)]) == 2
+    assert "--limit -1 must be at least 0" in capsys.readouterr().err

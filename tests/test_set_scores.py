@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import movae_fast
 from movae_fast.cli import main
 from movae_fast.evaluation import feature_networks, inception
 from movae_fast.evaluation.feature_networks import RandomNetwork, load_network, reference_features
@@ -144,3 +145,16 @@ def test_the_command_scores_a_run_and_says_by_what(tmp_path, monkeypatch, capsys
     assert "fid needs 65 images; there are 50" in capsys.readouterr().err
     assert main(asked) == 2
     assert "--feature_network random" in capsys.readouterr().err
+    metrics = ["fid", "precision_recall", "density_coverage"]
+    model = movae_fast.load(run, "cpu")
+    found = movae_fast.evaluate(model, metrics, feature_network="random", fid_images=100)
+    assert found == content["figures"]
+    for wrong, message in (
+        ({}, "^metrics fid compares features: give fid_weights FILE"),
+        ({"feature_network": "random", "fid_weights": "x"}, "^fid_weights and feature_network both choose"),
+        ({"feature_network": "random", "fid_images": 1}, "^fid_images 1 must be at least 2"),
+        ({"fid_weights": tmp_path / "none.pth"}, "none.pth: no such file"),
+        ({"feature_network": "random", "fid_images": 50}, "^metrics fid needs 65 images; there are 50"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            movae_fast.evaluate(model, metrics, **wrong)

@@ -14,21 +14,23 @@ from movae_fast.training.config_checks import validate
 from movae_fast.training.weights_file import save_weights
 
 SMALL = {"latent_dim": 3, "image_size": 16}
+SHALLOW = {"num_residual_layers": 1}
+CODES = {"embedding_dim": 4, "num_embeddings": 16, **SHALLOW}
 LADDER = {"num_ladders": 2, "latent_dim": 2, "hidden_dim": 4, "fc_dim": 8}
 # Every model of images by name, two multi-rate forms and a likelihood with parameters of its own.
 FAMILIES: dict[str, dict[str, Any]] = {
     "vae": {**SMALL, "hidden_dims": [4, 8]},
     "betatc_vae": {**SMALL, "hidden_dims": [4, 8]},
-    "vq_vae": {"image_size": 16, "hidden_dims": [4, 8], "embedding_dim": 4, "num_embeddings": 16},
-    "vq_vae_2": {"image_size": 16, "hidden_dim": 8, "embedding_dim": 4, "num_embeddings": 16},
-    "vq_vae, rvq": {
+    "vq_vae": {"image_size": 16, "hidden_dims": [4, 8], **CODES},
+    "vq_vae_2": {"image_size": 16, "hidden_dim": 8, **CODES},
+    "vq_vae, rvq": {"image_size": 16, "hidden_dims": [4, 8], **CODES, "quantizer": "rvq"},
+    "vq_vae, fsq": {
         "image_size": 16,
         "hidden_dims": [4, 8],
-        "embedding_dim": 4,
-        "num_embeddings": 16,
-        "quantizer": "rvq",
+        **SHALLOW,
+        "quantizer": "fsq",
+        "fsq_levels": [5, 4, 3],
     },
-    "vq_vae, fsq": {"image_size": 16, "hidden_dims": [4, 8], "quantizer": "fsq", "fsq_levels": [5, 4, 3]},
     "cnn_vae": {**SMALL, "dim": 4, "dim_mults": [1, 2]},
     "mmd_vae": {**SMALL, "dim": 4, "dim_mults": [1, 2]},
     "torch_vae": {"max_filters": 32, "latent_dim": 3, "image_size": 64},

@@ -43,7 +43,8 @@ def images_below(model: TrainedModel, folder: Path, skip_unreadable: bool) -> Im
     below = find_below(folder)
     files, _ = images_in(below.images or below.tars, below.aside)
     if not files:
-        raise ArgumentError(f"folder {shown(folder)}: no image lies below it {below.aside}".rstrip())
+        aside = f" ({below.aside})" if below.aside.counts else ""
+        raise ArgumentError(f"folder {shown(folder)}: no image lies below it{aside}")
     channels, size, _ = model.image_shape
     options = ReadOptions(folder, "test", size, download=False, device=torch.device("cpu"))
     source = ImageFiles(files, options, None, "bilinear", channels=channels)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TextIO
 
 from movae_fast import __version__
@@ -123,7 +124,20 @@ def dispatch(args: list[str]) -> int:
         return flags
     with uncollected():
         run: Callable[[Any], int] = import_module(f"movae_fast.cli.{command}").run
+    check_outputs(command, flags)
     return run(flags)
+
+
+def check_outputs(command: str, flags: object) -> None:
+    """Raise ValueError, before any work, where what a command writes cannot be written at the place that its
+    flags name."""
+    for name in ("outdir", "save_dir", "out"):
+        given = getattr(flags, name, None)
+        if isinstance(given, str) and given:
+            from movae_fast.training.run_folder import check_place
+
+            folder = name != "out" or command in ("compare", "curve")
+            check_place(name, Path(os.path.expanduser(given)), folder)
 
 
 def mendable(error: Exception) -> bool:

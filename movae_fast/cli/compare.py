@@ -60,6 +60,8 @@ def flags_table(names: Sequence[str], runs: Sequence[RunSummary]) -> Table:
     """Return a table of the flags that differ, with one column per run."""
     made = Table("flag", *map(shown, names), title="flags that differ")
     for name, values in differing([run.config for run in runs]).items():
+        if all(value in ("", None) for value in values):
+            continue  # one run has the flag without a value, the other has no such flag: nothing to show
         made.add_row(name, *("" if value is None else shown(value) for value in values))
     return made
 

@@ -85,6 +85,16 @@ VALUES = {
 # MO-VAE calls the reconstruction's likelihood by its loss today.
 RECONS_OBJECTIVE = {"mse": "gaussian", "bce": "bernoulli", "l1": "laplacian"}
 
+# What stands between a command and its flags, for its help; what is in brackets may be left out.
+OPERANDS = {
+    **dict.fromkeys(("evaluate", "sample", "serve", "prior", "export"), "RUN"),
+    **dict.fromkeys(("curve", "compare", "report"), "RUN …"),
+    "encode": "RUN [FOLDER]",
+    "runs": "[FOLDER]",
+    "init": "[FILE]",
+    **dict.fromkeys(("data verify", "data prepare"), "NAME|FOLDER"),
+    "data synthetic_jpeg": "FOLDER",
+}
 
 Flags = typing.TypeVar("Flags")
 
@@ -98,6 +108,8 @@ class OneLineParser(ArgumentParser):
 
 def tidy(message: str) -> str:
     """Return an error message of jsonargparse as one line: the flag, the given value, and the expected ones."""
+    if (about_config := of_config(message)) is not None:
+        return about_config
     message = re.sub(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", r"\1 \2", message)
     key = re.search(r'Parser key "([\w.]+)"', message) or re.search(r'key "([\w.]+)"', message)
     if key is None:
@@ -113,6 +125,17 @@ def tidy(message: str) -> str:
     )
     kinds = [k for k in dict.fromkeys(expected) if k != "NoneType"]
     return f"--{key.group(1)}{value}: expected {' or '.join(kinds) if kinds else 'another kind of value'}"
+
+
+def of_config(message: str) -> str | None:
+    """Return what jsonargparse says of the file of --config, as one line; None for another message."""
+    if path := re.search(r"""Parser key "config": .*: '(.*)'""", message):
+        return f"--config {path[1]}: no such file; give a YAML file of this command's flags"
+    if broken := re.match(r"(?s)Problems parsing config: (.*)", message):
+        return f"--config is not YAML: {' '.join(broken[1].split())}"
+    if unknown := re.fullmatch(r"Option '(.*)' is not accepted", message.strip()):
+        return f"--config has {unknown[1]}, which is no flag of this command; `--help` lists them all"
+    return None
 
 
 def is_bool(kind: Any) -> bool:
@@ -174,7 +197,7 @@ def normalise(argv: Sequence[str], kinds: Mapping[str, Any], extra: Sequence[str
         check_words(name, values)
         if base in ("help", "print_config"):
             out.append(f"--{base}")
-        elif name == base and is_list(kind) and not (len(values) == 1 and values[0][:1] in "[{n"):
+        elif name == base and is_list(kind) and not (len(values) == 1 and is_yaml(values[0])):
             out.append(f"--{name}=[{', '.join(quoted(v, kind) for v in values)}]")
         elif is_bool(kind) and not values:
             out.append(f"--{name}=true")
@@ -221,6 +244,11 @@ def check_words(name: str, values: Sequence[str]) -> None:
             continue  # a name with such a beginning
 
 
+def is_yaml(value: str) -> bool:
+    """Return whether one value stands for a whole list: written as YAML, or null."""
+    return value[:1] in ("[", "{") or value.lower() in ("null", "none", "~")
+
+
 def quoted(value: str, kind: Any) -> str:
     return json.dumps(value) if "str" in str(kind) else value
 
@@ -246,7 +274,8 @@ def _built(command: str, sections: tuple[type, ...], description: str, recipes: 
 
     The parser of `movae train` takes a tenth of a second, and a sweep or a resumed run needs it again.
     """
-    usage = f"movae {command} [--config RECIPE] [--flag value …]" if recipes else None
+    words = " ".join(filter(None, (command, OPERANDS.get(command), "[--config RECIPE] [--flag value …]")))
+    usage = f"movae {words}" if recipes else None
     parser = OneLineParser(prog=f"movae {command}", description=description, exit_on_error=False, usage=usage)
     for section in sections:
         parser.add_class_arguments(section, as_group=True)

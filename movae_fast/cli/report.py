@@ -10,7 +10,6 @@ from movae_fast.files import free_path
 from movae_fast.pages.gather import Options, gather
 from movae_fast.pages.report import render, write_report
 from movae_fast.training.device import resolve_device
-from movae_fast.training.run_folder import check_place
 from movae_fast.training.run_list import run_folder, unlike_names
 
 
@@ -19,7 +18,6 @@ def run(config: ReportConfig) -> int:
     paths = [Path(name) for name in config.runs]
     folders = [run_folder(path) for path in paths]
     out = Path(config.out).expanduser() if config.out else free_path(folders[0] / "report", ".html")
-    check_place("out", out)
     if out.exists():
         raise ValueError(f"--out {out} exists and is not overwritten; name another file")
     device = resolve_device(config.device)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from movae_fast.cli.flags.runs import RunsConfig
-from movae_fast.training.run_list import RunSummary, list_runs
+from movae_fast.training.run_list import IN_ROW, RunSummary, list_runs
 
 # Column of the table, and `--sort` -> the key of a run's row.
 KEYS = {
@@ -32,7 +32,8 @@ def run(config: RunsConfig) -> int:
     root = Path(config.folder).expanduser()
     if not root.is_dir():
         raise ValueError(f"{config.folder}: there is no such folder; give the one that runs lie in")
-    runs = sorted(list_runs(root), key=lambda r: order(r.as_row().get(KEYS[config.sort])))
+    entries = list_runs(root, None if config.json else IN_ROW)
+    runs = sorted(entries, key=lambda r: order(r.as_row().get(KEYS[config.sort])))
     shown = runs[-config.limit :] if config.limit else runs
     if config.json:
         for r in shown:

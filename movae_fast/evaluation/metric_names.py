@@ -28,3 +28,31 @@ def check_metrics(metrics: str) -> None:
             raise ArgumentError(f"metrics {name}: unknown{nearest(name, valid)}; valid: {', '.join(valid)}")
     if not named(metrics):
         raise ArgumentError(f"metrics is empty; valid: {', '.join(valid)}")
+
+
+def check_networks(
+    metrics: str,
+    fid_weights: str | None,
+    feature_network: str | None,
+    lpips_weights: str | None,
+    dashes: str = "",
+) -> None:
+    """Raise ArgumentError for a metric without the network whose features it compares, and for two networks.
+
+    dashes: what the message puts before the names of other arguments; the first one's are added by the command
+    line.
+    """
+    if fid_weights and feature_network:
+        raise ArgumentError(
+            f"fid_weights and {dashes}feature_network both choose the features' network; give one"
+        )
+    if ("lpips" in named(metrics)) != (lpips_weights is not None):
+        raise ArgumentError(f"metrics lpips and {dashes}lpips_weights FILE need each other")
+    if fid_weights or feature_network:
+        return
+    for name in named(metrics):
+        if name in ON_SETS:
+            raise ArgumentError(
+                f"metrics {name} compares features: give {dashes}fid_weights FILE (Inception), "
+                f"{dashes}feature_network FILE, or {dashes}feature_network random"
+            )

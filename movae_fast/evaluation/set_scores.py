@@ -28,6 +28,11 @@ Draw = Callable[[int, int, torch.Generator], Iterator[Tensor]]  # n images of a 
 Shown = Callable[[Iterable[Tensor], str, int], Iterable[Tensor]]
 
 
+def unshown(images: Iterable[Tensor], kind: str, batches: int) -> Iterable[Tensor]:
+    """Pass the batches on and show nothing."""
+    return images
+
+
 @dataclass(frozen=True)
 class SetScores:
     """Hold the scores by name, and what has to stand beside them."""
@@ -47,7 +52,7 @@ def check_count(names: Sequence[str], n: int, width: int | None) -> None:
     for name in names:
         if n < needs[name]:
             raise ArgumentError(
-                f"metrics {name} needs {needs[name]:,} images; there are {n:,} (--fid_images, --limit_test)"
+                f"metrics {name} needs {needs[name]:,} images; there are {n:,} (fid_images, limit_test)"
             )
 
 
@@ -62,7 +67,7 @@ def set_scores(
     seed: int,
     draw: Draw | None,
     source: str,
-    shown: Shown = lambda images, kind, batches: images,
+    shown: Shown = unshown,
 ) -> SetScores:
     """Return the named scores of reconstructions, and of samples where there is a `draw`, to evenly spaced test
     images.

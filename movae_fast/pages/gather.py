@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,11 @@ def add_model(page: RunPage, trained: Trained, loader: Loader, options: Options)
         metrics = measure_elbo(report, model, loader, config.objective.recons_dist, options.seed)
         rates = report.rates
         beta = "" if model.rates is None else f", at beta {float(model.rates.evaluated.exp()):.3g}"
-        page.scores += [Score(k.replace("_", " "), f"{v:.6g}", protocol + beta) for k, v in metrics.items()]
+        apart = constant_of(model, config)
+        page.scores += [
+            Score(k.replace("_", " "), f"{v:.6g}", protocol + beta + apart * (k in ("distortion", "elbo")))
+            for k, v in metrics.items()
+        ]
         if report.rates is not None:
             page.charts.append(rates_chart(report.rates.tolist(), report.rates_of))
         if isinstance(model, GaussianVAE):
@@ -170,6 +175,16 @@ def add_model(page: RunPage, trained: Trained, loader: Loader, options: Options)
         add_curve(page, trained, loader, options)
     drawn, of = samples_of(page, trained, options)
     page.pictures = sheets_of(model, loader, rates, options.images, drawn, of)
+
+
+def constant_of(model: GaussianVAE | NVAE, config: TrainConfig) -> str:
+    """Return how a distortion in nats of a density differs from that of the curves and of the log; "" where it
+    does not."""
+    likelihood = model.likelihood_as(config.objective.recons_dist)
+    constant = likelihood.constant * math.prod(model.image_shape)
+    if not constant:
+        return ""
+    return f"; with the likelihood's constant, {constant:.4g} nats, which the curves and the log leave out"
 
 
 def samples_of(page: RunPage, trained: Trained, options: Options) -> tuple[Tensor, str]:

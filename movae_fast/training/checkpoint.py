@@ -115,9 +115,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         except Exception as error:
             if isinstance(error, OSError) and error.errno not in NOT_READABLE:
                 raise
-            raise CheckpointError(
-                f"{path} is truncated, damaged or not a checkpoint ({first_line(error)[:160]})"
-            ) from None
+            reason = first_line(error)[:160]
+            # Torch's advice for pickles that the user trusts says nothing about this file.
+            why = "" if reason.startswith("Weights only load failed") else f" ({reason})"
+            raise CheckpointError(f"{path} is truncated, damaged or not a checkpoint{why}") from None
     written = content.get("format") if isinstance(content, dict) else None
     if written != FORMAT:
         if isinstance(written, str) and re.fullmatch(r"movae-fast checkpoint \d{1,9}", written):
@@ -276,6 +277,10 @@ def find(path: Path) -> Path:
                 return candidate
         if (path / WEIGHTS).is_file():
             return path / WEIGHTS
+        if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+            raise CheckpointError(
+                f"{path} is a run without a checkpoint: it has not come to its first one, or ended before it"
+            )
         inside = listed(path)
         raise CheckpointError(
             f"{path} is no run: no checkpoints/last.pt in it" + (f"; {inside}" if inside else "")

@@ -54,12 +54,12 @@ def check_places(config: TrainConfig, take: bool) -> None:
         raise ValueError(f"--export {config.run.export} exists and is not overwritten; name another file")
 
 
-def check_place(flag: str, path: Path) -> None:
-    """Raise ValueError if `path`, given as `--flag`, cannot be created or written."""
+def check_place(flag: str, path: Path, folder: bool = False) -> None:
+    """Raise ValueError if `path`, given as `--flag`, cannot be created or written; folder: as a folder."""
     above = path.absolute()
     while not above.exists():
         above = above.parent
-    if above != path.absolute() and not above.is_dir():
+    if (folder or above != path.absolute()) and not above.is_dir():
         raise ValueError(f"--{flag} {path}: {above} is a file, not a folder; name another place")
     if not os.access(above, os.W_OK | os.X_OK if above.is_dir() else os.W_OK):
         raise ValueError(f"--{flag} {path}: {above} may not be written; name another place")

@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from movae_fast.training.log_lines import parsed
+from movae_fast.training.log_lines import conflict_of, parsed
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 TAIL = 1 << 16  # bytes at the end of a metrics.jsonl in which its last lines are looked for
 RUNS = Path("runs")  # the folder that `movae train` puts runs into
 LATEST = "latest"  # the name of the run that was started last
+IN_ROW = ("dataset", "arch", "agg", "multirate", "seed")  # flags that the list shows
 SCORES = ("test/loss", "test/mse", "train/conflict", "train/step_conflict", "test/perplexity")
 
 
@@ -31,7 +32,8 @@ class RunSummary:
     started: datetime
     config: dict[str, Any]  # flags by name, as config.yaml has them; empty if it cannot be read
     step: int = 0  # of the last log line
-    scores: dict[str, float] = field(default_factory=dict)  # of SCORES, the last value of each
+    # Of SCORES, the last value of each; of conflict the fraction over the log's last lines (TAIL).
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -40,12 +42,11 @@ class RunSummary:
 
     def as_row(self) -> dict[str, Any]:
         """Return the entry as plain values, for JSON and for sorting."""
-        keys = ("dataset", "arch", "agg", "multirate", "seed")
         return {
             "name": self.name,
             "path": str(self.path),
             "started": self.started.isoformat(timespec="seconds"),
-            **{key: self.config.get(key) for key in keys},
+            **{key: self.config.get(key) for key in IN_ROW},
             "step": self.step,
             **self.scores,
         }
@@ -80,17 +81,31 @@ def listed(root: Path) -> str:
     return f"below {root} are {_shown(folders, root)}" if folders else ""
 
 
-def summary(path: Path) -> RunSummary:
-    """Return the entry of the run in folder `path`; what a damaged or missing file would say is left empty."""
+def summary(path: Path, flags: Sequence[str] | None = None) -> RunSummary:
+    """Return the entry of the run in folder `path`; what a damaged or missing file would say is left empty.
+
+    flags: read these flags of the configuration alone, a line each; None reads all of them, which takes a few
+    milliseconds.
+    """
     started = datetime.fromtimestamp((path / "config.yaml").stat().st_mtime)
     try:
-        config = yaml.load((path / "config.yaml").read_bytes(), LOADER)
+        text = (path / "config.yaml").read_bytes()
+        if flags is not None:
+            starts = tuple(f"{flag}:".encode() for flag in flags)
+            text = b"\n".join(line for line in text.split(b"\n") if line.startswith(starts))
+        config = yaml.load(text, LOADER)
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         config = None
     run = RunSummary(path, started, config if isinstance(config, dict) else {})
-    for line in last_lines(path / "metrics.jsonl"):
+    lines = last_lines(path / "metrics.jsonl")
+    for line in lines:
         run.step = line["step"]
         run.scores |= {key: line[key] for key in SCORES if isinstance(line.get(key), int | float)}
+    for kind in ("", "step_"):  # a line alone may have measured one step, and then says 0 or 1
+        keys = [f"train/{kind}{name}" for name in ("conflict", "conflict_steps", "min_cosine")]
+        whole = [line for line in lines if all(isinstance(line.get(key), int | float) for key in keys)]
+        if (conflict := conflict_of(whole, kind)) is not None:
+            run.scores[f"train/{kind}conflict"] = conflict.fraction
     return run
 
 
@@ -105,9 +120,10 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in map(parsed, texts) if line is not None]
 
 
-def list_runs(root: Path) -> list[RunSummary]:
-    """Return the entries of all runs below `root`, in the order in which they were started."""
-    return sorted(map(summary, run_folders(root)), key=lambda run: (run.started, run.path))
+def list_runs(root: Path, flags: Sequence[str] | None = None) -> list[RunSummary]:
+    """Return the entries of all runs below `root`, in the order in which they were started; flags: as of
+    `summary`."""
+    return sorted((summary(path, flags) for path in run_folders(root)), key=lambda run: (run.started, run.path))
 
 
 def find_run(name: str, root: Path = RUNS) -> Path:

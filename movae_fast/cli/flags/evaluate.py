@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from movae_fast.choices import Order
 from movae_fast.cli import parsing
-from movae_fast.evaluation.metric_names import ON_SETS, check_metrics, named
+from movae_fast.evaluation.metric_names import check_metrics, check_networks
 from movae_fast.training.limits import Bounds, check_values
 from movae_fast.training.run_list import find_run
 
@@ -80,22 +80,7 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)
     check_values(config, samples=Bounds(100), fid_images=Bounds(2))
     check_metrics(config.metrics)
-    check_network(config)
+    networks = config.fid_weights, config.feature_network, config.lpips_weights
+    check_networks(config.metrics, *networks, dashes="--")
     config.weights = str(find_run(config.weights))
     return config
-
-
-def check_network(config: EvaluateConfig) -> None:
-    """Raise ValueError for scores of sets without a network for their features, and for two networks."""
-    if config.fid_weights and config.feature_network:
-        raise ValueError("--fid_weights and --feature_network both choose the features' network; give one")
-    if ("lpips" in named(config.metrics)) != (config.lpips_weights is not None):
-        raise ValueError("--metrics lpips and --lpips_weights FILE need each other")
-    if config.fid_weights or config.feature_network:
-        return
-    for name in named(config.metrics):
-        if name in ON_SETS:
-            raise ValueError(
-                f"--metrics {name} compares features: give --fid_weights FILE (Inception), --feature_network "
-                "FILE, or --feature_network random"
-            )

@@ -34,4 +34,9 @@ def parse(argv: Sequence[str]) -> tuple[InitConfig, dict[str, Any]]:
     if Path(config.file).exists():
         raise ValueError(f"--file {config.file} exists and is not overwritten; name another file")
     kinds = parsing.flag_types(list(SECTIONS.values()))
-    return config, {} if config.recipe is None else parsing.read_config(config.recipe, kinds)
+    if config.recipe is None:
+        return config, {}
+    try:
+        return config, parsing.read_config(config.recipe, kinds)
+    except ValueError as error:  # it names the flag by which `movae train` takes a recipe
+        raise ValueError(str(error).replace("--config", "--recipe", 1)) from None
