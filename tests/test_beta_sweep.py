@@ -21,7 +21,7 @@ def sample(run, *flags):
 def test_beta_chooses_the_picture(many, capsys):
     for flags in (("--beta", "0.1"), ("--beta", "10"), ("--beta", "1"), ()):
         assert sample(many, *flags) == 0
-    assert capsys.readouterr().err == ""
+    assert "extrapolates" not in capsys.readouterr().err
     low, high, one, default = (
         iio.imread(many / "figures" / f"sample{tag}.png") for tag in ("", "-2", "-3", "-4")
     )

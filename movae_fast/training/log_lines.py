@@ -52,9 +52,13 @@ def conflict_of(lines: Sequence[Mapping[str, Any]], kind: str = "") -> Conflict 
 
     kind: "" for the aggregated gradient, "step_" for the applied step.
     """
-    seen = [line for line in lines if line.get(f"train/{kind}conflict_steps")]
-    steps = sum(line[f"train/{kind}conflict_steps"] for line in seen)
+    names = [f"train/{kind}{name}" for name in ("conflict", "conflict_steps", "min_cosine")]
+    # A line of a damaged log may lack one of them.
+    whole = [line for line in lines if all(isinstance(line.get(name), int | float) for name in names)]
+    seen = [[float(line[name]) for name in names] for line in whole]
+    steps = int(sum(n for _, n, _ in seen))
     if not steps:
         return None
-    count = sum(line[f"train/{kind}conflict"] * line[f"train/{kind}conflict_steps"] for line in seen)
-    return Conflict(count / steps, steps, min(line[f"train/{kind}min_cosine"] for line in seen))
+    return Conflict(
+        sum(part * n for part, n, _ in seen) / steps, steps, min(least for _, n, least in seen if n)
+    )

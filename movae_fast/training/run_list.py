@@ -102,9 +102,7 @@ def summary(path: Path, flags: Sequence[str] | None = None) -> RunSummary:
         run.step = line["step"]
         run.scores |= {key: line[key] for key in SCORES if isinstance(line.get(key), int | float)}
     for kind in ("", "step_"):  # a line alone may have measured one step, and then says 0 or 1
-        keys = [f"train/{kind}{name}" for name in ("conflict", "conflict_steps", "min_cosine")]
-        whole = [line for line in lines if all(isinstance(line.get(key), int | float) for key in keys)]
-        if (conflict := conflict_of(whole, kind)) is not None:
+        if (conflict := conflict_of(lines, kind)) is not None:
             run.scores[f"train/{kind}conflict"] = conflict.fraction
     return run
 

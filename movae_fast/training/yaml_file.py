@@ -60,7 +60,10 @@ FlagsLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(lo
 
 def yaml_text(values: Mapping[str, Any]) -> str:
     """Return plain values by name as the text of a YAML file, in their order."""
-    return str(yaml.dump(dict(values), Dumper=DUMPER, sort_keys=False))
+    try:
+        return str(yaml.dump(dict(values), Dumper=DUMPER, sort_keys=False))
+    except UnicodeEncodeError:  # a file's name that is not UTF-8, which libyaml does not write
+        return str(yaml.dump(dict(values), Dumper=yaml.SafeDumper, sort_keys=False))
 
 
 def read_yaml(path: Path, what: str) -> Any:
