@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.bench_step import DEVICE, network
-from benchmarks.measure import Call, interleaved
+from benchmarks.measure import Call, interleaved, steps_on
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.data.datasets.sprites import Sprites, split_index
 from movae_fast.models.buffers import keeping_buffers
@@ -84,12 +84,7 @@ def one_turn(arch: str, name: str, x: torch.Tensor) -> Call:
     """Return a call that runs `gramian_every` training steps, so that exactly one of them computes the
     Gramian."""
     step = train_step(arch, name)
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        step(x, number, step.model.draw_noise(BATCH))
-        number += 1
+    run = steps_on(x, step)
 
     turn = step.gramian_every
     return run if turn == 1 else lambda: [run() for _ in range(turn)]

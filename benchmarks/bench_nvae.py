@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Call, allocated_memory, interleaved
+from benchmarks.measure import Call, allocated_memory, interleaved, steps_on
 from movae_fast.aggregation import UPGrad
 from movae_fast.models import NVAE, make_multirate
 from movae_fast.objectives import LossVector, reconstruction
@@ -45,14 +45,7 @@ def ours(
     optimizer = Adamax(model.parameters(), lr=1e-3, eps=1e-3)
     aggregator = UPGrad.strict() if agg == "upgrad" else None
     train_step = TrainStep(model, losses, aggregator, optimizer, jacobian="all", compile_mode=mode)
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        train_step(x, number, model.draw_noise(len(x)))
-        number += 1
-
-    return run
+    return steps_on(x, train_step)
 
 
 def usual(x: torch.Tensor) -> Call:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchjd.aggregation import UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
-from benchmarks.measure import Call, extra_memory, in_process, interleaved
+from benchmarks.measure import Call, extra_memory, in_process, interleaved, steps_on
 from movae_fast.aggregation.registry import make_aggregator
 from movae_fast.jacobian import backward
 from movae_fast.models import MODELS, VAE, build_model
@@ -81,12 +81,7 @@ def ours(arch: str, size: int, x: Tensor, agg: str, precision: Any, options: dic
     recorder = CudaGraphs(DEVICE) if options.pop("captured", False) else None
     options |= {"precision": Precision(precision, DEVICE), "recorder": recorder}
     step = TrainStep(model, losses, aggregator, optimizer, **options)
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        step(x, number, model.draw_noise(len(x)))
-        number += 1
+    run = steps_on(x, step)
 
     # A call runs `gramian_every` steps, so that exactly one of them computes the Gramian.
     return repeated(run, options.get("gramian_every", 1))

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.measure import Call, allocated_memory, interleaved, record, record_ratios, sgemm_gflops
+from benchmarks.measure import (
+    Call,
+    allocated_memory,
+    interleaved,
+    record,
+    record_ratios,
+    sgemm_gflops,
+    steps_on,
+)
 from movae_fast import ops
 from movae_fast.aggregation import UPGrad
 from movae_fast.choices import TextPreset
@@ -76,14 +84,7 @@ def ours(preset: TextPreset, tokens: Tensor, words: int, agg: str = "sum", multi
     losses = LossVector(model, [1.0, 1.0], "gaussian", "sum", n_data=100_000)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     train_step = TrainStep(model, losses, UPGrad.strict() if agg == "upgrad" else None, optimizer)
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        train_step(tokens, number, model.draw_noise(len(tokens)))
-        number += 1
-
-    return run
+    return steps_on(tokens, train_step)
 
 
 def usual(preset: TextPreset, tokens: Tensor, words: int) -> Call:

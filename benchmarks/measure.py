@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from movae_fast.training.train_step import TrainStep
+
 Call = Callable[[], object]
 WARM_UP = (
     5  # calls on a GPU before any is timed: kernels are compiled and chosen, a graph is recorded at the fourth
@@ -130,6 +132,18 @@ def allocated_memory(call: Call) -> float:
         now += event.nbytes()
         peak = max(peak, now)
     return peak / 2**20
+
+
+def steps_on(x: torch.Tensor, train_step: TrainStep) -> Call:
+    """Return a call that runs the next training step on the batch x, with noise of its own."""
+    number = 0
+
+    def run() -> None:
+        nonlocal number
+        train_step(x, number, train_step.model.draw_noise(len(x)))
+        number += 1
+
+    return run
 
 
 def record(benchmark: Any, call: Call, bound_ms: float, bound: str, rounds: int = 5) -> None:
