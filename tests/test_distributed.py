@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ import torch
 from movae_fast.objectives import LossVector
 from movae_fast.training import checkpoint
 from movae_fast.training.logs import read_lines
+from movae_fast.training.start import as_process_0_read
 from movae_fast.training.train_step import TrainStep
-from movae_fast.training.world import connect
+from movae_fast.training.world import World, connect
 from tests import lives
 
 COMMON = [
@@ -408,3 +410,27 @@ def test_a_process_trains_again_with_the_same_store(tmp_path):
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     lives.ranks(_meet_again, store.port, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+class _Other(World):
+    """Process 1 of two, of which process 0 read step 9."""
+
+    def broadcast(self, value):
+        return [1, 3, 9]
+
+    def all(self, value):
+        return value
+
+
+def test_a_checkpoint_that_was_read_too_early_is_read_again(monkeypatch):
+    def at(step):
+        return {"position": {"epoch": 1, "batch": step - 6, "step": step}}
+
+    files = [at(9), at(6)]
+    monkeypatch.setattr(checkpoint, "read", lambda path: (path, files.pop(0)))
+    path = Path("run/checkpoints/last.pt")
+    assert as_process_0_read(_Other(1, 2), path, at(9)) == at(9)
+    assert len(files) == 2
+    assert as_process_0_read(_Other(1, 2), path, at(6)) == at(9)
+    with pytest.raises(checkpoint.CheckpointError, match=r"last.pt: process 0 read step 9 of it and another"):
+        as_process_0_read(_Other(1, 2), path, at(6))

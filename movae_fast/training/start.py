@@ -98,6 +98,7 @@ def resume(
     require_extras(config.wandb, config.mlflow)
     check_descriptors(config.data.num_workers)
     world, config.run.device = joined or connect(config.run.device)
+    content = as_process_0_read(world, path, content)
     keep_global_batch(config, content["position"]["processes"], world.size)
     run = assemble(config, resolve_device(config.run.device), world)
     run.restore(content, path)
@@ -111,6 +112,25 @@ def resume(
     run.folder = folder_of(path)
     world.on_main(lambda: go_on(run, content.get("log")))
     return run
+
+
+def as_process_0_read(world: World, path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of the checkpoint at `path` that process 0 read, on every process.
+
+    A process that trains again may read the file before process 0 has written the end of the run before. It
+    reads again, now that process 0 is known to have read. Raises CheckpointError if the positions still differ.
+    """
+    place = [content["position"][name] for name in ("epoch", "batch", "step")]
+    shared = world.broadcast(place)
+    if shared != place:
+        content = checkpoint.read(path)[1]
+        place = [content["position"][name] for name in ("epoch", "batch", "step")]
+    if not world.all(shared == place):
+        raise checkpoint.CheckpointError(
+            f"{path}: process 0 read step {shared[2]:,} of it and another process another; "  # type: ignore[index]
+            "give all processes the same folder"
+        )
+    return content
 
 
 def go_on(run: Run, mark: dict[str, Any] | None) -> None:
