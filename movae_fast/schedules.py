@@ -156,6 +156,16 @@ class LossSchedule:
         recursive_steps to 1."""
         return min((step + 1) / max(self.recursive_steps, 1), 1.0)
 
+    def gan_factor(self, step: int) -> float:
+        """Return the factor on the weight of the hinge GAN's objective at a 0-based step: 0 before gan_start,
+        then 1."""
+        return float(step >= self.gan_start)
+
+    def factors(self) -> dict[str, Factor]:
+        """Return objective -> the factor on its weight, a function of the 0-based step, for the objectives that
+        have one of their own."""
+        return {"dwkl": self.dwkl_factor, "recursive_kl": self.recursive_factor, "adversarial": self.gan_factor}
+
 
 @dataclass(frozen=True)
 class Stages:

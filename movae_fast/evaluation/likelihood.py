@@ -18,6 +18,7 @@ from movae_fast.choices import ReconsDist
 from movae_fast.models import GaussianVAE, Likelihood
 from movae_fast.models.likelihoods import bits_per_dimension
 from movae_fast.objectives import kl_of_latents
+from movae_fast.objectives.terms import rate_of_draws
 from movae_fast.reference import gaussian_log_density
 from movae_fast.training.evaluate import ACTIVE_VARIANCE
 
@@ -79,7 +80,7 @@ def elbo(
         if log_prior is None:
             rates = rates + kl_of_latents(mu, logvar).sum(0)
         else:
-            rates = rates + (gaussian_log_density(z, mu, logvar).sum(1) - log_prior(z)).sum()
+            rates = rates + rate_of_draws(z, mu, logvar, log_prior).sum()
         means.append(mu)
         count += len(x)
     rates = (rates / count).cpu()
@@ -146,8 +147,3 @@ def mean_bound(
             total += float(torch.cat(weights).logsumexp(0)) - math.log(draws)
             count += 1
     return total / count
-
-
-def log_standard_normal(z: Tensor) -> Tensor:  # [K, D] -> [K]
-    """Return the log density of N(0, I) at z, in nats."""
-    return gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)

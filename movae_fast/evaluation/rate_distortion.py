@@ -23,7 +23,7 @@ from movae_fast.evaluation.hierarchy import ACTIVE_RATE, channel_rates, group_no
 from movae_fast.evaluation.likelihood import summed_error
 from movae_fast.models import LSTMVAE, NVAE, VAE, GaussianVAE, Likelihood, Noise, ProVLAE
 from movae_fast.objectives import kl_of_latents
-from movae_fast.reference import gaussian_log_density
+from movae_fast.objectives.terms import rate_of_draws
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.evaluate import ACTIVE_VARIANCE
 
@@ -140,8 +140,8 @@ def rates_of_draws(
     """Return the images' summed rate in nats at each beta: exact to N(0, I), else of the draws z."""
     if log_prior is None:
         return kl_of_latents(mu, logvar).sum((1, 2))
-    posterior = gaussian_log_density(z, mu, logvar).sum(2)
-    return (posterior - log_prior(z.flatten(0, 1)).unflatten(0, z.shape[:2])).sum(1)
+    rates = rate_of_draws(z.flatten(0, 1), mu.flatten(0, 1), logvar.flatten(0, 1), log_prior)
+    return rates.unflatten(0, z.shape[:2]).sum(1)
 
 
 def errors(model: GaussianVAE, z: Tensor, wanted: Tensor, likelihood: Likelihood) -> Tensor:  # [B] float64

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from movae_fast.evaluation.likelihood import log_standard_normal
 from movae_fast.models.lstm_vae import LSTMVAE, PAD
 from movae_fast.objectives import kl_of_latents
 from movae_fast.reference import gaussian_log_density
@@ -90,7 +89,7 @@ def importance_weighted_nll(
     `perplexity(nll.sum(), tokens)`.
     """
     generator = torch.Generator().manual_seed(seed)
-    log_prior = log_prior or log_standard_normal
+    log_prior = log_prior or model.log_prior()
     bounds, tokens = [], 0
     for batch, _ in batches:
         tokens += predicted(batch)

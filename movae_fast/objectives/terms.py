@@ -5,6 +5,8 @@ weights are 1 on average over all processes and parts of a batch, so that a plai
 over what counts. None is 1 for every image. `beta` weights the images of a multi-rate model.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from movae_fast import ops
 from movae_fast.choices import ReconsReduction
 from movae_fast.models import GaussianOutput, HierarchyOutput, Likelihood, VQOutput
-from movae_fast.models.vamp import Components, mixture_log_density
+from movae_fast.models.vamp import mixture_log_density
 from movae_fast.reference import TCEstimator, gaussian_log_density
 
 
@@ -148,7 +150,7 @@ def rate(out: GaussianOutput | HierarchyOutput | VQOutput) -> Tensor | None:  # 
     if isinstance(out, HierarchyOutput):
         return torch.cat(list(out.kl), 1).sum(1)
     if isinstance(out, GaussianOutput) and out.components is not None:
-        return rate_of_draws(out.z, out.mu, out.logvar, out.components)
+        return rate_of_draws(out.z, out.mu, out.logvar, partial(mixture_log_density, components=out.components))
     return kl_of_latents(out.mu, out.logvar).sum(1) if isinstance(out, GaussianOutput) else None
 
 
@@ -156,10 +158,10 @@ def rate_of_draws(
     z: Tensor,  # [B, D] a draw from each posterior
     mu: Tensor,  # [B, D]
     logvar: Tensor,  # [B, D]
-    components: Components,  # of the prior
+    log_prior: Callable[[Tensor], Tensor],  # from latents [B, D] to nats [B]
 ) -> Tensor:  # [B]
-    """Return log q(z|x) - log p(z) in nats, whose mean over draws is the KL from a posterior to a mixture."""
-    return gaussian_log_density(z, mu, logvar).sum(1) - mixture_log_density(z, components)
+    """Return log q(z|x) - log p(z) in nats, whose mean over draws is the KL from a posterior to the prior."""
+    return gaussian_log_density(z, mu, logvar).sum(1) - log_prior(z)
 
 
 def batch_mean(values: Tensor, *factors: Tensor | None) -> Tensor:

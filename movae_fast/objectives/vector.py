@@ -170,7 +170,8 @@ def _kl(b: Outcome) -> Tensor:
     if (parts := b.importance()) is not None:
         return terms.batch_mean((parts.weights * parts.log_ratio).sum(1), b.sample_weight)
     if isinstance(b.out, GaussianOutput) and b.out.components is not None:
-        rates = terms.rate_of_draws(b.out.z, b.out.mu, b.out.logvar, b.out.components)
+        rates = terms.rate(b.out)
+        assert rates is not None
         return terms.batch_mean(rates, b.sample_weight)
     free = b.out.free_bits if isinstance(b.out, TextOutput) else 0.0
     return terms.kl_standard_normal(b.out.mu, b.out.logvar, b.sample_weight, b.out.beta, free)
@@ -351,11 +352,13 @@ class LossVector:
         self.weights = torch.tensor(weights, dtype=torch.float32, device=model.device)  # at this stage
         self.full = self.weights.clone()  # where every rung is active
         self.active = [i for i, w in enumerate(weights) if w != 0]
-        self.recursive = torch.tensor([name == "recursive_kl" for name in self.names], device=model.device)
-        self.has_recursive = "recursive_kl" in self.names
-        self.adversarial = torch.tensor([name == "adversarial" for name in self.names], device=model.device)
-        self.has_adversarial = "adversarial" in self.names
-        self.dwkl = torch.tensor([name == "dwkl" for name in self.names], device=model.device)
+        # Of the objectives whose weight has a schedule of its own: where it is in the vector, and its factor.
+        factors = self.schedule.factors()
+        self.scheduled = [
+            (torch.tensor([n == name for n in self.names], device=model.device), factors[name])
+            for name in self.names
+            if name in factors
+        ]
         # The KLs of latents in use: their weight may be annealed, and they may be pulled to the capacity.
         self.is_kl = [name.startswith("kl") for name in self.names]
         self.live = torch.tensor(self.is_kl, device=model.device)
@@ -381,12 +384,9 @@ class LossVector:
 
     def weights_at(self, step: int) -> Tensor:  # [m]
         """Return the loss weights [m] at the 0-based `step`, including annealing."""
-        weights = torch.where(self.dwkl, self.weights * self.schedule.dwkl_factor(step), self.weights)
-        if self.has_recursive:
-            factor = self.schedule.recursive_factor(step)
-            weights = torch.where(self.recursive, weights * factor, weights)
-        if self.has_adversarial and step < self.schedule.gan_start:
-            weights = torch.where(self.adversarial, 0, weights)
+        weights = self.weights.clone()
+        for place, factor in self.scheduled:
+            weights = torch.where(place, weights * factor(step), weights)
         if self.schedule.kl_factor is not None:
             weights = torch.where(self.live, weights * self.schedule.kl_factor(step), weights)
         return weights

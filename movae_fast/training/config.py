@@ -211,6 +211,10 @@ class ModelConfig:
     free_bits: float | None = None
     skip_latent: bool | None = None
 
+    def given(self) -> dict[str, Any]:
+        """Return the options that are given, by name, without `arch`."""
+        return {name: value for name, value in vars(self).items() if name != "arch" and value is not None}
+
 
 @dataclass
 class ObjectiveConfig:

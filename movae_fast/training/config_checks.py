@@ -107,7 +107,7 @@ def check_names(config: TrainConfig) -> None:
 
 def check_model(config: TrainConfig) -> None:
     """Check that the model has the options that were given, and that images of this size suit it."""
-    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
+    given = config.model.given()
     check_options(config.model.arch, config.image_shape, config.activation, given)
 
 

@@ -14,7 +14,7 @@ from movae_fast.aggregation.registry import check_runs
 from movae_fast.data.loaders.dali import require as require_dali
 from movae_fast.data.memory import all_memory
 from movae_fast.data.text import read_text
-from movae_fast.models import GaussianVAE, build_model, model_options
+from movae_fast.models import VAE, GaussianVAE, build_model, model_options
 from movae_fast.names import first_line
 from movae_fast.training.config import TrainConfig
 from movae_fast.training.device import resolve_device
@@ -33,12 +33,17 @@ def check_machine(config: TrainConfig) -> None:
         check_runs(config.objective.agg, **config.aggregator_options())
 
 
+def without_memory(config: TrainConfig) -> VAE:
+    """Build the model that the configuration names with parameters that have shapes and no memory."""
+    given, likelihood = config.model.given(), None if config.is_text else config.likelihood
+    with torch.device("meta"):
+        return build_model(config.model.arch, config.image_shape, config.activation, given, likelihood)
+
+
 def check_encoder(config: TrainConfig) -> None:
     """Raise ValueError if the encoder has BatchNorm, under which an image's posterior depends on its batch, and
     a VampPrior has no density of its own."""
-    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
-    with torch.device("meta"):
-        model = build_model(config.model.arch, config.image_shape, config.activation, given, config.likelihood)
+    model = without_memory(config)
     assert isinstance(model, GaussianVAE)
     if any("BatchNorm" in type(module).__name__ for module in model.encoder.modules()):
         remedy = {"layer_norm": "--layer_norm layer", "with_bn": "--with_bn false"}
@@ -84,12 +89,9 @@ def check_fits(config: TrainConfig) -> None:
     for name, count in (("batch_size", at_once), ("eval_batch_size", data.eval_batch_size or 0)):
         flag = f"--image_size {data.image_size}" if image > has else f"--{name} {getattr(data, name)}"
         _refuse_above(has, device, image * count, flag, "the images of a batch take")
-    given = {k: v for k, v in vars(config.model).items() if k != "arch" and v is not None}
-    likelihood = None if config.is_text else config.likelihood
-    flag = largest_option(given) or f"--arch {config.model.arch}"
+    flag = largest_option(config.model.given()) or f"--arch {config.model.arch}"
     try:
-        with torch.device("meta"):
-            model = build_model(config.model.arch, config.image_shape, config.activation, given, likelihood)
+        model = without_memory(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{flag}: no machine holds a model of that size ({first_line(error):.120})") from None
     count = sum(p.numel() for p in model.parameters())

@@ -120,14 +120,16 @@ def as_process_0_read(world: World, path: Path, content: dict[str, Any]) -> dict
     A process that trains again may read the file before process 0 has written the end of the run before. It
     reads again, now that process 0 is known to have read. Raises CheckpointError if the positions still differ.
     """
-    place = [content["position"][name] for name in ("epoch", "batch", "step")]
-    shared = world.broadcast(place)
-    if shared != place:
+
+    def step() -> int:
+        return int(content["position"]["step"])
+
+    shared = world.broadcast(step())
+    if shared != step():
         content = checkpoint.read(path)[1]
-        place = [content["position"][name] for name in ("epoch", "batch", "step")]
-    if not world.all(shared == place):
+    if not world.all(shared == step()):
         raise checkpoint.CheckpointError(
-            f"{path}: process 0 read step {shared[2]:,} of it and another process another; "  # type: ignore[index]
+            f"{path}: process 0 read step {shared:,} of it and another process another; "
             "give all processes the same folder"
         )
     return content

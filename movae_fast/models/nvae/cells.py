@@ -34,8 +34,8 @@ class SqueezeExcite(nn.Module):
 
 
 class DownSkip(nn.Module):
-    """Halve a map's side: swish, then four 1x1 convolutions of stride 2, each of which reads another pixel of
-    every 2x2 block; their outputs are concatenated."""
+    """Halve a map's side: swish, then four 1x1 convolutions, each of which reads another pixel of every 2x2
+    block; their outputs are concatenated."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
