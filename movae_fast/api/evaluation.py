@@ -13,10 +13,9 @@ from movae_fast.api.settings import naming_arguments
 from movae_fast.api.trained_model import TrainedModel
 from movae_fast.api.trained_run import TrainedRun
 from movae_fast.evaluation.measure_run import Wanted, measure_run, rows_at_once
-from movae_fast.evaluation.metric_names import check_metrics, check_networks
+from movae_fast.evaluation.metric_names import check_wanted
 from movae_fast.evaluation.trained import adapt_config
 from movae_fast.training.config_checks import validate
-from movae_fast.training.limits import Bounds, check_values
 
 Place = str | os.PathLike[str]
 
@@ -73,9 +72,7 @@ def evaluate(
     )
     wanted = Wanted(text, samples, seed, iw, iw_images, oracle, inception, features, lpips, fid_images, prior)
     with naming_arguments():
-        check_values(wanted, samples=Bounds(100), fid_images=Bounds(2))
-    check_metrics(wanted.metrics)
-    check_networks(wanted.metrics, wanted.fid_weights, wanted.feature_network, wanted.lpips_weights)
+        check_wanted(wanted)
     model = run if isinstance(run, TrainedModel | SentenceModel) else load(run, device)
     config, place = copy.deepcopy(model.config), None if data_dir is None else os.fspath(data_dir)
     adapt_config(config, str(model.device), place, rows_at_once(config, batch_size))

@@ -1,6 +1,9 @@
 """List the names of the metrics of `movae evaluate`, without importing what computes them."""
 
+from typing import Protocol
+
 from movae_fast.names import ArgumentError, nearest
+from movae_fast.training.limits import Bounds, check_values
 
 ON_IMAGES = ("objectives", "elbo", "images", "depth", "lpips")
 # Of sets of images, by a network's features.
@@ -30,27 +33,45 @@ def check_metrics(metrics: str) -> None:
         raise ArgumentError(f"metrics is empty; valid: {', '.join(valid)}")
 
 
-def check_networks(
-    metrics: str,
-    fid_weights: str | None,
-    feature_network: str | None,
-    lpips_weights: str | None,
-    dashes: str = "",
-) -> None:
+class Asked(Protocol):
+    """Define what is checked of a wish for metrics, before the model is loaded."""
+
+    @property
+    def metrics(self) -> str: ...
+
+    @property
+    def fid_weights(self) -> str | None: ...
+
+    @property
+    def feature_network(self) -> str | None: ...
+
+    @property
+    def lpips_weights(self) -> str | None: ...
+
+
+def check_wanted(wanted: Asked, dashes: str = "") -> None:
+    """Raise ValueError for numbers out of bounds, and ArgumentError as `check_metrics` and `check_networks`
+    do."""
+    check_values(wanted, samples=Bounds(100), fid_images=Bounds(2))
+    check_metrics(wanted.metrics)
+    check_networks(wanted, dashes)
+
+
+def check_networks(wanted: Asked, dashes: str = "") -> None:
     """Raise ArgumentError for a metric without the network whose features it compares, and for two networks.
 
     dashes: what the message puts before the names of other arguments; the first one's are added by the command
     line.
     """
-    if fid_weights and feature_network:
+    if wanted.fid_weights and wanted.feature_network:
         raise ArgumentError(
             f"fid_weights and {dashes}feature_network both choose the features' network; give one"
         )
-    if ("lpips" in named(metrics)) != (lpips_weights is not None):
+    if ("lpips" in named(wanted.metrics)) != (wanted.lpips_weights is not None):
         raise ArgumentError(f"metrics lpips and {dashes}lpips_weights FILE need each other")
-    if fid_weights or feature_network:
+    if wanted.fid_weights or wanted.feature_network:
         return
-    for name in named(metrics):
+    for name in named(wanted.metrics):
         if name in ON_SETS:
             raise ArgumentError(
                 f"metrics {name} compares features: give {dashes}fid_weights FILE (Inception), "

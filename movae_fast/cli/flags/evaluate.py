@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from movae_fast.choices import Order
 from movae_fast.cli import parsing
-from movae_fast.evaluation.metric_names import check_metrics, check_networks
-from movae_fast.training.limits import Bounds, check_values
+from movae_fast.evaluation.metric_names import check_wanted
 from movae_fast.training.run_list import find_run
 
 DESCRIPTION = "Objectives, bounds, image quality and disentanglement of a trained model: movae evaluate RUN"
@@ -78,9 +77,6 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     words = parsing.first_word_as("weights", argv)
     which = "which model? give the run's folder: movae evaluate RUN, or --weights FILE"
     config = parsing.read_flags(EvaluateConfig, "evaluate", DESCRIPTION, words, "weights", which)
-    check_values(config, samples=Bounds(100), fid_images=Bounds(2))
-    check_metrics(config.metrics)
-    networks = config.fid_weights, config.feature_network, config.lpips_weights
-    check_networks(config.metrics, *networks, dashes="--")
+    check_wanted(config, dashes="--")
     config.weights = str(find_run(config.weights))
     return config
